@@ -1,0 +1,219 @@
+"""Running a model fast without changing what it computes or which hooks it calls. Knows no steering and no tuning.
+
+`quick(model)` swaps the attention of a HookedTransformer for one that computes masks and rotary angles once per forward
+pass instead of once per layer, uses torch's fused attention, and appends to a preallocated key-value cache. Every hook
+point is still called. Where someone listens to attention scores or patterns, which the fused kernel never forms, that
+layer runs TransformerLens's own code. Models of another kind run as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+
+class CacheSlot:
+    """Keys and values of one layer; keys are stored with their rotation already applied."""
+
+    def __init__(self, batch: int, capacity: int, n_heads: int, d_head: int, like: Tensor) -> None:
+        self._keys = like.new_empty(batch, capacity, n_heads, d_head)
+        self._values = torch.empty_like(self._keys)
+        self.length = 0
+
+    @property
+    def past_keys(self) -> Float[Tensor, "batch past head d_head"]:
+        return self._keys[:, : self.length]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + keys.shape[1]
+        self._keys[:, self.length : end] = keys
+        self._values[:, self.length : end] = values
+        self.length = end
+        return self._keys[:, :end], self._values[:, :end]
+
+
+class KeyValueCache:
+    """A preallocated key-value cache that `HookedTransformer.forward` takes as `past_kv_cache`, inside `quick`."""
+
+    def __init__(self, model: HookedTransformer, batch: int, capacity: int) -> None:
+        cfg, like = model.cfg, next(model.parameters()).detach()
+        heads = cfg.n_key_value_heads or cfg.n_heads
+        self.slots = [CacheSlot(batch, capacity, heads, cfg.d_head, like) for _ in range(cfg.n_layers)]
+        self.mask = torch.empty(batch, 0, dtype=torch.long, device=like.device)
+
+    def __getitem__(self, layer: int) -> CacheSlot:
+        return self.slots[layer]
+
+    def append_attention_mask(self, mask: Int[Tensor, "batch new"]) -> Int[Tensor, "batch pos"]:
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        return self.mask
+
+
+@dataclass
+class _Frame:
+    """What all layers of one forward pass share: which mask it was made for, rotary angles, who may attend to whom."""
+
+    made_for: Tensor | None
+    shape: tuple[int, int, int]
+    cos: Tensor
+    sin: Tensor
+    allowed: Tensor | None
+    causal: bool
+
+
+def can_be_quick(model: Any) -> bool:
+    """True if `quick` has its own attention for this model: a rotary HookedTransformer with nothing unusual."""
+    if not isinstance(model, HookedTransformer):
+        return False
+    cfg = model.cfg
+    unusual = (
+        cfg.use_attn_result, cfg.use_split_qkv_input, cfg.use_attn_in, cfg.ungroup_grouped_query_attention,
+        cfg.use_local_attn, cfg.use_qk_norm, cfg.load_in_4bit, cfg.scale_attn_by_inverse_layer_idx,
+        cfg.use_dynamic_ntk_rope, cfg.use_logn_attn, cfg.use_attention_sinks, cfg.rotary_adjacent_pairs,
+        cfg.attn_scores_soft_cap > 0, cfg.clip_qkv is not None, cfg.n_devices > 1,
+    )  # fmt: skip
+    attention = model.blocks[0].attn
+    plain = cfg.positional_embedding_type == "rotary" and cfg.attention_dir == "causal" and attention.q_norm is None
+    return plain and cfg.rotary_dim == cfg.d_head and not any(unusual)
+
+
+@contextmanager
+def quick(model: Any) -> Iterator[Any]:
+    """While the block lasts, the model's attention runs fast; its hooks, weights and results stay what they were.
+
+    Nested use is harmless. On leaving, and on any exception, the model is as before.
+
+    Example:
+        >>> with quick(model):
+        ...     logits = model(tokens)
+    """
+    if not can_be_quick(model) or any("forward" in vars(block.attn) for block in model.blocks):
+        yield model
+        return
+    shared: list[_Frame] = []
+    try:
+        for block in model.blocks:
+            block.attn.forward = partial(_attention, block.attn, shared)
+        yield model
+    finally:
+        for block in model.blocks:
+            vars(block.attn).pop("forward", None)
+
+
+def _attention(
+    attn: Any,
+    shared: list[_Frame],
+    query_input: Float[Tensor, "batch pos d_model"],
+    key_input: Float[Tensor, "batch pos d_model"],
+    value_input: Float[Tensor, "batch pos d_model"],
+    past_kv_cache_entry: Any = None,
+    additive_attention_mask: Tensor | None = None,
+    attention_mask: Int[Tensor, "batch all_pos"] | None = None,
+    position_bias: Tensor | None = None,
+) -> Float[Tensor, "batch pos d_model"]:
+    """AbstractAttention.forward with the same hook points, through torch's fused attention."""
+    foreign_cache = past_kv_cache_entry is not None and not isinstance(past_kv_cache_entry, CacheSlot)
+    watched = attn.hook_attn_scores._forward_hooks or attn.hook_pattern._forward_hooks
+    watched = watched or attn.hook_attn_scores._backward_hooks or attn.hook_pattern._backward_hooks
+    if isinstance(past_kv_cache_entry, CacheSlot) and watched:
+        raise ValueError("hooks: attention scores and patterns cannot be hooked while generating. Hook hook_z instead.")
+    if foreign_cache or watched or additive_attention_mask is not None or position_bias is not None:
+        return type(attn).forward(
+            attn, query_input, key_input, value_input, past_kv_cache_entry, additive_attention_mask, attention_mask,
+            position_bias,
+        )  # fmt: skip
+    q, k, v = attn.calculate_qkv_matrices(query_input, key_input, value_input)
+    past = past_kv_cache_entry.length if past_kv_cache_entry is not None else 0
+    frame = _frame(attn, shared, attention_mask, (q.shape[0], q.shape[1], past))
+    q = attn.hook_rot_q(_rotate(q, frame.cos, frame.sin))
+    k = attn.hook_rot_k(_rotate(k, frame.cos, frame.sin))
+    if past_kv_cache_entry is not None:
+        k, v = past_kv_cache_entry.append(k, v)
+    z = F.scaled_dot_product_attention(
+        *(rearrange(x, "batch pos head d -> batch head pos d") for x in (q, k, v)),
+        attn_mask=frame.allowed, is_causal=frame.causal, scale=1.0 / attn.attn_scale, enable_gqa=k.shape[2] != q.shape[2],
+    )  # fmt: skip
+    z = attn.hook_z(rearrange(z, "batch head pos d -> batch pos head d"))
+    output = rearrange(attn.W_O, "head d model -> model (head d)")
+    return F.linear(rearrange(z, "batch pos head d -> batch pos (head d)"), output, attn.b_O)
+
+
+def _rotate(x: Float[Tensor, "batch pos head d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "batch pos head d"]:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[int, int, int]) -> _Frame:
+    """The shared part of this forward pass, made at its first layer."""
+    if shared and shared[0].made_for is mask and shared[0].shape == shape:
+        return shared[0]
+    _, n_query, past = shape
+    total, device = past + n_query, attn.rotary_cos.device
+    if total > attn.rotary_cos.shape[0]:
+        attn._extend_rotary_embeddings(min(attn.cfg.n_ctx, max(total, 2 * attn.rotary_cos.shape[0])))
+        if total > attn.rotary_cos.shape[0]:
+            raise ValueError(f"tokens: {total} positions came, this model's context holds {attn.cfg.n_ctx}.")
+    if mask is None or bool(mask.all()):
+        positions = torch.arange(past, total, device=device)[None]
+        allowed = None if past == 0 or n_query == 1 else _causal(n_query, total, device)[None, None]
+        causal = past == 0 and n_query > 1
+    else:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        # A padding row may attend to itself: a row that attends to nothing is not a number.
+        here = torch.arange(past, total, device=device)[:, None] == torch.arange(total, device=device)[None, :]
+        allowed = ((_causal(n_query, total, device) & mask.bool()[:, None, :]) | here)[:, None]
+        causal = False
+    frame = _Frame(
+        mask, shape, attn.rotary_cos[positions][:, :, None], attn.rotary_sin[positions][:, :, None], allowed, causal
+    )
+    shared[:] = [frame]
+    return frame
+
+
+def _causal(n_query: int, total: int, device: torch.device) -> Tensor:
+    """Bool[Tensor, "n_query total"]: True where a query may look."""
+    return torch.ones(n_query, total, dtype=torch.bool, device=device).tril(total - n_query)
+
+
+def final_residual(
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after the last block of a HookedTransformer, with no unembedding."""
+    return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
+
+
+def unembed(model: HookedTransformer, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+    """Logits of chosen residuals of a HookedTransformer: its final norm, unembedding and soft cap."""
+    flat = residual.reshape(1, -1, residual.shape[-1])
+    logits = model.unembed(model.ln_final(flat) if model.cfg.normalization_type is not None else flat)
+    cap = model.cfg.output_logits_soft_cap
+    if cap > 0:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.reshape(*residual.shape[:-1], -1)
+
+
+def logits_where(
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor
+) -> Float[Tensor, "chosen d_vocab"]:
+    """Logits at chosen positions only: on a HookedTransformer no others are computed.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        tokens: Int[Tensor, "batch pos"].
+        mask: 1 for real tokens.
+        where: Bool[Tensor, "batch pos"], the positions whose logits are wanted.
+    """
+    if isinstance(model, HookedTransformer):
+        with quick(model):
+            return unembed(model, final_residual(model, tokens, mask)[where])
+    return model(tokens, attention_mask=mask)[where]

