@@ -1,8 +1,9 @@
-"""Reading activations: batched `run_with_cache` over texts, one chosen token each. Knows nothing of vectors or steering."""
+"""Reading activations: batched `run_with_cache` over texts. Knows nothing of vectors or steering."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ def check_hook_names(model: Any, hook_names: Sequence[str]) -> None:
     """Refuses hook names that the model has not.
 
     Raises:
-        ValueError: names the nearest ones.
+        ValueError: names the nearest ones; also if there is no name at all.
     """
-    from difflib import get_close_matches
-
+    if not hook_names:
+        raise ValueError("hook: the list is empty. Name at least one hook point.")
     for name in hook_names:
         if name not in model.hook_dict:
             near = get_close_matches(name, model.hook_dict, n=3)
@@ -50,7 +51,8 @@ def last_token_activations(
         ValueError: for an unknown hook name or an empty list of texts.
     """
     check_hook_names(model, hook_names)
-    stop = 1 + max(int(name.split(".")[1]) for name in hook_names)
+    in_blocks = all(name.startswith("blocks.") for name in hook_names)
+    stop = 1 + max(int(name.split(".")[1]) for name in hook_names) if in_blocks else model.cfg.n_layers
     found = {name: torch.empty(len(texts), model.cfg.d_model) for name in hook_names}
     with quick(model), tqdm(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
         for batch in batches(model, texts, batch_size):

@@ -147,9 +147,7 @@ def separability(
     return pd.DataFrame(rows).drop(columns="mean")
 
 
-def token_projections(
-    model: Any, vectors: SteeringVectors, text: str
-) -> tuple[list[str], Float[Tensor, "layer pos"]]:
+def token_projections(model: Any, vectors: SteeringVectors, text: str) -> tuple[list[str], Float[Tensor, "layer pos"]]:
     """Projection of every token of a text on the unit vector of every block, under whatever hooks the model carries."""
     vectors.check_fits(model)
     tokens, found = token_activations(model, text, vectors.hook_names)

@@ -63,6 +63,7 @@ class KeyValueCache:
 class _Frame:
     """What all layers of one forward pass share: which mask it was made for, rotary angles, who may attend to whom."""
 
+    layer: int
     made_for: Tensor | None
     shape: tuple[int, int, int]
     cos: Tensor
@@ -139,9 +140,10 @@ def _attention(
     k = attn.hook_rot_k(_rotate(k, frame.cos, frame.sin))
     if past_kv_cache_entry is not None:
         k, v = past_kv_cache_entry.append(k, v)
+    q, k, v = (rearrange(x, "batch pos head d -> batch head pos d") for x in (q, k, v))
     z = F.scaled_dot_product_attention(
-        *(rearrange(x, "batch pos head d -> batch head pos d") for x in (q, k, v)),
-        attn_mask=frame.allowed, is_causal=frame.causal, scale=1.0 / attn.attn_scale, enable_gqa=k.shape[2] != q.shape[2],
+        q, k, v, attn_mask=frame.allowed, is_causal=frame.causal, scale=1.0 / attn.attn_scale,
+        enable_gqa=k.shape[1] != q.shape[1],
     )  # fmt: skip
     z = attn.hook_z(rearrange(z, "batch head pos d -> batch pos head d"))
     output = rearrange(attn.W_O, "head d model -> model (head d)")
@@ -155,7 +157,9 @@ def _rotate(x: Float[Tensor, "batch pos head d"], cos: Tensor, sin: Tensor) -> F
 
 def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[int, int, int]) -> _Frame:
     """The shared part of this forward pass, made at its first layer."""
-    if shared and shared[0].made_for is mask and shared[0].shape == shape:
+    # A layer that is not after the last one begins another pass, before which the same mask may have been written to.
+    if shared and shared[0].layer < attn.layer_id and shared[0].made_for is mask and shared[0].shape == shape:
+        shared[0].layer = attn.layer_id
         return shared[0]
     _, n_query, past = shape
     total, device = past + n_query, attn.rotary_cos.device
@@ -173,9 +177,8 @@ def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[in
         here = torch.arange(past, total, device=device)[:, None] == torch.arange(total, device=device)[None, :]
         allowed = ((_causal(n_query, total, device) & mask.bool()[:, None, :]) | here)[:, None]
         causal = False
-    frame = _Frame(
-        mask, shape, attn.rotary_cos[positions][:, :, None], attn.rotary_sin[positions][:, :, None], allowed, causal
-    )
+    cos, sin = (angles[positions][:, :, None] for angles in (attn.rotary_cos, attn.rotary_sin))
+    frame = _Frame(attn.layer_id, mask, shape, cos, sin, allowed, causal)
     shared[:] = [frame]
     return frame
 

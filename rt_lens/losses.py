@@ -44,9 +44,7 @@ def token_loss(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n"]) ->
     return F.cross_entropy(logits, targets)
 
 
-def kl_divergence(
-    logits: Float[Tensor, "n d_vocab"], reference: Float[Tensor, "n d_vocab"]
-) -> Float[Tensor, "n"]:
-    """KL(reference || model) at each position, in nats: what the model lost of the reference's next-token distribution."""
+def kl_divergence(logits: Float[Tensor, "n d_vocab"], reference: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
+    """KL(reference || model) of the next-token distributions at each position, in nats."""
     ours, theirs = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
     return (theirs.exp() * (theirs - ours)).sum(-1).clamp(min=0)

@@ -28,5 +28,10 @@ class Add:
             )
         vector = self.vector.to(h)
         if isinstance(self.multiplier, Tensor):
+            if self.multiplier.shape != h.shape[:1]:
+                raise ValueError(
+                    f"multiplier: {self.multiplier.numel()} numbers came for {h.shape[0]} rows. "
+                    "Give one number, or one for each row of the batch."
+                )
             return h + self.multiplier.to(h)[:, None, None] * vector
         return h + self.multiplier * vector

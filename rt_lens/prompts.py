@@ -92,7 +92,7 @@ class ContrastPairs:
         )
 
     def sample(self, n: int, seed: int = 0) -> ContrastPairs:
-        """At most `n` pairs, drawn so that topics, personas and openers appear as evenly as can be."""
+        """At most `n` pairs, drawn so that topics appear as evenly as can be; personas and openers fall by chance."""
         if n < 1:
             raise ValueError(f"n: {n} came, a number of pairs of at least 1 is wanted.")
         shuffled = list(self.pairs)
@@ -115,7 +115,7 @@ class ContrastPairs:
             `len(shares) + 1` parts. Pairs that would straddle two parts are left out.
 
         Raises:
-            ValueError: if the shares do not leave every part a topic.
+            ValueError: if the shares do not leave every part a topic and a pair.
         """
         if not shares or min(shares) <= 0 or sum(shares) >= 1:
             raise ValueError(f"shares: {shares} came; positive numbers with a sum below 1 are wanted, say 0.7.")
@@ -130,6 +130,10 @@ class ContrastPairs:
             parts = {part for key in keys if (part := key[number]) is not None}
             if len(parts) == 1:
                 chosen[parts.pop()].append(pair)
+        if not all(chosen):
+            raise ValueError(
+                f"shares: {shares} leave a part of {self.name!r} no pair of its own. Give more topics and personas."
+            )
         return tuple(ContrastPairs(self.name, tuple(part)) for part in chosen)
 
 
@@ -161,13 +165,15 @@ def load_pairs(name_or_path: str | Path) -> ContrastPairs:
     if path.suffix == ".toml":
         return pairs_from_table(path.stem, read_toml(path).get("pairs", {}), source=str(path))
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = enumerate(path.read_text().splitlines(), start=1)
+        rows = [(number, _parsed(line)) for number, line in lines if line.strip()]
     elif path.suffix == ".csv":
         with path.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
+            reader = csv.DictReader(stream)
+            rows = [(reader.line_num, row) for row in reader]
     else:
         raise ValueError(f"pairs: {path.name} has an unknown ending. Give a .toml, .jsonl or .csv file.")
-    return ContrastPairs(path.stem, tuple(_pair(row, f"{path.name}, line {i + 1}") for i, row in enumerate(rows)))
+    return ContrastPairs(path.stem, tuple(_pair(row, f"{path.name}, line {number}") for number, row in rows))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -178,9 +184,18 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"config: {path} is not valid TOML: {error}.") from None
 
 
-def _pair(row: dict[str, Any], where: str) -> Pair:
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _pair(row: Any, where: str) -> Pair:
+    if not isinstance(row, dict):
+        raise ValueError(f"pairs: {where} is no JSON object. Each needs positive, negative and user.")
     for side in ("positive", "negative", "user"):
-        if not str(row.get(side) or "").strip():
+        if not isinstance(row.get(side), str) or not row[side].strip():
             raise ValueError(f"pairs: {where} lacks the side {side!r}. Each needs positive, negative and user.")
     return Pair(**{field.name: row.get(field.name) or "" for field in fields(Pair)})
 
@@ -192,10 +207,14 @@ def pairs_from_table(name: str, table: dict[str, Any], source: str = "the table"
         ValueError: if a list is missing or empty, or the two sides are of unlike length.
     """
     for side in ("positive", "negative", "topics"):
-        if not table.get(side):
+        if not isinstance(table.get(side), list) or not table[side]:
             raise ValueError(f"pairs: {source} lacks a list pairs.{side}. Both sides and the topics are needed.")
+    if not isinstance(table.get("openers", []), list):
+        raise ValueError(f"pairs: {source} has pairs.openers that are no list. Put the one opener in brackets.")
     positive, negative = table["positive"], table["negative"]
     if len(positive) != len(negative):
         raise ValueError(f"pairs: {len(positive)} positive and {len(negative)} negative personas came. Align them.")
-    combinations = itertools.product(table["topics"], zip(positive, negative, strict=True), table.get("openers") or [""])
+    combinations = itertools.product(
+        table["topics"], zip(positive, negative, strict=True), table.get("openers") or [""]
+    )
     return ContrastPairs(name, tuple(Pair(p, n, user, opener) for user, (p, n), opener in combinations))

@@ -46,7 +46,9 @@ def behaviour_file(name_or_path: str | Path) -> Path:
 
 def neutral_paragraphs() -> list[str]:
     """The shipped mood-neutral expository text, one string per paragraph (for perplexity and KL only)."""
-    return [paragraph.strip() for paragraph in data_path("neutral/text.txt").read_text().split("\n\n") if paragraph.strip()]
+    return [
+        paragraph.strip() for paragraph in data_path("neutral/text.txt").read_text().split("\n\n") if paragraph.strip()
+    ]
 
 
 def neutral_prompts() -> list[str]:

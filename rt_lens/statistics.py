@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
@@ -38,7 +39,7 @@ class Comparison(NamedTuple):
     test: str
 
 
-def mean_interval(values: Sequence[float], seed: int = 0, resamples: int = 4000) -> Interval:
+def mean_interval(values: Sequence[float] | NDArray[np.floating], seed: int = 0, resamples: int = 4000) -> Interval:
     """Mean with a bias-corrected accelerated bootstrap interval (percentile where that is undefined)."""
     sample = np.asarray(values, dtype=float)
     if sample.size == 0:
@@ -64,14 +65,16 @@ def share_interval(hits: int, n: int) -> Interval:
     return Interval(n, hits / n, float(low), float(high))
 
 
-def paired_comparison(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Comparison:
+def paired_comparison(
+    first: Sequence[float] | NDArray[np.floating], second: Sequence[float] | NDArray[np.floating], seed: int = 0
+) -> Comparison:
     """Mean of first - second over the same prompts: bootstrap interval and paired sign-flip permutation test."""
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape:
         raise ValueError(f"second: {b.size} values came for {a.size} in first. The comparison is paired.")
     interval = mean_interval(a - b, seed)
     test = "paired permutation, 9999 sign flips"
-    if np.allclose(a, b):
+    if a.size == 1 or np.array_equal(a, b):  # every flip is as extreme as what was found
         return Comparison(interval.n, interval.mean, interval.low, interval.high, 1.0, test)
     result = stats.permutation_test(
         (a, b), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples", vectorized=True,

@@ -60,7 +60,7 @@ def _bound(operator: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def as_chat(model: Any, prompts: Sequence[str], *, system: str = "") -> list[str]:
-    """User messages through the chat template; as they are where the tokenizer has none or they went through already."""
+    """User messages through the chat template; left as they are if there is none, or they went through already."""
     if not has_chat_template(model):
         return list(prompts)
     special = tuple(str(token) for token in tokenizer_of(model).all_special_tokens)
@@ -79,8 +79,8 @@ def generate(
 ) -> list[str]:
     """Answers to prompts, in batches, with a key-value cache, under whatever hooks the model carries.
 
-    A batch gives what singles give: padding is on the left with its mask and positions, and each prompt draws from a
-    random stream of its own.
+    The batch size changes nothing: padding is on the left with its mask and positions, and each prompt draws from a
+    random stream of its own, by its number in the list. Prompts that fit one batch are its rows in order.
 
     Args:
         model: HookedTransformer or TransformerBridge.
@@ -98,14 +98,16 @@ def generate(
     Raises:
         ValueError: if there is no prompt, a number is out of range, or the texts exceed the model's context.
     """
-    if max_new_tokens < 1 or temperature < 0 or batch_size < 1:
+    if max_new_tokens < 1 or not temperature >= 0 or batch_size < 1:  # `not >=` catches NaN too
         came = f"max_new_tokens {max_new_tokens}, temperature {temperature}, batch_size {batch_size}"
         raise ValueError(f"generate: {came} came; at least 1, 0 and 1 are wanted.")
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts: a list of at least one text is wanted. Put a single text in brackets.")
     tokenizer = tokenizer_of(model)
     encoded = [encode(model, text) for text in as_chat(model, prompts)]
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    order = list(range(len(encoded)))
+    if len(order) > batch_size:  # prompts that fit one batch stay in order, so that hooks may act by row
+        order.sort(key=lambda i: -len(encoded[i]))
     answers = [""] * len(encoded)
     with tqdm(total=len(order), desc="generating", unit="answer", disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
@@ -160,7 +162,9 @@ def generate_tokens(
     return [_until_end(row, ends) for row in torch.stack(columns, 1).tolist()]
 
 
-def _stepper(model: Any, batch: TokenBatch, new_tokens: int) -> Callable[[Tensor, Tensor], Float[Tensor, "batch d_vocab"]]:
+def _stepper(
+    model: Any, batch: TokenBatch, new_tokens: int
+) -> Callable[[Tensor, Tensor], Float[Tensor, "batch d_vocab"]]:
     """A function that takes new tokens with their mask and gives the logits after them, keeping a key-value cache."""
     if not isinstance(model, HookedTransformer):
         return _bridge_stepper(model)

@@ -130,6 +130,8 @@ def batches(
     encoded = [encode(model, text) for text in texts]
     if not encoded:
         raise ValueError("texts: the list is empty.")
+    if [] in encoded:
+        raise ValueError(f"texts: number {encoded.index([])} has no tokens.")
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -8,9 +8,9 @@ import logging
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,21 @@ class TuneConfig:
     """
 
     direction: Direction = "away"
-    layers: Sequence[int] = (15, 16, 17, 18, 19, 20, 21)
+    layers: Sequence[int] = (20, 21, 22, 23, 24)
     trained_layers: Sequence[int] | None = None
     hook: str = "resid_post"
-    cosine_weight: float = 4.0
+    cosine_weight: float = 8.0
     token_weight: float = 1.0
     kl_weight: float = 1.0
     centred: bool = True
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     weight_decay: float = 0.1
     epochs: int = 1
-    max_steps: int = 24
-    batch_size: int = 6
-    neutral_batch_size: int = 4
-    n_targets: int = 96
-    target_tokens: int = 24
+    max_steps: int = 16
+    batch_size: int = 4
+    neutral_batch_size: int = 3
+    n_targets: int = 64
+    target_tokens: int = 32
     validation_share: float = 0.2
     validate_every: int = 8
     patience: int = 3
@@ -251,9 +251,9 @@ def tune(
     if config.kl_weight > 0 and not neutral:
         raise ValueError("neutral: the KL term needs neutral prompts. Give some, or set kl_weight=0.")
     targets, held_out = _targets(model, train, validation, config, progress)
-    kept = write_neutral(model, neutral, config) if config.kl_weight and isinstance(neutral[0], str) else list(neutral)
+    anchors = _anchors(model, neutral, config)
     with _trainable(model, trained):
-        loop = _Loop(model, directions, config, trained, targets, held_out, kept)
+        loop = _Loop(model, directions, config, trained, targets, held_out, anchors)
         history, best = loop.run(progress)
         changes = {name: best[name] - loop.original[name] for name in trained}
     return WeightDelta(changes, _name(model), {**asdict(config), "layers": list(config.layers)}, history)
@@ -279,6 +279,15 @@ def _targets(
     if not train or not validation:
         raise ValueError(f"train: {len(train)} targets and {len(validation)} for validation came; both need some.")
     return list(train), list(validation)
+
+
+def _anchors(model: Any, neutral: Sequence[str] | Sequence[Target], config: TuneConfig) -> list[Target]:
+    """Neutral targets for the KL term: those given, or the untuned model's answers to the prompts given."""
+    if config.kl_weight == 0:
+        return []
+    prompts = [entry for entry in neutral if isinstance(entry, str)]
+    given = [entry for entry in neutral if isinstance(entry, Target)]
+    return given + (write_neutral(model, prompts, config) if prompts else [])
 
 
 def _trained_parameters(model: Any, blocks: Sequence[int]) -> dict[str, nn.Parameter]:
@@ -347,7 +356,7 @@ class _Loop:
         self.directions = {name: vector.to(model.cfg.device) for name, vector in directions.items()}
         self.first = min(config.blocks) if isinstance(model, HookedTransformer) else 0
         self.targets, self.held_out = list(targets), list(held_out)
-        self.neutral = list(neutral) if config.kl_weight else []
+        self.neutral = list(neutral)
         self.centres = self._mean_activations() if config.centred and config.cosine_weight else {}
 
     @torch.no_grad()
@@ -375,7 +384,9 @@ class _Loop:
         prefix = None
         if self.first > 0:
             with quick(self.model):
-                prefix = self.model(batch.tokens, attention_mask=torch.ones_like(batch.tokens), stop_at_layer=self.first)
+                prefix = self.model(
+                    batch.tokens, attention_mask=torch.ones_like(batch.tokens), stop_at_layer=self.first
+                )
         return _Rows(batch.tokens, reads, prefix)
 
     def _run(self, rows: _Rows, *, logits: bool) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -415,7 +426,8 @@ class _Loop:
             terms["token"] = token_loss(logits, rows.tokens[:, 1:][rows.reads[:, :-1]])
         if neutral is not None:
             _, ours = self._run(neutral, logits=True)
-            assert ours is not None and neutral.reference is not None
+            assert ours is not None
+            assert neutral.reference is not None
             terms["kl"] = kl_divergence(ours, neutral.reference).mean()
         weights = {"cosine": config.cosine_weight, "token": config.token_weight, "kl": config.kl_weight}
         terms["total"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -481,9 +493,7 @@ class _Loop:
     @torch.no_grad()
     def _validate(self, held_out: Sequence[_Rows], neutral: Sequence[_Rows]) -> dict[str, Tensor]:
         """Mean losses over the validation targets, and the KL over the first neutral batches."""
-        found = [
-            self.losses(rows, neutral[i % len(neutral)] if neutral else None) for i, rows in enumerate(held_out)
-        ]
+        found = [self.losses(rows, neutral[i % len(neutral)] if neutral else None) for i, rows in enumerate(held_out)]
         return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}
 
 
@@ -492,10 +502,10 @@ def encode_answer(model: Any, answer: str) -> list[int]:
     return model.tokenizer.encode(answer, add_special_tokens=False)
 
 
-def hook_alias(name: str | None, wanted: Iterable[str]) -> str:
+def hook_alias(name: str | None, wanted: Collection[str]) -> str:
     """The asked-for name of a hook point: a bridge calls hooks by its canonical name, with the same block number."""
-    if name in wanted:
-        return str(name)
+    if name is not None and name in wanted:
+        return name
     block = f"blocks.{str(name).split('.')[1]}."
     return next(alias for alias in wanted if alias.startswith(block))
 

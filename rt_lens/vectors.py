@@ -1,15 +1,15 @@
-"""Steering vectors: one direction per hook point, with where it came from. They are plain data; no model is run here."""
+"""Steering vectors: one direction per hook point, with where it came from. Plain data; no model is run here."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float
@@ -71,7 +71,7 @@ class SteeringVectors:
         if not self.vectors:
             raise ValueError("vectors: there is none. Give at least one hook point.")
         if len({vector.shape for vector in self.vectors.values()}) > 1:
-            raise ValueError(f"vectors: shapes differ: {({n: tuple(v.shape) for n, v in self.vectors.items()})}.")
+            raise ValueError(f"vectors: shapes differ: { ({n: tuple(v.shape) for n, v in self.vectors.items()}) }.")
         for name, vector in self.vectors.items():
             if not torch.isfinite(vector).all():
                 raise ValueError(f"vectors: {name} holds NaN or infinite values. Extract it again.")
@@ -98,20 +98,26 @@ class SteeringVectors:
         Raises:
             ValueError: if a layer has no vector; the message says which have.
         """
-        known = {int(name.split(".")[1]): name for name in self.vectors if name.endswith(f".hook_{hook}")}
+        ours = [name for name in self.vectors if name.startswith("blocks.") and name.endswith(f".hook_{hook}")]
+        known = {int(name.split(".")[1]): name for name in ours}
         if not known:
             raise ValueError(f"hook: no vector at hook_{hook}. These vectors are at {', '.join(self.hook_names[:3])}.")
         chosen = list(known) if layers is None else list(layers)
         for layer in chosen:
             if layer not in known:
-                middle = sorted(known)[len(known) // 2]
-                raise ValueError(
-                    f"layers: {layer} is outside these vectors' blocks {min(known)}..{max(known)} "
-                    f"({self.provenance.model}). Use layers=[{middle}], say."
-                )
+                middle, blocks = sorted(known)[len(known) // 2], f"{min(known)}..{max(known)}"
+                if min(known) < layer < max(known):
+                    wrong = f"has no vector among these vectors' blocks {', '.join(map(str, sorted(known)))}"
+                else:
+                    wrong = f"is outside these vectors' blocks {blocks}"
+                raise ValueError(f"layers: {layer} {wrong} ({self.provenance.model}). Use layers=[{middle}], say.")
         if not chosen:
             raise ValueError("layers: the list is empty. Name at least one block.")
         return {known[layer]: self.vectors[known[layer]] for layer in chosen}
+
+    def select(self, layers: Iterable[int], hook: str = "resid_post") -> SteeringVectors:
+        """The same vectors at some blocks only."""
+        return SteeringVectors(self.at_layers(layers, hook), self.provenance)
 
     def check_fits(self, model: Any) -> None:
         """Refuses a model of another width or without these hook points.
@@ -135,7 +141,8 @@ class SteeringVectors:
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file with its provenance, in one rename."""
         header = {"rt_lens": json.dumps({"schema": _SCHEMA, "kind": "steering_vectors", **asdict(self.provenance)})}
-        tensors = {name: vector.detach().cpu().contiguous() for name, vector in self.vectors.items()}
+        # Cloned: safetensors refuses one vector under two names.
+        tensors = {name: vector.detach().cpu().clone().contiguous() for name, vector in self.vectors.items()}
         return write_atomically(Path(path), save(tensors, metadata=header))
 
     @classmethod
@@ -147,10 +154,14 @@ class SteeringVectors:
             ValueError: if it is truncated, or no file of steering vectors.
         """
         tensors, header = read_safetensors(Path(path), "vectors")
-        stored = json.loads(header.get("rt_lens", "{}"))
-        if stored.pop("kind", None) != "steering_vectors" or stored.pop("schema", None) != _SCHEMA:
-            raise ValueError(f"vectors: {path} is not a file of steering vectors of schema {_SCHEMA}.")
-        return cls(tensors, Provenance(**stored))
+        try:
+            stored = json.loads(header["rt_lens"])
+            if (stored.pop("kind"), stored.pop("schema")) != ("steering_vectors", _SCHEMA):
+                raise KeyError("kind")
+            provenance = Provenance(**stored)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+            raise ValueError(f"vectors: {path} is not a file of steering vectors of schema {_SCHEMA}.") from None
+        return cls(tensors, provenance)
 
 
 def hook_names(layers: Sequence[int], hook: str = "resid_post") -> list[str]:
@@ -161,13 +172,12 @@ def hook_names(layers: Sequence[int], hook: str = "resid_post") -> list[str]:
 def write_atomically(path: Path, content: bytes) -> Path:
     """Writes to a temporary name beside `path`, then renames: a reader finds the old file, the new one, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = path.parent / f".{path.name}-{uuid4().hex}"  # not mkstemp, whose files only their owner may read
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return path
 
@@ -183,6 +193,6 @@ def read_safetensors(path: Path, argument: str) -> tuple[dict[str, Tensor], dict
         raise FileNotFoundError(f"{argument}: there is no file {path}.")
     try:
         with safe_open(path, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
+            return {name: stored.get_tensor(name) for name in list(stored.keys())}, stored.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{argument}: {path} is truncated or no safetensors file ({error}). Make it again.") from None

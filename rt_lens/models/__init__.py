@@ -16,7 +16,7 @@ from rt_lens.models.llama import NotLlamaStyle, hooked_from_folder, keep_hugging
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel
 from rt_lens.models.sources import cache_home, embedded_folder, gguf_folder
 
-__all__ = ["DEFAULT_MODEL", "EMBEDDED_MODELS", "EmbeddedModel", "cache_home", "load_model"]
+__all__ = ["DEFAULT_MODEL", "EMBEDDED_MODELS", "EmbeddedModel", "cache_home", "describe", "load_model"]
 
 Backend = Literal["auto", "hooked", "bridge"]
 
@@ -78,7 +78,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 def _local_folder(name_or_path: str | Path) -> Path | None:
     """The Hugging Face folder of an embedded model, a GGUF file or a folder; None for a name on the hub."""
-    name, path = str(name_or_path), Path(name_or_path)
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name.lower() in EMBEDDED_MODELS:
         return embedded_folder(EMBEDDED_MODELS[name.lower()])
     if path.is_dir():
@@ -89,7 +89,9 @@ def _local_folder(name_or_path: str | Path) -> Path | None:
         if not path.is_file():
             raise ValueError(f"model: there is no file {name}. Give the path of a .gguf file.")
         return gguf_folder(path)
-    if path.is_absolute() or name.startswith((".", "~")):
+    if path.is_file():
+        raise ValueError(f"model: {name} is a file, but no .gguf. Give the folder it is in, or a .gguf file.")
+    if path.is_absolute() or name.startswith("."):
         raise ValueError(f"model: there is nothing at {name}. Give a Hugging Face folder, a .gguf file or a name.")
     return None
 
@@ -100,7 +102,9 @@ def _from_folder(folder: Path, backend: Backend, device: str, dtype: torch.dtype
             model = hooked_from_folder(folder, device=device, dtype=dtype)
         except NotLlamaStyle as refusal:
             if backend == "hooked":
-                raise ValueError(f"backend: 'hooked' cannot load {folder.name}: {refusal}. Use backend='bridge'.") from None
+                raise ValueError(
+                    f"backend: 'hooked' cannot load {folder.name}: {refusal}. Use backend='bridge'."
+                ) from None
         else:
             return _with_tokenizer(model, _tokenizer(str(folder)))
     return _bridge(str(folder), device, dtype)
@@ -116,7 +120,7 @@ def _from_hub(name: str, backend: Backend, device: str, dtype: torch.dtype) -> A
     try:
         if backend != "bridge" and official is not None:
             model = HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=dtype)
-            return _with_tokenizer(keep_huggingface_layout(model), model.tokenizer)
+            return _with_tokenizer(keep_huggingface_layout(model), _tokenizer(official))
         if backend == "bridge" and official is not None:
             return _bridge(official, device, dtype)
         from huggingface_hub import snapshot_download

@@ -7,17 +7,20 @@ name, rather than load something that is nearly right.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from einops import rearrange
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.config import HookedTransformerConfig
 
 _FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
+_INDEX = "model.safetensors.index.json"
 
 
 class NotLlamaStyle(ValueError):
@@ -28,21 +31,19 @@ def hooked_config(config: dict[str, Any], *, device: str, dtype: torch.dtype) ->
     """The HookedTransformer configuration of a Llama-style Hugging Face configuration.
 
     Args:
-        config: the parsed config.json.
+        config: Hugging Face's configuration as a dictionary, its class's defaults filled in (`read_config`).
         device: torch device.
         dtype: type of the weights.
 
     Raises:
         NotLlamaStyle: if a field asks for maths that is not covered.
     """
-    family = config.get("model_type")
-    if family not in _FAMILIES:
-        raise NotLlamaStyle(f"model_type {family!r} is none of {', '.join(_FAMILIES)}")
-    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    family = config["model_type"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     d_head = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config.get("rope_parameters") or {**(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta")}
-    _refuse_what_is_not_covered(config, rope)
-    scaled = rope.get("rope_type", rope.get("type", "default")) == "llama3"
+    rope = config["rope_parameters"]
+    _refuse_what_is_not_covered(config)
+    scaled = rope["rope_type"] == "llama3"
     ntk = {
         "use_NTK_by_parts_rope": True,
         "NTK_by_parts_low_freq_factor": rope.get("low_freq_factor"),
@@ -69,7 +70,7 @@ def hooked_config(config: dict[str, Any], *, device: str, dtype: torch.dtype) ->
         positional_embedding_type="rotary",
         rotary_adjacent_pairs=False,
         rotary_dim=d_head,
-        rotary_base=rope.get("rope_theta") or 10_000.0,
+        rotary_base=rope["rope_theta"],
         default_prepend_bos=False,
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         init_weights=False,
@@ -79,23 +80,36 @@ def hooked_config(config: dict[str, Any], *, device: str, dtype: torch.dtype) ->
     )
 
 
-def _refuse_what_is_not_covered(config: dict[str, Any], rope: dict[str, Any]) -> None:
-    layers = config.get("num_hidden_layers", 0)
-    window, length = config.get("sliding_window"), config.get("max_position_embeddings", 0)
-    slides = window is not None and window < length and config.get("use_sliding_window", config["model_type"] == "mistral")
+def _refuse_what_is_not_covered(config: dict[str, Any]) -> None:
+    rope, window, length = config["rope_parameters"], config.get("sliding_window"), config["max_position_embeddings"]
+    may_slide = config["model_type"] != "qwen2" or config["use_sliding_window"]
     uncovered = {
         "mlp_bias": config.get("mlp_bias", False),
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) not in ("default", "llama3"),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
-        "sliding_window": slides,
-        "hidden_act": config.get("hidden_act") not in ("silu", "gelu", "relu", "gelu_new"),
-        "layer_types": any(kind != "full_attention" for kind in (config.get("layer_types") or [])[:layers]) and slides,
+        "rope_type": rope.get("rope_type") not in ("default", "llama3"),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "sliding_window": may_slide and window is not None and window < length,
+        "hidden_act": config["hidden_act"] not in ("silu", "gelu", "relu", "gelu_new"),
         "quantization_config": config.get("quantization_config") is not None,
-        "attention_multiplier or residual_multiplier": any(key.endswith("_multiplier") for key in config),
+        **{field: True for field in config if field.endswith("_multiplier")},
     }
     for field, present in uncovered.items():
         if present:
-            raise NotLlamaStyle(f"{field} of this configuration is not covered by HookedTransformer")
+            value = rope.get(field, config.get(field))
+            raise NotLlamaStyle(f"{field} {value!r} of this configuration is not covered by HookedTransformer")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's configuration as Hugging Face reads it: missing fields and older spellings become today's.
+
+    Raises:
+        NotLlamaStyle: if the architecture is none of those covered.
+    """
+    from transformers import AutoConfig
+
+    family = json.loads((folder / "config.json").read_text()).get("model_type")
+    if family not in _FAMILIES:
+        raise NotLlamaStyle(f"model_type {family!r} is none of {', '.join(_FAMILIES)}")
+    return AutoConfig.from_pretrained(folder).to_dict()
 
 
 def hooked_from_folder(folder: Path, *, device: str, dtype: torch.dtype) -> HookedTransformer:
@@ -108,72 +122,104 @@ def hooked_from_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Hook
         NotLlamaStyle: if the configuration is not covered, or the folder has no safetensors.
         ValueError: if weights are missing, left over or of another shape.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     cfg = hooked_config(config, device=device, dtype=dtype)
+    biased = {"llama": "QKVO" if config.get("attention_bias") else "", "mistral": "", "qwen2": "QKV"}
     weights = _read_weights(folder, device, dtype)
-    model = HookedTransformer(cfg)
-    state = _to_transformer_lens(weights, cfg)
+    state = _to_transformer_lens(weights, cfg, biased[config["model_type"]], folder.name)
     if weights:
-        raise ValueError(f"model: {folder.name} has weights that Llama has not: {', '.join(sorted(weights)[:4])}.")
-    result = model.load_state_dict(state, strict=False, assign=True)
-    missing = [name for name in result.missing_keys if not name.endswith(("mask", "IGNORE", "rotary_sin", "rotary_cos"))]
-    if missing or result.unexpected_keys:
-        raise ValueError(f"model: {folder.name} lacks {missing[:4]} or has too much {result.unexpected_keys[:4]}.")
+        raise ValueError(
+            f"model: {folder.name} has weights that its config.json does not ask for: "
+            f"{', '.join(sorted(weights)[:4])}. Mend the configuration, or save the model again with save_pretrained."
+        )
+    model = HookedTransformer(cfg)
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(_BUFFERS)}
+    model.load_state_dict(state | buffers, assign=True)
     return model
 
 
 def _read_weights(folder: Path, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise NotLlamaStyle("the folder has no safetensors file")
+    """Hugging Face's choice of files: model.safetensors, else the shards of its index; no other file in the folder."""
+    files = [folder / "model.safetensors"]
+    if not files[0].is_file() and (folder / _INDEX).is_file():
+        shards = json.loads((folder / _INDEX).read_text())["weight_map"].values()
+        files = [folder / name for name in sorted(set(shards))]
+    elif not files[0].is_file():
+        raise NotLlamaStyle(f"the folder has neither model.safetensors nor {_INDEX}")
     weights: dict[str, Tensor] = {}
     for file in files:
+        if not file.is_file():
+            raise ValueError(f"model: {folder.name} lacks the shard {file.name} of its index. Download it again.")
         with safe_open(file, framework="pt", device=device) as stored:
-            weights.update({name: stored.get_tensor(name).to(dtype) for name in stored.keys()})
+            weights.update({name: stored.get_tensor(name).to(dtype) for name in stored.keys()})  # noqa: SIM118
     return weights
 
 
-def _to_transformer_lens(weights: dict[str, Tensor], cfg: HookedTransformerConfig) -> dict[str, Tensor]:
-    """TransformerLens's parameters as views of Hugging Face's; takes what it uses out of `weights`."""
+def _to_transformer_lens(
+    weights: dict[str, Tensor], cfg: HookedTransformerConfig, biased: str, folder: str
+) -> dict[str, Tensor]:
+    """TransformerLens's parameters as views of Hugging Face's; takes what it uses out of `weights`.
 
-    def take(name: str) -> Tensor:
+    Args:
+        biased: which of the attention's matrices Q, K, V and O have a bias.
+    """
+
+    def take(name: str, *shape: int) -> Tensor:
         if name not in weights:
-            raise ValueError(f"model: the folder lacks the weight {name}.")
+            raise ValueError(
+                f"model: {folder} lacks the weight {name}. Download the folder again, or save it with save_pretrained."
+            )
+        if weights[name].shape != shape:
+            came = tuple(weights[name].shape)
+            raise ValueError(f"model: {name} of {folder} has shape {came}, its config.json asks for {shape}. Mend it.")
         return weights.pop(name)
 
-    def bias(name: str, *shape: int) -> Tensor:
-        stored = weights.pop(name, None)
-        return torch.zeros(*shape, dtype=cfg.dtype, device=cfg.device) if stored is None else stored.reshape(*shape)
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=cfg.dtype, device=cfg.device)
 
-    d_head, heads, d_mlp = cfg.d_head, cfg.n_heads, cfg.d_mlp
+    d_model, d_head, heads, d_mlp = cfg.d_model, cfg.d_head, cfg.n_heads, cfg.d_mlp
     assert d_mlp is not None
     kv_heads, grouped = cfg.n_key_value_heads or heads, "_" if cfg.n_key_value_heads else ""
-    embedding = take("model.embed_tokens.weight")
-    unembedding = weights.pop("lm_head.weight", embedding)
+    embedding = take("model.embed_tokens.weight", cfg.d_vocab, d_model)
     state = {
         "embed.W_E": embedding,
-        "unembed.W_U": unembedding.T,
-        "unembed.b_U": torch.zeros(cfg.d_vocab, dtype=cfg.dtype, device=cfg.device),
-        "ln_final.w": take("model.norm.weight"),
+        "unembed.W_U": _unembedding(embedding, weights, cfg, take).T,
+        "unembed.b_U": zeros(cfg.d_vocab),
+        "ln_final.w": take("model.norm.weight", d_model),
     }
     for layer in range(cfg.n_layers):
         theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
         for letter, kind, n in (("Q", "q_proj", heads), ("K", "k_proj", kv_heads), ("V", "v_proj", kv_heads)):
-            under = "" if letter == "Q" else grouped
-            matrix, name = take(f"{theirs}.self_attn.{kind}.weight"), f"{theirs}.self_attn.{kind}.bias"
+            under, stem = "" if letter == "Q" else grouped, f"{theirs}.self_attn.{kind}"
+            matrix = take(f"{stem}.weight", n * d_head, d_model)
+            bias = take(f"{stem}.bias", n * d_head) if letter in biased else zeros(n * d_head)
             state[f"{ours}.attn.{under}W_{letter}"] = rearrange(matrix, "(n h) m -> n m h", n=n)
-            state[f"{ours}.attn.{under}b_{letter}"] = bias(name, n, d_head)
-        output = take(f"{theirs}.self_attn.o_proj.weight")
+            state[f"{ours}.attn.{under}b_{letter}"] = rearrange(bias, "(n h) -> n h", n=n)
+        output = take(f"{theirs}.self_attn.o_proj.weight", d_model, heads * d_head)
         state[f"{ours}.attn.W_O"] = rearrange(output, "m (n h) -> n h m", n=heads)
-        state[f"{ours}.attn.b_O"] = bias(f"{theirs}.self_attn.o_proj.bias", cfg.d_model)
-        for letter, kind in (("in", "up_proj"), ("gate", "gate_proj"), ("out", "down_proj")):
-            state[f"{ours}.mlp.W_{letter}"] = take(f"{theirs}.mlp.{kind}.weight").T
-        state[f"{ours}.mlp.b_in"] = torch.zeros(d_mlp, dtype=cfg.dtype, device=cfg.device)
-        state[f"{ours}.mlp.b_out"] = torch.zeros(cfg.d_model, dtype=cfg.dtype, device=cfg.device)
-        state[f"{ours}.ln1.w"] = take(f"{theirs}.input_layernorm.weight")
-        state[f"{ours}.ln2.w"] = take(f"{theirs}.post_attention_layernorm.weight")
+        state[f"{ours}.attn.b_O"] = (
+            take(f"{theirs}.self_attn.o_proj.bias", d_model) if "O" in biased else zeros(d_model)
+        )
+        state[f"{ours}.mlp.W_in"] = take(f"{theirs}.mlp.up_proj.weight", d_mlp, d_model).T
+        state[f"{ours}.mlp.W_gate"] = take(f"{theirs}.mlp.gate_proj.weight", d_mlp, d_model).T
+        state[f"{ours}.mlp.W_out"] = take(f"{theirs}.mlp.down_proj.weight", d_model, d_mlp).T
+        state[f"{ours}.mlp.b_in"] = zeros(d_mlp)
+        state[f"{ours}.mlp.b_out"] = zeros(d_model)
+        state[f"{ours}.ln1.w"] = take(f"{theirs}.input_layernorm.weight", d_model)
+        state[f"{ours}.ln2.w"] = take(f"{theirs}.post_attention_layernorm.weight", d_model)
         weights.pop(f"{theirs}.self_attn.rotary_emb.inv_freq", None)
     return state
+
+
+def _unembedding(
+    embedding: Tensor, weights: dict[str, Tensor], cfg: HookedTransformerConfig, take: Callable[..., Tensor]
+) -> Tensor:
+    """As Hugging Face decides: a tied one that is stored with other numbers all the same is not tied."""
+    if cfg.tie_word_embeddings and "lm_head.weight" not in weights:
+        return embedding
+    stored = take("lm_head.weight", cfg.d_vocab, cfg.d_model)
+    cfg.tie_word_embeddings = cfg.tie_word_embeddings and torch.equal(stored, embedding)
+    return embedding if cfg.tie_word_embeddings else stored
 
 
 def keep_huggingface_layout(model: HookedTransformer) -> HookedTransformer:
@@ -189,8 +235,3 @@ def keep_huggingface_layout(model: HookedTransformer) -> HookedTransformer:
         elif kind in ("W_in", "W_gate", "W_out", "W_U") and parameter.ndim == 2:
             parameter.data = parameter.data.T.contiguous().T
     return model
-
-
-def is_tied(model: nn.Module) -> bool:
-    """True if the unembedding is the embedding's own memory."""
-    return model.unembed.W_U.data_ptr() == model.embed.W_E.data_ptr()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The models that come in a Python package: where they are, how large, under which licence, and how they are checked."""
+"""The models that come in a Python package: where they are, how large, whose, and how they are checked."""
 
 from __future__ import annotations
 

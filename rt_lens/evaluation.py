@@ -1,0 +1,264 @@
+"""Measuring whatever model is handed over: scores of its answers, perplexity, KL, facts. Knows nothing of steering or
+tuning; callers wrap the model in a context."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rt_lens.forward import logits_where
+from rt_lens.losses import kl_divergence
+from rt_lens.prompts import ContrastPairs
+from rt_lens.statistics import Interval, mean_interval
+from rt_lens.steering import generate
+from rt_lens.tokens import batches
+
+Scorer = Callable[[str], float]
+"""One answer in, one number out; higher means more of the behaviour."""
+
+
+@cache
+def _vader() -> Any:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    return SentimentIntensityAnalyzer()
+
+
+def vader(answer: str) -> float:
+    """VADER's compound mood, from -1 (sad) to 1 (happy) (Hutto and Gilbert 2014)."""
+    return float(_vader().polarity_scores(answer)["compound"])
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Balance of two word lists: (positive - negative) / (positive + negative) matches, 0 where there is none.
+
+    Attributes:
+        positive: words or phrases that count for the behaviour.
+        negative: words or phrases that count against it.
+    """
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.positive or not self.negative:
+            raise ValueError("scorer: a lexicon needs words in both lists, positive and negative.")
+
+    def __call__(self, answer: str) -> float:
+        text = answer.lower().replace("’", "'")
+        hits, misses = (len(_words(words).findall(text)) for words in (self.positive, self.negative))
+        return (hits - misses) / (hits + misses) if hits + misses else 0.0
+
+
+@cache
+def _words(words: tuple[str, ...]) -> re.Pattern[str]:
+    # Longest first, so that "kind of" is not taken for "kind".
+    either = "|".join(re.escape(word.lower()) for word in sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<![\w'])(?:{either})(?![\w'])")
+
+
+def make_scorer(scorer: str | Mapping[str, Any] | Scorer) -> tuple[str, Scorer]:
+    """A scorer and its name, from a name, a `[scorer]` table, or a function of your own.
+
+    Raises:
+        ValueError: unknown name or kind.
+    """
+    if callable(scorer):
+        return getattr(scorer, "__name__", type(scorer).__name__), scorer
+    table = {"kind": scorer} if isinstance(scorer, str) else dict(scorer)
+    kind = table.get("kind")
+    if kind == "vader":
+        return "vader", vader
+    if kind == "lexicon":
+        return "lexicon", Lexicon(tuple(table.get("positive", ())), tuple(table.get("negative", ())))
+    raise ValueError(f"scorer: {kind!r} came; 'vader', 'lexicon' (with word lists) or a function is wanted.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scored answers.
+
+    Attributes:
+        scorer: its name.
+        prompts: what was asked.
+        responses: what the model answered.
+        scores: one for each answer.
+        interval: mean with n and a bootstrap 95 % interval over prompts.
+        seed: of generation and bootstrap.
+    """
+
+    scorer: str
+    prompts: list[str] = field(repr=False)
+    responses: list[str] = field(repr=False)
+    scores: list[float] = field(repr=False)
+    interval: Interval
+    seed: int
+
+
+def evaluate(
+    model: Any,
+    test: ContrastPairs | Sequence[str],
+    scorer: str | Mapping[str, Any] | Scorer = "vader",
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Evaluation:
+    """Answers to prompts, scored.
+
+    Args:
+        model: whatever it carries (hooks, a delta) is what is measured.
+        test: prompts, or pairs, of which each topic is asked once with no persona.
+        scorer: `vader`, a `[scorer]` table, or a function from answer to number.
+        max_new_tokens: length of an answer.
+        temperature: 0 for greedy.
+        seed: of sampling and bootstrap.
+        batch_size: prompts per batch.
+        progress: show a bar.
+
+    Example:
+        >>> with delta.applied(model):
+        ...     print(evaluate(model, test).interval)
+    """
+    name, score = make_scorer(scorer)
+    prompts = test.topics if isinstance(test, ContrastPairs) else list(test)
+    responses = generate(
+        model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
+    scores = [score(response) for response in responses]
+    return Evaluation(name, prompts, responses, scores, mean_interval(scores, seed), seed)
+
+
+@dataclass(frozen=True)
+class TextFit:
+    """How a model predicts some texts; tokens of one text are not independent, so intervals resample whole texts.
+
+    Attributes:
+        nll: negative log-likelihood of each text, in nats, summed over its tokens.
+        kl: KL to the reference, in nats, summed over each text's tokens; None without a reference.
+        sizes: tokens predicted in each text.
+        seed: of the bootstrap.
+        log_probabilities: Float[Tensor, "token d_vocab"], if kept: what makes this a reference for others.
+    """
+
+    nll: Float[np.ndarray, "text"]
+    kl: Float[np.ndarray, "text"] | None
+    sizes: Int[np.ndarray, "text"]
+    seed: int
+    log_probabilities: Float[Tensor, "token d_vocab"] | None = field(default=None, repr=False)
+
+    @property
+    def perplexity(self) -> Interval:
+        """exp of the mean negative log-likelihood per token."""
+        n, *values = self._per_token(self.nll)
+        return Interval(n, *(math.exp(value) for value in values))
+
+    @property
+    def mean_kl(self) -> Interval | None:
+        """Mean KL(reference || model) per token, in nats."""
+        return None if self.kl is None else self._per_token(self.kl)
+
+    def _per_token(self, totals: Float[np.ndarray, "text"]) -> Interval:
+        drawn = np.random.default_rng(self.seed).integers(0, len(totals), (4000, len(totals)))
+        means = totals[drawn].sum(1) / self.sizes[drawn].sum(1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        return Interval(len(totals), float(totals.sum() / self.sizes.sum()), float(low), float(high))
+
+    @classmethod
+    def pooled(cls, fits: Sequence[TextFit]) -> TextFit:
+        """The average over several models (tuning seeds, say) on the same texts."""
+        kls = [fit.kl for fit in fits if fit.kl is not None]
+        kl = np.mean(kls, axis=0) if len(kls) == len(fits) else None
+        return cls(np.mean([fit.nll for fit in fits], axis=0), kl, fits[0].sizes, fits[0].seed)
+
+
+@torch.no_grad()
+def text_fit(
+    model: Any,
+    texts: Sequence[str],
+    *,
+    reference: TextFit | None = None,
+    keep: bool = False,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> TextFit:
+    """Perplexity of texts, and KL(reference || model) on the same tokens, in one pass.
+
+    Args:
+        model: whatever it carries is what is measured.
+        texts: each scored on its own, from its second token on.
+        reference: an earlier result with `keep=True` on the same texts.
+        keep: keep the log-probabilities (4 bytes x tokens x vocabulary).
+        batch_size: texts per forward pass.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: if the reference was not kept, or is of other texts.
+    """
+    if reference is not None and reference.log_probabilities is None:
+        raise ValueError("reference: its log-probabilities were not kept. Make it with keep=True.")
+    nll, kl, sizes = np.zeros(len(texts)), np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
+    kept, start = [], 0
+    for batch in batches(model, texts, batch_size):
+        where = batch.mask.bool().clone()
+        where[:, -1] = False  # left padding: the last column is the last token of every row
+        log_probabilities = torch.log_softmax(logits_where(model, batch.tokens, batch.mask, where).float(), -1)
+        following = torch.roll(batch.tokens, -1, 1)[where]
+        rows, each = list(batch.rows), where.sum(1).tolist()
+        losses = -log_probabilities.gather(1, following[:, None])[:, 0]
+        sizes[rows] = each
+        nll[rows] = [float(part.double().sum()) for part in losses.split(each)]
+        if reference is not None:
+            assert reference.log_probabilities is not None
+            theirs = reference.log_probabilities[start : start + len(losses)].to(losses.device)
+            if theirs.shape != log_probabilities.shape:
+                raise ValueError("reference: it was made from other texts. Make it from the same ones.")
+            divergence = kl_divergence(log_probabilities, theirs).double()
+            kl[rows] = [float(part.sum()) for part in divergence.split(each)]
+        if keep:
+            kept.append(log_probabilities.cpu())
+        start += len(losses)
+    return TextFit(nll, kl if reference is not None else None, sizes, seed, torch.cat(kept) if keep else None)
+
+
+def facts_kept(
+    model: Any, facts: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 12, batch_size: int = 64
+) -> list[bool]:
+    """For each question, whether the greedy answer names a right answer and none of the wrong ones.
+
+    Args:
+        model: whatever it carries is what is measured.
+        facts: `{"question", "answers", "wrong"}`.
+        max_new_tokens: length of an answer.
+        batch_size: questions per batch.
+    """
+    asked = [fact["question"] for fact in facts]
+    answers = generate(model, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return [
+        any(right in answer for right in fact["answers"]) and not any(wrong in answer for wrong in fact["wrong"])
+        for answer, fact in zip(answers, facts, strict=True)
+    ]
+
+
+def repetition(responses: Sequence[str]) -> float:
+    """Mean share of an answer's word pairs that it said before: 0 for none, near 1 for a loop."""
+    shares = []
+    for response in responses:
+        words = response.lower().split()
+        pairs = list(itertools.pairwise(words))
+        shares.append(1 - len(set(pairs)) / len(pairs) if pairs else 0.0)
+    return float(np.mean(shares)) if shares else 0.0

@@ -1,0 +1,23 @@
+"""Result tables and projections -> plotly figures. It never shows, writes or meets a model.
+
+A table is a pandas DataFrame, or the list of dicts it would be made from. Error bars and bands are 95 % intervals, an
+arm keeps one colour in every figure, and signed values get a diverging scale centred on zero. Text is drawn as it
+comes: Plotly renders a few HTML tags, so a caller who puts a model's words on a web page escapes them first.
+"""
+
+from rt_lens.plots.effects import arms, dose_response, side_effects
+from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
+from rt_lens.plots.look import ARM_COLOURS
+from rt_lens.plots.training import losses
+
+__all__ = [
+    "ARM_COLOURS",
+    "arms",
+    "dose_response",
+    "logit_lens",
+    "losses",
+    "projection_by_layer",
+    "projection_heatmap",
+    "separability",
+    "side_effects",
+]

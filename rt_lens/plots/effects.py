@@ -1,0 +1,328 @@
+"""What each arm achieves and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+
+from rt_lens.plots.look import (
+    ARM_COLOURS,
+    DIRECTIONS,
+    FAINT,
+    INK,
+    SYMBOLS,
+    Number,
+    Table,
+    arm_colours,
+    dressed,
+    estimate,
+    number,
+    ordered,
+    sample,
+    tidy,
+)
+
+
+def arms(table: Table, *, title: str = "Score of every arm") -> go.Figure:
+    """Bars of the arms' mean scores, one panel per direction, against the untuned mean.
+
+    Args:
+        table: one row per arm and direction, of one set of prompts and one scorer. Columns: arm, direction, n (scored
+            responses), mean, low, high (score), perplexity, kl (nats per token), scorer, seeds (list of int).
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column, all rows or the untuned arm is missing, or an arm and direction come twice.
+    """
+    frame = _arm_rows(table)
+    untuned = _untuned(frame)["mean"]
+    directions = ordered(frame["direction"], DIRECTIONS)
+    panels = [_sorted_by_arm(frame[frame["direction"] == direction]) for direction in directions]
+    figure = make_subplots(
+        cols=len(panels),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        column_widths=[len(panel) for panel in panels],
+        subplot_titles=[f"direction: {direction}" for direction in directions],
+    )
+    colours = arm_colours(frame["arm"])
+    for column, panel in enumerate(panels, start=1):
+        bars = go.Bar(
+            x=panel["arm"],
+            y=panel["mean"],
+            error_y=_interval(panel, INK),
+            marker_color=[colours[arm] for arm in panel["arm"]],
+            hovertext=[_arm_hover(row) for _, row in panel.iterrows()],
+            hoverinfo="text",
+            width=0.7,
+        )
+        figure.add_trace(bars, row=1, col=column)
+        for _, row in panel.dropna(subset=["mean"]).iterrows():
+            up = row["mean"] >= 0
+            figure.add_annotation(
+                x=row["arm"],
+                y=np.nanmax([row["mean"], row["high"]]) if up else np.nanmin([row["mean"], row["low"]]),
+                text=f"{round(row['mean'], 2) + 0.0:.2f}".replace("-", "−"),
+                showarrow=False,
+                yshift=14 if up else -14,
+                bgcolor="rgba(255,255,255,0.85)",
+                row=1,
+                col=column,
+            )
+    figure.add_hline(y=untuned, line={"dash": "dash", "color": INK, "width": 1.5})
+    low, high = _padded(np.r_[frame[["mean", "low", "high"]].to_numpy(float).ravel(), 0.0], 0.12)
+    figure.update_yaxes(range=[low, high], zeroline=True, zerolinecolor=FAINT)
+    scorers = ", ".join(ordered(frame["scorer"]))
+    figure.update_yaxes(title_text=f"mean score ({scorers})", col=1)
+    reading = "Compare each bar with the dashed line (untuned mean); whiskers are 95 % intervals."
+    return dressed(figure, title, reading, sample(frame), showlegend=False).update_layout(margin_b=40)
+
+
+def dose_response(
+    table: Table,
+    *,
+    bound: Number | None = None,
+    chosen: Sequence[tuple[int, Number]] = (),
+    title: str = "Dose-response of steering",
+) -> go.Figure:
+    """Score against the multiplier, one line per layer, over the perplexity that the dose costs.
+
+    Args:
+        table: one row per layer and multiplier. Columns: layer (block index), multiplier (times the unit vector's
+            scale), n, mean, low, high (score), perplexity (per token), admissible (bool: within the damage bound). The
+            row of multiplier 0 is the unsteered model; a single one, of any layer or none, serves every line.
+        bound: largest admissible perplexity, as a ratio to the unsteered one.
+        chosen: (layer, multiplier) of the points to mark with a star.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column, all rows or multiplier 0 is missing, or a chosen point is not in the table.
+    """
+    numbers = ("layer", "multiplier", "n", "mean", "low", "high", "perplexity")
+    frame = tidy(table, words=("admissible",), numbers=numbers)
+    zero = frame[frame["multiplier"] == 0]
+    if zero.empty:
+        raise ValueError(
+            f"table: multipliers {ordered(frame['multiplier'])} came, a row of multiplier 0 is wanted too."
+        )
+    frame = frame.assign(ratio=frame["perplexity"] / zero["perplexity"].iloc[0])
+    lines = {}
+    for layer in sorted(frame["layer"].dropna().unique()):
+        own = frame[frame["layer"] == layer]
+        if not (own["multiplier"] == 0).any():
+            own = pd.concat([own, frame.loc[zero.index[:1]]])
+        lines[int(layer)] = own.sort_values("multiplier")
+
+    figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.64, 0.36], vertical_spacing=0.07)
+    # Layers are ordered, so their colours are too; the scale's yellow end is too pale for a thin line.
+    shades = sample_colorscale("Viridis", np.linspace(0.0, 0.8, max(len(lines), 2)).tolist())
+    for (layer, own), shade in zip(lines.items(), shades, strict=False):
+        hover = [
+            f"layer {layer}, multiplier {row['multiplier']:g}<br>score {estimate(row)}<br>perplexity "
+            f"{number(row['perplexity'])} (x {number(row['ratio'])})<br>n = {row['n']:g}"
+            for _, row in own.iterrows()
+        ]
+        symbols = ["circle" if admissible else "circle-open" for admissible in own["admissible"]]
+        look = {
+            "x": own["multiplier"],
+            "mode": "lines+markers",
+            "name": f"layer {layer}",
+            "showlegend": False,
+            "line": {"color": shade, "width": 2},
+            "marker": {"symbol": symbols, "size": 9, "line": {"width": 2, "color": shade}},
+            "hovertext": hover,
+            "hoverinfo": "text",
+        }
+        figure.add_trace(go.Scatter(y=own["mean"], error_y=_interval(own, shade), **look), row=1, col=1)
+        figure.add_trace(go.Scatter(y=own["ratio"], **look), row=2, col=1)
+        # Plotly's own key would take the first point's symbol, hollow or not, for the whole line.
+        figure.add_trace(_key(f"layer {layer}", mode="lines", line={"color": shade, "width": 2}))
+    if not frame["admissible"].astype(bool).all():
+        hollow = {"symbol": "circle-open", "size": 9, "color": INK, "line_width": 2}
+        figure.add_trace(_key("over the bound", mode="markers", marker=hollow))
+    if chosen:
+        stars = [_row_of(lines, layer, multiplier) for layer, multiplier in chosen]
+        star = {"symbol": "star", "size": 17, "color": "#D55E00", "line": {"color": "white", "width": 1.5}}
+        x = [row["multiplier"] for row in stars]
+        for panel, column in enumerate(("mean", "ratio"), start=1):
+            y = [row[column] for row in stars]
+            marks = go.Scatter(
+                x=x, y=y, mode="markers", marker=star, name="chosen", showlegend=panel == 1, hoverinfo="skip"
+            )
+            figure.add_trace(marks, row=panel, col=1)
+    wide = frame["ratio"].max() > 3 * frame["ratio"].min()
+    if wide:
+        figure.update_yaxes(type="log", tickvals=[1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000], row=2)
+    if bound is not None:
+        figure.add_hline(y=bound, line={"dash": "dash", "color": INK, "width": 1.5}, row=2, col=1)
+        # Right of the panel, where no line runs; annotations, unlike lines, want the logarithm on a log axis.
+        height = math.log10(bound) if wide else bound
+        label = {"text": f"bound {bound:g}", "showarrow": False, "xanchor": "left"}
+        figure.add_annotation(x=1.01, xref="x domain", y=height, row=2, col=1, **label)
+    figure.update_yaxes(title_text="mean score", row=1)
+    figure.update_yaxes(title_text="perplexity<br>(ratio to untuned)", row=2)
+    figure.update_xaxes(title_text="multiplier (negative: away)", row=2)
+    reading = (
+        "Look for score gained before the perplexity rises; hollow points broke the damage bound. Bars: 95 % intervals."
+    )
+    return dressed(figure, title, reading, sample(frame), height=620)
+
+
+def side_effects(
+    table: Table, *, against: Literal["perplexity", "kl"] = "perplexity", title: str = "Effect against damage"
+) -> go.Figure:
+    """How far each arm moves the score, against what that costs in perplexity or KL.
+
+    Args:
+        table: rows as for `arms`.
+        against: the damage on the x axis: perplexity as a ratio to the untuned one, or KL in nats per token.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column, all rows or the untuned arm is missing, or `against` is neither.
+    """
+    frame = _arm_rows(table)
+    untuned = _untuned(frame)
+    if against == "perplexity":
+        damage, axis, none = frame["perplexity"] / untuned["perplexity"], "perplexity (ratio to untuned)", 1.0
+    elif against == "kl":
+        damage, axis, none = frame["kl"], "KL from untuned (nats per token)", 0.0
+    else:
+        raise ValueError(f"against: {against!r} came, 'perplexity' or 'kl' is wanted.")
+    frame = frame.assign(damage=damage.where(frame["arm"] != "untuned", none))
+    sign = np.where(frame["mean"] >= untuned["mean"], 1.0, -1.0)
+    near, far = ((frame[side] - untuned["mean"]) * sign for side in ("low", "high"))
+    frame = frame.assign(
+        shift=(frame["mean"] - untuned["mean"]).abs(), low=np.minimum(near, far), high=np.maximum(near, far)
+    )
+    frame = frame.assign(
+        label=frame["arm"].where(frame["direction"] == "none", frame["arm"] + ", " + frame["direction"])
+    )
+    spans = [_padded(frame["damage"], 0.2), _padded(frame[["low", "high", "shift"]].to_numpy().ravel(), 0.1)]
+    frame = frame.assign(side=_label_sides(frame, spans, none))
+    colours = arm_colours(frame["arm"])
+    figure = go.Figure()
+    for _, row in frame.iterrows():
+        point = go.Scatter(
+            x=[row["damage"]],
+            y=[row["shift"]],
+            error_y=_interval(row.to_frame().T, colours[row["arm"]], "shift"),
+            mode="markers+text",
+            text=[row["label"]],
+            textposition=row["side"],
+            marker={"color": colours[row["arm"]], "symbol": SYMBOLS.get(row["direction"], "square"), "size": 13},
+            hovertext=(
+                f"{row['label']}<br>shift {estimate(row, 'shift')}<br>"
+                f"{axis} {number(row['damage'])}<br>n = {row['n']:g}"
+            ),
+            hoverinfo="text",
+        )
+        figure.add_trace(point)
+    figure.add_vline(x=none, line={"dash": "dash", "color": INK, "width": 1})
+    figure.update_xaxes(title_text=axis, range=spans[0])
+    figure.update_yaxes(title_text="|shift of mean score| from untuned", range=spans[1])
+    reading = "Best is high and at the dashed line: much effect, no damage. Bars: each arm's own 95 % interval."
+    return dressed(figure, title, reading, sample(frame), showlegend=False)
+
+
+def _arm_rows(table: Table) -> pd.DataFrame:
+    words, numbers = ("arm", "direction", "scorer", "seeds"), ("n", "mean", "low", "high", "perplexity", "kl")
+    frame = tidy(table, words=words, numbers=numbers)
+    repeated = frame[frame.duplicated(["arm", "direction"])]
+    if not repeated.empty:
+        arm, direction = repeated.iloc[0][["arm", "direction"]]
+        raise ValueError(
+            f"table: {arm}, {direction} came more than once, one row for each arm and direction is wanted. "
+            "Keep one set and one scorer, pooled over seeds."
+        )
+    return frame
+
+
+def _untuned(frame: pd.DataFrame) -> pd.Series:
+    rows = frame[frame["arm"] == "untuned"]
+    if rows.empty:
+        raise ValueError(
+            f"table: arms {', '.join(ordered(frame['arm']))} came, a row of the arm untuned is wanted too."
+        )
+    return rows.iloc[0]
+
+
+def _key(name: str, **look: Any) -> go.Scatter:
+    """A legend entry without data."""
+    return go.Scatter(x=[None], y=[None], name=name, hoverinfo="skip", **look)
+
+
+def _row_of(lines: Mapping[int, pd.DataFrame], layer: int, multiplier: Number) -> pd.Series:
+    found = lines.get(layer, pd.DataFrame({"multiplier": []}))
+    found = found[np.isclose(found["multiplier"].astype(float), multiplier)]
+    if found.empty:
+        raise ValueError(
+            f"chosen: layer {layer}, multiplier {multiplier:g} is not in the table (layers {list(lines)})."
+        )
+    return found.iloc[0]
+
+
+def _interval(frame: pd.DataFrame, colour: str, centre: str = "mean") -> dict[str, Any]:
+    up, down = frame["high"] - frame[centre], frame[centre] - frame["low"]
+    return {
+        "type": "data",
+        "array": up.astype(float),
+        "arrayminus": down.astype(float),
+        "color": colour,
+        "thickness": 1.5,
+        "width": 4,
+    }
+
+
+def _arm_hover(row: pd.Series) -> str:
+    return (
+        f"{row['arm']}, {row['direction']}<br>score {estimate(row)}<br>perplexity {number(row['perplexity'])}"
+        f"<br>KL {number(row['kl'])} nats per token<br>n = {row['n']:g}, seeds {', '.join(map(str, row['seeds']))}"
+    )
+
+
+def _sorted_by_arm(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.sort_values("arm", key=lambda arm: arm.map(ordered(arm, list(ARM_COLOURS)).index), kind="stable")
+
+
+def _padded(values: Any, share: float) -> list[float]:
+    """The range of the values, widened on both sides by a share of its span."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    margin = share * (high - low) if high > low else 0.05 * max(abs(high), 1.0)
+    return [low - margin, high + margin]
+
+
+def _label_sides(points: pd.DataFrame, spans: Sequence[Sequence[float]], line: float) -> list[str]:
+    """For every point the side where its label covers fewest error bars and earlier labels, and not the line at x."""
+
+    def pixels(values: Any, span: Sequence[float], size: int) -> np.ndarray:
+        return (np.atleast_1d(np.asarray(values, dtype=float)) - span[0]) / (span[1] - span[0]) * size
+
+    x = pixels(points["damage"], spans[0], 800)
+    y, low, high = (pixels(points[column], spans[1], 300) for column in ("shift", "low", "high"))
+    edge = float(pixels(line, spans[0], 800)[0])
+    # What a label should not cover, and how bad it is: the markers most, the line least.
+    taken = [(px - 8, px + 8, py - 8, py + 8, 3.0) for px, py in zip(x, y, strict=True)]
+    taken += [(px - 5, px + 5, down - 4, up + 4, 1.0) for px, down, up in zip(x, low, high, strict=True)]
+    taken.append((edge - 2, edge + 2, 0.0, 300.0, 0.5))
+    sides = []
+    for px, py, label in zip(x, y, points["label"], strict=True):
+        width, boxes = 8 * len(label), {}
+        for vertical, shift in (("middle", 0), ("top", 16), ("bottom", -16)):
+            boxes[f"{vertical} right"] = (px + 9, px + 12 + width, py + shift - 9, py + shift + 9)
+            boxes[f"{vertical} left"] = (px - 12 - width, px - 9, py + shift - 9, py + shift + 9)
+        cost = {
+            side: 5 * (left < 0 or right > 800)
+            + sum(weight for a, b, c, d, weight in taken if left < b and a < right and down < d and c < up)
+            for side, (left, right, down, up) in boxes.items()
+        }
+        sides.append(min(cost, key=lambda side: cost[side]))
+        taken.append((*boxes[sides[-1]], 3.0))
+    return sides

@@ -1,0 +1,110 @@
+"""The look that all figures share: colours, frames, hover texts, and the checks of what comes in."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float
+from torch import Tensor
+
+Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
+PerLayer: TypeAlias = Float[Tensor, " layer"] | Float[np.ndarray, " layer"]  # the space is for linters
+PerToken: TypeAlias = Float[Tensor, "layer pos"] | Float[np.ndarray, "layer pos"]
+Number: TypeAlias = int | float  # runtime checkers take no int for a float
+
+# Okabe and Ito's palette, which stays apart for colour-blind readers.
+ARM_COLOURS = {"untuned": "#7F7F7F", "steered": "#E69F00", "token_tuned": "#56B4E9", "rep_tuned": "#009E73"}
+SPARE_COLOURS = ("#CC79A7", "#D55E00", "#0072B2", "#F0E442")
+DIRECTIONS = ("none", "toward", "away", "out")
+SYMBOLS = {"none": "circle", "toward": "triangle-up", "away": "triangle-down", "out": "diamond"}
+LOSS_PARTS = {"total": "total", "token": "token (nats)", "cosine": "cosine (0 to 1)", "kl": "KL (nats)"}
+INK, FAINT = "#222222", "#8A8A8A"
+
+
+def tidy(
+    table: Table, *, words: Sequence[str] = (), numbers: Sequence[str] = (), argument: str = "table"
+) -> pd.DataFrame:
+    """The table as a DataFrame with these columns checked and the numbers made float (None becomes NaN)."""
+    frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table))
+    wanted = ", ".join([*words, *numbers])
+    if frame.empty:
+        raise ValueError(f"{argument}: no rows came, at least one is wanted, with columns {wanted}.")
+    missing = [column for column in (*words, *numbers) if column not in frame.columns]
+    if missing:
+        came = ", ".join(map(str, frame.columns))
+        raise ValueError(f"{argument}: no column {', '.join(missing)} (came: {came}). Wanted: {wanted}.")
+    frame = frame.reset_index(drop=True)
+    for column in numbers:
+        try:
+            frame = frame.assign(**{column: frame[column].astype(float)})
+        except (TypeError, ValueError) as refusal:
+            raise ValueError(f"{argument}: column {column} holds what is not a number ({refusal}).") from refusal
+    return frame
+
+
+def dressed(
+    figure: go.Figure, title: str, reading: str, sample: str = "", *, height: int = 470, **layout: Any
+) -> go.Figure:
+    """The shared look. The reading sentence is broken into lines, because Plotly clips what is too long."""
+    lines = [*textwrap.wrap(reading, 125, break_long_words=False), *([sample] if sample else [])]
+    subtitle = {"text": "<br>".join(lines), "font": {"size": 14, "color": "#555555"}}
+    figure.update_layout(
+        template="plotly_white",
+        font={"family": "Helvetica, Arial, sans-serif", "size": 14, "color": INK},
+        title={
+            "text": title,
+            "font_size": 19,
+            "x": 0.01,
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 16},
+            "subtitle": subtitle,
+        },
+        margin={"l": 80, "r": 30, "t": 82 + 20 * len(lines), "b": 70},
+        height=height + 20 * (len(lines) - 1),
+        hoverlabel={"bgcolor": "white", "font_size": 13},
+        **layout,
+    )
+    figure.update_annotations(font_size=14)
+    figure.update_yaxes(ticklabelstandoff=5)
+    return figure
+
+
+def sample(frame: pd.DataFrame) -> str:
+    """The size and seeds of what is drawn ("n = 72; seeds 0, 1."), from the columns n and seeds or seed, if there."""
+    facts = []
+    if "n" in frame and frame["n"].notna().any():
+        low, high = frame["n"].min(), frame["n"].max()
+        facts.append(f"n = {low:g}" if low == high else f"n = {low:g} to {high:g}")
+    if "seeds" in frame:
+        seeds = {seed for row in frame["seeds"] for seed in row}
+    else:
+        seeds = set(frame["seed"]) if "seed" in frame else set()
+    if seeds:
+        word = "seed" if len(seeds) == 1 else "seeds"
+        facts.append(f"{word if facts else word.capitalize()} {', '.join(map(str, sorted(seeds)))}")
+    return "; ".join(facts) + "." if facts else ""
+
+
+def estimate(row: pd.Series, centre: str = "mean") -> str:
+    return f"{number(row[centre])} [{number(row['low'])}, {number(row['high'])}]"
+
+
+def number(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.3f}"
+
+
+def ordered(values: Iterable[Any], known: Sequence[Any] = ()) -> list[Any]:
+    """The distinct values, those of `known` first and in its order."""
+    distinct = list(dict.fromkeys(values))
+    return [value for value in known if value in distinct] + [value for value in distinct if value not in known]
+
+
+def arm_colours(names: Iterable[str]) -> dict[str, str]:
+    strangers = [name for name in dict.fromkeys(names) if name not in ARM_COLOURS]
+    return ARM_COLOURS | {name: SPARE_COLOURS[i % len(SPARE_COLOURS)] for i, name in enumerate(strangers)}

@@ -1,0 +1,63 @@
+"""How the tuning went."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from rt_lens.plots.look import DIRECTIONS, LOSS_PARTS, Table, arm_colours, dressed, ordered, sample, tidy
+
+
+def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
+    """Loss curves: a panel per loss part (columns) and direction (rows), a thin line per arm, seed and split.
+
+    Args:
+        history: one row per logged step. Columns: arm, direction, seed, step, split ("train" or "validation"), and the
+            parts total, token (nats), cosine (0 to 1), kl (nats per token); NaN or None where a part is not used.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column or all rows are missing, or no part holds a number.
+    """
+    words = ("arm", "direction", "seed", "split")
+    frame = tidy(history, words=words, numbers=("step", *LOSS_PARTS), argument="history")
+    parts = [part for part in LOSS_PARTS if frame[part].notna().any()]
+    if not parts:
+        raise ValueError(f"history: only empty values came, a number is wanted in one of {', '.join(LOSS_PARTS)}.")
+    directions = ordered(frame["direction"], DIRECTIONS)
+    figure = make_subplots(
+        rows=len(directions),
+        cols=len(parts),
+        shared_xaxes=True,
+        horizontal_spacing=0.06,
+        vertical_spacing=0.12,
+        subplot_titles=[f"{LOSS_PARTS[part]}, {direction}" for direction in directions for part in parts],
+    )
+    colours, named = arm_colours(frame["arm"]), set()
+    for (arm, direction, seed, split), run in frame.sort_values("step", kind="stable").groupby([*words], sort=False):
+        for column, part in enumerate(parts, start=1):
+            curve = run.dropna(subset=[part])
+            if curve.empty:
+                continue
+            group = f"{arm}, {split}"
+            line = go.Scatter(
+                x=curve["step"],
+                y=curve[part],
+                mode="lines",
+                line={"color": colours[str(arm)], "width": 1.3, "dash": "dash" if split == "validation" else "solid"},
+                name=group,
+                legendgroup=group,
+                showlegend=group not in named,
+                hovertemplate=f"step %{{x}}<br>{part} %{{y:.4f}}<extra>seed {seed}</extra>",
+            )
+            figure.add_trace(line, row=directions.index(direction) + 1, col=column)
+            named.add(group)
+    figure.update_xaxes(title_text="step", row=len(directions))
+    figure.update_yaxes(title_text="loss", col=1)
+    reading = (
+        "A dashed line (validation) that turns up while the solid one (train) falls: over-fitting. A line per seed."
+    )
+    dressed(figure, title, reading, sample(frame), height=200 + 260 * len(directions))
+    # The legend lies below, for four panels need the width.
+    legend = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"}
+    return figure.update_layout(legend=legend, margin_b=110)

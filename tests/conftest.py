@@ -1,0 +1,111 @@
+"""Shared models and data. Shapes and types of every rt_lens call are checked while the tests run."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+install_import_hook("rt_lens", "beartype.beartype")  # before the first import of rt_lens
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer
+from transformer_lens.config import HookedTransformerConfig
+from transformers import AutoTokenizer
+
+import rt_lens
+from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
+from rt_lens.models.sources import embedded_folder
+from rt_lens.prompts import ContrastPairs
+from rt_lens.vectors import Provenance, SteeringVectors
+
+
+@pytest.fixture(scope="session")
+def shared_tokenizer() -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(str(embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])))
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture
+def tokenizer(shared_tokenizer: Any) -> Any:
+    """The embedded model's tokenizer; a copy, which a test may change."""
+    return copy.deepcopy(shared_tokenizer)
+
+
+@pytest.fixture
+def make_tiny(tokenizer: Any) -> Callable[..., HookedTransformer]:
+    """Builds random two-block Llama-style models; keywords change the configuration."""
+
+    def make(**changes: Any) -> HookedTransformer:
+        settings = {
+            "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "n_key_value_heads": 2, "d_mlp": 64,
+            "d_vocab": 49152, "n_ctx": 256, "act_fn": "silu", "gated_mlp": True, "normalization_type": "RMS",
+            "final_rms": True, "positional_embedding_type": "rotary", "rotary_dim": 8, "rotary_adjacent_pairs": False,
+            "default_prepend_bos": False, "model_name": "tiny", "dtype": torch.float32, "seed": 0, "device": "cpu",
+        }  # fmt: skip
+        cfg = HookedTransformerConfig(**{**settings, **changes})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*HookedTransformer is deprecated.*")
+            model = HookedTransformer(cfg)
+        noise = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():  # else biases are zero and norms are one, and hide mistakes
+            if name.rsplit(".", 1)[-1].lstrip("_").startswith(("b_", "w", "b")) and parameter.ndim < 3:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=noise)
+        model.tokenizer = tokenizer
+        model.cfg.tokenizer_prepends_bos = False
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny(make_tiny: Callable[..., HookedTransformer]) -> HookedTransformer:
+    return make_tiny()
+
+
+@pytest.fixture
+def provenance() -> Provenance:
+    return Provenance("tiny", "mood", "mean_diff", "last", "none", 12, "0" * 64, 0, "0.1.0")
+
+
+@pytest.fixture
+def tiny_vectors(provenance: Provenance) -> SteeringVectors:
+    noise = torch.Generator().manual_seed(2)
+    names = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+    return SteeringVectors({name: torch.randn(32, generator=noise) for name in names}, provenance)
+
+
+@pytest.fixture(scope="session")
+def model() -> Any:
+    """The embedded model itself. Shared: a test leaves it as it was."""
+    return rt_lens.load_model()
+
+
+@pytest.fixture(scope="session")
+def pairs() -> ContrastPairs:
+    return rt_lens.load_pairs("mood")
+
+
+@pytest.fixture
+def hooks_on() -> Callable[[Any], dict[str, int]]:
+    """Counts the hooks on a model's hook points, torch's and TransformerLens's own lists."""
+
+    def count(model: Any) -> dict[str, int]:
+        return {
+            name: n
+            for name, point in model.hook_dict.items()
+            if (
+                n := len(point.fwd_hooks)
+                + len(point.bwd_hooks)
+                + len(point._forward_hooks)
+                + len(point._backward_hooks)
+            )
+        }
+
+    return count

@@ -1,0 +1,233 @@
+"""The whole loop from one TOML file, on the real model, in small: results, report, command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rt_lens.experiment import load_experiment, run_experiment
+from rt_lens.prompts import load_pairs
+from rt_lens.report import write_report
+from rt_lens.shipped import behaviours, data_path
+from rt_lens.vectors import SteeringVectors
+
+SMALL = """
+name = "sweetness"
+description = "Sweet against bitter, a behaviour of a user's own."
+[pairs]
+positive = ["You adore everything sweet.", "Speak of honey and cake.", "You taste sugar in every word."]
+negative = ["You adore everything bitter.", "Speak of bile and ash.", "You taste gall in every word."]
+topics = ["What is for lunch?", "Tell me about rivers.", "How is the weather?", "Describe a chair.",
+          "What do you do at noon?", "Tell me about a road.", "What is in your bag?", "Describe a window.",
+          "How do you cook rice?", "Tell me about a tower."]
+[scorer]
+kind = "lexicon"
+positive = ["sweet", "honey", "sugar", "the"]
+negative = ["bitter", "ash", "gall", "a"]
+[split]
+train = 0.4
+validation = 0.2
+[extract]
+n_pairs = 4
+[choose]
+layers = [18]
+multipliers = [0.5]
+n_prompts = 2
+n_paragraphs = 2
+max_new_tokens = 6
+bound = 1.5
+[tune]
+layers = [27]
+trained_layers = [27]
+max_steps = 2
+batch_size = 2
+neutral_batch_size = 1
+n_targets = 4
+target_tokens = 6
+seeds = [0, 1]
+[test]
+n_prompts = 4
+max_new_tokens = 6
+n_facts = 4
+"""
+ROWS = [("untuned", "none"), *((arm, d) for arm in ("steered", "token_tuned", "rep_tuned") for d in ("toward", "away"))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run of the small behaviour, by the command that users type."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "sweetness.toml").write_text(SMALL)
+    command("run", str(folder / "sweetness.toml"), "--out", str(folder / "out"))
+    return folder / "out"
+
+
+def command(*arguments: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "rt_lens.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def test_results_hold_every_arm_and_direction_with_intervals(run):
+    results = json.loads((run / "results.json").read_text())
+    assert sorted((row["arm"], row["direction"]) for row in results["summary"]) == sorted(ROWS)
+    assert len(results["arms"]) == 3 + 2 * 2 * 2  # untuned, two steered, two tuned arms x directions x seeds
+    for row in results["summary"] + results["arms"]:
+        assert row["n"] == 4
+        assert row["low"] <= row["mean"] <= row["high"]
+        assert row["perplexity"] > 1
+        assert row["kl"] >= 0
+    untuned = results["summary"][0]
+    assert untuned["kl"] == pytest.approx(0, abs=1e-6)
+    assert all(row["kl"] > 1e-5 for row in results["summary"][1:])
+    assert results["choices"]["away"]["multiplier"] < 0 < results["choices"]["toward"]["multiplier"]
+    assert {"rt_lens", "torch", "transformer-lens"} <= set(results["versions"])
+
+
+def test_each_mean_is_the_mean_of_its_responses(run):
+    results = json.loads((run / "results.json").read_text())
+    answers = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+    for row in results["arms"]:
+        mine = [a["score"] for a in answers if all(a[k] == row[k] for k in ("arm", "direction", "seed"))]
+        assert row["mean"] == pytest.approx(sum(mine) / len(mine))
+
+
+def test_test_prompts_were_seen_by_nothing_else(run):
+    experiment = load_experiment(run.parent / "sweetness.toml")
+    train, validation, test = experiment.pairs.split(0.4, 0.2, seed=0)
+    answers = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+    asked = {answer["prompt"] for answer in answers}
+    assert asked == set(test.topics)
+    assert not asked & (set(train.topics) | set(validation.topics))
+
+
+def test_vectors_and_deltas_are_on_disk(run):
+    assert SteeringVectors.load(run / "vectors.safetensors").provenance.behaviour == "sweetness"
+    assert (run / "rep_tuned_away.safetensors").is_file()
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_report_is_one_offline_page_with_every_arm(run):
+    page = write_report(run).read_text()
+    for arm, _ in ROWS:
+        assert arm in page
+    assert "<script src" not in page
+    assert "Plotly.newPlot" in page
+
+
+def test_same_seed_same_results(run, tmp_path):
+    again = run_experiment(load_experiment(run.parent / "sweetness.toml"), tmp_path, progress=False)
+    first = json.loads((run / "results.json").read_text())
+    for key in ("choices", "arms", "summary", "comparisons", "dose_response", "history"):
+        assert json.loads(json.dumps(again[key])) == first[key], key
+
+
+def test_extract_steer_and_tune_by_command(run, tmp_path):
+    file = tmp_path / "v.safetensors"
+    said = command("extract", str(run.parent / "sweetness.toml"), "--out", str(file), "--n-pairs", "3")
+    assert f"saved {file}" in said
+    assert "steered (layer 18" in command("steer", str(file), "Hello.", "--layer", "18", "--max-new-tokens", "4")
+    out = tmp_path / "d.safetensors"
+    said = command("tune", str(run.parent / "sweetness.toml"), str(file), "--direction", "out", "--out", str(out))
+    assert f"saved {out} (7 matrices" in said
+
+
+def test_models_lists_licence_and_behaviours():
+    said = command("models")
+    assert "Apache-2.0" in said
+    assert "formality, mood" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("run", "moood"), "behaviour: 'moood' is neither a shipped behaviour nor a file. Did you mean 'mood'?"),
+        (("run", "mood", "--model", "smollm2-135m-instrct"), "Did you mean 'smollm2-135m-instruct'?"),
+        (("steer", "nothing.safetensors", "Hi.", "--layer", "3"), "vectors: there is no file nothing.safetensors."),
+        (("run", "mood", "--out", "/dev/null/x"), "out: cannot write to /dev/null/x"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments, says, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = command(*arguments, code=2)
+    assert says in said
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["run", "extract", "steer", "tune", "models"])
+def test_help_shows_an_example(name):
+    assert f"Example: rt-lens {name}" in command(name, "--help")
+
+
+@pytest.mark.parametrize("name", behaviours())
+def test_shipped_behaviours_are_whole(name):
+    experiment = load_experiment(name)
+    pairs = load_pairs(name)
+    assert len({(p.positive, p.negative) for p in pairs.pairs}) >= 12
+    assert len(pairs.topics) >= 60
+    assert len({p.opener for p in pairs.pairs}) >= 12
+    *_, test = pairs.split(experiment.split.train, experiment.split.validation, seed=experiment.split.seed)
+    assert len(test.topics) >= experiment.test.n_prompts >= 60
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("max_steps = 2", "max_stepz = 2"), r"\[tune\] has an unknown key 'max_stepz'. Did you mean 'max_steps'"),
+        (("[extract]", "[extrakt]"), "unknown key 'extrakt'. Did you mean 'extract'"),
+        (("seeds = [0, 1]", "seeds = []"), "tune.seeds: the list is empty"),
+        (('negative = ["You adore everything bitter.", ', "negative = ["), "3 positive and 2 negative personas"),
+        (("n_prompts = 4", "n_prompts = 40"), "40 asked for, 4 topics fall to the test part"),
+        (("layers = [27]", "layers = [99]"), "layers: 99 is outside this model's blocks 0..29"),
+        (("[split]", "[split"), "is not valid TOML"),
+        (('positive = ["You', 'positve = ["You'), "lacks a list pairs.positive"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, change, says):
+    assert change[0] in SMALL
+    (tmp_path / "bad.toml").write_text(SMALL.replace(*change, 1))
+    with pytest.raises(ValueError, match=says):
+        run_experiment(load_experiment(tmp_path / "bad.toml"), tmp_path / "out", progress=False)
+
+
+def test_choices_need_a_multiplier_within_the_bound(tmp_path):
+    (tmp_path / "b.toml").write_text(SMALL.replace("bound = 1.5", "bound = 1.0").replace("[0.5]", "[40.0]"))
+    with pytest.raises(ValueError, match="Offer smaller multipliers, or raise choose.bound"):
+        run_experiment(load_experiment(tmp_path / "b.toml"), tmp_path / "out", progress=False)
+
+
+def test_the_wheel_carries_the_data(tmp_path):
+    root = Path(__file__).parent.parent
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(root)]
+    subprocess.run(build, check=True, capture_output=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    installed = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(wheel)],
+        check=True,
+    )
+    script = (
+        "import rt_lens, rt_lens.shipped as s; print(rt_lens.__file__, s.behaviours(), len(s.neutral_paragraphs()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(installed) in done.stdout
+    assert "['formality', 'mood'] 24" in done.stdout
+
+
+def test_neutral_text_is_about_three_thousand_tokens(model):
+    text = data_path("neutral/text.txt").read_text()
+    assert math.isclose(len(model.tokenizer.encode(text)), 3000, rel_tol=0.15)

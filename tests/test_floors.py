@@ -1,0 +1,151 @@
+"""Which room may import which, read from the source: a room imports only from floors below its own."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "rt_lens"
+
+FLOORS: dict[float, tuple[str, ...]] = {
+    0: ("shipped", "tokens", "losses", "operators", "statistics", "forward"),
+    0.5: ("prompts", "vectors"),
+    1: ("models", "activations", "steering", "plots"),
+    2: ("extraction", "tuning", "evaluation"),
+    3: ("experiment",),
+    4: ("report",),
+    5: ("cli",),
+}
+FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
+FRONT_DOOR = "__init__"
+
+
+def room_of(file: Path) -> str:
+    """A file's room: its own name, or the folder's for a room that has grown into one."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(source: str, package: str) -> set[str]:
+    """Rooms of rt_lens that a source imports, at its top or inside functions; `package` is where its dots start."""
+    rooms = set()
+    for node in ast.walk(ast.parse(source)):
+        modules: list[str] = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from rt_lens import plots` names a room; `from rt_lens import load_model` goes through the front door.
+            modules = [f"{module}.{alias.name}" for alias in node.names] if module == "rt_lens" else [module]
+        for name in modules:
+            top, _, rest = name.partition(".")
+            if top == "rt_lens":
+                room = rest.partition(".")[0]
+                rooms.add(room if room in FLOOR_OF else FRONT_DOOR)
+    return rooms
+
+
+def faults_of(room: str, imported: set[str]) -> list[str]:
+    """Rules that a room's imports break."""
+    if room == FRONT_DOOR:
+        return [f"rt_lens/__init__.py imports {other}" for other in imported & {"cli"}]
+    faults = []
+    for other in sorted(imported - {room}):
+        if other == FRONT_DOOR:
+            faults.append(f"{room} imports rt_lens itself; name the room it wants")
+        elif room == "plots":
+            faults.append(f"plots imports {other}; it may know nothing of rt_lens")
+        elif FLOOR_OF[other] >= FLOOR_OF[room]:
+            faults.append(f"{room} (floor {FLOOR_OF[room]}) imports {other} (floor {FLOOR_OF[other]})")
+    return faults
+
+
+def built_models(source: str) -> list[str]:
+    """Calls in a source that build a HookedTransformer or a TransformerBridge."""
+    kinds = {"HookedTransformer", "TransformerBridge"}
+    built = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            last, owner = call.split(".")[-1], call.split(".")[-2:-1]
+            loads = last == "from_pretrained" and owner and owner[0] in kinds
+            if last in kinds or last in {"from_pretrained_no_processing", "boot_transformers"} or loads:
+                built.append(f"line {node.lineno}: {call}(...)")
+    return built
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_the_package_was_found():
+    assert {"prompts", "models", "cli"} <= {room_of(file) for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_rooms_import_only_from_floors_below(file):
+    room = room_of(file)
+    assert room in FLOOR_OF or room == FRONT_DOOR, f"{room} is on no floor: add it to FLOORS in {Path(__file__).name}"
+    package = ".".join(["rt_lens", *file.relative_to(PACKAGE).parts[:-1]])
+    assert not faults_of(room, imported_rooms(file.read_text(), package))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_only_the_room_models_builds_models(file):
+    if room_of(file) == "models":
+        return
+    assert not built_models(file.read_text())
+
+
+def test_the_room_models_does_build_them():
+    calls = " ".join(call for file in FILES if room_of(file) == "models" for call in built_models(file.read_text()))
+    assert "HookedTransformer(" in calls
+    assert "boot_transformers(" in calls
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("operators", "from rt_lens.vectors import SteeringVectors"),
+        ("steering", "import rt_lens.plots"),
+        ("tuning", "def f():\n    from rt_lens import evaluation"),
+        ("plots", "from rt_lens.losses import cosine_loss"),
+        ("report", "from .cli import main"),
+        ("models", "from ..steering import generate"),
+        ("experiment", "from rt_lens import load_model"),
+        ("__init__", "from rt_lens.cli import main"),
+    ],
+)
+def test_the_check_finds_an_import_that_goes_up(room, source):
+    package = "rt_lens.models" if room == "models" else "rt_lens"
+    assert faults_of(room, imported_rooms(source, package))
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("steering", "from rt_lens.vectors import SteeringVectors\nimport torch"),
+        ("models", "from .registry import EMBEDDED_MODELS"),
+        ("models", "from rt_lens.models.registry import EMBEDDED_MODELS"),
+        ("report", "from rt_lens import plots"),
+    ],
+)
+def test_the_check_lets_an_import_that_goes_down_pass(room, source):
+    imported = imported_rooms(source, "rt_lens.models" if room == "models" else "rt_lens")
+    assert imported
+    assert not faults_of(room, imported)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "HookedTransformer(cfg)",
+        "transformer_lens.HookedTransformer.from_pretrained('gpt2')",
+        "HookedTransformer.from_pretrained_no_processing('gpt2')",
+        "TransformerBridge.boot_transformers('gpt2')",
+    ],
+)
+def test_the_check_finds_a_model_being_built(source):
+    assert built_models(source)
+    assert not built_models("isinstance(model, HookedTransformer)\nAutoTokenizer.from_pretrained('gpt2')")

@@ -1,0 +1,344 @@
+"""The page says what the files say, opens offline, and no text in it can do anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rt_lens import report
+
+HOSTILE = ("<script>alert(1)</script>", "</script>", "<b>", '"><img src=x onerror=alert(2)>', "]]><!--")
+_MEANS = {
+    ("untuned", "none"): (0.31, 21.4, 0.0, 0.93),
+    ("steered", "toward"): (0.62, 22.6, 0.19, 0.90),
+    ("steered", "away"): (-0.08, 23.1, 0.24, 0.88),
+    ("token_tuned", "toward"): (0.48, 21.6, 0.03, 0.93),
+    ("token_tuned", "away"): (0.12, 21.7, 0.04, 0.92),
+    ("rep_tuned", "toward"): (0.71, 21.8, 0.07, 0.92),
+    ("rep_tuned", "away"): (-0.27, 21.9, 0.08, 0.91),
+}
+
+
+def make_results() -> dict[str, Any]:
+    """Made-up numbers of a believable run on three seeds and two sets of prompts."""
+    names = ("mean", "perplexity", "kl", "facts")
+    summary: list[dict[str, Any]] = [
+        {
+            "arm": arm,
+            "direction": direction,
+            "set": prompts,
+            "scorer": "vader",
+            "n": 216,
+            "seeds": [0, 1, 2],
+            **dict(zip(names, (measures[0] * scale, *measures[1:]), strict=True)),
+            "low": measures[0] * scale - 0.06,
+            "high": measures[0] * scale + 0.06,
+            "perplexity_low": measures[1] - 0.4,
+            "perplexity_high": measures[1] + 0.4,
+            "facts_low": measures[3] - 0.05,
+            "facts_high": measures[3] + 0.03,
+            "repetition": 0.1,
+        }
+        for prompts, scale in (("test", 1.0), ("unlike", 0.8))
+        for (arm, direction), measures in _MEANS.items()
+    ]
+    pooled = ("seeds", "perplexity_low", "perplexity_high", "facts_low", "facts_high")
+    arms = [
+        {**{key: value for key, value in row.items() if key not in pooled}, "n": 72, "seed": seed}
+        for row in summary
+        for seed in row["seeds"]
+    ]
+    comparisons = [
+        {
+            "direction": direction,
+            "a": "rep_tuned",
+            "b": b,
+            "n": 216,
+            "difference": sign * size,
+            "p": p,
+            "low": sign * size - 0.05,
+            "high": sign * size + 0.05,
+            "test": "paired permutation",
+            "seeds": [0, 1, 2],
+        }
+        for direction, sign in (("toward", 1), ("away", -1))
+        for b, size, p in (("steered", 0.09, 0.012), ("token_tuned", 0.23, 0.0002))
+    ]
+    dose = [
+        {
+            "layer": layer,
+            "multiplier": multiplier,
+            "n": 72,
+            "mean": 0.31 + 0.005 * layer * multiplier,
+            "low": 0.22 + 0.005 * layer * multiplier,
+            "high": 0.4 + 0.005 * layer * multiplier,
+            "perplexity": 21.4 + 0.02 * layer * multiplier**2,
+            "admissible": 0.02 * layer * multiplier**2 < 2.14,
+        }
+        for layer in (12, 18, 24)
+        for multiplier in (-4.0, -2.0, 0.0, 2.0, 4.0)
+    ]
+    history = [
+        {
+            "arm": arm,
+            "direction": direction,
+            "seed": seed,
+            "step": step,
+            "split": split,
+            "kl": 0.02 + step / 1e4,
+            "total": 2.5 - step / 150,
+            "token": 2.0 - step / 200,
+            "cosine": 0.5 if arm == "rep_tuned" else None,
+        }
+        for arm in ("token_tuned", "rep_tuned")
+        for direction in ("toward", "away")
+        for seed in (0, 1)
+        for step in range(0, 200, 20)
+        for split in ("train", "validation")
+    ]
+    return {
+        "schema": 1,
+        "behaviour": "mood",
+        "description": "Does the answer sound cheerful or gloomy?",
+        "model": "SmolLM2-135M-Instruct",
+        "versions": {"torch": "2.13.0", "transformer_lens": "3.1.0", "rt_lens": "1.0.0"},
+        "seed": 0,
+        "choices": {
+            "toward": {"layer": 18, "multiplier": 2.0, "why": "Largest score within the bound."},
+            "away": {"layer": 18, "multiplier": -2.0, "why": "Smallest score within the bound."},
+            "rule": "Among doses whose perplexity stays within 1.1 times the untuned, the largest shift of the score.",
+        },
+        "arms": arms,
+        "summary": summary,
+        "comparisons": comparisons,
+        "separability": [
+            {"layer": i, "accuracy": 0.55 + 0.014 * i, "low": 0.5 + 0.014 * i, "high": 0.59 + 0.014 * i, "n": 432}
+            for i in range(30)
+        ],
+        "dose_response": dose,
+        "bound": 1.1,
+        "history": history,
+        "logit_lens": [
+            {"layer": layer, "sign": sign, "tokens": words}
+            for layer in (12, 18, 24)
+            for sign, words in (("+v", [" joy", " bright", *HOSTILE]), ("-v", [" grim", "\n", " sad"]))
+        ],
+        "seconds": {"extract": 31.2, "tune": 640.5, "evaluate": 202.0},
+    }
+
+
+def make_responses() -> list[dict]:
+    prompts = [*(f"Hostile prompt {text}" for text in HOSTILE), *(f"Tell me about day {day}." for day in range(12))]
+    return [
+        {
+            "arm": arm,
+            "direction": direction,
+            "seed": seed,
+            "prompt": prompt,
+            "score": measures[0],
+            "response": f"Seed {seed} of {arm} {direction} says: {prompt}\nIt was a long and quiet day with some rain & wind.",
+        }
+        for (arm, direction), measures in _MEANS.items()
+        for seed in (0, 1)
+        for prompt in prompts
+    ]
+
+
+def make_projections() -> dict:
+    tokens = ["<|im_start|>", "user", "\n", "Tell", " me", *HOSTILE, " me", "."]
+    base = np.linspace(0.1, 4.0, 30)[:, None] * np.linspace(-0.4, 1.0, len(tokens))
+    arms = {"untuned": base, "rep_tuned away": base - 1.0, "rep_tuned toward": base + 1.0}
+    rows = {name: values.tolist() for name, values in arms.items()}
+    return {"prompt": f"Tell me {HOSTILE[0]}", "tokens": tokens, "layers": list(range(30)), "arms": rows}
+
+
+def write_run(folder, results=None):
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(make_results() if results is None else results))
+    (folder / "responses.jsonl").write_text("\n".join(json.dumps(row) for row in make_responses()) + "\n")
+    (folder / "projections.json").write_text(json.dumps(make_projections()))
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser's parser would see: the elements with their attributes, and the text outside scripts."""
+
+    def __init__(self, html: str):
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        (self.scripts if self.elements and self.elements[-1][0] == "script" and self.cdata_elem else self.texts).append(
+            data
+        )
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory) -> str:
+    return report.write_report(write_run(tmp_path_factory.mktemp("run"))).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_the_page_stands_alone(page, html):
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base")
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith("#")
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL).group(1)
+    assert "url(" not in style and "@import" not in style
+    assert "default-src 'none'" in html
+
+
+def test_plotly_is_inlined_once(html):
+    assert html.count("plotly.js v") == 1
+    assert html.count("Plotly.newPlot(") >= 10
+    assert html.count('"showSendToCloud": false') == html.count('class="plotly-graph-div"')
+
+
+def test_links_lead_to_sections_and_every_figure_has_its_own_place(page):
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids)), "a figure is drawn into the first element of its id"
+    targets = [attributes["href"][1:] for tag, attributes in page.elements if tag == "a"]
+    assert targets and set(targets) <= set(ids)
+
+
+def test_hostile_text_is_inert(page, html):
+    drawn = [tag for tag, _ in page.elements]
+    assert drawn.count("script") == 1 + html.count('class="plotly-graph-div"')
+    assert "img" not in drawn
+    assert drawn.count("b") == html.count("<p><b>Rule.") + html.count("<li><b>"), "the page's own bold words only"
+    assert not [attributes for _, attributes in page.elements if any(name.startswith("on") for name in attributes)]
+    text = "".join(page.texts)
+    for hostile in HOSTILE:
+        assert f"Hostile prompt {hostile}" in text, "escaped, so that the reader sees it as it was"
+
+
+def test_no_label_can_close_a_script_or_be_markup_in_a_figure(html):
+    scripts = [part.split("</script>")[0] for part in html.split("<script>")[1:]]
+    figures = [script for script in scripts if "Plotly.newPlot(" in script and "plotly.js v" not in script]
+    assert len(figures) == html.count('class="plotly-graph-div"')
+    for script in figures:
+        assert "alert(1)</" not in script and "<script" not in script and "<!--" not in script
+    heatmaps = [script for script in figures if '"coloraxis":"coloraxis2"' in script]
+    assert len(heatmaps) == 2
+    for script in heatmaps:
+        # & of the escaped label is what Plotly turns back into a plain character.
+        assert "&lt;script&gt;alert(1)&lt;\\u002fscript&gt;" in script
+        assert "\\u003cscript" not in script
+
+
+def test_the_numbers_are_those_of_the_files(page):
+    text = "".join(page.texts)
+    for row in make_results()["summary"]:
+        assert f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in text
+    for row in make_results()["comparisons"]:
+        assert f"{row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in text
+    assert "Largest score within the bound." in text and "640.5" in text
+
+
+def test_responses_show_twelve_prompts_of_the_first_seed(page):
+    text = "".join(page.texts)
+    assert "Tell me about day 6." in text and "Tell me about day 7." not in text
+    assert "Seed 0 of rep_tuned away says" in text and "Seed 1 of" not in text
+
+
+def test_summary_sentences_carry_numbers_n_interval_and_seeds():
+    *sentences, brackets = report.summary_sentences(make_results())
+    assert sentences[0] == (
+        "Untuned, SmolLM2-135M-Instruct scores 0.31 [0.25, 0.37] "
+        "(mood, test prompts, scored by vader; n = 216, seeds 0, 1, 2)."
+    )
+    assert sentences[1].startswith("Toward, test prompts: steered 0.62 [0.56, 0.68]; token_tuned")
+    assert sentences[1].endswith("(each n = 216, seeds 0, 1, 2).")
+    assert any("rep_tuned minus token_tuned -0.230 [-0.280, -0.180], p < 0.001" in sentence for sentence in sentences)
+    assert any("1.08 times the untuned" in sentence and "within the bound of 1.1" in sentence for sentence in sentences)
+    assert all(re.search(r"seeds? \d", sentence) for sentence in sentences)
+    assert brackets == "Brackets hold 95 % intervals."
+
+
+def test_summary_sentences_do_without_what_was_not_measured():
+    results = make_results()
+    results["summary"] = [{**row, "perplexity": None, "facts": None, "kl": None} for row in results["summary"]]
+    assert not any("perplexity" in sentence or "facts" in sentence for sentence in report.summary_sentences(results))
+
+
+@pytest.mark.parametrize("key", sorted(make_results()))
+def test_a_missing_key_is_named_and_nothing_is_written(key, tmp_path):
+    results = make_results()
+    del results[key]
+    with pytest.raises(ValueError, match=rf"results\.json: no key {key}\b"):
+        report.write_report(write_run(tmp_path / "run", results))
+    assert not list((tmp_path / "run").glob("*report*"))
+
+
+@pytest.mark.parametrize(("key", "column"), [("summary", "facts"), ("arms", "seed"), ("comparisons", "p")])
+def test_a_missing_column_is_named(key, column):
+    results = make_results()
+    del results[key][1][column]
+    with pytest.raises(ValueError, match=rf"results\.json: {key}: no key {column} \(came"):
+        report.summary_sentences(results)
+
+
+def test_a_choice_without_its_reason_is_named():
+    results = make_results()
+    del results["choices"]["away"]["why"]
+    with pytest.raises(ValueError, match="choices: away: no key why"):
+        report.summary_sentences(results)
+
+
+def test_another_schema_and_broken_json_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="schema 2 came, 1 is wanted"):
+        report.summary_sentences({**make_results(), "schema": 2})
+    run = write_run(tmp_path / "run")
+    (run / "responses.jsonl").write_text('{"arm": ')
+    with pytest.raises(ValueError, match=r"responses\.jsonl: not valid JSON"):
+        report.write_report(run)
+    (run / "responses.jsonl").write_text('{"arm": "untuned"}')
+    with pytest.raises(ValueError, match=r"responses\.jsonl: no key direction, seed"):
+        report.write_report(run)
+    (run / "responses.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="run_dir: .*responses.jsonl is not there"):
+        report.write_report(run)
+
+
+def test_a_failure_keeps_the_old_report(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    (run / "report.html").write_text("old")
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report.os, "replace", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            report.write_report(run)
+    assert (run / "report.html").read_text() == "old"
+    assert not list(run.glob(".report*"))
+
+
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert report.write_report(run).read_bytes() == report.write_report(run).read_bytes()
+
+
+def test_a_run_without_tuning_still_has_a_page(tmp_path):
+    results = {**make_results(), "history": [], "comparisons": [], "logit_lens": []}
+    results["summary"] = [row for row in results["summary"] if "tuned" not in row["arm"] or row["arm"] == "untuned"]
+    page = report.write_report(write_run(tmp_path / "run", results)).read_text(encoding="utf-8")
+    assert page.count("None in this run.") == 2
