@@ -122,11 +122,11 @@ def tune(
     from rt_lens.vectors import SteeringVectors
 
     experiment = load_experiment(behaviour, model=model)
+    token_weight = 0.0 if direction == "out" else experiment.tune.token_weight
+    config = replace(experiment.tune, direction=direction, seed=seed, token_weight=token_weight)  # type: ignore[arg-type]
     path = out or Path(f"{experiment.name}_{direction}.safetensors")
     check_writable(path.parent)
     directions = SteeringVectors.load(vectors)
-    token_weight = 0.0 if direction == "out" else experiment.tune.token_weight
-    config = replace(experiment.tune, direction=direction, seed=seed, token_weight=token_weight)  # type: ignore[arg-type]
     train, validation, _ = experiment.pairs.split(
         experiment.split.train, experiment.split.validation, seed=experiment.split.seed
     )

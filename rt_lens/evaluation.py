@@ -3,6 +3,7 @@ tuning; callers wrap the model in a context."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import re
@@ -139,7 +140,7 @@ def evaluate(
         model, prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size,
         progress=progress,
     )  # fmt: skip
-    scores = [score(response) for response in responses]
+    scores = [float(score(response)) for response in responses]
     return Evaluation(name, prompts, responses, scores, mean_interval(scores, seed), seed)
 
 
@@ -151,6 +152,7 @@ class TextFit:
         nll: negative log-likelihood of each text, in nats, summed over its tokens.
         kl: KL to the reference, in nats, summed over each text's tokens; None without a reference.
         sizes: tokens predicted in each text.
+        texts_sha256: checksum of the texts.
         seed: of the bootstrap.
         log_probabilities: Float[Tensor, "token d_vocab"], if kept: what makes this a reference for others.
     """
@@ -158,6 +160,7 @@ class TextFit:
     nll: Float[np.ndarray, "text"]
     kl: Float[np.ndarray, "text"] | None
     sizes: Int[np.ndarray, "text"]
+    texts_sha256: str
     seed: int
     log_probabilities: Float[Tensor, "token d_vocab"] | None = field(default=None, repr=False)
 
@@ -183,7 +186,7 @@ class TextFit:
         """The average over several models (tuning seeds, say) on the same texts."""
         kls = [fit.kl for fit in fits if fit.kl is not None]
         kl = np.mean(kls, axis=0) if len(kls) == len(fits) else None
-        return cls(np.mean([fit.nll for fit in fits], axis=0), kl, fits[0].sizes, fits[0].seed)
+        return cls(np.mean([fit.nll for fit in fits], axis=0), kl, fits[0].sizes, fits[0].texts_sha256, fits[0].seed)
 
 
 @torch.no_grad()
@@ -211,6 +214,9 @@ def text_fit(
     """
     if reference is not None and reference.log_probabilities is None:
         raise ValueError("reference: its log-probabilities were not kept. Make it with keep=True.")
+    checksum = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    if reference is not None and reference.texts_sha256 != checksum:
+        raise ValueError("reference: it was made from other texts. Make it from the same ones, in the same order.")
     nll, kl, sizes = np.zeros(len(texts)), np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
     kept, start = [], 0
     for batch in batches(model, texts, batch_size):
@@ -225,14 +231,12 @@ def text_fit(
         if reference is not None:
             assert reference.log_probabilities is not None
             theirs = reference.log_probabilities[start : start + len(losses)].to(losses.device)
-            if theirs.shape != log_probabilities.shape:
-                raise ValueError("reference: it was made from other texts. Make it from the same ones.")
             divergence = kl_divergence(log_probabilities, theirs).double()
             kl[rows] = [float(part.sum()) for part in divergence.split(each)]
         if keep:
             kept.append(log_probabilities.cpu())
         start += len(losses)
-    return TextFit(nll, kl if reference is not None else None, sizes, seed, torch.cat(kept) if keep else None)
+    return TextFit(nll, kl if reference is not None else None, sizes, checksum, seed, torch.cat(kept) if keep else None)
 
 
 def facts_kept(

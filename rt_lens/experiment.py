@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 
 from rt_lens.evaluation import Evaluation, TextFit, evaluate, facts_kept, make_scorer, repetition, text_fit
-from rt_lens.extraction import check_layers, extract_vectors, logit_lens, name_of, separability, token_projections
+from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
+from rt_lens.forward import check_layers, model_name
 from rt_lens.losses import Direction
 from rt_lens.models import DEFAULT_MODEL, load_model
 from rt_lens.prompts import ContrastPairs, pairs_from_table, read_toml
@@ -31,11 +32,10 @@ from rt_lens.shipped import behaviour_file, capital_facts, neutral_paragraphs, n
 from rt_lens.statistics import mean_interval, paired_comparison, share_interval
 from rt_lens.steering import add, as_chat, generate_tokens
 from rt_lens.tokens import encode, tokenizer_of
-from rt_lens.tuning import TuneConfig, WeightDelta, tune, write_neutral, write_targets
+from rt_lens.tuning import TuneConfig, WeightDelta, prepare, tune, write_neutral
 from rt_lens.vectors import SteeringVectors, write_atomically
 
 DIRECTIONS: tuple[Direction, ...] = ("toward", "away")
-_TUNED = ("token_tuned", "rep_tuned")
 _PAIRED = (("rep_tuned", "token_tuned"), ("rep_tuned", "steered"), ("token_tuned", "untuned"), ("steered", "untuned"))
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ class Experiment:
         pairs: contrast pairs.
         scorer: name or `[scorer]` table.
         tune: settings of the rep-tuned arm; the token-tuned arm is the same without the cosine loss.
-        tune_seeds: each tuned arm is tuned once per seed.
+        tune_seeds: direction -> seeds; each tuned arm is tuned once per seed.
         model: name or path for `load_model`.
     """
 
@@ -97,7 +97,7 @@ class Experiment:
     pairs: ContrastPairs
     scorer: str | Mapping[str, Any]
     tune: TuneConfig
-    tune_seeds: tuple[int, ...] = (0, 1, 2)
+    tune_seeds: Mapping[str, tuple[int, ...]]
     model: str = DEFAULT_MODEL
     split: SplitConfig = field(default_factory=SplitConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
@@ -121,9 +121,7 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
     _refuse_unknown(path.name, content, {"name", "description"} | tables)
     name = content.get("name", path.stem)
     tuning = dict(content.get("tune", {}))
-    seeds = tuple(tuning.pop("seeds", (0, 1, 2)))
-    if not seeds:
-        raise ValueError("tune.seeds: the list is empty. Give at least one seed.")
+    seeds = _seeds(tuning.pop("seeds", [0, 1, 2]))
     return Experiment(
         name=name,
         description=content.get("description", ""),
@@ -137,6 +135,16 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
         choose=_table(ChooseConfig, "choose", content.get("choose", {})),
         test=_table(TestConfig, "test", content.get("test", {})),
     )
+
+
+def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:
+    """Seeds for each direction, from one list for both or a table with a list for each."""
+    each = seeds if isinstance(seeds, dict) else dict.fromkeys(DIRECTIONS, seeds)
+    _refuse_unknown("tune.seeds", each, set(DIRECTIONS))
+    for direction in DIRECTIONS:
+        if not each.get(direction):
+            raise ValueError(f"tune.seeds: none for {direction!r}. Give at least one, as in seeds = [0].")
+    return {direction: tuple(each[direction]) for direction in DIRECTIONS}
 
 
 def _table(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
@@ -249,7 +257,7 @@ class _Run:
             "schema": 1,
             "behaviour": experiment.name,
             "description": experiment.description,
-            "model": name_of(self.model),
+            "model": model_name(self.model),
             "versions": _versions(),
             "seed": experiment.split.seed,
             "choices": {**choices, "rule": self._rule()},
@@ -259,7 +267,7 @@ class _Run:
             "separability": separated.to_dict("records"),
             "dose_response": doses.to_dict("records"),
             "bound": experiment.choose.bound,
-            "history": [row for delta_rows in self.histories for row in delta_rows],
+            "history": self.history,
             "logit_lens": logit_lens(self.model, vectors).to_dict("records"),
             "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
         }
@@ -322,28 +330,21 @@ class _Run:
 
     def _tune(self, vectors: SteeringVectors) -> dict[tuple[str, Direction, int], WeightDelta]:
         """Both tuned arms in both directions, once per seed; arms share targets, neutral prompts and settings."""
-        experiment, base = self.experiment, self.experiment.tune
+        base = self.experiment.tune
         neutral = write_neutral(self.model, neutral_prompts(), base) if base.kl_weight else []
-        few = replace(base, n_targets=max(4, round(base.n_targets * base.validation_share)))
         deltas: dict[tuple[str, Direction, int], WeightDelta] = {}
-        self.histories: list[list[dict[str, Any]]] = []
+        self.history: list[dict[str, Any]] = []
         for direction in DIRECTIONS:
             aimed = replace(base, direction=direction)
-            train = write_targets(self.model, self.train, direction, aimed)
-            held_out = write_targets(self.model, self.validation, direction, few)
-            for arm in _TUNED:
-                for seed in experiment.tune_seeds:
-                    config = replace(
-                        aimed, seed=seed, cosine_weight=0.0 if arm == "token_tuned" else base.cosine_weight
-                    )
-                    delta = tune(
-                        self.model, vectors, train, config, validation=held_out, neutral=neutral, progress=self.progress
-                    )
+            material = prepare(self.model, vectors, self.train, aimed, validation=self.validation, neutral=neutral)
+            for arm, cosine_weight in (("token_tuned", 0.0), ("rep_tuned", base.cosine_weight)):
+                for seed in self.experiment.tune_seeds[direction]:
+                    config = replace(aimed, seed=seed, cosine_weight=cosine_weight)
+                    delta = tune(self.model, vectors, material, config, progress=self.progress)
                     deltas[arm, direction, seed] = delta
-                    self.histories.append(
-                        [{"arm": arm, "direction": direction, "seed": seed, **row} for row in delta.history]
-                    )
-            first = experiment.tune_seeds[0]
+                    named = {"arm": arm, "direction": direction, "seed": seed}
+                    self.history += [{**named, **row} for row in delta.history]
+            first = self.experiment.tune_seeds[direction][0]
             deltas["rep_tuned", direction, first].save(self.out / f"rep_tuned_{direction}.safetensors")
         return deltas
 
@@ -418,7 +419,7 @@ class _Run:
     ) -> dict[str, Any]:  # fmt: skip
         """Layer x token projections of one test prompt with the untuned model's answer, before and after."""
         text = as_chat(self.model, [self.test_prompts[0]])[0] + answer
-        seed = self.experiment.tune_seeds[0]
+        seed = self.experiment.tune_seeds["away"][0]
         contexts: dict[str, AbstractContextManager[Any]] = {
             "untuned": nullcontext(),
             "steered away": self._steered(vectors, choices["away"]),

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rt_lens.activations import last_token_activations, token_activations
+from rt_lens.forward import check_layers, model_name
 from rt_lens.prompts import ContrastPairs
 from rt_lens.statistics import share_interval
 from rt_lens.tokens import tokenizer_of
@@ -24,30 +25,6 @@ def package_version() -> str:
         return version("rt_lens")
     except PackageNotFoundError:
         return "source"
-
-
-def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:
-    """The block indices, all for None.
-
-    Raises:
-        ValueError: if one is outside the model, or there is none.
-    """
-    n = model.cfg.n_layers
-    chosen = list(range(n)) if layers is None else list(layers)
-    for layer in chosen:
-        if not 0 <= layer < n:
-            raise ValueError(
-                f"layers: {layer} is outside this model's blocks 0..{n - 1} ({name_of(model)} has {n}). "
-                f"Use layers=range({n // 2}, {max(n // 2 + 1, 3 * n // 4)}), say."
-            )
-    if not chosen:
-        raise ValueError("layers: the list is empty. Name at least one block.")
-    return chosen
-
-
-def name_of(model: Any) -> str:
-    """The name under which the model was loaded."""
-    return getattr(model.cfg, "rt_lens_name", None) or model.cfg.model_name
 
 
 def mean_diff(
@@ -102,7 +79,7 @@ def extract_vectors(
     positive, negative = _both_sides(model, pairs, names, batch_size, progress)
     found = {name: _METHODS[method](positive[name], negative[name]) for name in names}
     provenance = Provenance(
-        model=name_of(model),
+        model=model_name(model),
         behaviour=pairs.name,
         method=method,
         position="last token of the chat prompt and the answer's opener",

@@ -8,7 +8,7 @@ layer runs TransformerLens's own code. Models of another kind run as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -220,3 +220,27 @@ def logits_where(
         with quick(model):
             return unembed(model, final_residual(model, tokens, mask)[where])
     return model(tokens, attention_mask=mask)[where]
+
+
+def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:
+    """The block indices, all for None.
+
+    Raises:
+        ValueError: if one is outside the model, or there is none.
+    """
+    n = model.cfg.n_layers
+    chosen = list(range(n)) if layers is None else list(layers)
+    for layer in chosen:
+        if not 0 <= layer < n:
+            raise ValueError(
+                f"layers: {layer} is outside this model's blocks 0..{n - 1} ({model_name(model)} has {n}). "
+                f"Use layers=range({n // 2}, {max(n // 2 + 1, 3 * n // 4)}), say."
+            )
+    if not chosen:
+        raise ValueError("layers: the list is empty. Name at least one block.")
+    return chosen
+
+
+def model_name(model: Any) -> str:
+    """The name under which the model was loaded."""
+    return getattr(model.cfg, "rt_lens_name", None) or model.cfg.model_name

@@ -1,5 +1,6 @@
 """Shared models and data. Shapes and types of every rt_lens call are checked while the tests run."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 from jaxtyping import install_import_hook

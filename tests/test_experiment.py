@@ -50,7 +50,7 @@ batch_size = 2
 neutral_batch_size = 1
 n_targets = 4
 target_tokens = 6
-seeds = [0, 1]
+seeds = { toward = [0], away = [0, 1] }
 [test]
 n_prompts = 4
 max_new_tokens = 6
@@ -82,7 +82,7 @@ def command(*arguments: str, code: int = 0) -> str:
 def test_results_hold_every_arm_and_direction_with_intervals(run):
     results = json.loads((run / "results.json").read_text())
     assert sorted((row["arm"], row["direction"]) for row in results["summary"]) == sorted(ROWS)
-    assert len(results["arms"]) == 3 + 2 * 2 * 2  # untuned, two steered, two tuned arms x directions x seeds
+    assert len(results["arms"]) == 3 + 2 * (1 + 2)  # untuned, two steered, two tuned arms x one and two seeds
     for row in results["summary"] + results["arms"]:
         assert row["n"] == 4
         assert row["low"] <= row["mean"] <= row["high"]
@@ -155,6 +155,7 @@ def test_models_lists_licence_and_behaviours():
         (("run", "moood"), "behaviour: 'moood' is neither a shipped behaviour nor a file. Did you mean 'mood'?"),
         (("run", "mood", "--model", "smollm2-135m-instrct"), "Did you mean 'smollm2-135m-instruct'?"),
         (("steer", "nothing.safetensors", "Hi.", "--layer", "3"), "vectors: there is no file nothing.safetensors."),
+        (("tune", "mood", "v.safetensors", "--direction", "up"), "direction: 'up' came; 'toward', 'away' or 'out'"),
         (("run", "mood", "--out", "/dev/null/x"), "out: cannot write to /dev/null/x"),
     ],
 )
@@ -186,7 +187,7 @@ def test_shipped_behaviours_are_whole(name):
     [
         (("max_steps = 2", "max_stepz = 2"), r"\[tune\] has an unknown key 'max_stepz'. Did you mean 'max_steps'"),
         (("[extract]", "[extrakt]"), "unknown key 'extrakt'. Did you mean 'extract'"),
-        (("seeds = [0, 1]", "seeds = []"), "tune.seeds: the list is empty"),
+        (("toward = [0]", "toward = []"), "tune.seeds: none for 'toward'"),
         (('negative = ["You adore everything bitter.", ', "negative = ["), "3 positive and 2 negative personas"),
         (("n_prompts = 4", "n_prompts = 40"), "40 asked for, 4 topics fall to the test part"),
         (("layers = [27]", "layers = [99]"), "layers: 99 is outside this model's blocks 0..29"),

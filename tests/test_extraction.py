@@ -52,12 +52,13 @@ def test_token_projections_are_scalar_products_with_the_unit_vector(tiny, tiny_v
     assert len(tokens) == values.shape[1]
 
 
-def test_logit_lens_of_an_unembedding_column_names_its_token(model):
-    token = model.tokenizer.encode(" happy", add_special_tokens=False)[0]
-    column = model.W_U[:, token].detach() / model.ln_final.w.detach()
-    provenance = rtl.extract_vectors(model, rtl.load_pairs("mood").sample(1), layers=[5]).provenance
-    table = logit_lens(model, rtl.SteeringVectors({"blocks.5.hook_resid_post": column}, provenance), top=3)
-    assert table.loc[table["sign"] == "+v", "tokens"].iloc[0][0] == " happy"
+def test_logit_lens_is_the_final_norm_and_unembedding_of_the_vector(tiny, tiny_vectors):
+    vector = tiny_vectors["blocks.1.hook_resid_post"]
+    with torch.no_grad():
+        scores = (tiny.ln_final.w * vector / vector.norm()) @ tiny.W_U
+    table = logit_lens(tiny, tiny_vectors.select([1]), top=3).set_index("sign")["tokens"]
+    assert table["+v"] == [tiny.tokenizer.decode([i]) for i in scores.topk(3).indices.tolist()]
+    assert table["-v"] == [tiny.tokenizer.decode([i]) for i in (-scores).topk(3).indices.tolist()]
 
 
 @pytest.mark.parametrize(

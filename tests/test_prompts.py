@@ -220,7 +220,7 @@ def test_a_sample_takes_topics_evenly(n, seed):
     assert len(sample) == min(n, 30)
     assert len(set(sample.pairs)) == len(sample)
     assert set(sample.pairs) <= set(whole.pairs)
-    counts = Counter({topic: 0 for topic in whole.topics})
+    counts = Counter(dict.fromkeys(whole.topics, 0))
     counts.update(pair.user for pair in sample.pairs)
     assert max(counts.values()) - min(counts.values()) <= 1
     assert whole.sample(n, seed) == sample

@@ -372,5 +372,5 @@ def test_projections_are_lengths_along_the_unit_vector(tiny_vectors):
     ((name, found),) = projections(activations, tiny_vectors)
     assert name == POST[0]
     torch.testing.assert_close(found, torch.tensor([3.0, -0.5, 0.0]), atol=1e-5, rtol=0)
-    with pytest.raises(KeyError, match="vectors: none for 'blocks.7.hook_resid_post'"):
+    with pytest.raises(KeyError, match=r"vectors: none for 'blocks\.7\.hook_resid_post'"):
         list(projections({"blocks.7.hook_resid_post": torch.ones(2, 32)}, tiny_vectors))

@@ -11,13 +11,13 @@ import torch
 import rt_lens as rtl
 from rt_lens import tuning
 from rt_lens.extraction import token_projections
-from rt_lens.tuning import Target, TuneConfig, WeightDelta, tune
+from rt_lens.tuning import Target, TuneConfig, WeightDelta, loop, prepare, tune
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]
 NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}.") for i in range(4)]
 QUICK = TuneConfig(
     layers=[1], trained_layers=[1], max_steps=6, batch_size=4, neutral_batch_size=2, validate_every=3, kl_weight=0.0,
-    learning_rate=3e-3,
+    learning_rate=3e-3, epochs=20,
 )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ class Interrupting:
 
 def test_ctrl_c_leaves_weights_and_hooks_as_they_were(tiny, tiny_vectors, monkeypatch):
     before = fingerprint(tiny)
-    monkeypatch.setattr(tuning, "cosine_loss", Interrupting(tuning.cosine_loss, after=3))
+    monkeypatch.setattr(loop, "cosine_loss", Interrupting(loop.cosine_loss, after=3))
     with pytest.raises(KeyboardInterrupt):
         tune(tiny, tiny_vectors, TARGETS, QUICK, progress=False)
     assert fingerprint(tiny) == before
@@ -159,6 +159,17 @@ def test_early_stop_after_patience(tiny, tiny_vectors):
     assert max(row["step"] for row in delta.history) < 40
 
 
+def test_shared_material_gives_the_same_delta_as_targets_and_is_checked(tiny, tiny_vectors):
+    config = replace(QUICK, kl_weight=1.0)
+    alone = tune(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL, progress=False)
+    material = prepare(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL)
+    for _ in range(2):
+        shared = tune(tiny, tiny_vectors, material, config, progress=False)
+        assert all(torch.equal(shared.changes[name], alone.changes[name]) for name in alone.changes)
+    with pytest.raises(ValueError, match="Prepare it with the same layers"):
+        tune(tiny, tiny_vectors, material, replace(config, layers=[0], trained_layers=[0]), progress=False)
+
+
 def test_same_seed_same_delta_and_another_seed_another(tiny, tiny_vectors):
     first, again, other = (tune(tiny, tiny_vectors, TARGETS, replace(QUICK, seed=s), progress=False) for s in (0, 0, 1))
     name = "blocks.1.mlp.W_in"
@@ -178,7 +189,7 @@ def test_a_delta_of_another_model_is_refused_before_anything_changes(tiny):
     before = fingerprint(tiny)
     changes = {"blocks.0.attn.W_Q": torch.ones_like(tiny.W_Q[0]), "blocks.9.attn.W_Q": torch.ones(2, 2)}
     delta = WeightDelta(changes, "other", {}, [])
-    with pytest.raises(ValueError, match="delta: blocks.9.attn.W_Q"), delta.applied(tiny):
+    with pytest.raises(ValueError, match=r"delta: blocks\.9\.attn\.W_Q"), delta.applied(tiny):
         pass
     assert fingerprint(tiny) == before
 
@@ -199,10 +210,9 @@ def test_pairs_give_targets_in_the_models_own_words_without_the_persona(model, p
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"direction": "up"}, "direction: 'up' came"),
-        ({"cosine_weight": 0, "token_weight": 0}, "nothing to tune"),
+        ({"cosine_weight": 0.0, "token_weight": 0.0}, "nothing to tune"),
         ({"direction": "out", "token_weight": 1.0}, "Set token_weight=0"),
-        ({"kl_weight": -1}, "kl_weight: -1 came"),
+        ({"kl_weight": -1.0}, "kl_weight: -1.0 came"),
         ({"max_steps": 0}, "max_steps: 0 came"),
     ],
 )
@@ -231,7 +241,7 @@ def test_vectors_of_another_model_are_refused(model, tiny_vectors):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny, tiny_vectors, monkeypatch):
     before = fingerprint(tiny)
-    monkeypatch.setattr(tuning, "token_loss", lambda logits, targets: logits.sum() * float("nan"))
+    monkeypatch.setattr(loop, "token_loss", lambda logits, targets: logits.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match="step 1"):
         tune(tiny, tiny_vectors, TARGETS, QUICK, progress=False)
     assert fingerprint(tiny) == before

@@ -157,17 +157,17 @@ def _tokenizer(name: str) -> Any:
 
 
 def _with_tokenizer(model: Any, tokenizer: Any) -> Any:
-    # Not set_tokenizer: it rebuilds the tokenizer so that it adds a start token, which chat templates already write.
+    # Past set_tokenizer and the bridge's setter: both rebuild the tokenizer so that it adds a start token to every text,
+    # which chat templates already write.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     if isinstance(model, HookedTransformer):
         model.tokenizer = tokenizer
-    else:  # a bridge's own is another object, rebuilt so that it adds a start token to every text
-        model.tokenizer.add_bos_token = getattr(tokenizer, "add_bos_token", False)
-        model.tokenizer.padding_side = "left"
+    else:
+        model._tokenizer = tokenizer
     model.cfg.default_prepend_bos = False
-    model.cfg.tokenizer_prepends_bos = bool(tokenizer.encode(""))
+    model.cfg.tokenizer_prepends_bos = tokenizer.encode("a")[0] == tokenizer.bos_token_id
     return model
 
 

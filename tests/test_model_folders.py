@@ -1,0 +1,300 @@
+"""Local folders with tiny random weights: what the mapping covers equals Hugging Face, what it does not is refused."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+
+from rt_lens.forward import quick
+from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, load_model
+from rt_lens.models.sources import embedded_folder
+from rt_lens.tokens import chat_text
+
+SIZES = {
+    "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+COVERED: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "not_grouped": {"num_key_value_heads": 4},
+    "one_key_value_head": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "attention_bias": {"attention_bias": True},
+    "llama3_rope": {"rope_parameters": LLAMA3},
+    "rope_theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    "rms_norm_eps": {"rms_norm_eps": 0.3},
+    "head_dim": {"head_dim": 16},
+    "gelu": {"hidden_act": "gelu"},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral_wide_window": {"model_type": "mistral", "sliding_window": 64},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_unused_window": {"model_type": "qwen2", "sliding_window": 4, "use_sliding_window": False},
+}
+NOT_COVERED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mlp_bias": ("mlp_bias", {"mlp_bias": True}),
+    "linear_rope": ("rope_type", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "yarn_rope": ("rope_type", {"rope_parameters": {**LLAMA3, "rope_type": "yarn"}}),
+    "tanh_gelu": ("hidden_act", {"hidden_act": "gelu_pytorch_tanh"}),
+    "mistral_window": ("sliding_window", {"model_type": "mistral", "sliding_window": 4}),
+    "qwen2_window": (
+        "sliding_window",
+        {"model_type": "qwen2", "sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1},
+    ),
+    "multiplier": ("residual_multiplier", {"residual_multiplier": 0.5}),
+    "granite": ("model_type", {"model_type": "granite", "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
+    "qwen3": ("model_type", {"model_type": "qwen3", "head_dim": 8}),
+    "gpt2": (
+        "model_type",
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 49152},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder() -> Path:
+    return embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])
+
+
+def make_folder(folder: Path, tokenizer_folder: Path, changes: dict[str, Any], **saving: Any) -> Path:
+    """A folder that save_pretrained wrote, of a model whose every parameter is random."""
+    family = changes.get("model_type", "llama")
+    config = CONFIG_MAPPING[family](**({} if family == "gpt2" else SIZES) | changes)
+    noise = torch.Generator().manual_seed(0)
+    made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in made.named_parameters():
+        around = 1.0 if "norm" in name or ".ln_" in name else 0.0
+        parameter.data = around + 0.25 * torch.randn(parameter.shape, generator=noise)
+    made.save_pretrained(folder, **saving)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer_folder / name, folder)
+    return folder
+
+
+@pytest.fixture
+def plain(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    return make_folder(tmp_path / "plain", tokenizer_folder, {})
+
+
+def logits_of_huggingface(folder: Path, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(tokens, use_cache=False, **kwargs).logits
+
+
+def assert_equals_huggingface(model: Any, folder: Path) -> None:
+    """Logits of a single and of a left-padded batch, also inside `quick`, to 1e-4."""
+    tokens = torch.randint(3, 49152, (3, 24), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(24) >= torch.tensor([[0], [9], [23]])).long()
+    tokens = torch.where(mask.bool(), tokens, 2)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    single = logits_of_huggingface(folder, tokens[:1])
+    batch = logits_of_huggingface(folder, tokens, attention_mask=mask, position_ids=positions)[mask.bool()]
+    assert single.std() > 0.5
+    with torch.no_grad():
+        assert (model(tokens[:1]) - single).abs().max() < 1e-4
+        assert (model(tokens, attention_mask=mask)[mask.bool()] - batch).abs().max() < 1e-4
+        with quick(model):
+            assert (model(tokens, attention_mask=mask)[mask.bool()] - batch).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("changes", COVERED.values(), ids=COVERED)
+def test_covered_configurations_equal_huggingface(changes, tmp_path, tokenizer_folder):
+    folder = make_folder(tmp_path / "model", tokenizer_folder, changes)
+    model = load_model(folder)
+    assert isinstance(model, HookedTransformer)
+    assert_equals_huggingface(model, folder)
+
+
+@pytest.mark.parametrize(("field", "changes"), NOT_COVERED.values(), ids=NOT_COVERED)
+def test_other_configurations_become_a_bridge_and_refuse_hooked(field, changes, tmp_path, tokenizer_folder):
+    folder = make_folder(tmp_path / "model", tokenizer_folder, changes)
+    model = load_model(folder)
+    assert isinstance(model, TransformerBridge)
+    assert_equals_huggingface(model, folder)
+    with pytest.raises(ValueError, match=rf"backend: 'hooked' cannot load model: {field} .*backend='bridge'"):
+        load_model(folder, backend="hooked")
+
+
+@pytest.mark.parametrize("case", ["llama3_rope", "rope_theta", "rms_norm_eps", "gelu"])
+def test_these_fields_matter(case, tmp_path, tokenizer_folder, plain):
+    """The same seed gives the same weights: what differs is the field's doing."""
+    tokens = torch.arange(100, 124)[None]
+    changed = make_folder(tmp_path / case, tokenizer_folder, COVERED[case])
+    assert (logits_of_huggingface(changed, tokens) - logits_of_huggingface(plain, tokens)).abs().max() > 1e-2
+
+
+def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    kept = {field: value for field, value in config.items() if field not in remove}
+    (folder / "config.json").write_text(json.dumps(kept | changes))
+
+
+OLDER: dict[str, dict[str, Any]] = {
+    "rope_theta outside": {"rope_theta": 50.0},
+    "rope_theta outside, parameters inside": {"rope_theta": 50.0, "rope_parameters": {"rope_type": "default"}},
+    "rope_scaling": {"rope_theta": 50.0, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+    "rope_scaling without the first length": {
+        "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    },
+    "everything left to the defaults": {},
+}
+
+
+@pytest.mark.parametrize("changes", OLDER.values(), ids=OLDER)
+def test_older_spellings_and_defaults_are_read_as_huggingface_reads_them(changes, tmp_path, tokenizer_folder):
+    folder = make_folder(tmp_path / "model", tokenizer_folder, {"num_key_value_heads": 4})
+    left_out = ("rope_parameters", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
+    edit_config(folder, (*left_out, "hidden_act", "mlp_bias", "attention_bias"), **changes)
+    model = load_model(folder, backend="hooked")
+    assert_equals_huggingface(model, folder)
+
+
+def test_a_mistral_folder_without_key_value_heads_has_eight(tmp_path, tokenizer_folder):
+    changes = {"model_type": "mistral", "sliding_window": None}
+    folder = make_folder(tmp_path / "model", tokenizer_folder, changes)
+    edit_config(folder, ("num_key_value_heads", "num_attention_heads"), num_attention_heads=16, head_dim=2)
+    weights = load_file(folder / "model.safetensors")
+    assert load_model(folder, backend="hooked").cfg.n_key_value_heads == 8
+    assert weights["model.layers.0.self_attn.k_proj.weight"].shape == (16, 32)
+
+
+def test_a_head_stored_beside_a_tied_configuration_is_treated_as_huggingface_does(plain):
+    edit_config(plain, tie_word_embeddings=True)
+    model = load_model(plain, backend="hooked")
+    assert not model.cfg.tie_word_embeddings
+    assert_equals_huggingface(model, plain)
+    weights = load_file(plain / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(plain, backend="hooked")
+    assert model.W_U.data_ptr() == model.W_E.data_ptr()
+    assert_equals_huggingface(model, plain)
+
+
+def test_shards_are_read_by_their_index_and_no_other_file_is(tmp_path, tokenizer_folder):
+    folder = make_folder(tmp_path / "model", tokenizer_folder, {}, max_shard_size="5MB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shutil.copy(shards[0], folder / "consolidated.safetensors")
+    save_file({"stray": torch.zeros(2)}, folder / "adapter_model.safetensors")
+    assert_equals_huggingface(load_model(folder, backend="hooked"), folder)
+    shards[-1].unlink()
+    with pytest.raises(ValueError, match=rf"model: model lacks the shard {shards[-1].name}.*Download it again"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_dtype_and_mode(plain, backend, dtype):
+    model = load_model(plain, backend=backend, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, str(dtype).split(".")[-1])}
+    assert not model.training
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("added", ["<|im_start|> $A", "$A <|im_end|>", "<|im_start|> $A <|im_end|>"])
+def test_a_tokenizer_that_adds_a_start_token_doubles_none(plain, backend, added):
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    special = [("<|im_start|>", 1), ("<|im_end|>", 2)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=added, special_tokens=special)
+    tokenizer.save_pretrained(plain)
+    assert (AutoTokenizer.from_pretrained(plain).encode("a")[0] == 1) == added.startswith("<|im_start|>")
+    model = load_model(plain, backend=backend)
+    tokens = model.to_tokens([chat_text(model, "Hi there, how are you?"), chat_text(model, "Hi")])
+    assert tokens.shape[0] == 2
+    for row in tokens.tolist():
+        ids = row[next(i for i, token in enumerate(row) if token != 2) :]
+        assert ids[0] == 1 != ids[1]
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_a_tokenizer_without_start_or_padding_token_still_pads_on_the_left(plain, backend):
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer.bos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(plain)
+    model = load_model(plain, backend=backend)
+    assert model.tokenizer.pad_token == model.tokenizer.eos_token
+    with torch.no_grad():
+        together = model(["The quick brown fox", "b"])[:, -1]
+        alone = torch.cat([model([text])[:, -1] for text in ("The quick brown fox", "b")])
+    assert (together - alone).abs().max() < 1e-4
+
+
+def test_a_path_under_the_home_folder_may_begin_with_a_tilde(plain, monkeypatch):
+    monkeypatch.setenv("HOME", str(plain.parent))
+    assert load_model("~/plain").cfg.rt_lens_name == "plain"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"backend": "onnx"}, r"backend: 'onnx' came; 'auto', 'hooked' or 'bridge' is wanted"),
+        ({"dtype": "int8"}, r"dtype: 'int8' came; one of float32, bfloat16, float16 is wanted"),
+        ({"dtype": torch.float64}, r"dtype: torch.float64 came"),
+        ({"name_or_path": "missing.gguf"}, r"model: there is no file missing.gguf. Give the path of a .gguf file"),
+        ({"name_or_path": "./nowhere"}, r"model: there is nothing at ./nowhere. Give a Hugging Face folder"),
+        ({"name_or_path": "/no/such/folder"}, r"model: there is nothing at /no/such/folder"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument_what_came_and_the_mend(argument, message):
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(load_model)(**argument)  # without the type checks of the tests, which would answer first
+
+
+def test_an_unknown_name_offline_suggests_the_right_one(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"model: 'smollm2-135m-instrct' .*Did you mean 'smollm2-135m-instruct'\?"):
+        load_model("smollm2-135m-instrct")
+    with pytest.raises(ValueError, match=r"model: 'nobody/nothing-7b' .*Embedded: smollm2-135m-instruct\. Else give"):
+        load_model("nobody/nothing-7b")
+
+
+def test_folders_and_files_that_hold_no_model(tmp_path, plain):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"model: the folder .*empty has no config.json.*save_pretrained"):
+        load_model(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"model: .*model.safetensors is a file, but no .gguf"):
+        load_model(plain / "model.safetensors")
+    (plain / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"backend: 'hooked' .*neither model.safetensors nor model.safetensors.index"):
+        load_model(plain, backend="hooked")
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_a_folder_with_missing_weights_is_refused(plain, lost):
+    weights = load_file(plain / "model.safetensors")
+    del weights[lost]
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model: plain lacks the weight {lost}. Download the folder again"):
+        load_model(plain)
+
+
+@pytest.mark.parametrize("extra", ["model.layers.0.self_attn.q_norm.weight", "model.layers.0.self_attn.q_proj.bias"])
+def test_a_folder_with_extra_weights_is_refused(plain, extra):
+    weights = load_file(plain / "model.safetensors") | {extra: torch.ones(32)}
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"model: plain has weights that its config.json does not ask for: {extra}"):
+        load_model(plain)
+
+
+def test_a_folder_with_weights_of_another_shape_is_refused(plain):
+    edit_config(plain, num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"k_proj.weight of plain has shape \(16, 32\), .* asks for \(32, 32\)"):
+        load_model(plain)
