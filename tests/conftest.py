@@ -3,9 +3,11 @@
 # ruff: noqa: E402
 from __future__ import annotations
 
+from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-install_import_hook("rt_lens", "beartype.beartype")  # before the first import of rt_lens
+typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will do for a float, as for mypy
+install_import_hook("rt_lens", f"{__name__}.typechecker")  # before the first import of rt_lens
 
 import copy
 import warnings
@@ -35,8 +37,13 @@ def shared_tokenizer() -> Any:
 
 @pytest.fixture
 def tokenizer(shared_tokenizer: Any) -> Any:
-    """The embedded model's tokenizer; a copy, which a test may change."""
-    return copy.deepcopy(shared_tokenizer)
+    """The embedded model's tokenizer; a copy, whose attributes a test may set.
+
+    What is below them in Rust is shared, since copying it takes longer than most tests: who changes that copies deeply.
+    """
+    own = copy.copy(shared_tokenizer)
+    vars(own).update({name: copy.copy(held) for name, held in vars(own).items() if isinstance(held, dict | list)})
+    return own
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def make_responses() -> list[dict]:
             "seed": seed,
             "prompt": prompt,
             "score": measures[0],
-            "response": f"Seed {seed} of {arm} {direction} says: {prompt}\nIt was a long and quiet day with some rain & wind.",
+            "response": f"Seed {seed} of {arm} {direction} says: {prompt}\nIt was a long day with some rain & wind.",
         }
         for (arm, direction), measures in _MEANS.items()
         for seed in (0, 1)

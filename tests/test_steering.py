@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -144,6 +146,7 @@ def test_without_a_template_prompts_are_taken_as_they_are(tiny):
 def test_the_model_sees_one_start_token(tiny):
     from tokenizers.processors import TemplateProcessing
 
+    tiny.tokenizer = copy.deepcopy(tiny.tokenizer)
     start = tiny.tokenizer.convert_tokens_to_ids("<|im_start|>")
     tiny.tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]

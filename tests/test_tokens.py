@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ def stand_in(tokenizer):
 @pytest.fixture
 def with_start_token(stand_in):
     """The same with a tokenizer that puts a start token before every text, as Llama's does."""
+    stand_in.tokenizer = copy.deepcopy(stand_in.tokenizer)
     start = stand_in.tokenizer.convert_tokens_to_ids("<|im_start|>")
     stand_in.tokenizer._tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
@@ -167,3 +169,10 @@ def test_a_batch_moves_to_a_device(stand_in):
     batch = pad([[1, 2], [3]], 0).to("meta")
     assert batch.tokens.device == batch.mask.device == torch.device("meta")
     assert batch.rows == (0, 1)
+
+
+def test_the_copies_that_tests_change_leave_the_shared_tokenizer_alone(tokenizer, shared_tokenizer):
+    before = (shared_tokenizer.eos_token_id, shared_tokenizer.padding_side, shared_tokenizer.chat_template)
+    tokenizer.eos_token, tokenizer.padding_side, tokenizer.chat_template = "<|endoftext|>", "right", None
+    assert tokenizer.eos_token_id == 0 != before[0]
+    assert (shared_tokenizer.eos_token_id, shared_tokenizer.padding_side, shared_tokenizer.chat_template) == before

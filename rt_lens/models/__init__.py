@@ -157,7 +157,7 @@ def _tokenizer(name: str) -> Any:
 
 
 def _with_tokenizer(model: Any, tokenizer: Any) -> Any:
-    # Past set_tokenizer and the bridge's setter: both rebuild the tokenizer so that it adds a start token to every text,
+    # Past set_tokenizer and the bridge's setter: both rebuild the tokenizer to add a start token to every text,
     # which chat templates already write.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

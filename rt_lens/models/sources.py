@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from rt_lens.models.registry import EmbeddedModel
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "rt_lens_manifest.json"
-_CONVERSION = 1  # raised when a folder made by older code must be made again
+_CONVERSION = 2  # raised when a folder made by older code must be made again
 
 
 def cache_home() -> Path:
@@ -141,16 +142,13 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _stamp(path: Path) -> list:
-    """Size and checksum of a file's first, middle and last 64 kB: enough to tell a truncated or overwritten file, in
-    no time (a full checksum of half a gigabyte would take longer than loading it)."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
+def _stamp(path: Path) -> list[int]:
+    """Size and CRC-32 of a file: tells any damage, ten times faster than a cryptographic checksum."""
     with path.open("rb") as stream:
-        for start in (0, size // 2, max(0, size - 65536)):
-            stream.seek(start)
-            digest.update(stream.read(65536))
-    return [size, digest.hexdigest()]
+        checksum = 0
+        while block := stream.read(1 << 24):
+            checksum = zlib.crc32(block, checksum)
+    return [path.stat().st_size, checksum]
 
 
 def _sha256(path: Path) -> str:
