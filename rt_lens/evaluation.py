@@ -218,29 +218,39 @@ def text_fit(
     if reference is not None and reference.texts_sha256 != checksum:
         raise ValueError("reference: it was made from other texts. Make it from the same ones, in the same order.")
     nll, kl, sizes = np.zeros(len(texts)), np.zeros(len(texts)), np.zeros(len(texts), dtype=int)
-    kept, start = [], 0
+    kept: list[Tensor] = []
+    start = 0
     for batch in batches(model, texts, batch_size):
         where = batch.mask.bool().clone()
         where[:, -1] = False  # left padding: the last column is the last token of every row
-        log_probabilities = torch.log_softmax(logits_where(model, batch.tokens, batch.mask, where).float(), -1)
         following = torch.roll(batch.tokens, -1, 1)[where]
+        losses, divergences, done = [], [], 0
+        for logits in logits_where(model, batch.tokens, batch.mask, where):
+            log_probabilities = torch.log_softmax(logits.float(), -1)
+            wanted = following[done : done + len(logits), None]
+            losses.append(-log_probabilities.gather(1, wanted)[:, 0])
+            if reference is not None:
+                assert reference.log_probabilities is not None
+                theirs = reference.log_probabilities[start + done : start + done + len(logits)]
+                divergences.append(kl_divergence(log_probabilities, theirs.to(logits.device)))
+            if keep:
+                kept.append(log_probabilities.cpu())
+            done += len(logits)
+        start += done
         rows, each = list(batch.rows), where.sum(1).tolist()
-        losses = -log_probabilities.gather(1, following[:, None])[:, 0]
         sizes[rows] = each
-        nll[rows] = [float(part.double().sum()) for part in losses.split(each)]
-        if reference is not None:
-            assert reference.log_probabilities is not None
-            theirs = reference.log_probabilities[start : start + len(losses)].to(losses.device)
-            divergence = kl_divergence(log_probabilities, theirs).double()
-            kl[rows] = [float(part.sum()) for part in divergence.split(each)]
-        if keep:
-            kept.append(log_probabilities.cpu())
-        start += len(losses)
+        nll[rows] = _sums(losses, each)
+        kl[rows] = _sums(divergences, each) if divergences else 0.0
     return TextFit(nll, kl if reference is not None else None, sizes, checksum, seed, torch.cat(kept) if keep else None)
 
 
+def _sums(chunks: Sequence[Tensor], sizes: Sequence[int]) -> list[float]:
+    """Sums over consecutive stretches of the chunks laid end to end."""
+    return [float(part.double().sum()) for part in torch.cat(list(chunks)).split(list(sizes))]
+
+
 def facts_kept(
-    model: Any, facts: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 12, batch_size: int = 64
+    model: Any, facts: Sequence[Mapping[str, Any]], *, max_new_tokens: int = 10, batch_size: int = 64
 ) -> list[bool]:
     """For each question, whether the greedy answer names a right answer and none of the wrong ones.
 

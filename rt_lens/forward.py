@@ -31,6 +31,10 @@ class CacheSlot:
         self.length = 0
 
     @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self._keys, self._values
+
+    @property
     def past_keys(self) -> Float[Tensor, "batch past head d_head"]:
         return self._keys[:, : self.length]
 
@@ -48,11 +52,18 @@ class KeyValueCache:
     def __init__(self, model: HookedTransformer, batch: int, capacity: int) -> None:
         cfg, like = model.cfg, next(model.parameters()).detach()
         heads = cfg.n_key_value_heads or cfg.n_heads
+        self.batch = batch
         self.slots = [CacheSlot(batch, capacity, heads, cfg.d_head, like) for _ in range(cfg.n_layers)]
         self.mask = torch.empty(batch, 0, dtype=torch.long, device=like.device)
 
     def __getitem__(self, layer: int) -> CacheSlot:
         return self.slots[layer]
+
+    def start_from(self, prefix: KeyValueCache) -> None:
+        """Begins every row with what one row has seen: a prompt's beginning that all rows share."""
+        for slot, shared in zip(self.slots, prefix.slots, strict=True):
+            slot.append(*(part[:, : shared.length].expand(self.batch, -1, -1, -1) for part in shared.pair))
+        self.mask = prefix.mask.expand(self.batch, -1)
 
     def append_attention_mask(self, mask: Int[Tensor, "batch new"]) -> Int[Tensor, "batch pos"]:
         self.mask = torch.cat([self.mask, mask], dim=1)
@@ -206,20 +217,26 @@ def unembed(model: HookedTransformer, residual: Float[Tensor, "... d_model"]) ->
 
 
 def logits_where(
-    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor
-) -> Float[Tensor, "chosen d_vocab"]:
-    """Logits at chosen positions only: on a HookedTransformer no others are computed.
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor, *, size: int = 128
+) -> Iterator[Float[Tensor, "chosen d_vocab"]]:
+    """Logits at chosen positions, some at a time: on a HookedTransformer no others are computed.
+
+    Chunks of 128 positions keep a large vocabulary's rows in memory that is used again and again, which halves the
+    time of what is done with them.
 
     Args:
         model: HookedTransformer or TransformerBridge.
         tokens: Int[Tensor, "batch pos"].
         mask: 1 for real tokens.
         where: Bool[Tensor, "batch pos"], the positions whose logits are wanted.
+        size: positions per chunk.
     """
     if isinstance(model, HookedTransformer):
         with quick(model):
-            return unembed(model, final_residual(model, tokens, mask)[where])
-    return model(tokens, attention_mask=mask)[where]
+            final = final_residual(model, tokens, mask)[where]
+        yield from (unembed(model, part) for part in final.split(size))
+    else:
+        yield from model(tokens, attention_mask=mask)[where].split(size)
 
 
 def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -44,7 +43,13 @@ def token_loss(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n"]) ->
     return F.cross_entropy(logits, targets)
 
 
-def kl_divergence(logits: Float[Tensor, "n d_vocab"], reference: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
-    """KL(reference || model) of the next-token distributions at each position, in nats."""
-    ours, theirs = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
-    return (theirs.exp() * (theirs - ours)).sum(-1).clamp(min=0)
+def kl_divergence(
+    log_probabilities: Float[Tensor, "n d_vocab"], reference: Float[Tensor, "n d_vocab"]
+) -> Float[Tensor, "n"]:
+    """KL(reference || model) of the next-token distributions at each position, in nats.
+
+    Args:
+        log_probabilities: the model's, normalised.
+        reference: the reference's log-probabilities, normalised.
+    """
+    return F.kl_div(log_probabilities, reference, log_target=True, reduction="none").sum(-1).clamp(min=0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from rt_lens.forward import KeyValueCache, quick, unembed
+from rt_lens.forward import KeyValueCache, can_be_quick, quick, unembed
 from rt_lens.operators import Add
-from rt_lens.tokens import TokenBatch, chat_text, encode, has_chat_template, pad, pad_id_of, tokenizer_of
+from rt_lens.tokens import chat_text, encode, has_chat_template, pad, pad_id_of, tokenizer_of
 from rt_lens.vectors import SteeringVectors
 
 FwdHook = tuple[str, Callable[..., Tensor]]
@@ -138,18 +140,19 @@ def generate_tokens(
         seed: of the sampling.
         streams: number of each row's random stream; its place in the batch by default.
     """
-    batch = pad(encoded, pad_id_of(model)).to(model.cfg.device)
-    longest = batch.tokens.shape[1] + max_new_tokens
-    if longest > model.cfg.n_ctx:
+    longest = max(len(ids) for ids in encoded)
+    if longest + max_new_tokens > model.cfg.n_ctx:
         raise ValueError(
-            f"prompts: {batch.tokens.shape[1]} tokens and {max_new_tokens} new ones exceed the context of "
+            f"prompts: {longest} tokens and {max_new_tokens} new ones exceed the context of "
             f"{model.cfg.n_ctx}. Shorten the prompt or max_new_tokens."
         )
+    shared = _shared_beginning(model, encoded)
+    batch = pad([ids[shared:] for ids in encoded], pad_id_of(model)).to(model.cfg.device)
     draws = _draws(seed, streams if streams is not None else range(len(encoded)), max_new_tokens)
     ends = _end_ids(model)
     done = torch.zeros(len(encoded), dtype=torch.bool)
     columns: list[Int[Tensor, "batch"]] = []
-    step = _stepper(model, batch, max_new_tokens)
+    step = _stepper(model, encoded[0][:shared], len(encoded), longest + max_new_tokens)
     tokens, mask = batch.tokens, batch.mask
     for place in range(max_new_tokens):
         logits = step(tokens, mask)
@@ -162,26 +165,45 @@ def generate_tokens(
     return [_until_end(row, ends) for row in torch.stack(columns, 1).tolist()]
 
 
+def _shared_beginning(model: Any, encoded: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share (a template's system text, say) and can be run once for the batch.
+
+    None under hooks: they may act by row, and would meet a single one.
+    """
+    if not can_be_quick(model) or len(encoded) == 1 or any(point._forward_hooks for point in model.hook_points()):
+        return 0
+    most = min(len(ids) for ids in encoded) - 1  # each row needs a token of its own to go on from
+    columns = itertools.islice(zip(*encoded, strict=False), most)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
 def _stepper(
-    model: Any, batch: TokenBatch, new_tokens: int
+    model: Any, shared: Sequence[int], rows: int, longest: int
 ) -> Callable[[Tensor, Tensor], Float[Tensor, "batch d_vocab"]]:
-    """A function that takes new tokens with their mask and gives the logits after them, keeping a key-value cache."""
+    """A function that takes new tokens with their mask and gives the logits after them, keeping a key-value cache.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        shared: token ids that every row begins with, run here once.
+        rows: of the batch.
+        longest: most tokens that a row will hold.
+    """
     if not isinstance(model, HookedTransformer):
         return _bridge_stepper(model)
-    with quick(model):
-        ours = any("forward" in vars(block.attn) for block in model.blocks)
-    if ours:
-        cache: Any = KeyValueCache(model, len(batch.rows), batch.tokens.shape[1] + new_tokens)
-    else:
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+    cache: Any = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, rows)
+    if can_be_quick(model):
+        cache = KeyValueCache(model, rows, longest)
 
-        cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, len(batch.rows))
-
-    def step(tokens: Tensor, mask: Tensor) -> Tensor:
+    def step(tokens: Tensor, mask: Tensor, into: Any = cache) -> Tensor:
         with quick(model):
-            residual = model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers)
+            residual = model(tokens, attention_mask=mask, past_kv_cache=into, stop_at_layer=model.cfg.n_layers)
             return unembed(model, residual[:, -1])
 
+    if shared:
+        beginning = torch.tensor([list(shared)], device=model.cfg.device)
+        once = KeyValueCache(model, 1, len(shared))
+        step(beginning, torch.ones_like(beginning), once)
+        cache.start_from(once)
     return step
 
 
@@ -224,12 +246,3 @@ def _end_ids(model: Any) -> Int[Tensor, "n"]:
 def _until_end(ids: list[int], ends: Tensor) -> list[int]:
     stops = set(ends.tolist())
     return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
-
-
-def projections(
-    activations: dict[str, Float[Tensor, "... d_model"]], vectors: SteeringVectors
-) -> Iterator[tuple[str, Float[Tensor, "..."]]]:
-    """Scalar product of activations with each hook point's unit vector."""
-    for name, activation in activations.items():
-        vector = vectors[name].to(activation)
-        yield name, activation @ (vector / vector.norm())

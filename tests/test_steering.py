@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from rt_lens.steering import add, as_chat, generate, generate_tokens, projections
+from rt_lens import steering
+from rt_lens.steering import add, as_chat, generate, generate_tokens
 from rt_lens.tokens import chat_text, encode
 from rt_lens.vectors import SteeringVectors
 
@@ -369,11 +370,13 @@ def test_a_model_without_a_tokenizer_is_refused(tiny):
 # Projections
 
 
-def test_projections_are_lengths_along_the_unit_vector(tiny_vectors):
-    unit = tiny_vectors[POST[0]] / tiny_vectors[POST[0]].norm()
-    activations = {POST[0]: torch.stack([3 * unit, -0.5 * unit, torch.zeros(32)])}
-    ((name, found),) = projections(activations, tiny_vectors)
-    assert name == POST[0]
-    torch.testing.assert_close(found, torch.tensor([3.0, -0.5, 0.0]), atol=1e-5, rtol=0)
-    with pytest.raises(KeyError, match=r"vectors: none for 'blocks\.7\.hook_resid_post'"):
-        list(projections({"blocks.7.hook_resid_post": torch.ones(2, 32)}, tiny_vectors))
+def test_a_shared_beginning_is_run_once_and_changes_no_answer(tiny):
+    prompts = ["Hello.", "Tell me about rivers and lakes.", "Why?"]
+    encoded = [encode(tiny, text) for text in as_chat(tiny, prompts)]
+    shared = steering._shared_beginning(tiny, encoded)
+    assert 8 <= shared < min(len(ids) for ids in encoded)
+    assert len({tuple(ids[:shared]) for ids in encoded}) == 1
+    once = generate(tiny, prompts, max_new_tokens=8)
+    with tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda h, hook: None)]):  # hooks may act by row
+        assert steering._shared_beginning(tiny, encoded) == 0
+        assert generate(tiny, prompts, max_new_tokens=8) == once

@@ -30,6 +30,8 @@ class TuneConfig:
         neutral_batch_size: neutral prompts per step, for the KL term.
         n_targets: how many targets to have the model write.
         target_tokens: length of a target.
+        target_temperature: at which targets and neutral answers are sampled; learning one's own greedy answers
+            sharpens a model until it repeats itself.
         validation_share: share of topics held out for early stopping, where no validation pairs are given.
         validate_every: steps between validations.
         patience: validations without improvement before stopping.
@@ -41,20 +43,21 @@ class TuneConfig:
     layers: Sequence[int] = (20, 21, 22, 23, 24)
     trained_layers: Sequence[int] | None = None
     hook: str = "resid_post"
-    cosine_weight: float = 8.0
+    cosine_weight: float = 14.0
     token_weight: float = 1.0
     kl_weight: float = 1.0
     centred: bool = True
     learning_rate: float = 1e-4
     weight_decay: float = 0.1
     epochs: int = 1
-    max_steps: int = 16
+    max_steps: int = 10
     batch_size: int = 4
-    neutral_batch_size: int = 3
-    n_targets: int = 64
-    target_tokens: int = 32
+    neutral_batch_size: int = 2
+    n_targets: int = 40
+    target_tokens: int = 24
+    target_temperature: float = 0.7
     validation_share: float = 0.2
-    validate_every: int = 8
+    validate_every: int = 5
     patience: int = 3
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -69,7 +72,7 @@ class TuneConfig:
             raise ValueError("cosine_weight, token_weight: both are 0, so there is nothing to tune. Raise one.")
         if self.direction == "out" and self.token_weight > 0:
             raise ValueError("token_weight: direction 'out' has no target texts. Set token_weight=0.")
-        for name in ("cosine_weight", "token_weight", "kl_weight", "weight_decay"):
+        for name in ("cosine_weight", "token_weight", "kl_weight", "weight_decay", "target_temperature"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} came; 0 or more is wanted.")
         counts = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens",

@@ -137,6 +137,9 @@ class _Loop:
         self.centres = material.centres if config.centred else {}
         self.neutral = material.neutral if config.kl_weight else []
         self.pad_id = pad_id_of(model)
+        # Weights keep Hugging Face's layout as transposed views; AdamW would copy each of them at every step.
+        self.axes = {name: _by_stride(parameter) for name, parameter in trained.items()}
+        self.views = {name: nn.Parameter(p.detach().permute(self.axes[name])) for name, p in trained.items()}
 
     def losses(self, rows: Sequence[Row], neutral: Sequence[Row]) -> dict[str, Tensor]:
         """The terms of the loss that have weight, and their weighted sum `total`."""
@@ -165,8 +168,8 @@ class _Loop:
         assert final is not None
         assert batch.reference is not None
         with torch.no_grad():
-            reference = logits_of(self.model, batch.reference)
-        return kl_divergence(logits_of(self.model, final), reference).mean()
+            reference = logits_of(self.model, batch.reference).log_softmax(-1)
+        return kl_divergence(logits_of(self.model, final).log_softmax(-1), reference).mean()
 
     def run(self, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         """The loop: history rows, and the trained parameters at the lowest validation loss."""
@@ -174,7 +177,7 @@ class _Loop:
         order = random.Random(config.seed)
         steps = min(config.max_steps, config.epochs * math.ceil(len(self.material.train) / config.batch_size))
         optimiser = torch.optim.AdamW(
-            self.trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            self.views.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
         history: list[dict[str, Any]] = []
@@ -210,20 +213,27 @@ class _Loop:
     def _step(self, optimiser: Any, schedule: Any, terms: dict[str, Tensor], step: int) -> None:
         if not torch.isfinite(terms["total"]):
             raise FloatingPointError(f"tune: the loss is not finite at step {step}. Lower learning_rate.")
-        optimiser.zero_grad()
+        for parameter in self.trained.values():
+            parameter.grad = None
         terms["total"].backward()
         nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
+        for name, parameter in self.trained.items():
+            self.views[name].grad = None if parameter.grad is None else parameter.grad.permute(self.axes[name])
         optimiser.step()
         schedule.step()
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Tensor]:
-        """Mean losses over the held-out rows, with the KL over as many neutral ones."""
-        size, found = self.config.batch_size * 2, []
-        for start in range(0, len(self.material.held_out), size):
-            chosen = slice(start, start + size)
-            found.append(self.losses(self.material.held_out[chosen], self.neutral[chosen] or self.neutral[:size]))
+        """Mean losses over the held-out rows, with the KL over the same few neutral rows each time."""
+        size, held_out = self.config.batch_size * 2, self.material.held_out
+        neutral = self.neutral[: self.config.neutral_batch_size]
+        found = [self.losses(held_out[start : start + size], neutral) for start in range(0, len(held_out), size)]
         return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}
+
+
+def _by_stride(tensor: Tensor) -> list[int]:
+    """The axes from the widest stride to the narrowest: permuted so, a transposed view is contiguous."""
+    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
 
 
 def _rate(step: int, steps: int) -> float:

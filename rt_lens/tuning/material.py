@@ -46,16 +46,23 @@ def write_targets(
     chosen = pairs.sample(config.n_targets, seed=config.seed).pairs
     persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "out": lambda p: ""}[direction]
     asked = [chat_text(model, pair.user, system=persona(pair)) for pair in chosen]
-    answers = generate(model, asked, max_new_tokens=config.target_tokens, progress=progress)
+    answers = _answers(model, asked, config, progress)
     plain = [chat_text(model, pair.user) for pair in chosen]
     return [Target(prompt, answer) for prompt, answer in zip(plain, answers, strict=True) if answer.strip()]
 
 
 def write_neutral(model: Any, prompts: Sequence[str], config: TuneConfig) -> list[Target]:
     """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
-    answers = generate(model, prompts, max_new_tokens=config.target_tokens)
+    answers = _answers(model, prompts, config, progress=False)
     asked = [chat_text(model, prompt) for prompt in prompts]
     return [Target(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.strip()]
+
+
+def _answers(model: Any, prompts: Sequence[str], config: TuneConfig, progress: bool) -> list[str]:
+    return generate(
+        model, prompts, max_new_tokens=config.target_tokens, temperature=config.target_temperature, seed=config.seed,
+        progress=progress,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

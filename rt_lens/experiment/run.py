@@ -1,4 +1,4 @@
-"""The four arms from one TOML file: untuned, steered, token-tuned, rep-tuned, in both directions; results on disk.
+"""The four arms, run: results on disk.
 
 The rule that keeps the results honest is written into the order of things here: vectors and weights see the training
 topics, every choice sees the validation topics, and the test topics are asked once, at the end.
@@ -12,152 +12,28 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from rt_lens.evaluation import Evaluation, TextFit, evaluate, facts_kept, make_scorer, repetition, text_fit
+from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
 from rt_lens.forward import check_layers, model_name
-from rt_lens.losses import Direction
-from rt_lens.models import DEFAULT_MODEL, load_model
-from rt_lens.prompts import ContrastPairs, pairs_from_table, read_toml
-from rt_lens.shipped import behaviour_file, capital_facts, neutral_paragraphs, neutral_prompts
+from rt_lens.models import load_model
+from rt_lens.shipped import capital_facts, neutral_paragraphs, neutral_prompts
 from rt_lens.statistics import mean_interval, paired_comparison, share_interval
 from rt_lens.steering import add, as_chat, generate_tokens
 from rt_lens.tokens import encode, tokenizer_of
-from rt_lens.tuning import TuneConfig, WeightDelta, prepare, tune, write_neutral
+from rt_lens.tuning import prepare, tune, write_neutral
 from rt_lens.vectors import SteeringVectors, write_atomically
 
-DIRECTIONS: tuple[Direction, ...] = ("toward", "away")
 _PAIRED = (("rep_tuned", "token_tuned"), ("rep_tuned", "steered"), ("token_tuned", "untuned"), ("steered", "untuned"))
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class SplitConfig:
-    """Shares of the topics: the test part gets the rest."""
-
-    train: float = 0.4
-    validation: float = 0.2
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class ExtractConfig:
-    """How many pairs the vectors are made from, and measured on (one held-out pair per validation topic)."""
-
-    n_pairs: int = 96
-
-
-@dataclass(frozen=True)
-class ChooseConfig:
-    """Layers and multipliers to try on validation prompts, and the most that perplexity may rise (as a ratio)."""
-
-    layers: tuple[int, ...] = (15, 18, 21)
-    multipliers: tuple[float, ...] = (1.0, 2.0, 3.0)
-    bound: float = 1.1
-    n_prompts: int = 20
-    n_paragraphs: int = 8
-    max_new_tokens: int = 32
-
-
-@dataclass(frozen=True)
-class TestConfig:
-    """How the test prompts are asked; the paragraphs for perplexity and KL are those that no choice has seen."""
-
-    n_prompts: int = 60
-    max_new_tokens: int = 40
-    n_facts: int = 40
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One behaviour's whole experiment, as its TOML file says.
-
-    Attributes:
-        name: of the behaviour.
-        description: in a sentence.
-        pairs: contrast pairs.
-        scorer: name or `[scorer]` table.
-        tune: settings of the rep-tuned arm; the token-tuned arm is the same without the cosine loss.
-        tune_seeds: direction -> seeds; each tuned arm is tuned once per seed.
-        model: name or path for `load_model`.
-    """
-
-    name: str
-    description: str
-    pairs: ContrastPairs
-    scorer: str | Mapping[str, Any]
-    tune: TuneConfig
-    tune_seeds: Mapping[str, tuple[int, ...]]
-    model: str = DEFAULT_MODEL
-    split: SplitConfig = field(default_factory=SplitConfig)
-    extract: ExtractConfig = field(default_factory=ExtractConfig)
-    choose: ChooseConfig = field(default_factory=ChooseConfig)
-    test: TestConfig = field(default_factory=TestConfig)
-
-
-def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Experiment:
-    """Reads an experiment's TOML file, or a shipped behaviour's.
-
-    Args:
-        name_or_path: for example `mood`, or `my_behaviour.toml`.
-        model: overrides the file's model.
-
-    Raises:
-        ValueError: unknown behaviour, a table or key that is not known (the nearest is named), or a value out of range.
-    """
-    path = behaviour_file(name_or_path)
-    content = read_toml(path)
-    tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test"}
-    _refuse_unknown(path.name, content, {"name", "description"} | tables)
-    name = content.get("name", path.stem)
-    tuning = dict(content.get("tune", {}))
-    seeds = _seeds(tuning.pop("seeds", [0, 1, 2]))
-    return Experiment(
-        name=name,
-        description=content.get("description", ""),
-        pairs=pairs_from_table(name, content.get("pairs", {}), source=path.name),
-        scorer=content.get("scorer", "vader"),
-        tune=_table(TuneConfig, "tune", tuning),
-        tune_seeds=seeds,
-        model=model or content.get("model", {}).get("name", DEFAULT_MODEL),
-        split=_table(SplitConfig, "split", content.get("split", {})),
-        extract=_table(ExtractConfig, "extract", content.get("extract", {})),
-        choose=_table(ChooseConfig, "choose", content.get("choose", {})),
-        test=_table(TestConfig, "test", content.get("test", {})),
-    )
-
-
-def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:
-    """Seeds for each direction, from one list for both or a table with a list for each."""
-    each = seeds if isinstance(seeds, dict) else dict.fromkeys(DIRECTIONS, seeds)
-    _refuse_unknown("tune.seeds", each, set(DIRECTIONS))
-    for direction in DIRECTIONS:
-        if not each.get(direction):
-            raise ValueError(f"tune.seeds: none for {direction!r}. Give at least one, as in seeds = [0].")
-    return {direction: tuple(each[direction]) for direction in DIRECTIONS}
-
-
-def _table(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
-    _refuse_unknown(f"[{name}]", values, {entry.name for entry in fields(kind)})  # type: ignore[arg-type]
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-def _refuse_unknown(where: str, values: Mapping[str, Any], known: set[str]) -> None:
-    for key in values:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
-            raise ValueError(f"config: {where} has an unknown key {key!r}. {hint}")
 
 
 def check_writable(folder: Path) -> Path:
@@ -210,6 +86,8 @@ class _Run:
     def __init__(self, experiment: Experiment, out: Path, progress: bool) -> None:
         self.experiment, self.out, self.progress = experiment, out, progress
         self.seconds: dict[str, float] = {}
+        self.history: list[dict[str, Any]] = []
+        self.projections: dict[str, list[list[float]]] = {}
         self.scorer_name, self.score = make_scorer(experiment.scorer)
         split = experiment.split
         self.train, self.validation, test = experiment.pairs.split(split.train, split.validation, seed=split.seed)
@@ -226,7 +104,7 @@ class _Run:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        if self.progress:
+        if self.progress and name not in self.seconds:
             print(f"{name} ...", flush=True)
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
@@ -248,11 +126,16 @@ class _Run:
         with self._stage("choose"):
             doses = self._dose_response(vectors)
             choices: dict[str, Any] = {direction: self._choice(doses, direction) for direction in DIRECTIONS}
-        with self._stage("tune"):
-            deltas = self._tune(vectors)
         with self._stage("evaluate"):
-            arms = self._measure_arms(vectors, choices, deltas)
-            projections = self._projections(vectors, choices, deltas, arms[0].evaluation.responses[0])
+            reference = text_fit(self.model, self.test_texts, keep=True, seed=experiment.test.seed)
+            arms = [self._measure("untuned", "none", experiment.test.seed, nullcontext(), reference)]
+            self.shown_text = as_chat(self.model, self.test_prompts[:1])[0] + arms[0].evaluation.responses[0]
+            self._project("untuned", vectors, nullcontext())
+            for direction in DIRECTIONS:
+                steered = self._steered(vectors, choices[direction])
+                arms.append(self._measure("steered", direction, experiment.test.seed, steered, reference))
+            self._project("steered away", vectors, self._steered(vectors, choices["away"]))
+        arms += self._tuned_arms(vectors, reference)
         results = {
             "schema": 1,
             "behaviour": experiment.name,
@@ -273,6 +156,12 @@ class _Run:
         }
         responses = [json.dumps(line, ensure_ascii=False) for arm in arms for line in _answers(arm)]
         write_atomically(self.out / "responses.jsonl", "\n".join(responses).encode())
+        projections = {
+            "prompt": self.test_prompts[0],
+            "tokens": self.shown_tokens,
+            "layers": [int(name.split(".")[1]) for name in vectors.hook_names],
+            "arms": self.projections,
+        }
         write_atomically(self.out / "projections.json", json.dumps(projections, ensure_ascii=False).encode())
         write_atomically(self.out / "results.json", json.dumps(_plain(results), ensure_ascii=False, indent=1).encode())
         return _plain(results)
@@ -328,41 +217,32 @@ class _Run:
         )
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
 
-    def _tune(self, vectors: SteeringVectors) -> dict[tuple[str, Direction, int], WeightDelta]:
-        """Both tuned arms in both directions, once per seed; arms share targets, neutral prompts and settings."""
-        base = self.experiment.tune
-        neutral = write_neutral(self.model, neutral_prompts(), base) if base.kl_weight else []
-        deltas: dict[tuple[str, Direction, int], WeightDelta] = {}
-        self.history: list[dict[str, Any]] = []
+    def _tuned_arms(self, vectors: SteeringVectors, reference: TextFit) -> list[_Arm]:
+        """Both tuned arms in both directions, once per seed, on the same targets, neutral prompts and settings.
+
+        Each is measured as soon as it is tuned, so that one delta at a time is held.
+        """
+        base, arms = self.experiment.tune, []
+        with self._stage("tune"):
+            # As many neutral prompts as one run's steps can read.
+            enough = neutral_prompts()[: base.max_steps * base.neutral_batch_size]
+            neutral = write_neutral(self.model, enough, base) if base.kl_weight else []
         for direction in DIRECTIONS:
-            aimed = replace(base, direction=direction)
-            material = prepare(self.model, vectors, self.train, aimed, validation=self.validation, neutral=neutral)
+            aimed, seeds = replace(base, direction=direction), self.experiment.tune_seeds[direction]
+            with self._stage("tune"):
+                material = prepare(self.model, vectors, self.train, aimed, validation=self.validation, neutral=neutral)
             for arm, cosine_weight in (("token_tuned", 0.0), ("rep_tuned", base.cosine_weight)):
-                for seed in self.experiment.tune_seeds[direction]:
+                for seed in seeds:
                     config = replace(aimed, seed=seed, cosine_weight=cosine_weight)
-                    delta = tune(self.model, vectors, material, config, progress=self.progress)
-                    deltas[arm, direction, seed] = delta
+                    with self._stage("tune"):
+                        delta = tune(self.model, vectors, material, config, progress=self.progress)
+                    with self._stage("evaluate"):
+                        arms.append(self._measure(arm, direction, seed, delta.applied(self.model), reference))
                     named = {"arm": arm, "direction": direction, "seed": seed}
                     self.history += [{**named, **row} for row in delta.history]
-            first = self.experiment.tune_seeds[direction][0]
-            deltas["rep_tuned", direction, first].save(self.out / f"rep_tuned_{direction}.safetensors")
-        return deltas
-
-    def _measure_arms(
-        self,
-        vectors: SteeringVectors,
-        choices: Mapping[str, Any],
-        deltas: Mapping[tuple[str, Direction, int], WeightDelta],
-    ) -> list[_Arm]:
-        seed = self.experiment.test.seed
-        reference = text_fit(self.model, self.test_texts, keep=True, seed=seed)
-        arms = [self._measure("untuned", "none", seed, nullcontext(), reference)]
-        for direction in DIRECTIONS:
-            arms.append(
-                self._measure("steered", direction, seed, self._steered(vectors, choices[direction]), reference)
-            )
-        for (arm, direction, tune_seed), delta in deltas.items():
-            arms.append(self._measure(arm, direction, tune_seed, delta.applied(self.model), reference))
+                    if arm == "rep_tuned" and seed == seeds[0]:
+                        delta.save(self.out / f"rep_tuned_{direction}.safetensors")
+                        self._project(f"rep_tuned {direction}", vectors, delta.applied(self.model))
         return arms
 
     def _steered(self, vectors: SteeringVectors, choice: Mapping[str, Any]) -> AbstractContextManager[Any]:
@@ -413,25 +293,11 @@ class _Run:
                 rows.append({"direction": direction, "a": a, "b": b, **found._asdict(), "seeds": seeds[a, direction]})
         return rows
 
-    def _projections(
-        self, vectors: SteeringVectors, choices: Mapping[str, Any],
-        deltas: Mapping[tuple[str, Direction, int], WeightDelta], answer: str,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Layer x token projections of one test prompt with the untuned model's answer, before and after."""
-        text = as_chat(self.model, [self.test_prompts[0]])[0] + answer
-        seed = self.experiment.tune_seeds["away"][0]
-        contexts: dict[str, AbstractContextManager[Any]] = {
-            "untuned": nullcontext(),
-            "steered away": self._steered(vectors, choices["away"]),
-            "rep_tuned away": deltas["rep_tuned", "away", seed].applied(self.model),
-        }
-        found: dict[str, Any] = {}
-        for name, context in contexts.items():
-            with context:
-                tokens, values = token_projections(self.model, vectors, text)
-            found[name] = [[round(value, 3) for value in row] for row in values.tolist()]
-        layers = [int(name.split(".")[1]) for name in vectors.hook_names]
-        return {"prompt": self.test_prompts[0], "tokens": tokens, "layers": layers, "arms": found}
+    def _project(self, name: str, vectors: SteeringVectors, context: AbstractContextManager[Any]) -> None:
+        """Layer x token projections of the first test prompt with the untuned model's answer, the same for all arms."""
+        with context:
+            self.shown_tokens, values = token_projections(self.model, vectors, self.shown_text)
+        self.projections[name] = [[round(value, 3) for value in row] for row in values.tolist()]
 
 
 def _grouped(arms: Sequence[_Arm]) -> list[list[_Arm]]:
