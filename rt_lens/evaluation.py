@@ -268,11 +268,11 @@ def facts_kept(
     ]
 
 
-def repetition(responses: Sequence[str]) -> float:
-    """Mean share of an answer's word pairs that it said before: 0 for none, near 1 for a loop."""
+def repetition(responses: Sequence[str]) -> list[float]:
+    """For each answer, the share of its word pairs that it said before: 0 for none, near 1 for a loop."""
     shares = []
     for response in responses:
         words = response.lower().split()
         pairs = list(itertools.pairwise(words))
         shares.append(1 - len(set(pairs)) / len(pairs) if pairs else 0.0)
-    return float(np.mean(shares)) if shares else 0.0
+    return shares

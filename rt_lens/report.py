@@ -129,6 +129,10 @@ def _damage_sentences(results: Mapping[str, Any]) -> list[str]:
         least = min(asked, key=lambda row: row["facts"])
         measured = f"{least['arm']} {least['direction']} {_brief(least, 'facts')}"
         sentences.append(f"Fewest facts kept: {measured}, untuned {_brief(untuned, 'facts')} ({_seeds(least)}).")
+    if untuned and moved:
+        most = max(moved, key=lambda row: row["repetition"])
+        measured = f"{most['arm']} {most['direction']} {_brief(most, 'repetition')}"
+        sentences.append(f"Most repetition: {measured}, untuned {_brief(untuned, 'repetition')} ({_seeds(most)}).")
     return sentences
 
 
@@ -173,7 +177,7 @@ def _arms(results: Mapping[str, Any]) -> str:
         "perplexity [95 %]",
         "KL [95 %]",
         "facts kept [95 %]",
-        "repetition",
+        "repetition [95 %]",
         "seeds",
     )
     pooled = [_arm_cells(row, row["seeds"]) for row in results["summary"]]
@@ -189,7 +193,7 @@ def _arms(results: Mapping[str, Any]) -> str:
 def _arm_cells(row: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
     names = [row[key] for key in ("arm", "direction", "set", "scorer", "n")]
     measures = [_estimate(row), _estimate(row, "perplexity"), _estimate(row, "kl"), _estimate(row, "facts")]
-    measures.append(_number(row["repetition"], 2))
+    measures.append(_estimate(row, "repetition", 2))
     return [str(cell) for cell in (*names, *measures, ", ".join(map(str, seeds)))]
 
 

@@ -50,7 +50,7 @@ def test_perplexity_equals_a_direct_computation(model):
             count += tokens.shape[1] - 1
     for batch_size in (1, 3):
         found = text_fit(model, TEXTS, batch_size=batch_size)
-        assert found.perplexity.mean == pytest.approx(math.exp(total / count), rel=1e-5)
+        assert found.perplexity.mean == pytest.approx(math.exp(total / count), rel=5e-5)  # float32 logits
         assert found.sizes.sum() == count
         assert found.perplexity.low <= found.perplexity.mean <= found.perplexity.high
 
@@ -92,5 +92,5 @@ def test_facts_kept_takes_right_answers_and_refuses_wrong_ones(model):
 
 
 def test_repetition_tells_a_loop_from_prose():
-    assert repetition(["the cat sat on a mat"]) == 0.0
-    assert repetition(["no no no no no no no no no"]) > 0.8
+    assert repetition(["the cat sat on a mat", "yes"]) == [0.0, 0.0]
+    assert repetition(["no no no no no no no no no"])[0] > 0.8

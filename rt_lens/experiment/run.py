@@ -187,7 +187,7 @@ class _Run:
                 admissible = perplexity <= choose.bound * untuned
                 rows.append(
                     {"layer": layer, "multiplier": multiplier, **found._asdict(), "perplexity": perplexity,
-                     "repetition": repetition(mine), "admissible": admissible}
+                     "repetition": float(np.mean(repetition(mine))), "admissible": admissible}
                 )  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -212,7 +212,7 @@ class _Run:
         best = ranked.sort_values(["moved", "size"], ascending=[False, True]).iloc[0]
         unsteered = float(doses.loc[doses["multiplier"] == 0, "mean"].iloc[0])
         why = (
-            f"moves the mean score of {int(best['n'])} validation prompts from {unsteered:.2f} to "
+            f"It moves the mean score of {int(best['n'])} validation prompts from {unsteered:.2f} to "
             f"{best['mean']:.2f}, the furthest of {len(allowed)} within the bound"
         )
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
@@ -267,6 +267,7 @@ class _Run:
         fit = TextFit.pooled([arm.fit for arm in group])
         right = np.mean([arm.facts for arm in group], axis=0)
         share = share_interval(int(right.sum()), len(right)) if len(group) == 1 else mean_interval(right, seed)
+        repeats = mean_interval(np.mean([repetition(arm.evaluation.responses) for arm in group], axis=0), seed)
         assert fit.mean_kl is not None
         return {
             "arm": first.arm, "direction": first.direction, "set": "test", "scorer": self.scorer_name,
@@ -275,7 +276,7 @@ class _Run:
             "perplexity_high": fit.perplexity.high,
             "kl": fit.mean_kl.mean, "kl_low": fit.mean_kl.low, "kl_high": fit.mean_kl.high,
             "facts": share.mean, "facts_low": share.low, "facts_high": share.high, "n_facts": share.n,
-            "repetition": float(np.mean([repetition(arm.evaluation.responses) for arm in group])),
+"repetition": repeats.mean, "repetition_low": repeats.low, "repetition_high": repeats.high,
         }  # fmt: skip
 
     def _comparisons(self, arms: Sequence[_Arm]) -> list[dict[str, Any]]:
