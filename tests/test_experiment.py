@@ -39,7 +39,7 @@ n_pairs = 4
 layers = [18]
 multipliers = [0.5]
 n_prompts = 2
-n_paragraphs = 2
+n_paragraphs = 20
 max_new_tokens = 6
 bound = 1.5
 [tune]
