@@ -45,6 +45,7 @@ bound = 1.5
 [tune]
 layers = [27]
 trained_layers = [27]
+learning_rate = 1e-3
 max_steps = 2
 batch_size = 2
 neutral_batch_size = 1
