@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rt_lens.forward import quick
 from rt_lens.tokens import batches, encode, pad, pad_id_of, tokenizer_of

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rt_lens.forward import check_layers, model_name
 from rt_lens.losses import cosine_loss, kl_divergence, token_loss
