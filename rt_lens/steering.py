@@ -190,9 +190,11 @@ def _stepper(
     """
     if not isinstance(model, HookedTransformer):
         return _bridge_stepper(model)
-    cache: Any = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, rows)
+    cache: Any
     if can_be_quick(model):
         cache = KeyValueCache(model, rows, longest)
+    else:
+        cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, rows)
 
     def step(tokens: Tensor, mask: Tensor, into: Any = cache) -> Tensor:
         with quick(model):

@@ -276,7 +276,7 @@ class _Run:
             "perplexity_high": fit.perplexity.high,
             "kl": fit.mean_kl.mean, "kl_low": fit.mean_kl.low, "kl_high": fit.mean_kl.high,
             "facts": share.mean, "facts_low": share.low, "facts_high": share.high, "n_facts": share.n,
-"repetition": repeats.mean, "repetition_low": repeats.low, "repetition_high": repeats.high,
+            "repetition": repeats.mean, "repetition_low": repeats.low, "repetition_high": repeats.high,
         }  # fmt: skip
 
     def _comparisons(self, arms: Sequence[_Arm]) -> list[dict[str, Any]]:
