@@ -25,7 +25,22 @@ _KEYS = (
     *("schema", "behaviour", "description", "model", "versions", "seed", "choices", "arms", "summary", "comparisons"),
     *("separability", "dose_response", "bound", "history", "logit_lens", "seconds"),
 )
-_SCORED = ("arm", "direction", "set", "scorer", "n", "mean", "low", "high", "perplexity", "kl", "facts", "repetition")
+_SCORED = (
+    "arm",
+    "direction",
+    "set",
+    "scorer",
+    "n",
+    "mean",
+    "low",
+    "high",
+    "perplexity",
+    "kl",
+    "facts",
+    "repetition",
+    "n_texts",
+    "n_facts",
+)
 _COLUMNS = {
     "arms": (*_SCORED, "seed"),
     "summary": (*_SCORED, "seeds"),
@@ -123,16 +138,20 @@ def _damage_sentences(results: Mapping[str, Any]) -> list[str]:
         verdict = "" if bound is None else f", {'within' if ratio <= bound else 'over'} the bound of {bound:g}"
         measured = f"{worst['arm']} {worst['direction']} {_brief(worst, 'perplexity')}, {ratio:.2f} times the untuned"
         against = f"{_brief(untuned, 'perplexity')}{verdict}"
-        sentences.append(f"Highest perplexity: {measured} {against} ({_seeds(worst)}).")
+        texts = f"n = {worst['n_texts']} texts, {_seeds(worst)}"
+        sentences.append(f"Highest perplexity: {measured} {against} ({texts}).")
     asked = [row for row in moved if row["facts"] is not None]
     if untuned and untuned["facts"] is not None and asked:
         least = min(asked, key=lambda row: row["facts"])
         measured = f"{least['arm']} {least['direction']} {_brief(least, 'facts')}"
-        sentences.append(f"Fewest facts kept: {measured}, untuned {_brief(untuned, 'facts')} ({_seeds(least)}).")
+        sentences.append(
+            f"Fewest facts kept: {measured}, untuned {_brief(untuned, 'facts')} "
+            f"(n = {least['n_facts']}, {_seeds(least)})."
+        )
     if untuned and moved:
         most = max(moved, key=lambda row: row["repetition"])
         measured = f"{most['arm']} {most['direction']} {_brief(most, 'repetition')}"
-        sentences.append(f"Most repetition: {measured}, untuned {_brief(untuned, 'repetition')} ({_seeds(most)}).")
+        sentences.append(f"Most repetition: {measured}, untuned {_brief(untuned, 'repetition')} ({_sample(most)}).")
     return sentences
 
 
@@ -183,7 +202,8 @@ def _arms(results: Mapping[str, Any]) -> str:
     pooled = [_arm_cells(row, row["seeds"]) for row in results["summary"]]
     single = [_arm_cells(row, [row["seed"]]) for row in results["arms"]]
     note = (
-        "<p>KL from the untuned model in nats per token; facts kept is the share of plain questions still answered; "
+        f"<p>Perplexity, and KL from the untuned model in nats per token, on {_ns(results, 'n_texts')} neutral texts; "
+        f"facts kept is the share of {_ns(results, 'n_facts')} plain questions still answered; "
         "repetition is the share of an answer's word pairs that it said before.</p>"
     )
     seeds = f"<details><summary>Each seed by itself</summary>{_table(header, single)}</details>"
@@ -339,6 +359,10 @@ def _listed(rows: Sequence[Mapping[str, Any]], say: Any) -> str:
 
 def _sample(row: Mapping[str, Any]) -> str:
     return f"n = {row['n']}, {_seeds(row)}"
+
+
+def _ns(results: Mapping[str, Any], key: str) -> str:
+    return ", ".join(sorted({str(row[key]) for row in results["summary"]}))
 
 
 def _seeds(row: Mapping[str, Any]) -> str:

@@ -43,6 +43,8 @@ def make_results() -> dict[str, Any]:
             "facts_low": measures[3] - 0.05,
             "facts_high": measures[3] + 0.03,
             "repetition": 0.1,
+            "n_texts": 18,
+            "n_facts": 25,
         }
         for prompts, scale in (("test", 1.0), ("unlike", 0.8))
         for (arm, direction), measures in _MEANS.items()

@@ -273,7 +273,7 @@ class _Run:
             "arm": first.arm, "direction": first.direction, "set": "test", "scorer": self.scorer_name,
             "n": scores.n, "mean": scores.mean, "low": scores.low, "high": scores.high,
             "perplexity": fit.perplexity.mean, "perplexity_low": fit.perplexity.low,
-            "perplexity_high": fit.perplexity.high,
+            "perplexity_high": fit.perplexity.high, "n_texts": fit.perplexity.n,
             "kl": fit.mean_kl.mean, "kl_low": fit.mean_kl.low, "kl_high": fit.mean_kl.high,
             "facts": share.mean, "facts_low": share.low, "facts_high": share.high, "n_facts": share.n,
             "repetition": repeats.mean, "repetition_low": repeats.low, "repetition_high": repeats.high,
