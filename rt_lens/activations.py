@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rt_lens.forward import quick
-from rt_lens.tokens import batches, encode, pad, pad_id_of, tokenizer_of
+from rt_lens.tokens import TokenBatch, batches, encode, pad, pad_id_of, tokenizer_of
+from rt_lens.whereabouts import whereabouts
 
 
 def check_hook_names(model: Any, hook_names: Sequence[str]) -> None:
@@ -30,58 +31,102 @@ def check_hook_names(model: Any, hook_names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def last_token_activations(
-    model: Any, texts: Sequence[str], hook_names: Sequence[str], *, batch_size: int = 32, progress: bool = False
-) -> dict[str, Float[Tensor, "text d_model"]]:
-    """Activations at the last token of each text.
+def read_activations(
+    model: Any,
+    texts: Sequence[str],
+    hook_names: Sequence[str],
+    reads: Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_size: int = 32,
+    padding: Literal["left", "right"] = "left",
+    progress: bool = False,
+) -> dict[str, Float[Tensor, "text read *heads d"]]:
+    """Mean activations over chosen tokens of each text, several such means for each.
 
-    Texts are sorted by length and padded on the left; nothing after the last hook point is computed.
+    Texts are sorted by length and padded; nothing after the last hook point is computed.
 
     Args:
         model: HookedTransformer or TransformerBridge.
         texts: through the chat template already, special tokens included.
         hook_names: for example `["blocks.18.hook_resid_post"]`.
+        reads: for each text as many reads as for the others, each a list of token numbers from 0, padding not counted.
         batch_size: texts per forward pass.
+        padding: side of the padding; it changes nothing.
         progress: show a bar.
 
     Returns:
-        hook name -> Float[Tensor, "text d_model"] in the order of `texts`, float32 on the CPU.
+        hook name -> Float[Tensor, "text read *heads d"] in the order of `texts`, float32 on the CPU.
 
     Raises:
         ValueError: for an unknown hook name or an empty list of texts.
     """
     check_hook_names(model, hook_names)
-    in_blocks = all(name.startswith("blocks.") for name in hook_names)
-    stop = 1 + max(int(name.split(".")[1]) for name in hook_names) if in_blocks else model.cfg.n_layers
-    found = {name: torch.empty(len(texts), model.cfg.d_model) for name in hook_names}
+    found: dict[str, Tensor] = {}
     with quick(model), tqdm(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
-        for batch in batches(model, texts, batch_size):
-            _, cache = model.run_with_cache(
-                batch.tokens,
-                attention_mask=batch.mask,
-                names_filter=list(hook_names),
-                stop_at_layer=stop if stop < model.cfg.n_layers else None,
-                return_type=None,
-            )
+        for batch in batches(model, texts, batch_size, padding):
+            weights = _weights(batch, [reads[row] for row in batch.rows])
+            with whereabouts(batch.mask, rows=batch.rows):
+                _, cache = model.run_with_cache(
+                    batch.tokens,
+                    attention_mask=batch.mask,
+                    names_filter=list(hook_names),
+                    stop_at_layer=_stop(model, hook_names),
+                    return_type=None,
+                )
             for name in hook_names:
-                found[name][list(batch.rows)] = cache[name][:, -1].float().cpu()
+                means = torch.einsum("brp,bp...->br...", weights.to(cache[name]), cache[name]).float().cpu()
+                if name not in found:
+                    found[name] = means.new_empty(len(texts), *means.shape[1:])
+                found[name][list(batch.rows)] = means
             bar.update(len(batch.rows))
     return found
+
+
+def _stop(model: Any, hook_names: Sequence[str]) -> int | None:
+    """The first block that need not run; None to run them all."""
+    if not all(name.startswith("blocks.") for name in hook_names):
+        return None
+    stop = 1 + max(int(name.split(".")[1]) for name in hook_names)
+    return stop if stop < model.cfg.n_layers else None
+
+
+def _weights(batch: TokenBatch, reads: Sequence[Sequence[Sequence[int]]]) -> Float[Tensor, "batch read pos"]:
+    """Rows that average the chosen tokens; a single token has weight 1, so it is read as it is."""
+    starts = batch.mask.argmax(1).tolist()  # column of each row's first real token
+    weights = torch.zeros(len(reads), len(reads[0]), batch.tokens.shape[1], device=batch.tokens.device)
+    for row, (start, of_row) in enumerate(zip(starts, reads, strict=True)):
+        for read, numbers in enumerate(of_row):
+            columns = torch.tensor([start + number for number in numbers], device=weights.device)
+            weights[row, read].index_add_(0, columns, torch.full((len(numbers),), 1 / len(numbers)).to(weights))
+    return weights
+
+
+def last_token_activations(
+    model: Any, texts: Sequence[str], hook_names: Sequence[str], *, batch_size: int = 32, progress: bool = False
+) -> dict[str, Float[Tensor, "text *heads d"]]:
+    """Activations at the last token of each text: see `read_activations`.
+
+    Returns:
+        hook name -> Float[Tensor, "text *heads d"] in the order of `texts`, float32 on the CPU.
+    """
+    ends = [[[len(encode(model, text)) - 1]] for text in texts]
+    found = read_activations(model, texts, hook_names, ends, batch_size=batch_size, progress=progress)
+    return {name: h[:, 0] for name, h in found.items()}
 
 
 @torch.no_grad()
 def token_activations(
     model: Any, text: str, hook_names: Sequence[str]
-) -> tuple[list[str], dict[str, Float[Tensor, "pos d_model"]]]:
+) -> tuple[list[str], dict[str, Float[Tensor, "pos *heads d"]]]:
     """Activations at every token of one text.
 
     Returns:
-        The tokens as strings, and hook name -> Float[Tensor, "pos d_model"].
+        The tokens as strings, and hook name -> Float[Tensor, "pos *heads d"].
     """
     check_hook_names(model, hook_names)
     ids = encode(model, text)
     batch = pad([ids], pad_id_of(model)).to(model.cfg.device)
-    with quick(model):
+    with quick(model), whereabouts(batch.mask):
         _, cache = model.run_with_cache(
             batch.tokens, attention_mask=batch.mask, names_filter=list(hook_names), return_type=None
         )

@@ -89,8 +89,9 @@ def steer(
     model: Model = None,
 ) -> None:
     """Answer a prompt untouched and steered."""
+    from rt_lens.generation import generate
     from rt_lens.models import DEFAULT_MODEL, load_model
-    from rt_lens.steering import add, generate
+    from rt_lens.steering import add
     from rt_lens.vectors import SteeringVectors
 
     directions = SteeringVectors.load(vectors)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rt_lens.forward import logits_where
+from rt_lens.generation import generate
 from rt_lens.losses import kl_divergence
 from rt_lens.prompts import ContrastPairs
-from rt_lens.statistics import Interval, mean_interval
-from rt_lens.steering import generate
-from rt_lens.tokens import batches
+from rt_lens.statistics import Interval, mean_interval, share_interval
+from rt_lens.tokens import TokenBatch, batches
+from rt_lens.whereabouts import whereabouts
 
 Scorer = Callable[[str], float]
 """One answer in, one number out; higher means more of the behaviour."""
@@ -145,6 +146,66 @@ def evaluate(
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Pairs in which the model itself behaves as its personas ask.
+
+    Attributes:
+        pairs: those kept.
+        share: kept of those asked, with a Wilson 95 % interval (pairs of one topic are not independent).
+        scorer: its name.
+    """
+
+    pairs: ContrastPairs
+    share: Interval
+    scorer: str
+
+
+def correct_only(
+    model: Any,
+    pairs: ContrastPairs,
+    scorer: str | Mapping[str, Any] | Scorer = "vader",
+    *,
+    threshold: float = 0.0,
+    max_new_tokens: int = 24,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Kept:
+    """Keeps the pairs whose greedy answer scores above a threshold under the positive persona, below under the other.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        pairs: asked with their personas and openers.
+        scorer: `vader`, a `[scorer]` table, or a function from answer to number.
+        threshold: between the two sides.
+        max_new_tokens: length of an answer.
+        batch_size: texts per batch.
+        progress: show a bar.
+
+    Raises:
+        ValueError: if no pair is left; the message says how the sides scored.
+
+    Example:
+        >>> kept = correct_only(model, train.sample(128), "vader")
+        >>> vectors = extract_vectors(model, kept.pairs)
+    """
+    name, score = make_scorer(scorer)
+    texts = pairs.texts(model)
+    answers = generate(
+        model, texts.positive + texts.negative, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    scores = [float(score(answer)) for answer in answers]
+    positive, negative = scores[: len(pairs)], scores[len(pairs) :]
+    correct = [high > threshold > low for high, low in zip(positive, negative, strict=True)]
+    if not any(correct):
+        raise ValueError(
+            f"pairs: of {len(pairs)} none is answered as both personas ask ({name} {np.mean(positive):.2f} and "
+            f"{np.mean(negative):.2f} in the mean, threshold {threshold:g}). Use another threshold, or all pairs."
+        )
+    kept = tuple(pair for pair, right in zip(pairs.pairs, correct, strict=True) if right)
+    return Kept(ContrastPairs(pairs.name, kept), share_interval(len(kept), len(pairs)), name)
+
+
+@dataclass(frozen=True)
 class TextFit:
     """How a model predicts some texts; tokens of one text are not independent, so intervals resample whole texts.
 
@@ -225,7 +286,7 @@ def text_fit(
         where[:, -1] = False  # left padding: the last column is the last token of every row
         following = torch.roll(batch.tokens, -1, 1)[where]
         losses, divergences, done = [], [], 0
-        for logits in logits_where(model, batch.tokens, batch.mask, where):
+        for logits in _told(batch, logits_where(model, batch.tokens, batch.mask, where)):
             log_probabilities = torch.log_softmax(logits.float(), -1)
             wanted = following[done : done + len(logits), None]
             losses.append(-log_probabilities.gather(1, wanted)[:, 0])
@@ -242,6 +303,13 @@ def text_fit(
         nll[rows] = _sums(losses, each)
         kl[rows] = _sums(divergences, each) if divergences else 0.0
     return TextFit(nll, kl if reference is not None else None, sizes, checksum, seed, torch.cat(kept) if keep else None)
+
+
+def _told(batch: TokenBatch, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same parts, with hooks told which tokens are run while the first of them is made."""
+    with whereabouts(batch.mask, rows=batch.rows):
+        first = next(parts)
+    return itertools.chain([first], parts)
 
 
 def _sums(chunks: Sequence[Tensor], sizes: Sequence[int]) -> list[float]:

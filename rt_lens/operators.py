@@ -1,37 +1,203 @@
-"""Pure edits of activations: activation in, activation out, out of place. They know no model and no hook."""
+"""Pure edits of activations: activation in, activation out, out of place. They know no model and no hook.
+
+An operator is called with activations `Float[Tensor, "batch pos *heads d"]` and a strength: one number, or a tensor of
+the activations' leading shape (`batch`, `batch pos` or `batch pos head`). Where the strength is 0 nothing changes, bit
+for bit. `affine` gives an edit of strength s as h A + c, for those that are such a map,
+for activations of a trailing shape `*heads d`, and None for the others.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Strength = float | Float[Tensor, "..."]
+Activation = Float[Tensor, "batch pos *heads d"]
+Affine = tuple[Float[Tensor, "*heads d d"], Float[Tensor, "*heads d"]]
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """What every operator is."""
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation: ...
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine | None: ...
 
 
 @dataclass(frozen=True)
 class Add:
-    """Add a multiple of a vector at every position: h + multiplier * v (activation addition, Turner et al. 2023).
+    """Add a vector: h + s v (activation addition, Turner et al. 2023).
 
     Attributes:
-        vector: Float[Tensor, "d_model"].
-        multiplier: one number, or Float[Tensor, "batch"] with one for each row.
+        vector: Float[Tensor, "*heads d"].
     """
 
-    vector: Float[Tensor, "d_model"]
-    multiplier: float | Float[Tensor, "batch"]
+    vector: Float[Tensor, "*heads d"]
 
-    def __call__(self, h: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        if h.shape[-1] != self.vector.shape[0]:
-            raise ValueError(
-                f"vectors: made for d_model {self.vector.shape[0]}, these activations have {h.shape[-1]}. "
-                "Extract vectors on this model first."
-            )
-        vector = self.vector.to(h)
-        if isinstance(self.multiplier, Tensor):
-            if self.multiplier.shape != h.shape[:1]:
-                raise ValueError(
-                    f"multiplier: {self.multiplier.numel()} numbers came for {h.shape[0]} rows. "
-                    "Give one number, or one for each row of the batch."
-                )
-            return h + self.multiplier.to(h)[:, None, None] * vector
-        return h + self.multiplier * vector
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        return h + _spread(strength, h) * _like(self.vector, h)
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine:
+        return _identity(self.vector), strength * self.vector
+
+
+@dataclass(frozen=True)
+class AddPreservingNorm:
+    """Add a vector, then give each token its own norm back: (h + s v) |h| / |h + s v|. Not an affine map.
+
+    Attributes:
+        vector: Float[Tensor, "*heads d"].
+    """
+
+    vector: Float[Tensor, "*heads d"]
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        moved = h + _spread(strength, h) * _like(self.vector, h)
+        after = moved.norm(dim=-1, keepdim=True)
+        # A vector that cancels h exactly leaves no direction to give the norm to.
+        return moved * torch.where(after > 0, h.norm(dim=-1, keepdim=True) / after.clamp(min=1e-30), 1.0)
+
+    def affine(self, strength: float, shape: Sequence[int]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Remove the components in a subspace: h - s U U^T h, with U an orthonormal basis of the directions.
+
+    Idempotent at s = 1; every orthogonal component stays (directional ablation, Arditi et al. 2024).
+
+    Attributes:
+        directions: Float[Tensor, "k *heads d"], of any norms; dependent ones are no harm. A head whose directions are
+            all zero stays as it is.
+    """
+
+    directions: Float[Tensor, "k *heads d"]
+
+    @cached_property
+    def basis(self) -> Float[Tensor, "*heads k d"]:
+        """Orthonormal rows that span the directions, and zero rows in place of dependent ones."""
+        stacked = self.directions.movedim(0, -2).double()
+        _, sizes, rows = torch.linalg.svd(stacked, full_matrices=False)
+        kept = sizes > 1e-6 * sizes.amax(-1, keepdim=True)
+        return (rows * kept[..., None]).to(self.directions.dtype)
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        basis = _like(self.basis, h, skip=1)
+        inside = torch.einsum("...k,...kd->...d", torch.einsum("...d,...kd->...k", h, basis), basis)
+        return h - _spread(strength, h) * inside
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine:
+        basis = self.basis
+        inside = torch.einsum("...kd,...ke->...de", basis, basis)
+        return _identity(self.directions[0]) - strength * inside, torch.zeros_like(self.directions[0])
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Set the projection on a direction to a value: h + s (value - h . u) u, with u the unit direction.
+
+    Attributes:
+        direction: Float[Tensor, "*heads d"], of any norm but zero.
+        value: the projection wanted, in the activations' own units.
+    """
+
+    direction: Float[Tensor, "*heads d"]
+    value: float
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        unit = _like(_unit(self.direction), h)
+        missing = self.value - (h * unit).sum(-1, keepdim=True)
+        return h + _spread(strength, h) * missing * unit
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine:
+        unit = _unit(self.direction)
+        inside = unit[..., :, None] * unit[..., None, :]
+        return _identity(unit) - strength * inside, strength * self.value * unit
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Scale activations: h (1 + s alpha) (activation scaling, Stoehr et al. 2024).
+
+    Attributes:
+        alpha: one number, Float[Tensor, "d"], or Float[Tensor, "head 1"] with one for each head.
+    """
+
+    alpha: float | Float[Tensor, "..."]
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        alpha = self.alpha.to(h) if isinstance(self.alpha, Tensor) else self.alpha
+        return h * (1 + _spread(strength, h) * alpha)
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine:
+        factors = (1 + strength * torch.as_tensor(self.alpha)).expand(*shape)
+        return torch.diag_embed(factors), torch.zeros(*shape, dtype=factors.dtype)
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Take out what a linear probe could read: h - s left (right . (h - centre)) (LEACE, Belrose et al. 2023).
+
+    Attributes:
+        left: Float[Tensor, "*heads d"], the direction that is removed.
+        right: Float[Tensor, "*heads d"], the direction that reads; right . left is 1.
+        centre: Float[Tensor, "*heads d"], what the erased concept is moved to.
+    """
+
+    left: Float[Tensor, "*heads d"]
+    right: Float[Tensor, "*heads d"]
+    centre: Float[Tensor, "*heads d"]
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        left, right, centre = (_like(part, h) for part in (self.left, self.right, self.centre))
+        found = ((h - centre) * right).sum(-1, keepdim=True)
+        return h - _spread(strength, h) * found * left
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine:
+        taken = self.right[..., :, None] * self.left[..., None, :]
+        offset = (self.right * self.centre).sum(-1, keepdim=True) * self.left
+        return _identity(self.left) - strength * taken, strength * offset
+
+
+def _unit(direction: Float[Tensor, "*heads d"]) -> Float[Tensor, "*heads d"]:
+    return direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+
+
+def _identity(vector: Float[Tensor, "*heads d"]) -> Float[Tensor, "*heads d d"]:
+    return torch.eye(vector.shape[-1], dtype=vector.dtype, device=vector.device).expand(*vector.shape, -1).clone()
+
+
+def _like(part: Tensor, h: Tensor, skip: int = 0) -> Tensor:
+    """A vector as the activations are: same dtype and device; `skip` axes before the last are not the activations'."""
+    heads = part.shape[: part.ndim - 1 - skip]
+    if part.shape[-1] != h.shape[-1] or heads != h.shape[2:-1]:
+        raise ValueError(
+            f"vectors: made for d_model {_width(heads, part.shape[-1])}, these activations have "
+            f"{_width(h.shape[2:-1], h.shape[-1])}. Extract vectors on this model first."
+        )
+    return part.to(h)
+
+
+def _width(heads: Any, d: int) -> str:
+    return " x ".join(str(size) for size in (*heads, d))
+
+
+def _spread(strength: Strength, h: Tensor) -> Any:
+    """The strength with trailing axes of size 1, so that it meets the activations from the front."""
+    if not isinstance(strength, Tensor):
+        return strength
+    wanted = h.shape[: strength.ndim]
+    if any(came not in (1, size) for came, size in zip(strength.shape, wanted, strict=True)):
+        raise ValueError(
+            f"strength: shape {tuple(strength.shape)} came for activations {tuple(h.shape)}. "
+            "Give one number, or one for each row, token or head."
+        )
+    return strength.to(h).reshape(*strength.shape, *[1] * (h.ndim - strength.ndim))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rt_lens.operators import Ablate
+
 _SCHEMA = 1
+_ERASER = "eraser/"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Provenance:
         data_sha256: checksum of the pairs.
         seed: of the pairs' selection.
         version: of rt_lens.
+        position_tokens: the tokens read in the first pair's positive side, as the model's tokenizer writes them.
     """
 
     model: str
@@ -45,42 +51,62 @@ class Provenance:
     data_sha256: str
     seed: int
     version: str
+    position_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Eraser:
+    """What takes a concept out of activations: h - left (right . (h - centre)) (LEACE, Belrose et al. 2023).
+
+    Attributes:
+        left: Float[Tensor, "*heads d"], the direction that is removed.
+        right: Float[Tensor, "*heads d"], the direction that reads.
+        centre: Float[Tensor, "*heads d"].
+    """
+
+    left: Float[Tensor, "*heads d"]
+    right: Float[Tensor, "*heads d"]
+    centre: Float[Tensor, "*heads d"]
 
 
 @dataclass(frozen=True)
 class SteeringVectors:
-    """Directions keyed by hook name.
+    """Directions keyed by hook name. They can be added, subtracted, negated and multiplied by numbers.
 
     Attributes:
-        vectors: hook name -> Float[Tensor, "d_model"].
+        vectors: hook name -> Float[Tensor, "d_model"], or Float[Tensor, "head d_head"] at `attn.hook_z`.
         provenance: where they came from.
+        erasers: hook name -> Eraser, for method `leace`; arithmetic drops them.
 
     Raises:
-        ValueError: if there is none, one is not finite or zero, or the widths differ.
+        ValueError: if there is none, one is not finite, or widths at one kind of hook point differ.
 
     Example:
         >>> vectors = SteeringVectors.load("mood.safetensors")
         >>> vectors["blocks.18.hook_resid_post"].shape
         torch.Size([576])
+        >>> happier_and_casual = vectors - 0.5 * SteeringVectors.load("formality.safetensors")
     """
 
-    vectors: dict[str, Float[Tensor, "d_model"]] = field(repr=False)
+    vectors: dict[str, Float[Tensor, "*heads d"]] = field(repr=False)
     provenance: Provenance
+    erasers: dict[str, Eraser] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not self.vectors:
             raise ValueError("vectors: there is none. Give at least one hook point.")
-        if len({vector.shape for vector in self.vectors.values()}) > 1:
-            raise ValueError(f"vectors: shapes differ: { ({n: tuple(v.shape) for n, v in self.vectors.items()}) }.")
+        kinds: dict[str, set[torch.Size]] = {}
         for name, vector in self.vectors.items():
+            kinds.setdefault(name.split(".", 2)[-1], set()).add(vector.shape)
             if not torch.isfinite(vector).all():
                 raise ValueError(f"vectors: {name} holds NaN or infinite values. Extract it again.")
-            if vector.norm() == 0:
-                raise ValueError(f"vectors: {name} is all zeros, which has no direction. Are the two sides the same?")
+        if any(len(shapes) > 1 for shapes in kinds.values()):
+            raise ValueError(f"vectors: shapes differ: { ({n: tuple(v.shape) for n, v in self.vectors.items()}) }.")
 
     @property
     def d_model(self) -> int:
-        return next(iter(self.vectors.values())).shape[0]
+        """Width of the vectors; at `attn.hook_z` that of all heads together."""
+        return next(iter(self.vectors.values())).numel()
 
     @property
     def hook_names(self) -> list[str]:
@@ -93,15 +119,19 @@ class SteeringVectors:
         return self.vectors[hook_name]
 
     def at_layers(self, layers: Iterable[int] | None, hook: str = "resid_post") -> dict[str, Tensor]:
-        """The vectors of some blocks at one kind of hook point; all blocks for None.
+        """The vectors of some blocks at one kind of hook point; all blocks for None, all kinds for `any`.
 
         Raises:
             ValueError: if a layer has no vector; the message says which have.
         """
-        ours = [name for name in self.vectors if name.startswith("blocks.") and name.endswith(f".hook_{hook}")]
-        known = {int(name.split(".")[1]): name for name in ours}
+        known: dict[int, list[str]] = {}
+        for name in self.vectors:
+            if name.startswith("blocks.") and (hook == "any" or name.split(".", 2)[2] == _kind(hook)):
+                known.setdefault(layer_of(name), []).append(name)
         if not known:
-            raise ValueError(f"hook: no vector at hook_{hook}. These vectors are at {', '.join(self.hook_names[:3])}.")
+            raise ValueError(
+                f"hook: no vector at {_kind(hook)}. These vectors are at {', '.join(self.hook_names[:3])}."
+            )
         chosen = list(known) if layers is None else list(layers)
         for layer in chosen:
             if layer not in known:
@@ -113,11 +143,106 @@ class SteeringVectors:
                 raise ValueError(f"layers: {layer} {wrong} ({self.provenance.model}). Use layers=[{middle}], say.")
         if not chosen:
             raise ValueError("layers: the list is empty. Name at least one block.")
-        return {known[layer]: self.vectors[known[layer]] for layer in chosen}
+        return {name: self.vectors[name] for layer in chosen for name in known[layer]}
 
     def select(self, layers: Iterable[int], hook: str = "resid_post") -> SteeringVectors:
         """The same vectors at some blocks only."""
-        return SteeringVectors(self.at_layers(layers, hook), self.provenance)
+        chosen = self.at_layers(layers, hook)
+        return SteeringVectors(chosen, self.provenance, {n: e for n, e in self.erasers.items() if n in chosen})
+
+    def everywhere(self, model: Any, layer: int, hook: str = "resid_post") -> SteeringVectors:
+        """One block's vector at every point of a model's residual stream (to ablate it with hook="any")."""
+        (vector,) = self.at_layers([layer], hook).values()
+        kinds = ("resid_pre", "resid_mid", "resid_post")
+        names = [name for block in range(model.cfg.n_layers) for kind in kinds for name in hook_names([block], kind)]
+        return SteeringVectors({name: vector for name in names if name in model.hook_dict}, self.provenance)
+
+    def __add__(self, other: SteeringVectors) -> SteeringVectors:
+        return self._combined(other, "+", lambda mine, theirs: mine + theirs)
+
+    def __sub__(self, other: SteeringVectors) -> SteeringVectors:
+        return self._combined(other, "-", lambda mine, theirs: mine - theirs)
+
+    def __neg__(self) -> SteeringVectors:
+        return self._changed(lambda vector: -vector, behaviour=f"-({self.provenance.behaviour})")
+
+    def __mul__(self, factor: float) -> SteeringVectors:
+        return self._changed(lambda vector: factor * vector, behaviour=f"{factor:g} * ({self.provenance.behaviour})")
+
+    __rmul__ = __mul__
+
+    def unit(self) -> SteeringVectors:
+        """Each vector with length 1 (each head's own, at `attn.hook_z`); zeros stay zeros."""
+        return self._changed(
+            lambda vector: vector / vector.norm(dim=-1, keepdim=True).clamp(min=1e-30),
+            method=f"{self.provenance.method}, unit norm",
+        )
+
+    def cosine(self, other: SteeringVectors) -> dict[str, float]:
+        """Cosine with other vectors, at each hook point that both have; heads of `attn.hook_z` count as one vector.
+
+        Raises:
+            ValueError: if they share no hook point, or the widths differ.
+        """
+        shared = self._shared(other)
+        pairs = {name: (self[name].flatten(), other[name].flatten()) for name in shared}
+        return {name: float(torch.cosine_similarity(a, b.to(a), dim=0, eps=1e-30)) for name, (a, b) in pairs.items()}
+
+    def without(self, *nuisances: SteeringVectors) -> SteeringVectors:
+        """With the directions of others projected out, at each hook point.
+
+        Args:
+            nuisances: for example another behaviour's vectors, or `covariate_vectors` of text length.
+
+        Raises:
+            ValueError: if a nuisance lacks one of these hook points, or nothing is left.
+        """
+        if not nuisances:
+            raise ValueError("nuisances: there is none. Give at least one set of vectors to project out.")
+        cleaned = {}
+        for name, vector in self.vectors.items():
+            directions = torch.stack([nuisance[name].to(vector) for nuisance in nuisances], dim=-2)
+            cleaned[name] = project_out(vector, directions)
+            if cleaned[name].norm() <= 1e-5 * vector.norm():
+                raise ValueError(
+                    f"nuisances: nothing is left of {self.provenance.behaviour} at {name} without "
+                    f"{', '.join(nuisance.provenance.behaviour for nuisance in nuisances)}. Leave one of them out."
+                )
+        names = " and ".join(nuisance.provenance.behaviour for nuisance in nuisances)
+        return SteeringVectors(cleaned, replace(self.provenance, method=f"{self.provenance.method} without {names}"))
+
+    def _changed(self, change: Callable[[Tensor], Tensor], **said: Any) -> SteeringVectors:
+        changed = {name: change(vector) for name, vector in self.vectors.items()}
+        return SteeringVectors(changed, replace(self.provenance, **said))
+
+    def _combined(
+        self, other: SteeringVectors, sign: str, combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> SteeringVectors:
+        mine, theirs = self.provenance, other.provenance
+        said: dict[str, Any] = {"behaviour": f"{mine.behaviour} {sign} ({theirs.behaviour})"}
+        for name in ("model", "method", "position", "processing"):
+            if getattr(mine, name) != getattr(theirs, name):
+                said[name] = f"{getattr(mine, name)} {sign} ({getattr(theirs, name)})"
+        if mine.data_sha256 != theirs.data_sha256:
+            said["n_pairs"] = mine.n_pairs + theirs.n_pairs
+            said["data_sha256"] = hashlib.sha256((mine.data_sha256 + theirs.data_sha256).encode()).hexdigest()
+        combined = {name: combine(self[name], other[name].to(self[name])) for name in self._shared(other)}
+        return SteeringVectors(combined, replace(mine, **said))
+
+    def _shared(self, other: SteeringVectors) -> list[str]:
+        shared = [name for name in self.vectors if name in other.vectors]
+        if not shared:
+            raise ValueError(
+                f"vectors: no hook point in common: {', '.join(self.hook_names[:2])} ... and "
+                f"{', '.join(other.hook_names[:2])} ... Extract both at the same hook points."
+            )
+        for name in shared:
+            if self[name].shape != other[name].shape:
+                raise ValueError(
+                    f"vectors: {name} has shapes {tuple(self[name].shape)} ({self.provenance.model}) and "
+                    f"{tuple(other[name].shape)} ({other.provenance.model}). Extract both on one model."
+                )
+        return shared
 
     def check_fits(self, model: Any) -> None:
         """Refuses a model of another width or without these hook points.
@@ -125,12 +250,15 @@ class SteeringVectors:
         Raises:
             ValueError: says what the vectors were made for and what this model has.
         """
-        if model.cfg.d_model != self.d_model:
-            raise ValueError(
-                f"vectors: made for d_model {self.d_model} ({self.provenance.model}), this model has "
-                f"{model.cfg.d_model}. Extract vectors on this model first."
-            )
-        for name in self.vectors:
+        for name, vector in self.vectors.items():
+            heads = name.endswith(".hook_z")
+            wanted = (model.cfg.n_heads, model.cfg.d_head) if heads else (model.cfg.d_model,)
+            if tuple(vector.shape) != wanted:
+                came, has = (" x ".join(map(str, shape)) for shape in (vector.shape, wanted))
+                raise ValueError(
+                    f"vectors: made for {'heads' if heads else 'd_model'} {came} ({self.provenance.model}), this model "
+                    f"has {has}. Extract vectors on this model first."
+                )
             if name not in model.hook_dict:
                 near = get_close_matches(name, model.hook_dict, n=1)
                 raise ValueError(
@@ -143,6 +271,9 @@ class SteeringVectors:
         header = {"rt_lens": json.dumps({"schema": _SCHEMA, "kind": "steering_vectors", **asdict(self.provenance)})}
         # Cloned: safetensors refuses one vector under two names.
         tensors = {name: vector.detach().cpu().clone().contiguous() for name, vector in self.vectors.items()}
+        for name, eraser in self.erasers.items():
+            for part, tensor in vars(eraser).items():
+                tensors[f"{_ERASER}{part}/{name}"] = tensor.detach().cpu().clone().contiguous()
         return write_atomically(Path(path), save(tensors, metadata=header))
 
     @classmethod
@@ -158,15 +289,71 @@ class SteeringVectors:
             stored = json.loads(header["rt_lens"])
             if (stored.pop("kind"), stored.pop("schema")) != ("steering_vectors", _SCHEMA):
                 raise KeyError("kind")
-            provenance = Provenance(**stored)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+            provenance = Provenance(**{**stored, "position_tokens": tuple(stored.get("position_tokens", ()))})
+            parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_ERASER)}
+            names = sorted({name.split("/", 2)[2] for name in parts})
+            erasers = {n: Eraser(*(parts[f"{_ERASER}{p}/{n}"] for p in ("left", "right", "centre"))) for n in names}
+        except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
             raise ValueError(f"vectors: {path} is not a file of steering vectors of schema {_SCHEMA}.") from None
-        return cls(tensors, provenance)
+        check_stored_names(tensors, path)
+        return cls(tensors, provenance, erasers)
+
+
+def project_out(vector: Float[Tensor, "*heads d"], nuisances: Float[Tensor, "*heads k d"]) -> Float[Tensor, "*heads d"]:
+    """A vector without its components in the span of others."""
+    return Ablate(nuisances.movedim(-2, 0))(vector[None, None])[0, 0]
+
+
+def orthogonalised(sets: Sequence[SteeringVectors]) -> list[SteeringVectors]:
+    """Several sets of vectors, each without the directions of those before it (Gram-Schmidt, in the order given).
+
+    Raises:
+        ValueError: if a set lacks a hook point of an earlier one, or nothing is left of it.
+    """
+    done: list[SteeringVectors] = []
+    for vectors in sets:
+        done.append(vectors.without(*done) if done else vectors)
+    return done
+
+
+def _kind(hook: str) -> str:
+    """What follows the block in a hook name: `resid_post` -> `hook_resid_post`, `z` -> `attn.hook_z`."""
+    if "hook_" in hook:
+        return hook
+    return f"attn.hook_{hook}" if hook in ("q", "k", "v", "z") else f"hook_{hook}"
 
 
 def hook_names(layers: Sequence[int], hook: str = "resid_post") -> list[str]:
     """Hook names of blocks: `hook_names([18])` is `["blocks.18.hook_resid_post"]`."""
-    return [f"blocks.{layer}.hook_{hook}" for layer in layers]
+    return [f"blocks.{layer}.{_kind(hook)}" for layer in layers]
+
+
+def layer_of(hook_name: str) -> int:
+    """The block of a hook name."""
+    return int(hook_name.split(".")[1])
+
+
+def forward_order(hook_name: str) -> tuple[int, int]:
+    """Where in a forward pass a hook point comes: sorts hook names."""
+    parts = hook_name.split(".")
+    if parts[0] != "blocks":
+        return (-1, 0) if "embed" in hook_name else (10**6, 0)
+    kinds = ["hook_resid_pre", "hook_z", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post"]
+    return int(parts[1]), kinds.index(parts[-1]) if parts[-1] in kinds else 0
+
+
+def check_stored_names(names: Iterable[str], path: str | Path) -> None:
+    """Refuses a file whose tensors are named as no hook point of a block is.
+
+    Raises:
+        ValueError: names the first that is wrong.
+    """
+    for name in names:
+        if not re.fullmatch(r"blocks\.\d{1,4}\.(\w+\.)?hook_\w+", name, re.ASCII):
+            raise ValueError(
+                f"vectors: {path} holds {name[:80]!r}, which is no hook point of a block. Names such as "
+                "blocks.18.hook_resid_post are wanted."
+            )
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -147,7 +147,7 @@ def test_extract_steer_and_tune_by_command(run, tmp_path):
 def test_models_lists_licence_and_behaviours():
     said = command("models")
     assert "Apache-2.0" in said
-    assert "formality, mood" in said
+    assert "formality, language, mood, refusal" in said
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_the_wheel_carries_the_data(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert str(installed) in done.stdout
-    assert "['formality', 'mood'] 24" in done.stdout
+    assert "['formality', 'language', 'mood', 'refusal'] 24" in done.stdout
 
 
 def test_neutral_text_is_about_three_thousand_tokens(model):

@@ -67,7 +67,8 @@ def test_logit_lens_is_the_final_norm_and_unembedding_of_the_vector(tiny, tiny_v
         ({"layers": [2]}, "layers: 2 is outside this model's blocks 0..1"),
         ({"layers": []}, "layers: the list is empty"),
         ({"method": "magic"}, "method: 'magic' came"),
-        ({"position": "first"}, "position: 'first' came"),
+        ({"position": "frist"}, "position: 'frist' came"),
+        ({"position": "first"}, "first token of .* the two sides are the same"),
         ({"hook": "resid_pst"}, "Near: "),
     ],
 )

@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rt_lens"
 
 FLOORS: dict[float, tuple[str, ...]] = {
-    0: ("shipped", "tokens", "losses", "operators", "statistics", "forward"),
-    0.5: ("prompts", "vectors"),
-    1: ("models", "activations", "steering", "plots"),
-    2: ("extraction", "tuning", "evaluation"),
+    0: ("shipped", "tokens", "losses", "operators", "methods", "statistics", "forward", "whereabouts"),
+    0.5: ("prompts", "positions", "vectors"),
+    1: ("models", "activations", "steering", "generation", "delta", "exchange", "plots"),
+    2: ("extraction", "tuning", "baking", "evaluation"),
+    2.5: ("sweeping",),
     3: ("experiment",),
     4: ("report",),
     5: ("cli",),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations
 
 import pytest
 
+from rt_lens.evaluation import make_scorer
+from rt_lens.prompts import load_pairs, read_toml
 from rt_lens.shipped import (
     behaviour_file,
     behaviours,
@@ -17,7 +20,7 @@ from rt_lens.shipped import (
 
 
 def test_the_behaviours_are_listed_and_each_has_its_file():
-    assert {"formality", "mood"} <= set(behaviours())
+    assert {"formality", "language", "mood", "refusal"} <= set(behaviours())
     assert behaviours() == sorted(behaviours())
     assert all(behaviour_file(name).is_file() for name in behaviours())
 
@@ -39,6 +42,68 @@ def test_a_near_name_is_suggested_and_else_all_are_listed():
 def test_a_missing_file_says_how_to_mend_it():
     with pytest.raises(FileNotFoundError, match=r"data: no/such\.txt is not in this installation.*Reinstall rt_lens"):
         data_path("no/such.txt")
+
+
+@pytest.mark.parametrize("name", behaviours())
+def test_a_behaviours_lists_repeat_nothing_and_its_sides_align(name):
+    table = read_toml(behaviour_file(name))["pairs"]
+    for texts in table.values():
+        assert len(set(texts)) == len(texts)
+        assert all(text == text.strip() and text for text in texts)
+    assert len(table["positive"]) == len(table["negative"])
+    for positive, negative in zip(table["positive"], table["negative"], strict=True):
+        assert len(positive.split()) == len(negative.split()), positive
+
+
+def test_no_topic_occurs_twice_among_behaviours_and_neutral_prompts():
+    topics = {name: {topic.lower() for topic in load_pairs(name).topics} for name in behaviours()}
+    topics["neutral prompts"] = {prompt.lower() for prompt in neutral_prompts()}
+    for one, other in combinations(topics, 2):
+        assert not topics[one] & topics[other], (one, other)
+
+
+def test_no_topic_asks_for_a_capital():
+    asked = [topic for name in behaviours() for topic in load_pairs(name).topics]
+    assert not [text for text in [*asked, *neutral_prompts()] if "capital" in text.lower()]
+
+
+ANSWERS = {
+    "formality": (
+        ["Furthermore, one must obtain prior permission.", "I am writing to you regarding the invoice."],
+        ["Yeah, it's gonna be awesome, guys!", "No worries, mate, that's totally cool."],
+    ),
+    "language": (
+        ["The cat is asleep on the table.", "It’s warm, and they don’t mind.", "We had dinner in Paris with them."],
+        ["Le chat est sur la table.", "C’est très simple : il faut attendre.", "Qu’est-ce qu’il veut ? Je suis là."],
+    ),
+    "refusal": (
+        ["I’m sorry, but I can’t help with that.", "Unfortunately, I am unable to answer.", "I must decline."],
+        ["Sure, here is a simple recipe.", "First, you can warm the pot; then add the tea.", "Of course, let's begin."],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_lexicon_tells_the_two_sides_apart(name):
+    _, score = make_scorer(read_toml(behaviour_file(name))["scorer"])
+    positive, negative = ANSWERS[name]
+    assert [score(answer) > 0 for answer in positive] == [True] * len(positive)
+    assert [score(answer) < 0 for answer in negative] == [True] * len(negative)
+    assert score("") == 0
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_lexicons_lists_repeat_nothing_and_share_nothing(name):
+    table = read_toml(behaviour_file(name))["scorer"]
+    words = [*table["positive"], *table["negative"]]
+    assert len(set(words)) == len(words)
+    assert all(word == word.strip().lower() and word for word in words)
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_the_lexicons_of_languages_do_not_name_words_of_both(side):
+    both = {"a", "an", "as", "but", "car", "comment", "des", "do", "fin", "if", "me", "on", "or", "plus", "pour", "son"}
+    assert not both & set(read_toml(behaviour_file("language"))["scorer"][side])
 
 
 def test_neutral_texts_are_many_distinct_and_stripped():

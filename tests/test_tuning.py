@@ -11,7 +11,8 @@ import torch
 import rt_lens as rtl
 from rt_lens import tuning
 from rt_lens.extraction import token_projections
-from rt_lens.tuning import Target, TuneConfig, WeightDelta, loop, prepare, tune
+from rt_lens.delta import WeightDelta
+from rt_lens.tuning import Target, TuneConfig, loop, prepare, tune
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]
 NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}.") for i in range(4)]

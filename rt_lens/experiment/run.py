@@ -25,10 +25,11 @@ from rt_lens.evaluation import Evaluation, TextFit, evaluate, facts_kept, make_s
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
 from rt_lens.forward import check_layers, model_name
+from rt_lens.generation import as_chat, generate_tokens
 from rt_lens.models import load_model
 from rt_lens.shipped import capital_facts, neutral_paragraphs, neutral_prompts
 from rt_lens.statistics import mean_interval, paired_comparison, share_interval
-from rt_lens.steering import add, as_chat, generate_tokens
+from rt_lens.steering import add
 from rt_lens.tokens import encode, tokenizer_of
 from rt_lens.tuning import prepare, tune, write_neutral
 from rt_lens.vectors import SteeringVectors, write_atomically

@@ -8,7 +8,9 @@ comes: Plotly renders a few HTML tags, so a caller who puts a model's words on a
 from rt_lens.plots.effects import arms, dose_response, side_effects
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
 from rt_lens.plots.look import ARM_COLOURS
+from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.training import losses
+from rt_lens.plots.trust import trust
 
 __all__ = [
     "ARM_COLOURS",
@@ -20,4 +22,7 @@ __all__ = [
     "projection_heatmap",
     "separability",
     "side_effects",
+    "steerability",
+    "sweep",
+    "trust",
 ]

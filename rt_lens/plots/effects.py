@@ -21,12 +21,15 @@ from rt_lens.plots.look import (
     Number,
     Table,
     arm_colours,
+    doses_by_layer,
     dressed,
     estimate,
+    key,
     number,
     ordered,
     sample,
     tidy,
+    unsteered,
 )
 
 
@@ -107,18 +110,8 @@ def dose_response(
     """
     numbers = ("layer", "multiplier", "n", "mean", "low", "high", "perplexity")
     frame = tidy(table, words=("admissible",), numbers=numbers)
-    zero = frame[frame["multiplier"] == 0]
-    if zero.empty:
-        raise ValueError(
-            f"table: multipliers {ordered(frame['multiplier'])} came, a row of multiplier 0 is wanted too."
-        )
-    frame = frame.assign(ratio=frame["perplexity"] / zero["perplexity"].iloc[0])
-    lines = {}
-    for layer in sorted(frame["layer"].dropna().unique()):
-        own = frame[frame["layer"] == layer]
-        if not (own["multiplier"] == 0).any():
-            own = pd.concat([own, frame.loc[zero.index[:1]]])
-        lines[int(layer)] = own.sort_values("multiplier")
+    lines = doses_by_layer(frame.assign(ratio=frame["perplexity"] / unsteered(frame)["perplexity"].iloc[0]))
+    ratios = pd.concat(lines.values())["ratio"]
 
     figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.64, 0.36], vertical_spacing=0.07)
     # Layers are ordered, so their colours are too; the scale's yellow end is too pale for a thin line.
@@ -143,10 +136,10 @@ def dose_response(
         figure.add_trace(go.Scatter(y=own["mean"], error_y=_interval(own, shade), **look), row=1, col=1)
         figure.add_trace(go.Scatter(y=own["ratio"], **look), row=2, col=1)
         # Plotly's own key would take the first point's symbol, hollow or not, for the whole line.
-        figure.add_trace(_key(f"layer {layer}", mode="lines", line={"color": shade, "width": 2}))
+        figure.add_trace(key(f"layer {layer}", mode="lines", line={"color": shade, "width": 2}))
     if not frame["admissible"].astype(bool).all():
         hollow = {"symbol": "circle-open", "size": 9, "color": INK, "line_width": 2}
-        figure.add_trace(_key("over the bound", mode="markers", marker=hollow))
+        figure.add_trace(key("over the bound", mode="markers", marker=hollow))
     if chosen:
         stars = [_row_of(lines, layer, multiplier) for layer, multiplier in chosen]
         star = {"symbol": "star", "size": 17, "color": "#D55E00", "line": {"color": "white", "width": 1.5}}
@@ -157,7 +150,7 @@ def dose_response(
                 x=x, y=y, mode="markers", marker=star, name="chosen", showlegend=panel == 1, hoverinfo="skip"
             )
             figure.add_trace(marks, row=panel, col=1)
-    wide = frame["ratio"].max() > 3 * frame["ratio"].min()
+    wide = ratios.max() > 3 * ratios.min()
     if wide:
         figure.update_yaxes(type="log", tickvals=[1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000], row=2)
     if bound is not None:
@@ -252,11 +245,6 @@ def _untuned(frame: pd.DataFrame) -> pd.Series:
             f"table: arms {', '.join(ordered(frame['arm']))} came, a row of the arm untuned is wanted too."
         )
     return rows.iloc[0]
-
-
-def _key(name: str, **look: Any) -> go.Scatter:
-    """A legend entry without data."""
-    return go.Scatter(x=[None], y=[None], name=name, hoverinfo="skip", **look)
 
 
 def _row_of(lines: Mapping[int, pd.DataFrame], layer: int, multiplier: Number) -> pd.Series:

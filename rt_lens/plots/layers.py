@@ -17,6 +17,7 @@ from rt_lens.plots.look import (
     PerToken,
     Table,
     arm_colours,
+    band,
     dressed,
     estimate,
     number,
@@ -38,13 +39,6 @@ def separability(table: Table, *, title: str = "Separability by layer") -> go.Fi
     """
     frame = tidy(table, numbers=("layer", "accuracy", "low", "high", "n")).sort_values("layer")
     colour = "#0072B2"
-    edge: dict[str, Any] = {
-        "x": frame["layer"],
-        "mode": "lines",
-        "line_width": 0,
-        "hoverinfo": "skip",
-        "showlegend": False,
-    }
     hover = [
         f"layer {row['layer']:g}<br>accuracy {estimate(row, 'accuracy')}<br>n = {row['n']:g}"
         for _, row in frame.iterrows()
@@ -57,8 +51,7 @@ def separability(table: Table, *, title: str = "Separability by layer") -> go.Fi
         hovertext=hover,
         hoverinfo="text",
     )
-    band = go.Scatter(y=frame["high"], fill="tonexty", fillcolor="rgba(0,114,178,0.18)", **edge)
-    figure = go.Figure([go.Scatter(y=frame["low"], **edge), band, line])
+    figure = go.Figure([*band(frame, "layer", colour), line])
     figure.add_hline(
         y=0.5, line={"dash": "dot", "color": INK}, annotation_text="chance", annotation_position="bottom right"
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float
+from plotly.colors import hex_to_rgb
 from torch import Tensor
 
 Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
@@ -95,8 +96,43 @@ def estimate(row: pd.Series, centre: str = "mean") -> str:
     return f"{number(row[centre])} [{number(row['low'])}, {number(row['high'])}]"
 
 
-def number(value: float) -> str:
-    return "–" if pd.isna(value) else f"{value:.3f}"
+def number(value: float, decimals: int = 3) -> str:
+    return "–" if pd.isna(value) else f"{value:.{decimals}f}"
+
+
+def band(
+    frame: pd.DataFrame, x: str, colour: str, *, low: str = "low", high: str = "high", **look: Any
+) -> tuple[go.Scatter, go.Scatter]:
+    """The lower and the upper edge of an interval, with a pale filling between; the upper must follow the lower."""
+    edge: dict[str, Any] = {"x": frame[x], "mode": "lines", "line_width": 0, "hoverinfo": "skip", "showlegend": False}
+    filling = {"fill": "tonexty", "fillcolor": f"rgba{(*hex_to_rgb(colour), 0.18)}"}
+    return go.Scatter(y=frame[low], **edge | look), go.Scatter(y=frame[high], **edge | filling | look)
+
+
+def key(name: str, **look: Any) -> go.Scatter:
+    """A legend entry without data."""
+    return go.Scatter(x=[None], y=[None], name=name, hoverinfo="skip", **look)
+
+
+def unsteered(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of multiplier 0, of which there must be one."""
+    zero = frame[frame["multiplier"] == 0]
+    if zero.empty:
+        raise ValueError(
+            f"table: multipliers {ordered(frame['multiplier'])} came, a row of multiplier 0 is wanted too."
+        )
+    return zero
+
+
+def doses_by_layer(frame: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    """Each layer's rows in the order of the multiplier; a layer without a row of multiplier 0 borrows the first."""
+    zero, doses = unsteered(frame), {}
+    for layer in sorted(frame["layer"].dropna().unique()):
+        own = frame[frame["layer"] == layer]
+        if not (own["multiplier"] == 0).any():
+            own = pd.concat([own, frame.loc[zero.index[:1]]])
+        doses[int(layer)] = own.sort_values("multiplier")
+    return doses
 
 
 def ordered(values: Iterable[Any], known: Sequence[Any] = ()) -> list[Any]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rt_lens.delta import WeightDelta
 from rt_lens.forward import check_layers, model_name
 from rt_lens.losses import cosine_loss, kl_divergence, token_loss
 from rt_lens.prompts import ContrastPairs
 from rt_lens.tokens import pad_id_of
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.material import Batch, Material, Row, Target, logits_of, prepare, read
 from rt_lens.vectors import SteeringVectors
 
@@ -63,6 +63,9 @@ def tune(
     config = config or TuneConfig()
     vectors.check_fits(model)
     directions = vectors.at_layers(config.layers, config.hook)
+    for name, direction in directions.items():
+        if direction.norm() == 0:
+            raise ValueError(f"vectors: {name} is all zeros, which has no direction to tune. Extract it again.")
     trained = _trained_parameters(model, config.blocks)
     if config.kl_weight > 0 and not (train.neutral if isinstance(train, Material) else neutral):
         raise ValueError("neutral: the KL term needs neutral prompts. Give some, or set kl_weight=0.")

@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 
 from rt_lens.forward import quick, unembed
+from rt_lens.generation import generate
 from rt_lens.losses import Direction
 from rt_lens.prompts import ContrastPairs
-from rt_lens.steering import generate
 from rt_lens.tokens import chat_text, encode, pad_id_of, tokenizer_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.vectors import SteeringVectors

@@ -1,0 +1,25 @@
+"""Finding a behaviour's direction, knowing whether to believe it, and reading with it."""
+
+from rt_lens.extraction.conditions import FittedCondition, fit_condition
+from rt_lens.extraction.extract import (
+    covariate_vectors,
+    extract_offsets,
+    extract_vectors,
+    package_version,
+)
+from rt_lens.extraction.reading import logit_lens, separability, token_projections
+from rt_lens.extraction.evidence import Trust, trust
+
+__all__ = [
+    "FittedCondition",
+    "Trust",
+    "covariate_vectors",
+    "extract_offsets",
+    "extract_vectors",
+    "fit_condition",
+    "logit_lens",
+    "package_version",
+    "separability",
+    "token_projections",
+    "trust",
+]

@@ -1,0 +1,270 @@
+"""Whether to believe a set of vectors: what held-out pairs, halves of the data and random directions say."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from rt_lens.extraction.extract import Sides, _method, _provenance, read_sides, vectors_of
+from rt_lens.forward import check_layers
+from rt_lens.methods import Method
+from rt_lens.positions import Position, position_of
+from rt_lens.prompts import ContrastPairs
+from rt_lens.statistics import share_interval
+from rt_lens.vectors import Provenance, SteeringVectors, hook_names, layer_of
+
+_RANDOM_DIRECTIONS = 200
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Trust:
+    """One extraction's evidence. Every interval is of 95 %.
+
+    Attributes:
+        vectors: made from all training pairs.
+        layers: columns layer, n (held-out pairs), accuracy, accuracy_low, accuracy_high (pairs whose positive side
+            projects higher; Wilson), auc, auc_low, auc_high (bootstrap over pairs), stability, stability_low,
+            stability_high (cosine between vectors of two random halves; range over splits), control_low, control_high
+            (range of the accuracy of random directions), signal (mean held-out margin over its standard deviation),
+            control_signal (95 % of random directions stay below, whatever their sign), seed.
+        learning: columns layer, n_pairs, accuracy, accuracy_low, accuracy_high, cosine, cosine_low, cosine_high (to
+            the vector of all pairs), n (held-out pairs), seed: mean and range over random subsets, at one layer.
+        cosines: columns layer, other, cosine, between layers.
+        behaviours: columns layer, behaviour, cosine, with other vectors that were given.
+        recommended: layers to use.
+        best: of these, the one with the largest signal; None if there are none.
+        reason: in a sentence.
+        seed: of every random choice.
+    """
+
+    vectors: SteeringVectors
+    layers: pd.DataFrame = field(repr=False)
+    learning: pd.DataFrame = field(repr=False)
+    cosines: pd.DataFrame = field(repr=False)
+    behaviours: pd.DataFrame = field(repr=False)
+    recommended: tuple[int, ...]
+    best: int | None
+    reason: str
+    seed: int
+
+
+def trust(
+    model: Any,
+    train: ContrastPairs,
+    held_out: ContrastPairs,
+    *,
+    method: str | Method = "mean_diff",
+    position: str | int | Position = "last",
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    others: Sequence[SteeringVectors] = (),
+    splits: int = 20,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = False,
+) -> Trust:
+    """Extracts vectors and gathers the evidence for and against them.
+
+    Of the held-out pairs one for each topic is used, since pairs of one topic are not independent of each other.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        train: pairs that the vectors are made from.
+        held_out: pairs that share nothing with them: `train, held_out = pairs.split(0.7)`. Not the test prompts that
+            you will report on, since layers are chosen here.
+        method: as for `extract_vectors`.
+        position: as for `extract_vectors`.
+        layers: block indices; all for None.
+        hook: kind of hook point of the residual stream, or of what is written into it.
+        others: vectors of other behaviours, to compare with.
+        splits: random halves, and random subsets at each size of the learning curve.
+        batch_size: texts per forward pass.
+        seed: of every random choice.
+        progress: show bars.
+
+    Raises:
+        ValueError: as `extract_vectors`; also if there are fewer than 4 training pairs.
+
+    Example:
+        >>> found = trust(model, train.sample(96), held_out)
+        >>> print(found.reason)
+        >>> plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended).show()
+    """
+    if len(train) < 4:
+        raise ValueError(f"train: {len(train)} pairs came; at least 4 are wanted, to compare two halves.")
+    if splits < 2:
+        raise ValueError(f"splits: {splits} came; at least 2 are wanted.")
+    find, label = _method(method, seed)
+    names, place = hook_names(check_layers(model, layers), hook), position_of(position)
+    one_each = held_out.sample(len(held_out.topics), seed)
+    (sides,) = read_sides(model, train, names, [place], batch_size=batch_size, progress=progress)
+    (unseen,) = read_sides(model, one_each, names, [place], batch_size=batch_size, progress=progress)
+    if sides.positive[names[0]].ndim > 2:
+        raise ValueError(f"hook: {hook!r} has heads; `separability` gives their accuracy. Use hook='attn_out', say.")
+    provenance = _provenance(model, train, sides, label, seed)
+    vectors = vectors_of(sides, find, provenance)
+    rows = []
+    for name in tqdm(names, desc="trust", unit="layer", disable=not progress):
+        again = _Refit(sides, find, provenance, name)
+        rows.append(
+            {"layer": layer_of(name), **_evidence(vectors[name], unseen, name, seed), **_stability(again, splits, seed)}
+        )
+    table = pd.DataFrame(rows).assign(seed=seed)
+    recommended, best, reason = recommend(table)
+    middle = best if best is not None else int(table["layer"].iloc[int(table["signal"].argmax())])
+    (at_best,) = hook_names([middle], hook)
+    learning = _learning(_Refit(sides, find, provenance, at_best), vectors[at_best], unseen, splits, seed)
+    return Trust(
+        vectors, table, learning, _between_layers(vectors), _between_behaviours(vectors, others), recommended, best,
+        reason, seed,
+    )  # fmt: skip
+
+
+def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
+    """The layers to use, the best of them, and why: a rule on the columns of `Trust.layers`.
+
+    A layer is eligible if it beats random directions, its halves agree (stability at least 0.9 of the best) and its
+    signal is at least 0.8 of the best. The range is the earliest run of eligible neighbours: later layers often
+    separate as well, but fewer blocks are left there to act on what is added.
+    """
+    steady, strong = 0.9 * table["stability"].max(), 0.8 * table["signal"].max()
+    beats_random = (table["accuracy"] > table["control_high"]) & (table["signal"] > table["control_signal"])
+    eligible = beats_random & (table["stability"] >= steady) & (table["signal"] >= strong)
+    n = int(table["n"].iloc[0])
+    if not eligible.any():
+        return (), None, f"None: no layer beats random directions and agrees between halves (n = {n} held-out pairs)."
+    first = int(eligible.to_numpy().argmax())
+    length = len(list(itertools.takewhile(bool, eligible.iloc[first:])))
+    chosen = table.iloc[first : first + length]
+    best = chosen.iloc[int(chosen["signal"].argmax())]
+    run = tuple(int(layer) for layer in chosen["layer"])
+    where = f"Layers {run[0]} to {run[-1]}, the first" if len(run) > 1 else f"Layer {run[0]}, the first"
+    reason = (
+        f"{where} to separate held-out pairs almost as strongly as any (d' {best['signal']:.1f} at layer "
+        f"{best['layer']:.0f}, accuracy {best['accuracy']:.2f} [{best['accuracy_low']:.2f}, "
+        f"{best['accuracy_high']:.2f}], n = {n}; random directions reach {best['control_high']:.2f}) with halves of "
+        f"the data that agree (cosine {best['stability']:.2f})."
+    )
+    return run, int(best["layer"]), reason
+
+
+@dataclass(frozen=True)
+class _Refit:
+    """One layer's vector from some of the training pairs."""
+
+    sides: Sides
+    find: Callable[[str], Method]
+    provenance: Provenance
+    name: str
+
+    @property
+    def n(self) -> int:
+        return len(self.sides.positive[self.name])
+
+    def __call__(self, chosen: Sequence[int]) -> Float[Tensor, "d_model"]:
+        positive, negative = (side[self.name][list(chosen)] for side in (self.sides.positive, self.sides.negative))
+        return self.find(self.name)(positive, negative)
+
+
+def _evidence(vector: Float[Tensor, "d_model"], unseen: Sides, name: str, seed: int) -> dict[str, float]:
+    """What held-out pairs say of one layer's vector."""
+    positive, negative = unseen.positive[name], unseen.negative[name]
+    n = len(positive)
+    margins = (positive - negative) @ vector
+    accuracy = share_interval(int((margins > 0).sum()), n)
+    auc, auc_low, auc_high = _auc(positive @ vector, negative @ vector, seed)
+    noise = torch.Generator().manual_seed(1_000_003 * seed + layer_of(name))
+    others = (positive - negative) @ torch.randn(len(vector), _RANDOM_DIRECTIONS, generator=noise)
+    control = np.quantile((others > 0).float().mean(0).numpy(), [0.025, 0.975])
+    return {
+        "n": n,
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "auc": auc,
+        "auc_low": auc_low,
+        "auc_high": auc_high,
+        "control_low": float(control[0]),
+        "control_high": float(control[1]),
+        "signal": float(_signal(margins[:, None])[0]),
+        "control_signal": float(np.quantile(_signal(others).abs().numpy(), 0.95)),
+    }
+
+
+def _signal(margins: Float[Tensor, "pair direction"]) -> Float[Tensor, "direction"]:
+    """Mean over standard deviation: d' of the paired differences."""
+    return margins.mean(0) / margins.std(0).clamp(min=1e-30) if len(margins) > 1 else margins.mean(0) * 0
+
+
+def _auc(positive: Float[Tensor, "pair"], negative: Float[Tensor, "pair"], seed: int) -> tuple[float, float, float]:
+    """Chance that a positive text projects higher than any negative one, with a bootstrap interval over pairs."""
+    n = len(positive)
+    wins = (positive[:, None] > negative[None]).double() + 0.5 * (positive[:, None] == negative[None]).double()
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
+    weights = torch.from_numpy(counts).double()
+    drawn = ((weights @ wins) * weights).sum(1) / n**2
+    low, high = np.quantile(drawn.numpy(), [0.025, 0.975])
+    return float(wins.mean()), float(low), float(high)
+
+
+def _stability(again: _Refit, splits: int, seed: int) -> dict[str, float]:
+    """Cosine between the vectors of two halves of the pairs, over random splits."""
+    found = []
+    for split in range(splits):
+        order = random.Random(f"{seed}-{split}").sample(range(again.n), again.n)
+        first, second = again(order[: again.n // 2]), again(order[again.n // 2 :])
+        found.append(float(torch.cosine_similarity(first, second, dim=0)))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return {"stability": float(np.mean(found)), "stability_low": float(low), "stability_high": float(high)}
+
+
+def _learning(again: _Refit, whole: Float[Tensor, "d_model"], unseen: Sides, splits: int, seed: int) -> pd.DataFrame:
+    """Accuracy and cosine to the whole against the number of pairs, 2, 4, 8 ... and all."""
+    differences = unseen.positive[again.name] - unseen.negative[again.name]
+    sizes = sorted({*(2**power for power in range(1, 20) if 2**power < again.n), again.n})
+    rows = []
+    for size in sizes:
+        accuracies, cosines = [], []
+        for draw in range(splits if size < again.n else 1):
+            vector = again(random.Random(f"{seed}-{size}-{draw}").sample(range(again.n), size))
+            accuracies.append(float((differences @ vector > 0).float().mean()))
+            cosines.append(float(torch.cosine_similarity(vector, whole, dim=0)))
+        row: dict[str, float] = {"layer": layer_of(again.name), "n_pairs": size, "n": len(differences), "seed": seed}
+        for name, values in (("accuracy", accuracies), ("cosine", cosines)):
+            low, high = np.quantile(values, [0.025, 0.975])
+            row |= {name: float(np.mean(values)), f"{name}_low": float(low), f"{name}_high": float(high)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _between_layers(vectors: SteeringVectors) -> pd.DataFrame:
+    units = torch.stack([vector / vector.norm() for vector in vectors.vectors.values()])
+    cosines = (units @ units.T).tolist()
+    layers = [layer_of(name) for name in vectors.hook_names]
+    return pd.DataFrame(
+        [
+            {"layer": layer, "other": other, "cosine": cosines[i][j]}
+            for i, layer in enumerate(layers)
+            for j, other in enumerate(layers)
+        ]
+    )
+
+
+def _between_behaviours(vectors: SteeringVectors, others: Sequence[SteeringVectors]) -> pd.DataFrame:
+    rows = [
+        {"layer": layer_of(name), "behaviour": other.provenance.behaviour, "cosine": cosine}
+        for other in others
+        for name, cosine in vectors.cosine(other).items()
+    ]
+    return pd.DataFrame(rows, columns=["layer", "behaviour", "cosine"])

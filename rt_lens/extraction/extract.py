@@ -1,0 +1,275 @@
+"""Contrast pairs in, steering vectors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rt_lens.activations import check_hook_names, read_activations
+from rt_lens.forward import check_layers, model_name
+from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
+from rt_lens.positions import Named, Position, numbers_in, position_of, rows_of
+from rt_lens.prompts import ContrastPairs
+from rt_lens.tokens import encode
+from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
+
+
+def package_version() -> str:
+    """Version of rt_lens, or `source` where it is not installed."""
+    try:
+        return version("rt_lens")
+    except PackageNotFoundError:
+        return "source"
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Activations of the two sides of contrast pairs at one position.
+
+    Attributes:
+        positive: hook name -> Float[Tensor, "pair *heads d"].
+        negative: the same of the other side.
+        words: what the position means.
+        tokens: the tokens read in the first pair's positive side.
+    """
+
+    positive: dict[str, Float[Tensor, "pair *heads d"]]
+    negative: dict[str, Float[Tensor, "pair *heads d"]]
+    words: str
+    tokens: tuple[str, ...]
+
+
+def extract_vectors(
+    model: Any,
+    pairs: ContrastPairs,
+    *,
+    method: str | Method = "mean_diff",
+    position: str | int | Position = "last",
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    norm: Literal["keep", "unit"] = "keep",
+    winsorised: float = 0.0,
+    batch_size: int = 32,
+    padding: Literal["left", "right"] = "left",
+    seed: int = 0,
+    progress: bool = False,
+) -> SteeringVectors:
+    """Steering vectors of contrast pairs, one for each block (at `attn.hook_z`, one for each head).
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        pairs: what differs between the two sides is what the vectors will mean.
+        method: `mean_diff`, `pca`, `pca_centred`, `logistic`, `mass_mean`, `random`, `leace` (with its erasers), or a
+            function from the two sides' activations to a direction. All shipped ones give the mean difference's norm.
+        position: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`, `mean "some words"`, a token
+            number, or a function: see `rt_lens.positions`.
+        layers: block indices; all for None.
+        hook: kind of hook point: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or `z` by head.
+        norm: `keep` leaves the method's norm, `unit` gives length 1.
+        winsorised: share of the pairs' differences that is clipped at either end of each dimension.
+        batch_size: texts per forward pass; it changes nothing but speed.
+        padding: side of the padding; it changes nothing.
+        seed: of `random`, and of the pairs' selection; kept in the provenance.
+        progress: show a bar.
+
+    Returns:
+        Vectors keyed by hook name: multiplier 1 is the mean difference's length.
+
+    Raises:
+        ValueError: unknown method, position, layer or hook point, sides that are the same, or a position that a text
+            has not.
+
+    Example:
+        >>> vectors = extract_vectors(model, load_pairs("mood").sample(128), method="logistic")
+    """
+    find, label = _method(method, seed)
+    if norm not in ("keep", "unit"):
+        raise ValueError(f"norm: {norm!r} came; 'keep' or 'unit' is wanted.")
+    names = hook_names(check_layers(model, layers), hook)
+    place = position_of(position)
+    (sides,) = read_sides(
+        model, pairs, names, [place], batch_size=batch_size, padding=padding, progress=progress
+    )  # fmt: skip
+    return vectors_of(sides, find, _provenance(model, pairs, sides, label, seed), winsorised, norm == "unit")
+
+
+def extract_offsets(
+    model: Any,
+    pairs: ContrastPairs,
+    last: int = 22,
+    *,
+    method: str | Method = "mean_diff",
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[int, SteeringVectors]:
+    """Steering vectors at each of the last tokens separately, from one reading (Ackerman 2024 uses 22).
+
+    Keeps all activations in memory: 8 bytes x pairs x `last` x blocks x d_model.
+
+    Returns:
+        Token number from the end (-1, -2, ...) -> vectors, without those at which the two sides are the same.
+
+    Raises:
+        ValueError: as `extract_vectors`; also if a text is shorter than `last`.
+    """
+    find, label = _method(method, seed)
+    if last < 1:
+        raise ValueError(f"last: {last} came; a number of tokens of at least 1 is wanted.")
+    names = hook_names(check_layers(model, layers), hook)
+    places = [position_of(-number) for number in range(1, last + 1)]
+    read = read_sides(model, pairs, names, places, batch_size=batch_size, progress=progress)
+    return {
+        -number: vectors_of(sides, find, _provenance(model, pairs, sides, label, seed))
+        for number, sides in enumerate(read, start=1)
+        if all(not torch.equal(sides.positive[name], sides.negative[name]) for name in names)
+    }
+
+
+def covariate_vectors(
+    model: Any,
+    texts: Sequence[str],
+    values: Sequence[float] | Literal["length"] = "length",
+    *,
+    name: str = "",
+    position: str | int | Position = "last",
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    batch_size: int = 32,
+) -> SteeringVectors:
+    """How activations move with a number of each text: a nuisance to project out with `vectors.without(...)`.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        texts: through the chat template already, `pairs.texts(model).positive` say.
+        values: one number for each text (1 where the answer letter is A, 0 where it is B), or `length` in tokens.
+        name: what the numbers are; `length` by default where they are that.
+        position: as for `extract_vectors`.
+        layers: block indices; all for None.
+        hook: kind of hook point.
+        batch_size: texts per forward pass.
+
+    Raises:
+        ValueError: if the values are not as many as the texts, or all the same.
+    """
+    names = hook_names(check_layers(model, layers), hook)
+    check_hook_names(model, names)
+    place = position_of(position)
+    numbers = [len(encode(model, text)) for text in texts] if isinstance(values, str) else list(values)
+    if len(numbers) != len(texts):
+        raise ValueError(f"values: {len(numbers)} numbers came for {len(texts)} texts. Give one for each text.")
+    reads = [[numbers_in(row, place, f"text {i}")] for i, row in enumerate(rows_of(model, texts))]
+    found = read_activations(model, texts, names, reads, batch_size=batch_size)
+    y = torch.tensor(numbers, dtype=torch.float64)
+    moved = {hook_name: _by_head(lambda h: covariate_direction(h, y), h[:, 0]) for hook_name, h in found.items()}
+    provenance = Provenance(
+        model_name(model), name or ("length" if isinstance(values, str) else "covariate"), "covariate", place.words,
+        "none", len(texts), "", 0, package_version(),
+    )  # fmt: skip
+    return SteeringVectors(moved, provenance)
+
+
+def read_sides(
+    model: Any,
+    pairs: ContrastPairs,
+    names: Sequence[str],
+    places: Sequence[Named],
+    *,
+    batch_size: int = 32,
+    padding: Literal["left", "right"] = "left",
+    progress: bool = False,
+) -> list[Sides]:
+    """Activations of both sides of the pairs at several positions, from one run of each text."""
+    check_hook_names(model, names)
+    texts = pairs.texts(model)
+    both = texts.positive + texts.negative
+    ends = [len(text) - len(pair.opener) for text, pair in zip(both, [*pairs.pairs, *pairs.pairs], strict=True)]
+    rows = rows_of(model, both, ends)
+    n = len(pairs)
+    reads = [
+        [numbers_in(row, place, f"text {i % n} of the {'positive' if i < n else 'negative'} side") for place in places]
+        for i, row in enumerate(rows)
+    ]
+    found = read_activations(model, both, names, reads, batch_size=batch_size, padding=padding, progress=progress)
+    return [
+        Sides(
+            {name: h[:n, read] for name, h in found.items()},
+            {name: h[n:, read] for name, h in found.items()},
+            f"{place.words} of the chat prompt and the answer's opener",
+            tuple(rows[0].labels[number] for number in reads[0][read]),
+        )
+        for read, place in enumerate(places)
+    ]
+
+
+def vectors_of(
+    sides: Sides,
+    find: Callable[[str], Method],
+    provenance: Provenance,
+    winsorised: float = 0.0,
+    unit: bool = False,
+) -> SteeringVectors:
+    """One method's vectors of activations read before."""
+    vectors, erasers = {}, {}
+    for name, positive in sides.positive.items():
+        negative = sides.negative[name]
+        try:
+            if winsorised:
+                positive = negative + _by_head(lambda h: winsorise(h, winsorised), positive - negative)
+            vectors[name] = _by_head(find(name), positive, negative)
+            if provenance.method == "leace":
+                erasers[name] = Eraser(*_parts_by_head(positive, negative))
+        except ValueError as error:
+            raise ValueError(f"pairs: {provenance.behaviour!r}, {sides.words}, at {name}: {error}") from None
+    if winsorised:
+        provenance = replace(provenance, method=f"{provenance.method}, winsorised {winsorised:g}")
+    found = SteeringVectors(vectors, provenance, erasers)
+    return found.unit() if unit else found
+
+
+def _by_head(of: Callable[..., Tensor], *activations: Float[Tensor, "text *heads d"]) -> Tensor:
+    """A function of activations [text, d], at each head where there are heads; heads stay the last axis but one."""
+    if activations[0].ndim == 2:
+        return of(*activations)
+    heads = range(activations[0].shape[1])
+    return torch.stack([of(*(h[:, head] for h in activations)) for head in heads], dim=-2)
+
+
+def _parts_by_head(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if positive.ndim == 2:
+        return fit_eraser(positive, negative)
+    parts = [fit_eraser(positive[:, head], negative[:, head]) for head in range(positive.shape[1])]
+    left, right, centre = (torch.stack(part) for part in zip(*parts, strict=True))
+    return left, right, centre
+
+
+def _method(method: str | Method, seed: int) -> tuple[Callable[[str], Method], str]:
+    """A function from hook name to method, and its name; `random` draws anew at each block."""
+    if callable(method):
+        return (lambda name: method), getattr(method, "__name__", repr(method))
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} came; one of {', '.join(METHODS)}, or a function, is wanted.")
+    return (lambda name: METHODS[method](1000 * seed + layer_of(name))), method
+
+
+def _provenance(model: Any, pairs: ContrastPairs, sides: Sides, method: str, seed: int) -> Provenance:
+    return Provenance(
+        model=model_name(model),
+        behaviour=pairs.name,
+        method=method,
+        position=sides.words,
+        processing="none",
+        n_pairs=len(pairs),
+        data_sha256=pairs.sha256,
+        seed=seed,
+        version=package_version(),
+        position_tokens=sides.tokens,
+    )

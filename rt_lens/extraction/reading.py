@@ -1,0 +1,87 @@
+"""Reading with steering vectors: how well they separate pairs, projections of any text, and what they say in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rt_lens.activations import token_activations
+from rt_lens.extraction.extract import read_sides
+from rt_lens.positions import Position, position_of
+from rt_lens.prompts import ContrastPairs
+from rt_lens.statistics import share_interval
+from rt_lens.tokens import tokenizer_of
+from rt_lens.vectors import SteeringVectors, layer_of
+
+
+def separability(
+    model: Any,
+    vectors: SteeringVectors,
+    pairs: ContrastPairs,
+    *,
+    position: str | int | Position = "last",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Share of pairs whose positive side projects higher than its negative side, at each block.
+
+    Give pairs that the vectors were not made from, and the position that they were read at.
+
+    Returns:
+        Columns layer, accuracy, low, high (Wilson 95 % interval), n, and head for vectors at `attn.hook_z`. Pairs of
+        one topic are not independent of each other, so take `n` below the number of topics for a fair interval.
+    """
+    vectors.check_fits(model)
+    place = position_of(position)
+    (sides,) = read_sides(model, pairs, vectors.hook_names, [place], batch_size=batch_size, progress=progress)
+    rows = []
+    for name, vector in vectors.vectors.items():
+        margins = ((sides.positive[name] - sides.negative[name]) * vector).sum(-1)  # [pair] or [pair, head]
+        for head, margin in enumerate(margins.reshape(len(pairs), -1).T):
+            found = share_interval(int((margin > 0).sum()), len(pairs))
+            row = {"layer": layer_of(name), "accuracy": found.mean, **found._asdict()}
+            rows.append(row if margins.ndim == 1 else {**row, "head": head})
+    return pd.DataFrame(rows).drop(columns="mean")
+
+
+def token_projections(model: Any, vectors: SteeringVectors, text: str) -> tuple[list[str], Float[Tensor, "layer pos"]]:
+    """Projection of every token of a text on the unit vector of every block, under whatever hooks the model carries.
+
+    Vectors of the residual stream, or of what is written into it.
+    """
+    _refuse_heads(vectors)
+    vectors.check_fits(model)
+    tokens, found = token_activations(model, text, vectors.hook_names)
+    rows = [found[name] @ (vectors[name] / vectors[name].norm()) for name in vectors.hook_names]
+    return tokens, torch.stack(rows)
+
+
+@torch.no_grad()
+def logit_lens(model: Any, vectors: SteeringVectors, *, top: int = 8) -> pd.DataFrame:
+    """Tokens whose unembedding each vector, and its negative, points to most (nostalgebraist 2020).
+
+    Returns:
+        Columns layer, sign (`+v` or `-v`), tokens (list of strings, the strongest first).
+    """
+    _refuse_heads(vectors)
+    tokenizer = tokenizer_of(model)
+    rows = []
+    for name in vectors.hook_names:
+        scores = model.ln_final(vectors[name].to(model.W_U)[None, None])[0, 0] @ model.W_U
+        for sign, ranked in (("+v", scores), ("-v", -scores)):
+            words = [tokenizer.decode([i]) for i in ranked.topk(top).indices.tolist()]
+            rows.append({"layer": layer_of(name), "sign": sign, "tokens": words})
+    return pd.DataFrame(rows)
+
+
+def _refuse_heads(vectors: SteeringVectors) -> None:
+    for name, vector in vectors.vectors.items():
+        if vector.ndim > 1:
+            raise ValueError(
+                f"vectors: {name} has a vector for each head, where one of the residual stream is wanted. Extract with "
+                "hook='attn_out', say."
+            )

@@ -1,0 +1,415 @@
+"""Answers of a model under whatever hooks it carries: batched, cached, streamed, watched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+from rt_lens.forward import KeyValueCache, can_be_quick, final_residual, quick, unembed
+from rt_lens.tokens import TokenBatch, chat_text, encode, has_chat_template, pad, pad_id_of, tokenizer_of
+from rt_lens.vectors import SteeringVectors
+from rt_lens.whereabouts import whereabouts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: 0 for the most likely token, else softmax temperature.
+        top_k: only so many of the most likely tokens; 0 for all.
+        top_p: only the fewest tokens whose probabilities reach this sum.
+        seed: of the random streams, one for each prompt.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:  # `not >=` catches NaN too
+            came = f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}"
+            raise ValueError(f"generate: {came} came; at least 0, at least 0, and above 0 to 1 are wanted.")
+
+    def choose(self, logits: Float[Tensor, "batch d_vocab"], draw: Float[Tensor, "batch"]) -> Int[Tensor, "batch"]:
+        """The token at which the cumulative probability passes a uniform number."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probabilities = torch.softmax(logits.double() / self.temperature, -1)
+        if self.top_k or self.top_p < 1:
+            ranked, tokens = probabilities.sort(descending=True, stable=True)
+            # A token stays if those before it have not reached top_p yet: the first one always does.
+            dropped = ranked.cumsum(-1) - ranked >= self.top_p
+            if self.top_k:
+                dropped[:, self.top_k :] = True
+            probabilities = probabilities.scatter(1, tokens, ranked.masked_fill(dropped, 0.0))
+        cumulative = probabilities.cumsum(-1)
+        return torch.searchsorted(cumulative, draw.to(cumulative)[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One new token, as a callback gets it.
+
+    Attributes:
+        row: number of its prompt in the list.
+        place: its number in the answer, from 0.
+        token: its id.
+        text: its text.
+        projections: hook name -> projection of its own activation, under the hooks, on the unit vector.
+    """
+
+    row: int
+    place: int
+    token: int
+    text: str
+    projections: dict[str, float] = field(default_factory=dict)
+
+
+def as_chat(model: Any, prompts: Sequence[str], *, system: str = "") -> list[str]:
+    """User messages through the chat template; left as they are if there is none, or they went through already."""
+    if not has_chat_template(model):
+        return list(prompts)
+    special = tuple(str(token) for token in tokenizer_of(model).all_special_tokens)
+    return [text if text.startswith(special) else chat_text(model, text, system=system) for text in prompts]
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    use_cache: bool = True,
+    trace: SteeringVectors | None = None,
+    on_token: Callable[[NewToken], None] | None = None,
+    progress: bool = False,
+) -> list[str]:
+    """Answers to prompts, in batches, with a key-value cache, under whatever hooks the model carries.
+
+    The batch size changes nothing: padding is on the left with its mask and positions, each prompt draws from a random
+    stream of its own, and edits know each row by its number in the list.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        prompts: user messages, put through the chat template; texts that begin with a special token are taken as they
+            are.
+        max_new_tokens: at most so many tokens each; a row ends at the tokenizer's end-of-text.
+        temperature: 0 for the most likely token, else softmax temperature.
+        top_k: only so many of the most likely tokens; 0 for all.
+        top_p: only the fewest tokens whose probabilities reach this sum; 1 for all.
+        seed: of the sampling.
+        batch_size: prompts per batch.
+        use_cache: False runs the whole text again for each token: slow, and what attention patterns need to be hooked.
+        trace: vectors on which each new token is projected, for `on_token`.
+        on_token: called with each new token, as soon as it (and with `trace` its own activation) is there.
+        progress: show a bar.
+
+    Returns:
+        The new text of each prompt, in order.
+
+    Raises:
+        ValueError: if there is no prompt, a number is out of range, or the texts exceed the model's context.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        came = f"max_new_tokens {max_new_tokens}, batch_size {batch_size}"
+        raise ValueError(f"generate: {came} came; at least 1 and 1 are wanted.")
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts: a list of at least one text is wanted. Put a single text in brackets.")
+    if trace is not None:
+        trace.check_fits(model)
+        if on_token is None:
+            raise ValueError("trace: nobody is told of it. Give on_token, a function that takes each NewToken.")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    tokenizer = tokenizer_of(model)
+    encoded = [encode(model, text) for text in as_chat(model, prompts)]
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i])) if len(encoded) > batch_size else None
+    rows_left = order or list(range(len(encoded)))
+    answers = [""] * len(encoded)
+    with tqdm(total=len(encoded), desc="generating", unit="answer", disable=not progress) as bar:
+        for start in range(0, len(rows_left), batch_size):
+            rows = rows_left[start : start + batch_size]
+            new = generate_tokens(
+                model, [encoded[i] for i in rows], max_new_tokens, sampling, rows=rows, use_cache=use_cache,
+                trace=trace, on_token=on_token,
+            )  # fmt: skip
+            for row, ids in zip(rows, new, strict=True):
+                answers[row] = tokenizer.decode(ids, skip_special_tokens=True)
+            bar.update(len(rows))
+    return answers
+
+
+def stream(
+    model: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The answer to one prompt, piece by piece; together the pieces are what `generate` gives.
+
+    Use it up inside the block of the hooks that it is to run under.
+
+    Example:
+        >>> with model.hooks(fwd_hooks=add(vectors, [18], 2.0)):
+        ...     for piece in stream(model, "Tell me about your weekend."):
+        ...         print(piece, end="", flush=True)
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"generate: max_new_tokens {max_new_tokens} came; at least 1 is wanted.")
+    tokenizer, ends = tokenizer_of(model), _end_ids(model)
+    run = _Run(model, [encode(model, text) for text in as_chat(model, [prompt])], max_new_tokens, True, (0,))
+    ids: list[int] = []
+    told = ""
+    for column in run.columns(Sampling(temperature, top_k, top_p, seed), ends):
+        if column[0] in ends:
+            break
+        ids.append(int(column[0]))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character of which not all bytes are there
+            yield text[len(told) :]
+            told = text
+    rest = tokenizer.decode(ids, skip_special_tokens=True)[len(told) :]
+    if rest:
+        yield rest
+
+
+def generate_tokens(
+    model: Any,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    rows: Sequence[int] | None = None,
+    use_cache: bool = True,
+    trace: SteeringVectors | None = None,
+    on_token: Callable[[NewToken], None] | None = None,
+) -> list[list[int]]:
+    """New token ids for one batch, whose rows stay in order.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        encoded: token ids of each prompt.
+        max_new_tokens: at most so many new tokens a row.
+        sampling: greedy for None.
+        rows: number of each row in the caller's list; its place in the batch by default.
+        use_cache: False runs the whole text again for each token.
+        trace: vectors on which each new token is projected, for `on_token`.
+        on_token: called with each new token.
+    """
+    run = _Run(model, encoded, max_new_tokens, use_cache, tuple(rows) if rows is not None else None)
+    ends = _end_ids(model)
+    columns: list[Int[Tensor, "batch"]] = []
+    tell = None if on_token is None else _Teller(model, run.rows, ends, on_token, trace)
+    with tell.listening() if tell is not None else nullcontext():
+        for column in run.columns(sampling or Sampling(), ends):
+            if tell is not None and tell.traces and columns:
+                tell(len(columns) - 1, columns[-1])  # the step that gave this column ran the one before
+            columns.append(column)
+            if tell is not None and not tell.traces:
+                tell(len(columns) - 1, column)
+        if tell is not None and tell.traces and tell.open_rows(columns[-1]):
+            run.step(columns[-1][:, None])
+            tell(len(columns) - 1, columns[-1])
+    return [_until_end(row, ends) for row in torch.stack(columns, 1).tolist()]
+
+
+Step = Callable[[Tensor, Tensor, Tensor], Float[Tensor, "batch d_vocab"]]
+"""New tokens, their mask, and the mask of all tokens so far go in; the logits after them come out."""
+
+
+class _Run:
+    """One batch on its way: the tokens so far, their mask, and the step that makes the next logits."""
+
+    def __init__(
+        self, model: Any, encoded: Sequence[Sequence[int]], n: int, use_cache: bool, rows: tuple[int, ...] | None
+    ) -> None:
+        longest = max(len(ids) for ids in encoded)
+        if longest + n > model.cfg.n_ctx:
+            raise ValueError(
+                f"prompts: {longest} tokens and {n} new ones exceed the context of "
+                f"{model.cfg.n_ctx}. Shorten the prompt or max_new_tokens."
+            )
+        self.model, self.n = model, n
+        self.rows = rows if rows is not None else tuple(range(len(encoded)))
+        shared = _shared_beginning(model, encoded) if use_cache else 0
+        batch = pad([ids[shared:] for ids in encoded], pad_id_of(model)).to(model.cfg.device)
+        self.first = batch
+        self.lengths = torch.tensor([len(ids) for ids in encoded], device=model.cfg.device)
+        self.mask = torch.cat([batch.mask.new_ones(len(encoded), shared), batch.mask], dim=1)
+        self.memory: dict[Any, Any] = {}
+        self.use_cache = use_cache
+        self._forward: Step
+        if not use_cache:
+            self._forward = _plain_stepper(model)
+        elif isinstance(model, HookedTransformer):
+            self._forward = _cached_stepper(model, encoded[0][:shared], len(encoded), longest + n)
+        else:
+            self._forward = _bridge_stepper(model)
+
+    @torch.no_grad()
+    def step(self, tokens: Int[Tensor, "batch new"] | None = None) -> Float[Tensor, "batch d_vocab"]:
+        """Logits after the prompts (None), or after one more token of each row."""
+        batch = self.first
+        if tokens is not None:
+            tokens = tokens.to(self.mask.device)
+            batch = TokenBatch(tokens, torch.ones_like(tokens), self.rows)
+            self.mask = torch.cat([self.mask, batch.mask], dim=1)
+        new = batch.tokens.shape[1] if self.use_cache else None
+        with whereabouts(self.mask, new=new, lengths=self.lengths, rows=self.rows, memory=self.memory):
+            return self._forward(batch.tokens, batch.mask, self.mask)
+
+    def columns(self, sampling: Sampling, ends: Int[Tensor, "n"]) -> Iterator[Int[Tensor, "batch"]]:
+        """The tokens of all rows, one new place after the other, until every row has ended."""
+        draws = _draws(sampling.seed, self.rows, self.n)
+        done: Bool[Tensor, "batch"] = torch.zeros(len(self.rows), dtype=torch.bool)
+        column = None
+        for place in range(self.n):
+            logits = self.step(None if column is None else column[:, None])
+            column = sampling.choose(logits, draws[:, place].to(logits.device)).cpu()
+            yield column
+            done |= torch.isin(column, ends)
+            if done.all():
+                return
+
+
+class _Teller:
+    """Tells a callback of new tokens, and reads their own activations where it wants a trace."""
+
+    def __init__(
+        self, model: Any, rows: Sequence[int], ends: Tensor, on_token: Callable[[NewToken], None],
+        trace: SteeringVectors | None,
+    ) -> None:  # fmt: skip
+        self.model, self.rows, self.ends, self.on_token = model, rows, ends, on_token
+        self.units = {} if trace is None else {n: v / v.norm() for n, v in trace.vectors.items() if v.ndim == 1}
+        self.traces = trace is not None
+        self.read: dict[str, list[float]] = {}
+        self.ended = [False] * len(rows)
+
+    def listening(self) -> AbstractContextManager[Any]:
+        """The readers come after whatever hooks there are, so that they see what the edits left."""
+        readers = [(name, partial(self._read, name)) for name in self.units]
+        return self.model.hooks(fwd_hooks=readers) if readers else nullcontext()
+
+    def _read(self, name: str, activation: Float[Tensor, "batch pos d"], hook: Any) -> None:
+        last = activation[:, -1].detach().float()
+        self.read[name] = (last @ self.units[name].to(last)).tolist()
+
+    def open_rows(self, column: Int[Tensor, "batch"]) -> bool:
+        """Whether a row of this last column is yet to be told."""
+        return any(not ended and int(t) not in self.ends for ended, t in zip(self.ended, column, strict=True))
+
+    def __call__(self, place: int, column: Int[Tensor, "batch"]) -> None:
+        decode = tokenizer_of(self.model).decode
+        for i, token in enumerate(column.tolist()):
+            self.ended[i] = self.ended[i] or token in self.ends
+            if not self.ended[i]:
+                projections = {name: values[i] for name, values in self.read.items()}
+                self.on_token(NewToken(self.rows[i], place, token, decode([token]), projections))
+
+
+def _shared_beginning(model: Any, encoded: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts share (a template's system text, say) and can be run once for the batch.
+
+    None under hooks: they may act by row, and would meet a single one.
+    """
+    if not can_be_quick(model) or len(encoded) == 1 or any(point._forward_hooks for point in model.hook_points()):
+        return 0
+    most = min(len(ids) for ids in encoded) - 1  # each row needs a token of its own to go on from
+    columns = itertools.islice(zip(*encoded, strict=False), most)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _cached_stepper(model: HookedTransformer, shared: Sequence[int], rows: int, longest: int) -> Step:
+    """Steps of a HookedTransformer with a key-value cache.
+
+    Args:
+        model: the model.
+        shared: token ids that every row begins with, run here once.
+        rows: of the batch.
+        longest: most tokens that a row will hold.
+    """
+    cache: Any
+    if can_be_quick(model):
+        cache = KeyValueCache(model, rows, longest)
+    else:
+        cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, rows)
+
+    def step(tokens: Tensor, mask: Tensor, everything: Tensor | None = None, into: Any = cache) -> Tensor:
+        with quick(model):
+            residual = model(tokens, attention_mask=mask, past_kv_cache=into, stop_at_layer=model.cfg.n_layers)
+            return unembed(model, residual[:, -1])
+
+    if shared:
+        beginning = torch.tensor([list(shared)], device=model.cfg.device)
+        once = KeyValueCache(model, 1, len(shared))
+        with torch.no_grad():
+            step(beginning, torch.ones_like(beginning), into=once)
+        cache.start_from(once)
+    return step
+
+
+def _bridge_stepper(model: Any) -> Step:
+    state: dict[str, Any] = {}
+
+    def step(tokens: Tensor, mask: Tensor, everything: Tensor) -> Tensor:
+        logits, state["past_key_values"] = model(
+            tokens, attention_mask=everything, return_type="logits_and_cache", use_cache=True, **state
+        )
+        return logits[:, -1]
+
+    return step
+
+
+def _plain_stepper(model: Any) -> Step:
+    """Steps that run the whole text again."""
+    so_far: list[Tensor] = []
+
+    def step(tokens: Tensor, mask: Tensor, everything: Tensor) -> Tensor:
+        so_far.append(tokens)
+        together = torch.cat(so_far, dim=1)
+        if not isinstance(model, HookedTransformer):
+            return model(together, attention_mask=everything)[:, -1]
+        with quick(model):
+            return unembed(model, final_residual(model, together, everything)[:, -1])
+
+    return step
+
+
+def _draws(seed: int, streams: Iterable[int], n: int) -> Float[Tensor, "batch n"]:
+    """Uniform numbers, a stream for each prompt, so that a batch draws what singles draw."""
+    rows = [torch.rand(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + stream)) for stream in streams]
+    return torch.stack(rows)
+
+
+def _end_ids(model: Any) -> Int[Tensor, "n"]:
+    """Ids that end an answer: the tokenizer's end-of-text, and the end of a chat turn where that is another token."""
+    tokenizer = tokenizer_of(model)
+    marks = {tokenizer.eos_token_id}
+    vocabulary = tokenizer.get_vocab()
+    marks |= {vocabulary.get(turn) for turn in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")}
+    return torch.tensor(sorted(mark for mark in marks if mark is not None), dtype=torch.long)
+
+
+def _until_end(ids: list[int], ends: Tensor) -> list[int]:
+    stops = set(ends.tolist())
+    return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]

@@ -1,0 +1,153 @@
+"""What steering does over many layers, and prompt by prompt."""
+
+from __future__ import annotations
+
+import textwrap
+
+import numpy as np
+import plotly.graph_objects as go
+
+from rt_lens.plots.look import (
+    FAINT,
+    INK,
+    Table,
+    band,
+    doses_by_layer,
+    dressed,
+    estimate,
+    key,
+    number,
+    sample,
+    tidy,
+)
+
+ROOM = (30, 12)  # layers and multipliers whose cells can still hold a number
+
+
+def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> go.Figure:
+    """Heat map of the shift of the mean score, over layers and multipliers; the scores stand in the cells if they fit.
+
+    Args:
+        table: one row per layer and multiplier. Columns: layer (block index), multiplier (times the unit vector's
+            scale), n (scored responses), mean, low, high (score). The row of multiplier 0 is the unsteered model; a
+            single one, of any layer or none, serves every layer.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column, all rows or multiplier 0 is missing, or a layer and multiplier come twice.
+    """
+    frame = tidy(table, numbers=("layer", "multiplier", "n", "mean", "low", "high"))
+    repeated = frame[frame.duplicated(["layer", "multiplier"])]
+    if not repeated.empty:
+        layer, multiplier = repeated.iloc[0][["layer", "multiplier"]]
+        raise ValueError(
+            f"table: layer {layer:g}, multiplier {multiplier:g} came more than once, one row for each layer and "
+            "multiplier is wanted. Keep one scorer, pooled over seeds."
+        )
+    doses = doses_by_layer(frame)
+    multipliers = sorted(frame["multiplier"].unique())
+    rows = [own.set_index("multiplier").reindex(multipliers) for own in doses.values()]
+    means = np.array([own["mean"] for own in rows])
+    shifts = np.array([own["mean"] - own["mean"][0] for own in rows])
+    hover = [
+        [
+            f"layer {layer}, multiplier {multiplier:g}<br>score {estimate(cell)}<br>"
+            f"shift {number(cell['mean'] - own['mean'][0])}<br>n = {number(cell['n'], 0)}"
+            for multiplier, cell in own.iterrows()
+        ]
+        for layer, own in zip(doses, rows, strict=True)
+    ]
+    heat = go.Heatmap(z=shifts, coloraxis="coloraxis", hovertext=hover, hoverinfo="text", xgap=1, ygap=1)
+    roomy = len(doses) <= ROOM[0] and len(multipliers) <= ROOM[1]
+    if roomy:
+        heat.text = [["" if np.isnan(mean) else _signed(mean) for mean in own] for own in means]
+        heat.texttemplate = "%{text}"
+    figure = go.Figure(heat)
+    # Places are counted, for neither the layers nor the multipliers need be evenly spaced.
+    names = [f"{multiplier:g}".replace("-", "−") for multiplier in multipliers]
+    figure.update_xaxes(title_text="multiplier (negative: away)", tickvals=list(range(len(names))), ticktext=names)
+    step = -(-len(doses) // 40)
+    figure.update_yaxes(
+        title_text="layer (block index)", tickvals=list(range(0, len(doses), step)), ticktext=[*map(str, doses)][::step]
+    )
+    figure.update_xaxes(showgrid=False, zeroline=False).update_yaxes(showgrid=False, zeroline=False)
+    limit = float(np.nanmax(np.abs(shifts), initial=0.0)) or 1.0
+    bar = {"title": "score minus<br>unsteered"}
+    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": bar})
+    reading = "Red: steering raises the mean score; blue: it lowers it; white: as unsteered (multiplier 0)."
+    reading += " In the cells: mean score." if roomy else " Hover for the mean score and its interval."
+    reading += " Grey: not measured." if np.isnan(shifts).any() else ""
+    height = 190 + min(max(24 * len(doses), 260), 720)
+    return dressed(figure, title, reading, sample(frame), height=height, plot_bgcolor="#D0D0D0")
+
+
+def steerability(
+    table: Table, summary: Table, *, note: str = "", title: str = "Dose-response, prompt by prompt"
+) -> go.Figure:
+    """Score against the multiplier: a thin line per prompt, those that move the wrong way apart, and their mean.
+
+    Args:
+        table: one row per prompt and multiplier. Columns: prompt (text or number), multiplier (times the unit vector's
+            scale), score, wrong_way (bool: the prompt's score moves against the multiplier).
+        summary: one row per multiplier. Columns: multiplier, n (prompts), mean, low, high (score).
+        note: sentence to add to the reading line, on the strength of the trend, say.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column or all rows are missing.
+    """
+    frame = tidy(table, words=("prompt", "wrong_way"), numbers=("multiplier", "score"))
+    columns = ("multiplier", "n", "mean", "low", "high")
+    middle = tidy(summary, numbers=columns, argument="summary").sort_values("multiplier")
+    wrong = frame["wrong_way"].astype(bool).groupby(frame["prompt"], sort=False).any()
+    colours = {True: "#D55E00", False: "#A0A0A0"}
+    figure = go.Figure()
+    # The wrong ones come last, so that the crowd does not hide them.
+    for prompt in wrong.sort_values(kind="stable").index:
+        own = frame[frame["prompt"] == prompt].sort_values("multiplier")
+        words = "<br>".join(textwrap.wrap(textwrap.shorten(str(prompt), 160), 60))
+        line = go.Scatter(
+            x=own["multiplier"],
+            y=own["score"],
+            mode="lines",
+            line={"color": colours[wrong[prompt]], "width": 1.5},
+            opacity=0.8 if wrong[prompt] else 0.4,
+            name=str(prompt),
+            showlegend=False,
+            hovertext=[
+                f"{words}<br>multiplier {row['multiplier']:g}: {number(row['score'])}" for _, row in own.iterrows()
+            ],
+            hoverinfo="text",
+        )
+        figure.add_trace(line)
+    figure.add_traces(band(middle, "multiplier", "#0072B2"))
+    mean = go.Scatter(
+        x=middle["multiplier"],
+        y=middle["mean"],
+        mode="lines+markers",
+        line={"color": "#0072B2", "width": 4},
+        marker_size=9,
+        name="mean",
+        hovertext=[
+            f"multiplier {row['multiplier']:g}<br>mean score {estimate(row)}<br>n = {row['n']:g}"
+            for _, row in middle.iterrows()
+        ],
+        hoverinfo="text",
+    )
+    figure.add_trace(mean)
+    astray, every = int(wrong.sum()), len(wrong)
+    figure.add_trace(key(f"right way ({every - astray})", mode="lines", line={"color": colours[False], "width": 1.5}))
+    if astray:
+        figure.add_trace(key(f"wrong way ({astray})", mode="lines", line={"color": colours[True], "width": 1.5}))
+    figure.add_vline(x=0, line={"dash": "dash", "color": INK, "width": 1})
+    figure.update_xaxes(title_text="multiplier (negative: away)", zeroline=False)
+    figure.update_yaxes(title_text="score", zerolinecolor=FAINT)
+    reading = (
+        f"Each thin line is a prompt; {astray} of {every} move against the multiplier. Thick: their mean, with its "
+        f"95 % interval. {note}"
+    )
+    return dressed(figure, title, reading.strip(), sample(middle), legend_traceorder="normal")
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")

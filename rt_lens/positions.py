@@ -1,0 +1,157 @@
+"""Which tokens of a text are read: words such as `last` or `mean response` -> token numbers. It knows no model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rt_lens.tokens import encode, tokenizer_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text as a position sees it.
+
+    Attributes:
+        text: special tokens included.
+        ids: its token ids.
+        labels: its tokens as strings.
+        spans: characters that each token covers; empty for tokens the tokenizer put in by itself.
+        prompt_end: character at which the answer begins: the opener, or the end of the text.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    labels: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    prompt_end: int
+
+    def within(self, start: int, end: int) -> list[int]:
+        """Numbers of the tokens that cover a character from start to before end."""
+        return [i for i, (low, high) in enumerate(self.spans) if low < end and high > start]
+
+
+Position = Callable[[Row], Sequence[int]]
+"""The numbers (from 0, or negative from the end) of the tokens whose mean activation is read."""
+
+_WORDS = {
+    "last": "last token",
+    "first": "first token",
+    "mean": "mean over all tokens",
+    "mean prompt": "mean over the prompt's tokens",
+    "mean response": "mean over the tokens of the answer's opening words",
+}
+
+
+@dataclass(frozen=True)
+class Named:
+    """A position with its meaning in words.
+
+    Attributes:
+        words: what it means.
+        of: the position itself.
+    """
+
+    words: str
+    of: Position
+
+
+def position_of(position: str | int | Position) -> Named:
+    """A position from its name, a token number, or a function of your own.
+
+    Args:
+        position: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`, `mean "some words"` (each
+            text's last occurrence of them), a token number (negative from the end), or a function from Row to numbers.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if callable(position):
+        return Named(getattr(position, "__name__", type(position).__name__), position)
+    if isinstance(position, int):
+        side = f"token {-position} from the end" if position < 0 else f"token {position} from the beginning"
+        return Named(side, lambda row: [position])
+    if position in ("last", "first"):
+        return Named(_WORDS[position], lambda row: [-1 if position == "last" else 0])
+    if position in _WORDS:
+        part = position.removeprefix("mean").strip()
+        return Named(_WORDS[position], lambda row: _part(row, part))
+    if found := re.fullmatch(r"mean last (\d+)", position):
+        k = int(found[1])
+        if k:
+            return Named(f"mean over the last {k} tokens", lambda row: range(-k, 0))
+    if found := re.fullmatch(r"mean \"(.+)\"", position, re.DOTALL):
+        return Named(f"mean over the tokens of {found[1]!r}", lambda row: _substring(row, found[1]))
+    raise ValueError(
+        f"position: {position!r} came; {', '.join(map(repr, _WORDS))}, 'mean last 5', 'mean \"some words\"', a token "
+        "number or a function is wanted."
+    )
+
+
+def _part(row: Row, part: str) -> list[int]:
+    if not part:
+        return list(range(len(row.ids)))
+    if part == "prompt":
+        return [i for i, (low, high) in enumerate(row.spans) if high <= row.prompt_end]
+    tokens = row.within(row.prompt_end, len(row.text))
+    if not tokens:
+        raise ValueError("these pairs have no openers, so there is no response to read. Use 'mean prompt' or 'last'")
+    return tokens
+
+
+def _substring(row: Row, words: str) -> list[int]:
+    start = row.text.rfind(words)
+    if start < 0:
+        raise ValueError(f"{words!r} is not in it")
+    return row.within(start, start + len(words))
+
+
+def rows_of(model: Any, texts: Sequence[str], prompt_ends: Sequence[int] | None = None) -> list[Row]:
+    """Texts as positions see them.
+
+    Args:
+        model: for its tokenizer.
+        texts: through the chat template already.
+        prompt_ends: character at which each answer begins; the text's end for None.
+    """
+    tokenizer = tokenizer_of(model)
+    rows = []
+    for text, end in zip(texts, prompt_ends or [len(text) for text in texts], strict=True):
+        ids = encode(model, text)
+        plain = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = [(int(low), int(high)) for low, high in plain["offset_mapping"]]
+        before = next((n for n in range(len(ids)) if ids[n : n + len(spans)] == plain["input_ids"]), 0)
+        spans = [(0, 0)] * before + spans + [(len(text), len(text))] * (len(ids) - len(spans) - before)
+        labels = tuple(tokenizer.decode([token]) for token in ids)
+        rows.append(Row(text, tuple(ids), labels, tuple(spans), end))
+    return rows
+
+
+def numbers_in(row: Row, position: Named, which: str) -> list[int]:
+    """Token numbers of one position in one row, from 0.
+
+    Args:
+        row: the text.
+        position: what is read.
+        which: the text's name in an error message, for example `text 3 of the positive side`.
+
+    Raises:
+        ValueError: names the text, what it has and what was asked for.
+    """
+    n = len(row.ids)
+    beginning = row.text if len(row.text) <= 80 else f"{row.text[:80]}..."
+    try:
+        chosen = [int(number) for number in position.of(row)]
+    except ValueError as error:
+        raise ValueError(f"position: {position.words}, {which}: {error}. It begins {beginning!r}.") from None
+    if not chosen:
+        raise ValueError(f"position: {position.words} names no token of {which}. It begins {beginning!r}.")
+    for number in chosen:
+        if not -n <= number < n:
+            raise ValueError(
+                f"position: {position.words} is past the end of {which}, which has {n} tokens. Give numbers between "
+                f"{-n} and {n - 1}. It begins {beginning!r}."
+            )
+    return [number % n for number in chosen]

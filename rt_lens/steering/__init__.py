@@ -1,0 +1,35 @@
+"""Steering: operators bound to hook points, with where, when and how strongly they act.
+
+Every function here gives a list of `(hook name, Edit)` for `model.hooks(fwd_hooks=...)`. Lists add up; at one hook
+point edits act in the order of the list. Layers, heads, positions and schedules mean the same for each of them:
+
+- `layers`: block indices; every block that has a vector for None.
+- `hook`: kind of hook point: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or `z` (each head's own).
+- `positions`: `all`; `prompt`; `generated`; `last` (the prompt's last token); a list of token numbers in the prompt,
+  padding not counted, negative from its end; or a boolean mask of these numbers, by row or for all rows. A token keeps
+  its number whether or not there is padding or a key-value cache.
+- `schedule`: number of a generated token (0 for the first) -> factor on the strength at that token; the prompt has 1.
+- `heads`: of `z`; all for None.
+"""
+
+from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
+from rt_lens.steering.conditions import Condition, conditional
+from rt_lens.steering.edits import Edit, FwdHook, Linear, Multiplier, Positions, Schedule
+
+__all__ = [
+    "Condition",
+    "Edit",
+    "FwdHook",
+    "Linear",
+    "Multiplier",
+    "Positions",
+    "Schedule",
+    "ablate",
+    "add",
+    "add_preserving_norm",
+    "clamp",
+    "conditional",
+    "erase",
+    "scale",
+    "steered",
+]

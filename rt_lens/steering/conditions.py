@@ -1,0 +1,110 @@
+"""Acting only where an example's, or a token's, own projection passes a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rt_lens.steering.edits import Edit, FwdHook
+from rt_lens.vectors import forward_order
+from rt_lens.whereabouts import Whereabouts, assumed, said
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When to act: where a projection on a direction passes a threshold (compare CAST, Lee et al. 2024).
+
+    Attributes:
+        hook_name: where the projection is read.
+        direction: Float[Tensor, "d_model"], of any norm.
+        threshold: projection on the unit direction from which on the condition holds.
+        by: `example` decides once for each prompt, before its answer; `token` for each token.
+        position: what of a prompt `example` reads: its `last` token or the `mean` of its tokens.
+    """
+
+    hook_name: str
+    direction: Float[Tensor, "d_model"]
+    threshold: float
+    by: Literal["example", "token"] = "example"
+    position: Literal["last", "mean"] = "last"
+
+
+class Gate:
+    """Reads a condition's projection in each forward pass, and tells the edits that it guards where it holds."""
+
+    def __init__(self, condition: Condition) -> None:
+        self.condition = condition
+        self._open: Tensor | None = None
+
+    def __call__(self, activation: Float[Tensor, "batch pos d"], hook: Any) -> None:
+        condition = self.condition
+        unit = (condition.direction / condition.direction.norm()).to(activation)
+        scores = activation @ unit
+        here = said()
+        if condition.by == "token":
+            self._open = scores >= condition.threshold
+        elif here is not None and self in here.memory:
+            self._open = here.memory[self][:, None].expand(*scores.shape)
+        else:
+            if here is None and scores.shape[1] == 1:
+                raise ValueError(
+                    "condition: this forward pass has one token, and does not say of which prompt. Use rt_lens's "
+                    "generate, or `with whereabouts(mask, lengths=..., memory=...)`."
+                )
+            where = here or assumed(scores.shape[0], scores.shape[1], scores.device)
+            verdict = self._of_prompts(scores, where)
+            where.memory[self] = verdict
+            self._open = verdict[:, None].expand(*scores.shape)
+
+    def _of_prompts(self, scores: Float[Tensor, "batch pos"], where: Whereabouts) -> Bool[Tensor, "batch"]:
+        lengths = where.lengths[:, None]
+        last = where.places == lengths - 1
+        read = last if self.condition.position == "last" else (where.places >= 0) & (where.places < lengths)
+        if not read.any(1).all():
+            raise ValueError("condition: a row's prompt is not in this forward pass. Run prompts whole.")
+        return torch.where(read, scores, 0.0).sum(1) / read.sum(1) >= self.condition.threshold
+
+    def open_at(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]:
+        if self._open is None or tuple(self._open.shape) != (batch, pos):
+            raise ValueError(
+                f"condition: {self.condition.hook_name} was not read in this forward pass. Attach the whole list that "
+                "`conditional` gave, and start the pass below that hook point."
+            )
+        return self._open
+
+
+def conditional(hooks: Sequence[FwdHook], condition: Condition) -> list[FwdHook]:
+    """Hooks that act only on the examples, or tokens, whose own projection passes a threshold.
+
+    Args:
+        hooks: what `add`, `ablate` and so on gave.
+        condition: from `fit_condition`, or written by hand.
+
+    Returns:
+        The condition's reader, then the guarded edits: attach the whole list.
+
+    Raises:
+        ValueError: if an edit acts before the condition is read, is guarded already, or is no rt_lens edit.
+
+    Example:
+        >>> small_talk = fit_condition(model, holds=chats, fails=sums, layer=10)
+        >>> with model.hooks(fwd_hooks=conditional(add(vectors, [18], 2.0), small_talk)):
+        ...     answers = generate(model, ["How was your day?", "What is 2 + 2?"])
+    """
+    gate = Gate(condition)
+    guarded: list[FwdHook] = [(condition.hook_name, gate)]
+    for name, edit in hooks:
+        if not isinstance(edit, Edit) or edit.gate is not None:
+            raise ValueError(f"hooks: the one at {name} is no edit of rt_lens, or has a condition already.")
+        if forward_order(name) < forward_order(condition.hook_name):
+            raise ValueError(
+                f"condition: it is read at {condition.hook_name}, after the edit at {name}. Read it at an earlier "
+                "block, or edit later."
+            )
+        guarded.append((name, replace(edit, gate=gate)))
+    return guarded

@@ -1,0 +1,181 @@
+"""One operator at one hook point, with where, when and how strongly it acts: what TransformerLens calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rt_lens.operators import Operator
+from rt_lens.whereabouts import Whereabouts, assumed, said
+
+Positions = Literal["all", "prompt", "generated", "last"] | Sequence[int] | Bool[Tensor, "..."]
+Schedule = Callable[[int], float]
+Multiplier = float | Float[Tensor, "row"]
+FwdHook = tuple[str, Callable[..., Any]]
+
+
+@runtime_checkable
+class Gates(Protocol):
+    """Says where an edit is let through."""
+
+    def open_at(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]: ...
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A schedule that goes from one factor to another over the first generated tokens, and stays there.
+
+    Attributes:
+        start: factor at the first generated token.
+        end: factor from token `tokens` on.
+        tokens: how many tokens the change takes.
+    """
+
+    start: float
+    end: float
+    tokens: int
+
+    def __call__(self, place: int) -> float:
+        return self.start + (self.end - self.start) * min(place / max(self.tokens, 1), 1.0)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One operator at one hook point: the function of a `(hook name, function)` pair.
+
+    Attributes:
+        operator: the edit itself.
+        multiplier: its strength, or Float[Tensor, "row"] with one for each prompt.
+        positions: which tokens.
+        schedule: factor by generated token.
+        heads: which heads.
+        gate: a condition that must hold.
+    """
+
+    operator: Operator
+    multiplier: Multiplier = 1.0
+    positions: Positions = "all"
+    schedule: Schedule | None = None
+    heads: tuple[int, ...] | None = None
+    gate: Gates | None = None
+
+    def __call__(self, activation: Float[Tensor, "batch pos *heads d"], hook: Any) -> Tensor:
+        return self.operator(activation, self._strength(activation))
+
+    @property
+    def constant(self) -> bool:
+        """Whether it acts on every token of every row alike: then it may be folded into weights."""
+        everywhere = isinstance(self.positions, str) and self.positions == "all"
+        return everywhere and self.schedule is None and self.gate is None and not isinstance(self.multiplier, Tensor)
+
+    def _strength(self, activation: Tensor) -> float | Tensor:
+        if self.constant and self.heads is None:
+            return float(self.multiplier)
+        batch, pos = activation.shape[:2]
+        here = said()
+        strength = self._by_row(batch, here).to(activation.device).expand(batch, pos)
+        strength = strength * _chosen(self.positions, here, batch, pos, activation.device)
+        if self.schedule is not None:
+            strength = strength * _scheduled(self.schedule, here)
+        if self.gate is not None:
+            strength = strength * self.gate.open_at(batch, pos)
+        if self.heads is None:
+            return strength
+        if activation.ndim != 4:
+            raise ValueError(f"heads: activations of shape {tuple(activation.shape)} have no heads. Use hook='z'.")
+        return strength[..., None] * _of_heads(self.heads, activation)
+
+    def _by_row(self, batch: int, here: Whereabouts | None) -> Float[Tensor, "rows 1"]:
+        if not isinstance(self.multiplier, Tensor):
+            return torch.full((1, 1), float(self.multiplier))
+        rows = here.rows if here is not None and here.rows is not None else None
+        if rows is None and len(self.multiplier) == batch:
+            rows = tuple(range(batch))
+        if rows is None or max(rows) >= len(self.multiplier):
+            raise ValueError(
+                f"multiplier: {len(self.multiplier)} numbers came for {batch if rows is None else max(rows) + 1} rows. "
+                "Give one number, or one for each row of the batch."
+            )
+        return self.multiplier[list(rows), None]
+
+
+def _chosen(positions: Positions, here: Whereabouts | None, batch: int, pos: int, device: Any) -> float | Tensor:
+    """Float[Tensor, "batch pos"], 1 where the edit acts."""
+    if isinstance(positions, str) and positions == "all":
+        return 1.0
+    if here is None:
+        if isinstance(positions, str) and (positions == "generated" or pos == 1):
+            raise ValueError(
+                f"positions: {positions!r} cannot be told apart in this forward pass. Use rt_lens's generate, or say "
+                "where the prompt ends: `with whereabouts(mask, lengths=...)`."
+            )
+        here = assumed(batch, pos, device)
+    places, lengths = here.places, here.lengths[:, None]
+    if isinstance(positions, str):
+        prompt = (places >= 0) & (places < lengths)
+        which = {"prompt": prompt, "generated": places >= lengths, "last": places == lengths - 1}[positions]
+    elif isinstance(positions, Tensor):
+        mask = positions.to(device)
+        mask = (mask if mask.ndim == 2 else mask[None]).expand(batch, -1)
+        inside = (places >= 0) & (places < mask.shape[1])
+        which = inside & mask.gather(1, places.clamp(0, mask.shape[1] - 1))
+    else:
+        which = torch.zeros_like(places, dtype=torch.bool)
+        for number in positions:
+            _check_number(number, lengths[:, 0].tolist())
+            which |= places == (number if number >= 0 else lengths + number)
+    return which.float()
+
+
+def _check_number(number: int, lengths: list[int]) -> None:
+    for row, length in enumerate(lengths):
+        if not -length <= number < length:
+            raise ValueError(
+                f"positions: {number} is outside the prompt of row {row}, which has {length} tokens. Give a number "
+                f"between {-length} and {length - 1}, or positions='generated' for what comes after."
+            )
+
+
+def _scheduled(schedule: Schedule, here: Whereabouts | None) -> Float[Tensor, "batch pos"]:
+    if here is None:
+        raise ValueError(
+            "schedule: this forward pass does not say which tokens were generated. Use rt_lens's generate, or "
+            "`with whereabouts(mask, lengths=...)`."
+        )
+    generated = here.places - here.lengths[:, None]
+    factors = {place: float(schedule(place)) for place in generated.unique().tolist() if place >= 0}
+    found = torch.ones_like(generated, dtype=torch.float32)
+    for place, factor in factors.items():
+        found[generated == place] = factor
+    return found
+
+
+def _of_heads(heads: Sequence[int], activation: Tensor) -> Float[Tensor, "head"]:
+    n = activation.shape[2]
+    if not all(0 <= head < n for head in heads):
+        raise ValueError(f"heads: {list(heads)} came, this model has heads 0..{n - 1}.")
+    chosen = torch.zeros(n, device=activation.device)
+    chosen[list(heads)] = 1.0
+    return chosen
+
+
+def check_positions(positions: Positions) -> None:
+    names = ("all", "prompt", "generated", "last")
+    if isinstance(positions, str) and positions not in names:
+        near = get_close_matches(positions, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"positions: {positions!r} came; one of {', '.join(names)}, a list of numbers or a boolean mask is "
+            f"wanted.{hint}"
+        )
+    if isinstance(positions, Tensor) and (positions.dtype != torch.bool or positions.ndim not in (1, 2)):
+        raise ValueError(
+            f"positions: a tensor of {positions.dtype} and shape {tuple(positions.shape)} came; a boolean mask of "
+            "shape (pos,) or (rows, pos) is wanted."
+        )

@@ -1,0 +1,316 @@
+"""Steering over layers x multipliers x prompts, with any metric: resumable, and tidy in the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from scipy import stats
+from torch import Tensor
+from tqdm import tqdm
+
+from rt_lens.evaluation import Scorer, make_scorer
+from rt_lens.forward import logits_where, model_name
+from rt_lens.generation import as_chat, generate
+from rt_lens.statistics import Interval, mean_interval, share_interval
+from rt_lens.steering import FwdHook, add, steered
+from rt_lens.tokens import batches, tokenizer_of
+from rt_lens.vectors import SteeringVectors, layer_of, write_atomically
+from rt_lens.whereabouts import whereabouts
+
+Metric = Callable[[Any, Sequence[str]], Sequence[float]]
+"""A model (under whatever hooks) and prompts go in, one number for each prompt comes out."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Metric: a score of each prompt's answer.
+
+    Attributes:
+        scorer: `vader`, a `[scorer]` table, or a function from answer to number.
+        max_new_tokens: length of an answer.
+        batch_size: answers per batch.
+    """
+
+    scorer: str | Mapping[str, Any] | Scorer = "vader"
+    max_new_tokens: int = 24
+    batch_size: int = 64
+
+    def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
+        _, score = make_scorer(self.scorer)
+        answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+        return [float(score(answer)) for answer in answers]
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Metric: logit of one next token minus that of another, after each prompt.
+
+    Attributes:
+        positive: text of which the first token counts for the behaviour, with its leading space.
+        negative: text of which the first token counts against it.
+        batch_size: prompts per batch.
+    """
+
+    positive: str
+    negative: str
+    batch_size: int = 32
+
+    @torch.no_grad()
+    def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
+        first, second = (
+            tokenizer_of(model).encode(text, add_special_tokens=False)[0] for text in (self.positive, self.negative)
+        )
+        found = [0.0] * len(prompts)
+        for batch in batches(model, as_chat(model, prompts), self.batch_size):
+            last = torch.zeros_like(batch.mask, dtype=torch.bool)
+            last[:, -1] = True
+            with whereabouts(batch.mask, rows=batch.rows):
+                logits = torch.cat(list(logits_where(model, batch.tokens, batch.mask, last)))
+            for row, difference in zip(batch.rows, (logits[:, first] - logits[:, second]).tolist(), strict=True):
+                found[row] = difference
+        return found
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found.
+
+    Attributes:
+        table: a row per layer, multiplier and prompt: layer, multiplier, prompt (its number), score.
+        prompts: what was asked.
+        metric: its name.
+        seed: of the bootstraps.
+    """
+
+    table: pd.DataFrame = field(repr=False)
+    prompts: list[str] = field(repr=False)
+    metric: str
+    seed: int
+
+    def summary(self) -> pd.DataFrame:
+        """A row per layer and multiplier: n, mean, low, high (bootstrap 95 % interval over prompts), seed."""
+        rows = []
+        for (layer, multiplier), cell in self.table.groupby(["layer", "multiplier"], sort=True):
+            found = mean_interval(cell["score"].to_numpy(float), self.seed)
+            rows.append({"layer": layer, "multiplier": multiplier, **found._asdict(), "seed": self.seed})
+        return pd.DataFrame(rows)
+
+    def dose_response(self, layer: int) -> DoseResponse:
+        """How the metric follows the multiplier at one layer.
+
+        Raises:
+            ValueError: if the layer was not swept, or had fewer than three multipliers.
+        """
+        cells = self.table[self.table["layer"] == layer]
+        grid = cells.pivot(index="prompt", columns="multiplier", values="score").sort_index(axis=1)
+        if len(grid.columns) < 3:
+            swept = sorted(self.table["layer"].unique().tolist())
+            raise ValueError(
+                f"layer: {layer} has {len(grid.columns)} multipliers; at least 3 are wanted. Layers swept: {swept}."
+            )
+        doses = grid.columns.to_numpy(float)
+        by_prompt = grid.to_numpy(float)
+        rank = float(stats.spearmanr(doses, by_prompt.mean(0)).statistic)
+        drawn = np.random.default_rng(self.seed).integers(0, len(by_prompt), (1000, len(by_prompt)))
+        ranks = np.nan_to_num([stats.spearmanr(doses, means).statistic for means in by_prompt[drawn].mean(1)])
+        slopes = np.polyfit(doses, by_prompt.T, 1)[0]
+        low, high = np.quantile(ranks, [0.025, 0.975])
+        return DoseResponse(
+            layer,
+            Interval(len(by_prompt), rank, float(low), float(high)),
+            mean_interval(slopes, self.seed),
+            share_interval(int((slopes < 0).sum()), len(slopes)),
+            tuple(int(prompt) for prompt in grid.index[slopes < 0]),
+            self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class DoseResponse:
+    """How the metric follows the multiplier at one layer.
+
+    Attributes:
+        layer: block index.
+        spearman: rank correlation of multiplier and mean metric; bootstrap interval over prompts.
+        slope: metric per unit of the multiplier (steerability, Tan et al. 2024), mean over prompts.
+        wrong_way: share of the prompts whose own slope is below zero, with a Wilson interval.
+        wrong_prompts: their numbers.
+        seed: of the bootstrap.
+    """
+
+    layer: int
+    spearman: Interval
+    slope: Interval
+    wrong_way: Interval
+    wrong_prompts: tuple[int, ...]
+    seed: int
+
+
+def sweep(
+    model: Any,
+    vectors: SteeringVectors,
+    prompts: Sequence[str],
+    *,
+    layers: Iterable[int] | None = None,
+    multipliers: Sequence[float] = (-3, -2, -1, 0, 1, 2, 3),
+    metric: str | Metric = "vader",
+    steer: Callable[..., list[FwdHook]] = add,
+    path: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Sweep:
+    """Steers at each layer with each multiplier and measures every prompt.
+
+    All multipliers of a layer run as one list of prompts, each with its own; multiplier 0 runs once for all layers.
+
+    Args:
+        model: HookedTransformer or TransformerBridge, with whatever hooks it carries.
+        vectors: the directions.
+        prompts: user messages.
+        layers: block indices; every block that has a vector for None.
+        multipliers: in units of the vectors' own lengths.
+        metric: name of a scorer for greedy answers, or a function from model and prompts to a number for each
+            (`Answers`, `LogitDifference`, your own; it must keep the prompts' order, as rt_lens's functions do).
+        steer: `add`, `add_preserving_norm`, or another function of vectors, layers and multiplier.
+        path: JSON file to keep finished layers in; a sweep of the same settings goes on from there.
+        seed: of the bootstrap intervals.
+        progress: show a bar.
+
+    Returns:
+        A Sweep; `plots.sweep(found.summary())` draws its heat map.
+
+    Raises:
+        ValueError: if there is no prompt or multiplier, a layer has no vector, or `path` holds another sweep.
+
+    Example:
+        >>> found = sweep(model, vectors, test.topics[:16], layers=[14, 18, 22], path="runs/sweep.json")
+        >>> print(found.dose_response(18).spearman)
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts: a list of at least one text is wanted. Put a single text in brackets.")
+    doses = sorted({float(multiplier) for multiplier in multipliers})
+    if not doses or not np.isfinite(doses).all():
+        raise ValueError(f"multipliers: {list(multipliers)} came; finite numbers, at least one, are wanted.")
+    measure = metric if callable(metric) else Answers(metric)
+    chosen = [layer_of(name) for name in vectors.at_layers(layers)]
+    vectors.select(chosen).check_fits(model)
+    settings = _settings(model, vectors, prompts, doses, measure, steer)
+    done = _Done(None if path is None else Path(path), settings)
+    with tqdm(chosen, desc="sweep", unit="layer", disable=not progress) as bar:
+        for layer in bar:
+            if done.has(layer):
+                continue
+            if 0.0 in doses and done.baseline is None:
+                done.baseline = [float(value) for value in measure(model, list(prompts))]
+            done.keep(layer, _one_layer(model, vectors, prompts, layer, doses, measure, steer, done.baseline))
+            bar.set_postfix(layer=layer)
+    rows = [
+        {"layer": layer, "multiplier": dose, "prompt": number, "score": score}
+        for layer in chosen
+        for dose, scores in zip(doses, done.layers[str(layer)], strict=True)
+        for number, score in enumerate(scores)
+    ]
+    return Sweep(pd.DataFrame(rows), list(prompts), _metric_name(measure), seed)
+
+
+def _one_layer(
+    model: Any,
+    vectors: SteeringVectors,
+    prompts: Sequence[str],
+    layer: int,
+    doses: Sequence[float],
+    measure: Metric,
+    steer: Callable[..., list[FwdHook]],
+    baseline: Sequence[float] | None,
+) -> list[list[float]]:
+    """Scores of each dose, each a list over prompts."""
+    steps = [dose for dose in doses if dose]
+    by_row: Float[Tensor, "row"] = torch.tensor(steps).repeat_interleave(len(prompts))
+    scores: list[float] = []
+    if steps:
+        with steered(model, steer(vectors, [layer], by_row)):
+            scores = [float(value) for value in measure(model, list(prompts) * len(steps))]
+    if len(scores) != len(by_row):
+        raise ValueError(f"metric: {len(scores)} numbers came for {len(by_row)} prompts. Give one for each, in order.")
+    parts = [scores[i : i + len(prompts)] for i in range(0, len(scores), len(prompts))]
+    if baseline is not None:
+        parts.insert(doses.index(0.0), list(baseline))
+    return parts
+
+
+def _settings(
+    model: Any, vectors: SteeringVectors, prompts: Sequence[str], doses: Sequence[float], measure: Any, steer: Any
+) -> dict[str, Any]:
+    """What makes two sweeps the same."""
+    content = hashlib.sha256()
+    for name, vector in vectors.vectors.items():
+        content.update(name.encode() + vector.detach().cpu().float().numpy().tobytes())
+    return {
+        "schema": 1,
+        "kind": "sweep",
+        "model": model_name(model),
+        "vectors": {**asdict(vectors.provenance), "sha256": content.hexdigest()},
+        "prompts_sha256": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+        "multipliers": list(doses),
+        "metric": _described(measure),
+        "steer": _described(steer),
+    }
+
+
+def _described(value: Any) -> Any:
+    """A metric or function as JSON, the same in every process."""
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {part.name: _described(getattr(value, part.name)) for part in fields(value)}
+        return {"kind": type(value).__name__, **parts}
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    if isinstance(value, Mapping):
+        return {str(key): _described(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_described(part) for part in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _metric_name(measure: Any) -> str:
+    if isinstance(measure, Answers):
+        return make_scorer(measure.scorer)[0]
+    return getattr(measure, "__name__", type(measure).__name__)
+
+
+class _Done:
+    """Finished layers, in memory and, where there is a path, on disk after each."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self.baseline: list[float] | None = None
+        self.layers: dict[str, list[list[float]]] = {}
+        if path is None or not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text())
+            theirs, self.baseline, self.layers = stored["settings"], stored["baseline"], stored["layers"]
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+            raise ValueError(f"path: {path} is no file of a sweep. Give another name, or remove it.") from None
+        differing = [key for key in self.settings if theirs.get(key) != self.settings[key]]
+        if differing:
+            raise ValueError(
+                f"path: {path} holds a sweep with other {', '.join(differing)}. Give another name, or remove it."
+            )
+
+    def has(self, layer: int) -> bool:
+        return str(layer) in self.layers
+
+    def keep(self, layer: int, scores: list[list[float]]) -> None:
+        self.layers[str(layer)] = scores
+        if self.path is not None:
+            content = {"settings": self.settings, "baseline": self.baseline, "layers": self.layers}
+            write_atomically(self.path, json.dumps(content).encode())
