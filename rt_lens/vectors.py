@@ -112,7 +112,7 @@ class SteeringVectors:
     def hook_names(self) -> list[str]:
         return list(self.vectors)
 
-    def __getitem__(self, hook_name: str) -> Float[Tensor, "d_model"]:
+    def __getitem__(self, hook_name: str) -> Float[Tensor, "*heads d"]:
         if hook_name not in self.vectors:
             near = get_close_matches(hook_name, self.vectors, n=3) or self.hook_names[:3]
             raise KeyError(f"vectors: none for {hook_name!r}. Near: {', '.join(near)}.")
