@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rt_lens.vectors import read_safetensors, write_atomically
+from rt_lens.files import read_safetensors, write_atomically
 
 _SCHEMA = 1
 

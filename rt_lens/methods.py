@@ -6,7 +6,7 @@ method. All compute in float64 on the CPU and return the input's dtype and devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,12 +92,13 @@ def mass_mean(positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d
     """
     positive64, negative64, difference = _sides("mass_mean", positive, negative, 2)
     within = torch.cat([positive64 - positive64.mean(0), negative64 - negative64.mean(0)])
-    scale = within.square().mean()
-    if scale == 0:
+    if within.norm() <= 1e-12 * (positive64.norm() + negative64.norm()):
         raise ValueError(
             "positive and negative: neither side varies within itself, so there is no covariance. Use mean_diff."
         )
-    covariance = torch.from_numpy(ledoit_wolf((within / scale.sqrt()).numpy(), assume_centered=True)[0])
+    covariance = torch.from_numpy(
+        ledoit_wolf((within / within.square().mean().sqrt()).numpy(), assume_centered=True)[0]
+    )
     covariance += 1e-9 * torch.eye(len(covariance))  # two pairs with equal deviations get no shrinkage
     return _norm_matched(torch.linalg.solve(covariance, difference), difference, positive)
 
@@ -178,42 +179,6 @@ def winsorise(rows: Float[Tensor, "pair d"], share: float) -> Float[Tensor, "pai
     return rows.clamp(torch.from_numpy(low).to(rows), torch.from_numpy(high).to(rows))
 
 
-def project_out(vector: Float[Tensor, "d"], nuisances: Float[Tensor, "k d"]) -> Float[Tensor, "d"]:
-    """The part of a vector that is orthogonal to all nuisances; they may depend on each other, or be zero.
-
-    Raises:
-        ValueError: other width, or the vector lies in the nuisances' span, where only rounding would be left.
-    """
-    if nuisances.shape[-1] != len(vector):
-        raise ValueError(f"nuisances: width {nuisances.shape[-1]} came; the vector's {len(vector)} is wanted.")
-    vector64, rows = vector.detach().cpu().double(), nuisances.detach().cpu().double()
-    rows = rows[rows.norm(dim=-1) > 0]
-    if len(rows):
-        _, singular, basis = torch.linalg.svd(rows / rows.norm(dim=-1, keepdim=True), full_matrices=False)
-        basis = basis[singular > 1e-6 * singular[0]]
-        rest = vector64 - basis.T @ (basis @ vector64)
-        if rest.norm() <= 1e-6 * vector64.norm():
-            raise ValueError("vector: lies in the span of the nuisances, so nothing is left. Leave one of them out.")
-        vector64 = rest
-    return vector64.to(vector)
-
-
-def orthogonalise(vectors: Sequence[Float[Tensor, "d"]]) -> list[Float[Tensor, "d"]]:
-    """Each vector without the parts that lie along the earlier ones (Gram-Schmidt, in the order given).
-
-    The first is returned as it is; norms are those of what is left, not 1.
-    """
-    found: list[Tensor] = []
-    for i, vector in enumerate(vectors):
-        try:
-            found.append(project_out(vector, torch.stack(found)) if found else vector)
-        except ValueError as error:
-            raise ValueError(
-                f"vectors: number {i} of 0..{len(vectors) - 1} does not fit the earlier ones: {error}"
-            ) from error
-    return found
-
-
 def covariate_direction(h: Float[Tensor, "text d"], values: Float[Tensor, "text"]) -> Float[Tensor, "d"]:
     """Cov(h, y) / Var(y): how activations move for each unit of a number, such as a text's length or answer letter.
 
@@ -227,8 +192,7 @@ def covariate_direction(h: Float[Tensor, "text d"], values: Float[Tensor, "text"
     centred = values64 - values64.mean()
     if values64.min() == values64.max():
         raise ValueError(f"values: all are {values64[0]:g}; at least two different ones are wanted.")
-    h64 = h.detach().cpu().double()
-    return (centred @ (h64 - h64.mean(0)) / centred.square().sum()).to(h)
+    return (centred @ h.detach().cpu().double() / centred.square().sum()).to(h)
 
 
 def _sides(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rt_lens.evaluation import Scorer, make_scorer
+from rt_lens.files import write_atomically
 from rt_lens.forward import logits_where, model_name
 from rt_lens.generation import as_chat, generate
 from rt_lens.statistics import Interval, mean_interval, share_interval
 from rt_lens.steering import FwdHook, add, steered
 from rt_lens.tokens import batches, tokenizer_of
-from rt_lens.vectors import SteeringVectors, layer_of, write_atomically
+from rt_lens.vectors import SteeringVectors, layer_of
 from rt_lens.whereabouts import whereabouts
 
 Metric = Callable[[Any, Sequence[str]], Sequence[float]]
@@ -66,9 +68,14 @@ class LogitDifference:
 
     @torch.no_grad()
     def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
-        first, second = (
-            tokenizer_of(model).encode(text, add_special_tokens=False)[0] for text in (self.positive, self.negative)
-        )
+        tokenizer = tokenizer_of(model)
+        encoded = [tokenizer.encode(text, add_special_tokens=False) for text in (self.positive, self.negative)]
+        if [] in encoded or encoded[0][0] == encoded[1][0]:
+            raise ValueError(
+                f"metric: {self.positive!r} and {self.negative!r} came, which do not begin with two different tokens. "
+                "Give texts that do, with their leading spaces."
+            )
+        (first, *_), (second, *_) = encoded
         found = [0.0] * len(prompts)
         for batch in batches(model, as_chat(model, prompts), self.batch_size):
             last = torch.zeros_like(batch.mask, dtype=torch.bool)
@@ -119,14 +126,14 @@ class Sweep:
             )
         doses = grid.columns.to_numpy(float)
         by_prompt = grid.to_numpy(float)
-        rank = float(stats.spearmanr(doses, by_prompt.mean(0)).statistic)
         drawn = np.random.default_rng(self.seed).integers(0, len(by_prompt), (1000, len(by_prompt)))
-        ranks = np.nan_to_num([stats.spearmanr(doses, means).statistic for means in by_prompt[drawn].mean(1)])
-        slopes = np.polyfit(doses, by_prompt.T, 1)[0]
-        low, high = np.quantile(ranks, [0.025, 0.975])
+        low, high = np.quantile([_rank(doses, means) for means in by_prompt[drawn].mean(1)], [0.025, 0.975])
+        centred = doses - doses.mean()
+        moved = by_prompt - by_prompt[:, :1]  # so that a prompt which does not move has a slope of 0, not of -1e-17
+        slopes = moved @ centred / (centred @ centred)
         return DoseResponse(
             layer,
-            Interval(len(by_prompt), rank, float(low), float(high)),
+            Interval(len(by_prompt), _rank(doses, by_prompt.mean(0)), float(low), float(high)),
             mean_interval(slopes, self.seed),
             share_interval(int((slopes < 0).sum()), len(slopes)),
             tuple(int(prompt) for prompt in grid.index[slopes < 0]),
@@ -140,7 +147,7 @@ class DoseResponse:
 
     Attributes:
         layer: block index.
-        spearman: rank correlation of multiplier and mean metric; bootstrap interval over prompts.
+        spearman: rank correlation of multiplier and mean metric (0 if nothing moves); bootstrap interval over prompts.
         slope: metric per unit of the multiplier (steerability, Tan et al. 2024), mean over prompts.
         wrong_way: share of the prompts whose own slope is below zero, with a Wilson interval.
         wrong_prompts: their numbers.
@@ -153,6 +160,10 @@ class DoseResponse:
     wrong_way: Interval
     wrong_prompts: tuple[int, ...]
     seed: int
+
+
+def _rank(doses: Float[np.ndarray, "dose"], means: Float[np.ndarray, "dose"]) -> float:
+    return float(stats.spearmanr(doses, means).statistic) if np.ptp(means) > 0 else 0.0
 
 
 def sweep(
@@ -210,7 +221,7 @@ def sweep(
             if done.has(layer):
                 continue
             if 0.0 in doses and done.baseline is None:
-                done.baseline = [float(value) for value in measure(model, list(prompts))]
+                done.baseline = _measured(measure, model, list(prompts))
             done.keep(layer, _one_layer(model, vectors, prompts, layer, doses, measure, steer, done.baseline))
             bar.set_postfix(layer=layer)
     rows = [
@@ -238,13 +249,18 @@ def _one_layer(
     scores: list[float] = []
     if steps:
         with steered(model, steer(vectors, [layer], by_row)):
-            scores = [float(value) for value in measure(model, list(prompts) * len(steps))]
-    if len(scores) != len(by_row):
-        raise ValueError(f"metric: {len(scores)} numbers came for {len(by_row)} prompts. Give one for each, in order.")
+            scores = _measured(measure, model, list(prompts) * len(steps))
     parts = [scores[i : i + len(prompts)] for i in range(0, len(scores), len(prompts))]
     if baseline is not None:
         parts.insert(doses.index(0.0), list(baseline))
     return parts
+
+
+def _measured(measure: Metric, model: Any, prompts: Sequence[str]) -> list[float]:
+    scores = [float(value) for value in measure(model, prompts)]
+    if len(scores) != len(prompts):
+        raise ValueError(f"metric: {len(scores)} numbers came for {len(prompts)} prompts. Give one for each, in order.")
+    return scores
 
 
 def _settings(
@@ -271,6 +287,8 @@ def _described(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         parts = {part.name: _described(getattr(value, part.name)) for part in fields(value)}
         return {"kind": type(value).__name__, **parts}
+    if isinstance(value, partial):
+        return {"kind": "partial", "of": _described([value.func, value.args, value.keywords])}
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     if isinstance(value, Mapping):
@@ -297,8 +315,8 @@ class _Done:
             return
         try:
             stored = json.loads(path.read_text())
-            theirs, self.baseline, self.layers = stored["settings"], stored["baseline"], stored["layers"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+            theirs, self.baseline, self.layers = dict(stored["settings"]), stored["baseline"], dict(stored["layers"])
+        except (KeyError, TypeError, ValueError):  # no JSON, no text, or JSON of something else
             raise ValueError(f"path: {path} is no file of a sweep. Give another name, or remove it.") from None
         differing = [key for key in self.settings if theirs.get(key) != self.settings[key]]
         if differing:

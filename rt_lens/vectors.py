@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rt_lens.files import read_safetensors, write_atomically
 from rt_lens.operators import Ablate
 
 _SCHEMA = 1
@@ -52,6 +50,34 @@ class Provenance:
     seed: int
     version: str
     position_tokens: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Provenance:
+        """What `to_json` gave, each value checked.
+
+        Raises:
+            ValueError: a value that is missing, unknown or of another type.
+        """
+        known = {part.name: part for part in fields(cls)}
+        if unknown := set(stored) - set(known):
+            raise ValueError(f"provenance: {', '.join(sorted(map(str, unknown)))} came, which is no part of it.")
+        checked: dict[str, Any] = {}
+        for name, part in known.items():
+            if name not in stored:
+                if part.default is MISSING:
+                    raise ValueError(f"provenance: {name} is missing.")
+                continue
+            value: Any = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+            kind = {"n_pairs": int, "seed": int, "position_tokens": tuple}.get(name, str)
+            words = value if isinstance(value, tuple) else ()
+            if not isinstance(value, kind) or not all(isinstance(word, str) for word in words):
+                raise ValueError(f"provenance: {name} is {value!r}; {kind.__name__} is wanted.")
+            checked[name] = value
+        return cls(**checked)
 
 
 @dataclass(frozen=True)
@@ -268,7 +294,7 @@ class SteeringVectors:
 
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file with its provenance, in one rename."""
-        header = {"rt_lens": json.dumps({"schema": _SCHEMA, "kind": "steering_vectors", **asdict(self.provenance)})}
+        header = {"rt_lens": json.dumps({"schema": _SCHEMA, "kind": "steering_vectors", **self.provenance.to_json()})}
         # Cloned: safetensors refuses one vector under two names.
         tensors = {name: vector.detach().cpu().clone().contiguous() for name, vector in self.vectors.items()}
         for name, eraser in self.erasers.items():
@@ -289,11 +315,11 @@ class SteeringVectors:
             stored = json.loads(header["rt_lens"])
             if (stored.pop("kind"), stored.pop("schema")) != ("steering_vectors", _SCHEMA):
                 raise KeyError("kind")
-            provenance = Provenance(**{**stored, "position_tokens": tuple(stored.get("position_tokens", ()))})
+            provenance = Provenance.from_json(stored)
             parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_ERASER)}
             names = sorted({name.split("/", 2)[2] for name in parts})
             erasers = {n: Eraser(*(parts[f"{_ERASER}{p}/{n}"] for p in ("left", "right", "centre"))) for n in names}
-        except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             raise ValueError(f"vectors: {path} is not a file of steering vectors of schema {_SCHEMA}.") from None
         check_stored_names(tensors, path)
         return cls(tensors, provenance, erasers)
@@ -354,32 +380,3 @@ def check_stored_names(names: Iterable[str], path: str | Path) -> None:
                 f"vectors: {path} holds {name[:80]!r}, which is no hook point of a block. Names such as "
                 "blocks.18.hook_resid_post are wanted."
             )
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Writes to a temporary name beside `path`, then renames: a reader finds the old file, the new one, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}-{uuid4().hex}"  # not mkstemp, whose files only their owner may read
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def read_safetensors(path: Path, argument: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is truncated or no safetensors file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument}: there is no file {path}.")
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in list(stored.keys())}, stored.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{argument}: {path} is truncated or no safetensors file ({error}). Make it again.") from None

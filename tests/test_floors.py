@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rt_lens"
 
 FLOORS: dict[float, tuple[str, ...]] = {
-    0: ("shipped", "tokens", "losses", "operators", "methods", "statistics", "forward", "whereabouts"),
+    0: ("files", "shipped", "tokens", "losses", "operators", "methods", "statistics", "forward", "whereabouts"),
     0.5: ("prompts", "positions", "vectors"),
     1: ("models", "activations", "steering", "generation", "delta", "exchange", "plots"),
     2: ("extraction", "tuning", "baking", "evaluation"),

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rt_lens.vectors import SteeringVectors, hook_names, write_atomically
+from rt_lens.files import write_atomically
+from rt_lens.vectors import SteeringVectors, hook_names
 
 POST = "blocks.{}.hook_resid_post"
 

@@ -24,6 +24,7 @@ import torch
 from rt_lens.evaluation import Evaluation, TextFit, evaluate, facts_kept, make_scorer, repetition, text_fit
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
+from rt_lens.files import write_atomically
 from rt_lens.forward import check_layers, model_name
 from rt_lens.generation import as_chat, generate_tokens
 from rt_lens.models import load_model
@@ -32,7 +33,7 @@ from rt_lens.statistics import mean_interval, paired_comparison, share_interval
 from rt_lens.steering import add
 from rt_lens.tokens import encode, tokenizer_of
 from rt_lens.tuning import prepare, tune, write_neutral
-from rt_lens.vectors import SteeringVectors, write_atomically
+from rt_lens.vectors import SteeringVectors
 
 _PAIRED = (("rep_tuned", "token_tuned"), ("rep_tuned", "steered"), ("token_tuned", "untuned"), ("steered", "untuned"))
 

@@ -43,7 +43,7 @@ class Trust:
         cosines: columns layer, other, cosine, between layers.
         behaviours: columns layer, behaviour, cosine, with other vectors that were given.
         recommended: layers to use.
-        best: of these, the one with the largest signal; None if there are none.
+        best: of these, the first; None if there are none.
         reason: in a sentence.
         seed: of every random choice.
     """
@@ -134,29 +134,34 @@ def trust(
 def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
     """The layers to use, the best of them, and why: a rule on the columns of `Trust.layers`.
 
-    A layer is eligible if it beats random directions, its halves agree (stability at least 0.9 of the best) and its
-    signal is at least 0.8 of the best. The range is the earliest run of eligible neighbours: later layers often
-    separate as well, but fewer blocks are left there to act on what is added.
+    A layer is eligible if it beats random directions, its halves agree (stability at least 0.95 of the best), and one
+    threshold tells all held-out texts apart nearly as well as anywhere (AUC above chance at least 0.75 of the best;
+    the accuracy within pairs is at its ceiling too early to choose by). The range is the earliest run of eligible
+    neighbours, the best its first layer: later layers often separate as well, but leave fewer blocks to act on what is
+    added.
     """
-    steady, strong = 0.9 * table["stability"].max(), 0.8 * table["signal"].max()
     beats_random = (table["accuracy"] > table["control_high"]) & (table["signal"] > table["control_signal"])
-    eligible = beats_random & (table["stability"] >= steady) & (table["signal"] >= strong)
+    steady = table["stability"] >= 0.95 * table["stability"].max()
+    clear = table["auc"] - 0.5 >= 0.75 * (table["auc"].max() - 0.5)
+    eligible = beats_random & steady & clear
     n = int(table["n"].iloc[0])
     if not eligible.any():
-        return (), None, f"None: no layer beats random directions and agrees between halves (n = {n} held-out pairs)."
+        return (), None, (
+            "None: no layer beats random directions, agrees between halves of the data and tells held-out texts apart "
+            f"(n = {n} pairs)."
+        )  # fmt: skip
     first = int(eligible.to_numpy().argmax())
-    length = len(list(itertools.takewhile(bool, eligible.iloc[first:])))
-    chosen = table.iloc[first : first + length]
-    best = chosen.iloc[int(chosen["signal"].argmax())]
+    chosen = table.iloc[first : first + len(list(itertools.takewhile(bool, eligible.iloc[first:])))]
     run = tuple(int(layer) for layer in chosen["layer"])
-    where = f"Layers {run[0]} to {run[-1]}, the first" if len(run) > 1 else f"Layer {run[0]}, the first"
+    best = chosen.iloc[0]
+    where = f"Layers {run[0]} to {run[-1]} are the first" if len(run) > 1 else f"Layer {run[0]} is the first"
     reason = (
-        f"{where} to separate held-out pairs almost as strongly as any (d' {best['signal']:.1f} at layer "
-        f"{best['layer']:.0f}, accuracy {best['accuracy']:.2f} [{best['accuracy_low']:.2f}, "
-        f"{best['accuracy_high']:.2f}], n = {n}; random directions reach {best['control_high']:.2f}) with halves of "
-        f"the data that agree (cosine {best['stability']:.2f})."
+        f"{where} to tell held-out texts apart nearly as well as any (at layer {run[0]} AUC {best['auc']:.2f} "
+        f"[{best['auc_low']:.2f}, {best['auc_high']:.2f}], pair accuracy {best['accuracy']:.2f} "
+        f"[{best['accuracy_low']:.2f}, {best['accuracy_high']:.2f}], n = {n} pairs; random directions reach "
+        f"{best['control_high']:.2f}) with halves of the data that agree (cosine {best['stability']:.2f})."
     )
-    return run, int(best["layer"]), reason
+    return run, run[0], reason
 
 
 @dataclass(frozen=True)
