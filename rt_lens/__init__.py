@@ -4,6 +4,7 @@ from rt_lens import plots
 from rt_lens.baking import bake
 from rt_lens.delta import WeightDelta
 from rt_lens.evaluation import correct_only, evaluate, text_fit
+from rt_lens.exchange import import_vectors, load_gguf, save_gguf
 from rt_lens.extraction import (
     covariate_vectors,
     extract_offsets,
@@ -54,11 +55,14 @@ __all__ = [
     "extract_vectors",
     "fit_condition",
     "generate",
+    "import_vectors",
+    "load_gguf",
     "load_model",
     "load_pairs",
     "logit_lens",
     "orthogonalised",
     "plots",
+    "save_gguf",
     "scale",
     "steered",
     "stream",

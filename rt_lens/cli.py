@@ -6,11 +6,14 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rt_lens.shipped import behaviours
+
+if TYPE_CHECKING:
+    from rt_lens.prompts import ContrastPairs
 
 app = typer.Typer(
     name="rt-lens",
@@ -25,7 +28,9 @@ Behaviour = Annotated[
     str, typer.Argument(help="A shipped behaviour, or your own file (see data/behaviours/mood.toml).")
 ]
 Model = Annotated[str | None, typer.Option(help="Embedded model, Hugging Face folder, .gguf file or hub name.")]
-VectorFile = Annotated[Path, typer.Argument(help="A file that `rt-lens extract` wrote.")]
+VectorFile = Annotated[
+    Path, typer.Argument(help="A file that `rt-lens extract` wrote, or another tool's .gguf, .pt or .npz.")
+]
 
 
 @app.command(epilog="Example: rt-lens run mood --out runs/mood")
@@ -48,40 +53,154 @@ def run(
     typer.echo(f"saved {folder / 'results.json'} - look: open {page} in a browser")
 
 
-@app.command(epilog="Example: rt-lens extract mood --out mood.safetensors")
+@app.command(epilog="Example: rt-lens extract mood --method mean_diff --out mood.safetensors --figure mood.html")
 def extract(
     behaviour: Behaviour,
     out: Annotated[Path | None, typer.Option(help="File to write; NAME.safetensors by default.")] = None,
+    method: Annotated[str, typer.Option(help="mean_diff, pca, logistic, mass_mean, leace, or random (control).")] = (
+        "mean_diff"
+    ),
+    position: Annotated[str, typer.Option(help="last, mean, mean prompt, mean response, mean last 5, ...")] = "last",
+    hook: Annotated[str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out or mlp_out.")] = "resid_post",
     n_pairs: Annotated[int, typer.Option(help="Contrast pairs to use, spread over topics.")] = 96,
-    seed: Annotated[int, typer.Option(help="Of the split into training and held-out pairs, and of the selection.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the selection of pairs, and of every interval.")] = 0,
+    figure: Annotated[Path | None, typer.Option(help="HTML file for the figure of the evidence.")] = None,
     model: Model = None,
 ) -> None:
-    """Extract a mean-difference vector per layer, and say how well each separates held-out pairs."""
+    """Extract a vector per layer, and say whether to believe them: held-out pairs, halves of the data, random ones."""
+    from rt_lens import plots
     from rt_lens.experiment import check_writable
-    from rt_lens.extraction import extract_vectors, separability
+    from rt_lens.extraction import trust
     from rt_lens.models import DEFAULT_MODEL, load_model
-    from rt_lens.prompts import load_pairs
 
-    pairs = load_pairs(behaviour)
-    path = out or Path(f"{pairs.name}.safetensors")
+    name, train, held_out = _parts(behaviour)
+    path = out or Path(f"{name}.safetensors")
     check_writable(path.parent)
-    train, held_out = pairs.split(0.7, seed=seed)
     loaded = load_model(model or DEFAULT_MODEL)
     chosen = train.sample(n_pairs, seed=seed)
-    vectors = extract_vectors(loaded, chosen, seed=seed, progress=True)
-    vectors.save(path)
-    table = separability(loaded, vectors, held_out.sample(len(held_out.topics), seed=seed), progress=True)
-    layer = int(table.sort_values("accuracy", ascending=False, kind="stable")["layer"].iloc[0])
-    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    found = trust(loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True)
+    found.vectors.save(path)
+    columns = ["layer", "accuracy", "accuracy_low", "accuracy_high", "auc", "auc_low", "auc_high", "stability", "n"]
+    typer.echo(found.layers[columns].to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    typer.echo(f"\n{found.reason}")
+    if figure is not None:
+        drawn = plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended)
+        _write_page(drawn, figure)
+    layer = found.best if found.best is not None else int(found.layers["layer"].iloc[-1])
     typer.echo(
-        f"saved {path} ({len(table)} layers, {len(chosen)} pairs, seed {seed}) - steer: "
+        f"saved {path} ({len(found.layers)} layers, {len(chosen)} pairs, seed {seed}) - steer: "
         f'rt-lens steer {path} "Tell me about your weekend." --layer {layer} --multiplier 2'
     )
 
 
+@app.command(epilog="Example: rt-lens vectors mood.safetensors --gguf mood.gguf --layers 1-29")
+def vectors(
+    file: VectorFile,
+    gguf: Annotated[Path | None, typer.Option(help="Write a control vector for llama.cpp and repeng.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks, such as 14-22 or 14,18; all by default.")] = None,
+) -> None:
+    """Show what a file of steering vectors holds (also .gguf, .pt, .npz of other tools), or convert it."""
+    from rt_lens.exchange import import_vectors, save_gguf
+
+    found = import_vectors(file)
+    if layers is not None:
+        found = found.select(_layers(layers))
+    for key, value in found.provenance.to_json().items():
+        typer.echo(f"{key:>15}: {value}")
+    for name, vector in found.vectors.items():
+        typer.echo(f"{name:>32}: shape {tuple(vector.shape)}, norm {float(vector.norm()):.3g}")
+    if gguf is not None:
+        typer.echo(f"saved {save_gguf(found, gguf)} - use: llama-cli --control-vector-scaled {gguf}:1")
+
+
+@app.command(epilog="Example: rt-lens sweep mood mood.safetensors --layers 14-22 --out runs/sweep.json")
+def sweep(
+    behaviour: Behaviour,
+    file: VectorFile,
+    layers: Annotated[str, typer.Option(help="Blocks, such as 14-22 or 14,18.")] = "14-22",
+    multipliers: Annotated[str, typer.Option(help="Numbers, with commas.")] = "-3,-2,-1,0,1,2,3",
+    n_prompts: Annotated[int, typer.Option(help="Validation prompts to use.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 24,
+    out: Annotated[Path, typer.Option(help="Finished layers are kept here; run again to go on.")] = Path("sweep.json"),
+    figure: Annotated[Path | None, typer.Option(help="HTML file for the heat map.")] = None,
+    model: Model = None,
+) -> None:
+    """Steer over layers x multipliers on validation prompts, and score the answers with the behaviour's scorer."""
+    from rt_lens import plots
+    from rt_lens.exchange import import_vectors
+    from rt_lens.experiment import check_writable, load_experiment
+    from rt_lens.models import load_model
+    from rt_lens.sweeping import Answers
+    from rt_lens.sweeping import sweep as sweep_layers
+
+    experiment = load_experiment(behaviour, model=model)
+    directions, chosen = import_vectors(file), _layers(layers)
+    _, _, held_out = _parts(behaviour)
+    doses = [_number(text) for text in multipliers.split(",")]
+    check_writable(out.parent)
+    loaded = load_model(experiment.model)
+    found = sweep_layers(
+        loaded, directions, held_out.topics[:n_prompts], layers=chosen, multipliers=doses,
+        metric=Answers(experiment.scorer, max_new_tokens), path=out,
+    )  # fmt: skip
+    table = found.summary()
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    if figure is not None:
+        _write_page(plots.sweep(table), figure)
+    if len(doses) > 2:
+        for layer in chosen:
+            answer = found.dose_response(layer)
+            typer.echo(
+                f"layer {layer}: Spearman {answer.spearman.mean:.2f} [{answer.spearman.low:.2f}, "
+                f"{answer.spearman.high:.2f}], wrong way {answer.wrong_way.mean:.2f} (n = {answer.wrong_way.n})"
+            )
+    typer.echo(f"saved {out} (n = {len(found.prompts)} prompts, seed {found.seed})")
+
+
+def _parts(behaviour: str) -> tuple[str, ContrastPairs, ContrastPairs]:
+    """A behaviour's name, its training and its validation pairs; an experiment's test topics are in neither."""
+    from rt_lens.experiment import load_experiment
+    from rt_lens.prompts import load_pairs
+    from rt_lens.shipped import behaviour_file
+
+    if behaviour_file(behaviour).suffix == ".toml":
+        experiment = load_experiment(behaviour)
+        split = experiment.split
+        train, validation, _ = experiment.pairs.split(split.train, split.validation, seed=split.seed)
+        return experiment.name, train, validation
+    pairs = load_pairs(behaviour)
+    train, validation, _ = pairs.split(0.4, 0.2)
+    return pairs.name, train, validation
+
+
+def _layers(text: str) -> list[int]:
+    """Block indices of a text such as 14-22 or 14,18."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        if not low.strip().isdigit() or (high and not high.strip().isdigit()):
+            raise ValueError(f"layers: {text!r} came; blocks such as 14-22 or 14,18 are wanted.")
+        chosen.extend(range(int(low), int(high or low) + 1))
+    return chosen
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"multipliers: {text!r} came; numbers such as -2,0,2 are wanted.") from None
+
+
+def _write_page(figure: Any, path: Path) -> None:
+    from rt_lens.files import write_atomically
+
+    write_atomically(path, figure.to_html(include_plotlyjs=True).encode())
+    typer.echo(f"saved {path} - look: open it in a browser")
+
+
 @app.command(epilog='Example: rt-lens steer mood.safetensors "Tell me about your weekend." --layer 18 --multiplier -2')
 def steer(
-    vectors: VectorFile,
+    file: VectorFile,
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
     layer: Annotated[int, typer.Option(help="Block whose output the vector is added to.")],
     multiplier: Annotated[float, typer.Option(help="Times the vector's own length; negative steers away.")] = 1.0,
@@ -89,12 +208,12 @@ def steer(
     model: Model = None,
 ) -> None:
     """Answer a prompt untouched and steered."""
+    from rt_lens.exchange import import_vectors
     from rt_lens.generation import generate
     from rt_lens.models import DEFAULT_MODEL, load_model
     from rt_lens.steering import add
-    from rt_lens.vectors import SteeringVectors
 
-    directions = SteeringVectors.load(vectors)
+    directions = import_vectors(file)
     hooks = add(directions, [layer], multiplier)
     loaded = load_model(model or DEFAULT_MODEL)
     directions.check_fits(loaded)
@@ -107,7 +226,7 @@ def steer(
 @app.command(epilog="Example: rt-lens tune mood mood.safetensors --direction away --out mood_away.safetensors")
 def tune(
     behaviour: Behaviour,
-    vectors: VectorFile,
+    file: VectorFile,
     direction: Annotated[str, typer.Option(help="toward, away or out.")] = "away",
     out: Annotated[Path | None, typer.Option(help="File to write; NAME_DIRECTION.safetensors by default.")] = None,
     seed: Annotated[int, typer.Option(help="Of target selection and batch order.")] = 0,
@@ -127,7 +246,7 @@ def tune(
     config = replace(experiment.tune, direction=direction, seed=seed, token_weight=token_weight)  # type: ignore[arg-type]
     path = out or Path(f"{experiment.name}_{direction}.safetensors")
     check_writable(path.parent)
-    directions = SteeringVectors.load(vectors)
+    directions = SteeringVectors.load(file)
     train, validation, _ = experiment.pairs.split(
         experiment.split.train, experiment.split.validation, seed=experiment.split.seed
     )

@@ -167,7 +167,7 @@ def test_bad_input_is_one_line_and_code_2(arguments, says, monkeypatch):
     assert len(said.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["run", "extract", "steer", "tune", "models"])
+@pytest.mark.parametrize("name", ["run", "extract", "vectors", "sweep", "steer", "tune", "models"])
 def test_help_shows_an_example(name):
     assert f"Example: rt-lens {name}" in command(name, "--help")
 

@@ -1,0 +1,103 @@
+"""Which method finds the better direction: methods x behaviours on the embedded model.
+
+Layers come from validation pairs (the recommendation for mean_diff), the multipliers are fixed beforehand (-2 and 2; every
+method's vector has the mean difference's norm), and the effect is measured on test prompts once.
+
+    python benchmarks/methods.py --out runs/methods
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import rt_lens as rtl
+from rt_lens.experiment import load_experiment
+from rt_lens.files import write_atomically
+from rt_lens.methods import METHODS
+from rt_lens.shipped import behaviours, neutral_paragraphs
+from rt_lens.statistics import mean_interval
+
+DOSE = 2.0
+
+
+def rows_of(model: Any, behaviour: str, n_pairs: int, n_prompts: int, seed: int) -> list[dict[str, Any]]:
+    """One row per method: held-out accuracy and AUC, stability, and what steering with it does and costs."""
+    experiment = load_experiment(behaviour)
+    split = experiment.split
+    train, validation, test = experiment.pairs.split(split.train, split.validation, seed=split.seed)
+    chosen, prompts = train.sample(n_pairs, seed), test.topics[:n_prompts]
+    usual = rtl.trust(model, chosen, validation, seed=seed)
+    layer = usual.best if usual.best is not None else 21
+    print(f"{behaviour}: {usual.reason}", flush=True)
+    texts = neutral_paragraphs()[:6]
+    untuned = rtl.text_fit(model, texts).perplexity.mean
+    rows = []
+    for method in METHODS:
+        found = rtl.trust(model, chosen, validation, method=method, layers=[layer], seed=seed)
+        seen = found.layers.iloc[0]
+        swept = rtl.sweep(
+            model, found.vectors, prompts, multipliers=[-DOSE, DOSE],
+            metric=rtl.Answers(experiment.scorer), seed=seed, progress=False,
+        ).table.pivot(index="prompt", columns="multiplier", values="score")  # fmt: skip
+        effect = mean_interval((swept[DOSE] - swept[-DOSE]).to_numpy(), seed)
+        worst = 0.0
+        for dose in (-DOSE, DOSE):
+            with rtl.steered(model, rtl.add(found.vectors, [layer], dose)):
+                worst = max(worst, rtl.text_fit(model, texts).perplexity.mean / untuned)
+        rows.append(
+            {
+                "behaviour": behaviour,
+                "layer": layer,
+                "method": method,
+                **{name: float(seen[name]) for name in seen.index if name not in ("layer", "seed")},
+                "effect": effect.mean,
+                "effect_low": effect.low,
+                "effect_high": effect.high,
+                "n_prompts": effect.n,
+                "perplexity_ratio": worst,
+                "seed": seed,
+            }
+        )
+        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table with intervals."""
+
+    def estimate(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.2f} [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]".replace("-", "−")
+
+    lines = [
+        "| behaviour | layer | method | pair accuracy | AUC | stability | effect of ±2 | perplexity ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [estimate(row, name) for name in ("accuracy", "auc", "stability", "effect")]
+        where = f"| {row['behaviour']} | {row['layer']} | {row['method']} | "
+        lines.append(where + " | ".join(cells) + f" | {row['perplexity_ratio']:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("behaviours", nargs="*", default=behaviours())
+    parser.add_argument("--n-pairs", type=int, default=96)
+    parser.add_argument("--n-prompts", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    arguments = parser.parse_args()
+    model = rtl.load_model()
+    rows: list[dict[str, Any]] = []
+    for behaviour in arguments.behaviours:
+        rows += rows_of(model, behaviour, arguments.n_pairs, arguments.n_prompts, arguments.seed)
+        write_atomically(arguments.out / "methods.json", json.dumps(rows, indent=1).encode())
+    write_atomically(arguments.out / "methods.md", markdown(rows).encode())
+    print(f"saved {arguments.out / 'methods.md'}")
+
+
+if __name__ == "__main__":
+    main()
