@@ -1,7 +1,7 @@
 """Which method finds the better direction: methods x behaviours on the embedded model.
 
-Layers come from validation pairs (the recommendation for mean_diff), the multipliers are fixed beforehand (-2 and 2; every
-method's vector has the mean difference's norm), and the effect is measured on test prompts once.
+Layers come from validation pairs (the recommendation for mean_diff), the multipliers are fixed beforehand (-2 and 2;
+every method's vector has the mean difference's norm), and the effect is measured on test prompts once.
 
     python benchmarks/methods.py --out runs/methods
 """

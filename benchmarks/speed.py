@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 import rt_lens as rtl
-from rt_lens.shipped import neutral_prompts
 from rt_lens.generation import as_chat, generate_tokens
+from rt_lens.shipped import neutral_prompts
 from rt_lens.tokens import encode
 from rt_lens.tuning import prepare
 

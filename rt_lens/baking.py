@@ -5,12 +5,14 @@ What goes in is `fwd_hooks`, what comes out is a WeightDelta: the baked model co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from rt_lens.delta import WeightDelta
 from rt_lens.forward import model_name
@@ -19,6 +21,7 @@ from rt_lens.steering import Edit, FwdHook
 from rt_lens.vectors import forward_order, hook_names, layer_of
 
 _RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
+_FOLDABLE = (*_RESIDUAL, "attn_out", "mlp_out", "z")
 
 
 @torch.no_grad()
@@ -56,18 +59,24 @@ def bake(model: Any, hooks: Sequence[FwdHook]) -> WeightDelta:
             "model: a TransformerBridge keeps its source's parameters, which may lack the biases that edits fold into. "
             "Load it with backend='hooked'."
         )
-    if model.cfg.parallel_attn_mlp or model.cfg.use_normalization_before_and_after:
-        raise ValueError(f"model: the blocks of {model_name(model)} do not write their outputs as they are; no fold.")
+    if not _writes_as_it_is(model):
+        raise ValueError(
+            f"model: what {model_name(model)} writes into its residual stream is not what its weights give; no exact "
+            "fold. Keep the hooks."
+        )
     if not hooks:
         raise ValueError("hooks: the list is empty. Give what `add` or `ablate` gave.")
     edits = [(name, _constant(model, name, edit)) for name, edit in hooks]
+    points: dict[str, list[Edit]] = {}
+    for name, edit in sorted(edits, key=lambda named: forward_order(named[0])):  # stable: lists keep their order
+        points.setdefault(name, []).append(edit)
     weights = _Weights(model)
-    stream = [(name, edit) for name, edit in edits if _kind(name) in _RESIDUAL and not _only_adds(model, name, edit)]
+    stream = [name for name in points if _kind(name) in _RESIDUAL and not _only_adds(model, name, points[name])]
     if stream:
-        _fold_stream(model, weights, edits, stream)
+        _fold_stream(model, weights, points, stream)
     else:
-        for name, edit in sorted(edits, key=lambda named: forward_order(named[0])):  # stable: lists keep their order
-            _fold_one(model, weights, name, edit)
+        for name, there in points.items():
+            _fold_one(model, weights, name, there)
     config = {
         "baked": [f"{name}: {type(edit.operator).__name__}, multiplier {edit.multiplier:g}" for name, edit in edits]
     }
@@ -75,35 +84,59 @@ def bake(model: Any, hooks: Sequence[FwdHook]) -> WeightDelta:
 
 
 class _Weights:
-    """The parameters that are changed, as copies."""
+    """The parameters that are changed, as copies; read in the precision to fold in, kept in their own."""
 
     def __init__(self, model: HookedTransformer) -> None:
-        self.model = model
-        self.before = dict(model.named_parameters())
+        self.before = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.now: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.now.get(name, self.before[name].detach())
+        if name not in self.before:
+            raise ValueError(f"model: it has no parameter {name} that an edit could be folded into. Keep the hooks.")
+        weight = self.now.get(name, self.before[name])
+        return weight.to(_precision(weight.device))
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        self.now[name] = value
+        self.now[name] = value.to(self.before[name])
 
     def changes(self) -> dict[str, Tensor]:
-        return {name: value - self.before[name].detach() for name, value in self.now.items()}
+        return {name: now - self.before[name] for name, now in self.now.items()}
+
+
+def _precision(device: Any) -> torch.dtype:
+    """Twice the usual one: each of many weights is rounded once, not once for each product."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64  # Apple's GPUs have no float64
+
+
+def _writes_as_it_is(model: Any) -> bool:
+    """Whether embedding, attention and MLP go into the stream one after the other, and without a norm in between."""
+    cfg = model.cfg
+    normed = cfg.use_normalization_before_and_after or cfg.original_architecture in POST_NORM_ARCHITECTURES
+    aside = cfg.parallel_attn_mlp or cfg.positional_embedding_type == "shortformer"
+    return not (normed or aside or cfg.post_embedding_ln)
 
 
 def _constant(model: Any, name: str, edit: Any) -> Edit:
-    """The edit, if it is one of ours that acts on every token alike."""
+    """The edit, if it is one of ours that acts on every token alike and fits the hook point."""
     if name not in model.hook_dict:
-        raise ValueError(f"hooks: {name!r} is not in this model ({model.cfg.n_layers} blocks).")
+        near = get_close_matches(name, model.hook_dict, n=3)
+        raise ValueError(
+            f"hooks: {name!r} is not in this model ({model.cfg.n_layers} blocks). Near: {', '.join(near) or 'none'}."
+        )
     if not isinstance(edit, Edit):
-        raise ValueError(f"hooks: the one at {name} is no edit of rt_lens, so it cannot be folded into weights.")
+        raise ValueError(
+            f"hooks: the one at {name} is a condition or a function of your own, which cannot be folded into weights. "
+            "Keep the hook."
+        )
     what = f"hooks: {type(edit.operator).__name__} at {name} has no exact fold:"
     if not edit.constant:
         raise ValueError(
             f"{what} it does not act on every token alike. Use positions='all', one multiplier, no schedule and no "
             "condition, or keep the hook."
         )
+    if not name.startswith("blocks.") or _kind(name) not in _FOLDABLE:
+        raise ValueError(f"{what} edits can be folded at {', '.join(_FOLDABLE)} of a block. Keep the hook.")
+    edit(torch.zeros(1, 1, *_shape(model, name)), None)  # refuses wrong widths and heads, as the hook would
     if edit.operator.affine(1.0, _shape(model, name)) is None:
         raise ValueError(f"{what} it is not an affine map. Keep the hook.")
     return edit
@@ -117,81 +150,81 @@ def _shape(model: Any, name: str) -> tuple[int, ...]:
     return (model.cfg.n_heads, model.cfg.d_head) if _kind(name) == "z" else (model.cfg.d_model,)
 
 
-def _affine(model: Any, name: str, edit: Edit) -> Affine:
-    """The edit as h A + c; heads that it leaves alone get the identity."""
-    shape = _shape(model, name)
-    found = edit.operator.affine(float(edit.multiplier), shape)
-    assert found is not None
-    matrix, offset = (part.to(model.cfg.device, model.cfg.dtype) for part in found)
-    if edit.heads is not None:
-        others = [head for head in range(shape[0]) if head not in edit.heads]
-        matrix[others], offset[others] = torch.eye(shape[-1]).to(matrix), 0.0
+def _affine(model: Any, name: str, edits: Sequence[Edit]) -> Affine:
+    """The edits at one hook point, one after the other, as h A + c; heads that are left alone get the identity."""
+    shape, kind = _shape(model, name), {"device": model.cfg.device, "dtype": _precision(model.cfg.device)}
+    matrix, offset = torch.eye(shape[-1], **kind).expand(*shape, -1), torch.zeros(shape, **kind)
+    for edit in edits:
+        found = edit.operator.affine(float(edit.multiplier), shape)
+        assert found is not None
+        then, shift = (part.to(**kind) for part in found)
+        if edit.heads is not None:
+            others = [head for head in range(shape[0]) if head not in edit.heads]
+            then[others], shift[others] = torch.eye(shape[-1], **kind), 0.0
+        matrix, offset = matrix @ then, torch.einsum("...d,...de->...e", offset, then) + shift
     return matrix, offset
 
 
-def _only_adds(model: Any, name: str, edit: Edit) -> bool:
-    matrix, _ = _affine(model, name, edit)
+def _only_adds(model: Any, name: str, edits: Sequence[Edit]) -> bool:
+    matrix, _ = _affine(model, name, edits)
     return torch.equal(matrix, torch.eye(len(matrix)).to(matrix))
 
 
-def _fold_one(model: Any, weights: _Weights, name: str, edit: Edit) -> None:
-    """An edit of one block's output, or a constant added to the stream."""
+def _writer(model: Any, name: str) -> tuple[str, str]:
+    """Names of the weight and bias of what is written into the stream last before a point; the embedding is both."""
     layer, kind = layer_of(name), _kind(name)
-    matrix, offset = _affine(model, name, edit)
-    attention = (f"blocks.{layer}.attn.W_O", f"blocks.{layer}.attn.b_O")
-    mlp = (f"blocks.{layer}.mlp.W_out", f"blocks.{layer}.mlp.b_out")
-    if kind == "resid_pre" and layer == 0:
-        weights["embed.W_E"] = weights["embed.W_E"] + offset
-    elif kind == "resid_pre":
-        weights[f"blocks.{layer - 1}.mlp.b_out"] = weights[f"blocks.{layer - 1}.mlp.b_out"] + offset
-    elif kind in ("resid_mid", "resid_post"):
-        bias = attention[1] if kind == "resid_mid" else mlp[1]
+    if kind == "resid_pre":
+        layer, kind = layer - 1, "resid_post"
+    if layer < 0:
+        return "embed.W_E", "embed.W_E"
+    if kind in ("z", "attn_out", "resid_mid") or model.cfg.attn_only:
+        return f"blocks.{layer}.attn.W_O", f"blocks.{layer}.attn.b_O"
+    return f"blocks.{layer}.mlp.W_out", f"blocks.{layer}.mlp.b_out"
+
+
+def _fold_one(model: Any, weights: _Weights, name: str, edits: Sequence[Edit]) -> None:
+    """The edits of one block's output, or constants added to the stream."""
+    matrix, offset = _affine(model, name, edits)
+    weight, bias = _writer(model, name)
+    if _kind(name) == "z":
+        out = weights[weight]  # [head d_head d_model]: it reads what the edit leaves
+        weights[bias] = weights[bias] + torch.einsum("hd,hdm->m", offset, out)
+        weights[weight] = matrix @ out
+    elif _kind(name) in _RESIDUAL:
         weights[bias] = weights[bias] + offset
-    elif kind in ("attn_out", "mlp_out"):
-        weight, bias = attention if kind == "attn_out" else mlp
-        weights[weight], weights[bias] = weights[weight] @ matrix, weights[bias] @ matrix + offset
-    elif kind == "z":
-        out = weights[attention[0]]  # [head d_head d_model]: it reads what the edit leaves
-        weights[attention[1]] = weights[attention[1]] + torch.einsum("hd,hdm->m", offset, out)
-        weights[attention[0]] = matrix @ out
     else:
-        raise ValueError(
-            f"hooks: {type(edit.operator).__name__} at {name} has no exact fold: it can be folded at resid_pre, "
-            "resid_mid, resid_post, attn_out, mlp_out and z. Keep the hook."
-        )
+        weights[weight], weights[bias] = weights[weight] @ matrix, weights[bias] @ matrix + offset
 
 
-def _fold_stream(
-    model: Any, weights: _Weights, edits: Sequence[tuple[str, Edit]], stream: Sequence[tuple[str, Edit]]
-) -> None:
+def _fold_stream(model: Any, weights: _Weights, points: Mapping[str, Sequence[Edit]], stream: Sequence[str]) -> None:
     """One and the same projection at every point of the stream, up to some point: orthogonalise what writes to it."""
-    names = [name for name, _ in stream]
-    points = [name for layer in range(model.cfg.n_layers) for kind in _RESIDUAL for name in hook_names([layer], kind)]
-    what = f"hooks: {type(stream[0][1].operator).__name__} at {names[0]} has no exact fold:"
-    if len(stream) != len(edits):
+    first = stream[0]
+    every = [name for layer in range(model.cfg.n_layers) for kind in _RESIDUAL for name in hook_names([layer], kind)]
+    every = [name for name in every if name in model.hook_dict]
+    what = f"hooks: {type(points[first][0].operator).__name__} at {first} has no exact fold:"
+    if len(stream) != len(points):
         raise ValueError(
-            f"{what} other edits are in the same list. Bake one, and the other on the model that it gives: "
-            "`with first.applied(model): second = bake(model, ...)`."
+            f"{what} other edits are in the same list. Bake those first, and this on the model that they give: "
+            "`with others.applied(model): delta = bake(model, ...)`."
         )
-    if names != [point for point in points if point in names] or names != points[: len(names)]:
+    if list(stream) != every[: len(stream)]:
         raise ValueError(
-            f"{what} in the residual stream it must act at every point from {points[0]} on, once each, or what earlier "
-            "blocks wrote is read before it is removed. Use `vectors.everywhere(model, layer)` with hook='any'."
+            f"{what} in the residual stream it must act at every point from {every[0]} on, or what earlier blocks "
+            "wrote is read before it is removed. Use `vectors.everywhere(model, layer)` with hook='any'."
         )
-    matrix, offset = _affine(model, *stream[0])
-    for name, edit in stream[1:]:
-        others = _affine(model, name, edit)
+    matrix, offset = _affine(model, first, points[first])
+    for name in stream[1:]:
+        others = _affine(model, name, points[name])
         if not (torch.equal(others[0], matrix) and torch.equal(others[1], offset)):
             raise ValueError(f"{what} the one at {name} differs from it. Use one direction everywhere.")
     if not torch.allclose(matrix @ matrix, matrix, atol=1e-4) or (offset @ matrix).abs().max() > 1e-4 * max(
         1.0, float(offset.abs().max())
     ):
-        raise ValueError(f"{what} applied twice it does more than once, and the stream passes it at every block.")
-    weights["embed.W_E"] = weights["embed.W_E"] @ matrix + offset
+        raise ValueError(
+            f"{what} applied twice it does more than once, and the stream passes it at every block. Keep the hooks."
+        )
+    for part in dict.fromkeys(part for name in stream for part in _writer(model, name)):
+        weights[part] = weights[part] @ matrix
+    weights["embed.W_E"] = weights["embed.W_E"] + offset
     if "pos_embed.W_pos" in weights.before:
         weights["pos_embed.W_pos"] = weights["pos_embed.W_pos"] @ matrix
-    for name in names:
-        layer, kind = layer_of(name), _kind(name)
-        writer = {"resid_mid": ("attn.W_O", "attn.b_O"), "resid_post": ("mlp.W_out", "mlp.b_out")}.get(kind, ())
-        for part in writer:
-            weights[f"blocks.{layer}.{part}"] = weights[f"blocks.{layer}.{part}"] @ matrix

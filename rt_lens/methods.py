@@ -123,10 +123,11 @@ class Random:
 def leace(positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d"]) -> Float[Tensor, "d"]:
     """Direction that least-squares concept erasure takes out (Belrose et al. 2023).
 
-    For a concept of two values that is the mean difference, by theorem: as a steering vector nothing new. What is new
-    is how much of it is taken out of each activation, see `fit_eraser`.
+    For a concept of two values that is the mean difference, by theorem, so it is computed as such: as a steering vector
+    nothing new. What is new is how much of it is taken out of each activation, see `fit_eraser`.
     """
-    return fit_eraser(positive, negative)[0]
+    _, _, difference = _sides("leace", positive, negative, 2)
+    return difference.to(positive)
 
 
 def fit_eraser(

@@ -84,7 +84,7 @@ class Ablate:
     @cached_property
     def basis(self) -> Float[Tensor, "*heads k d"]:
         """Orthonormal rows that span the directions, and zero rows in place of dependent ones."""
-        stacked = self.directions.movedim(0, -2).double()
+        stacked = _unit(self.directions.movedim(0, -2).double())
         _, sizes, rows = torch.linalg.svd(stacked, full_matrices=False)
         kept = sizes > 1e-6 * sizes.amax(-1, keepdim=True)
         return (rows * kept[..., None]).to(self.directions.dtype)
@@ -134,12 +134,12 @@ class Scale:
     alpha: float | Float[Tensor, "..."]
 
     def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
-        alpha = self.alpha.to(h) if isinstance(self.alpha, Tensor) else self.alpha
+        alpha = _of_shape(self.alpha, h.shape[2:]).to(h) if isinstance(self.alpha, Tensor) else self.alpha
         return h * (1 + _spread(strength, h) * alpha)
 
     def affine(self, strength: float, shape: Sequence[int]) -> Affine:
-        factors = (1 + strength * torch.as_tensor(self.alpha)).expand(*shape)
-        return torch.diag_embed(factors), torch.zeros(*shape, dtype=factors.dtype)
+        factors = 1 + strength * _of_shape(torch.as_tensor(self.alpha), shape)
+        return torch.diag_embed(factors), torch.zeros_like(factors)
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,17 @@ def _like(part: Tensor, h: Tensor, skip: int = 0) -> Tensor:
     return part.to(h)
 
 
+def _of_shape(alpha: Tensor, shape: Sequence[int]) -> Tensor:
+    """Scaling factors for each head and dimension. Refuses what would meet the axis of tokens."""
+    sizes = (*[1] * (len(shape) - alpha.ndim), *alpha.shape)
+    if len(sizes) != len(shape) or any(came not in (1, size) for came, size in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"alpha: shape {tuple(alpha.shape)} came for activations of {_width(shape[:-1], shape[-1])}. "
+            "Give one number, one for each dimension, or at z one for each head: shape (head, 1)."
+        )
+    return alpha.expand(*shape)
+
+
 def _width(heads: Any, d: int) -> str:
     return " x ".join(str(size) for size in (*heads, d))
 
@@ -194,8 +205,10 @@ def _spread(strength: Strength, h: Tensor) -> Any:
     """The strength with trailing axes of size 1, so that it meets the activations from the front."""
     if not isinstance(strength, Tensor):
         return strength
-    wanted = h.shape[: strength.ndim]
-    if any(came not in (1, size) for came, size in zip(strength.shape, wanted, strict=True)):
+    wanted = h.shape[:-1]
+    if strength.ndim > len(wanted) or any(
+        came not in (1, size) for came, size in zip(strength.shape, wanted, strict=False)
+    ):
         raise ValueError(
             f"strength: shape {tuple(strength.shape)} came for activations {tuple(h.shape)}. "
             "Give one number, or one for each row, token or head."

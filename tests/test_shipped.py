@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from rt_lens.evaluation import make_scorer
-from rt_lens.prompts import load_pairs, read_toml
+from rt_lens.prompts import read_toml
 from rt_lens.shipped import (
     behaviour_file,
     behaviours,
@@ -17,6 +17,10 @@ from rt_lens.shipped import (
     neutral_paragraphs,
     neutral_prompts,
 )
+
+
+def topics_of(name: str) -> list[str]:
+    return read_toml(behaviour_file(name))["pairs"]["topics"]
 
 
 def test_the_behaviours_are_listed_and_each_has_its_file():
@@ -56,14 +60,14 @@ def test_a_behaviours_lists_repeat_nothing_and_its_sides_align(name):
 
 
 def test_no_topic_occurs_twice_among_behaviours_and_neutral_prompts():
-    topics = {name: {topic.lower() for topic in load_pairs(name).topics} for name in behaviours()}
+    topics = {name: {topic.lower() for topic in topics_of(name)} for name in behaviours()}
     topics["neutral prompts"] = {prompt.lower() for prompt in neutral_prompts()}
     for one, other in combinations(topics, 2):
         assert not topics[one] & topics[other], (one, other)
 
 
 def test_no_topic_asks_for_a_capital():
-    asked = [topic for name in behaviours() for topic in load_pairs(name).topics]
+    asked = [topic for name in behaviours() for topic in topics_of(name)]
     assert not [text for text in [*asked, *neutral_prompts()] if "capital" in text.lower()]
 
 
