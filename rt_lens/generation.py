@@ -136,6 +136,8 @@ def generate(
         trace.check_fits(model)
         if on_token is None:
             raise ValueError("trace: nobody is told of it. Give on_token, a function that takes each NewToken.")
+        if any(vector.ndim > 1 for vector in trace.vectors.values()):
+            raise ValueError("trace: vectors at hook_z are each head's own. Use vectors of hook='attn_out', say.")
     sampling = Sampling(temperature, top_k, top_p, seed)
     tokenizer = tokenizer_of(model)
     encoded = [encode(model, text) for text in as_chat(model, prompts)]
@@ -300,7 +302,7 @@ class _Teller:
         trace: SteeringVectors | None,
     ) -> None:  # fmt: skip
         self.model, self.rows, self.ends, self.on_token = model, rows, ends, on_token
-        self.units = {} if trace is None else {n: v / v.norm() for n, v in trace.vectors.items() if v.ndim == 1}
+        self.units = {} if trace is None else {n: v / v.norm() for n, v in trace.vectors.items()}
         self.traces = trace is not None
         self.read: dict[str, list[float]] = {}
         self.ended = [False] * len(rows)

@@ -11,9 +11,10 @@ install_import_hook("rt_lens", f"{__name__}.typechecker")  # before the first im
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from transformer_lens import HookedTransformer
@@ -117,3 +118,11 @@ def hooks_on() -> Callable[[Any], dict[str, int]]:
         }
 
     return count
+
+
+@pytest.fixture
+def as_a_user() -> Iterator[None]:
+    """Without the tests' shape checker, which would speak before the messages that a user sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

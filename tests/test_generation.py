@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from rt_lens import generation
-from rt_lens.generation import Sampling, as_chat, generate, generate_tokens
+from rt_lens.extraction import token_projections
+from rt_lens.generation import NewToken, Sampling, as_chat, generate, generate_tokens, stream
 from rt_lens.steering import add
 from rt_lens.tokens import chat_text, encode
+from rt_lens.vectors import SteeringVectors
+from rt_lens.whereabouts import said
 
 PROMPTS = [
     "Rain?",
@@ -279,3 +282,312 @@ def test_a_shared_beginning_is_run_once_and_changes_no_answer(tiny):
     with tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda h, hook: None)]):  # hooks may act by row
         assert generation._shared_beginning(tiny, encoded) == 0
         assert generate(tiny, prompts, max_new_tokens=8) == once
+
+
+# Sampling
+
+
+@torch.no_grad()
+def always_these_logits(tiny, wanted: dict[int, float]) -> None:
+    tiny.unembed.W_U[:] = 0
+    tiny.unembed.b_U[:] = -1e4
+    for token, logit in wanted.items():
+        tiny.unembed.b_U[token] = logit
+
+
+@pytest.mark.parametrize(
+    ("limits", "stay"),
+    [
+        ({"top_k": 1}, [3]),
+        ({"top_k": 2}, [2, 3]),
+        ({"top_k": 50}, [0, 1, 2, 3]),
+        ({"top_p": 1e-9}, [3]),  # the first always stays
+        ({"top_p": 0.64}, [3]),  # it has 0.644
+        ({"top_p": 0.65}, [2, 3]),
+        ({"top_p": 0.9}, [1, 2, 3]),  # the first two have 0.881
+        ({"top_k": 2, "top_p": 0.9}, [2, 3]),
+        ({"top_k": 3, "top_p": 0.7}, [2, 3]),
+    ],
+)
+def test_samples_come_from_the_tokens_that_stay_in_their_own_proportions(limits, stay):
+    draws = (torch.arange(4000) + 0.5) / 4000
+    drawn = Sampling(1.0, **limits).choose(torch.arange(4.0).repeat(4000, 1), draws)
+    expected = torch.zeros(4)
+    expected[stay] = torch.softmax(torch.tensor(stay, dtype=torch.float32), 0)
+    torch.testing.assert_close(torch.bincount(drawn, minlength=4) / 4000, expected, atol=1e-3, rtol=0)
+
+
+def test_the_limits_reach_the_sampling(tiny):
+    always_these_logits(tiny, {1000 + i: float(i) for i in range(4)})
+    encoded = [encode(tiny, "Rain")] * 12
+    for limits, stay in (({"top_k": 2}, {1002, 1003}), ({"top_p": 0.9}, {1001, 1002, 1003})):
+        drawn = generate_tokens(tiny, encoded, 30, Sampling(1.0, **limits))
+        assert {token for row in drawn for token in row} == stay
+    words = [tiny.tokenizer.decode([token]) for token in (1002, 1003)]
+    (answer,) = generate(tiny, ["Rain"], max_new_tokens=20, temperature=1.0, top_k=2)
+    assert answer.replace(words[0], "").replace(words[1], "") == "" != answer
+
+
+def test_one_token_to_choose_from_is_greedy(tiny):
+    greedy = generate(tiny, PROMPTS, max_new_tokens=8)
+    for limits in ({"top_k": 1}, {"top_p": 1e-9}):
+        assert generate(tiny, PROMPTS, max_new_tokens=8, temperature=1.5, seed=4, **limits) == greedy
+    assert generate(tiny, PROMPTS, max_new_tokens=8, temperature=1.5, seed=4) != greedy
+
+
+def test_limits_that_leave_every_token_change_nothing(tiny):
+    free = generate(tiny, PROMPTS, max_new_tokens=8, temperature=1.5, seed=4)
+    for limits in ({"top_k": 10**6}, {"top_p": 1.0}, {"top_k": 0}):
+        assert generate(tiny, PROMPTS, max_new_tokens=8, temperature=1.5, seed=4, **limits) == free
+
+
+def test_every_draw_gives_a_token_that_stays():
+    logits = torch.tensor([[2.0, -1e9, 1.0, 3.0, 3.0]]).repeat(4, 1)
+    draws = torch.tensor([0.0, 0.4, 0.7, 1 - 2**-24])  # the ends of what torch.rand gives
+    assert Sampling(1.0, top_k=2).choose(logits, draws).tolist() == [3, 3, 4, 4]
+    assert Sampling(1.0, top_p=0.3).choose(logits, draws).tolist() == [3, 3, 3, 3]  # of equals, the first
+    assert Sampling(1.0).choose(logits, draws).tolist() == [0, 3, 4, 4]
+    assert Sampling(0.0).choose(logits, draws).tolist() == [3, 3, 3, 3]
+
+
+# Without a cache
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("changes", [{}, {"rotary_adjacent_pairs": True}])
+def test_the_cache_changes_nothing(make_tiny, temperature, changes):
+    tiny = make_tiny(**changes)
+    settings = {"max_new_tokens": 8, "temperature": temperature, "seed": 3}
+    cached = generate(tiny, PROMPTS, **settings)
+    assert generate(tiny, PROMPTS, **settings, use_cache=False) == cached
+    assert generate(tiny, PROMPTS, **settings, use_cache=False, batch_size=1) == cached
+    assert len(set(cached)) == 3
+
+
+def test_without_a_cache_attention_patterns_can_be_hooked(tiny):
+    cached, shapes = generate(tiny, PROMPTS, max_new_tokens=4), []
+    look = ("blocks.0.attn.hook_pattern", lambda pattern, hook: shapes.append(tuple(pattern.shape)))
+    with tiny.hooks(fwd_hooks=[look]):
+        assert generate(tiny, PROMPTS, max_new_tokens=4, use_cache=False) == cached
+    longest = max(len(encode(tiny, chat_text(tiny, prompt))) for prompt in PROMPTS)
+    assert shapes == [(3, 4, longest + step, longest + step) for step in range(4)]
+    blind = [(f"blocks.{layer}.attn.hook_pattern", lambda pattern, hook: 0 * pattern) for layer in (0, 1)]
+    with tiny.hooks(fwd_hooks=blind):
+        assert generate(tiny, PROMPTS, max_new_tokens=4, use_cache=False) != cached
+
+
+# Streaming
+
+
+def say(tiny, ids: list[int]):
+    """Makes the model's next tokens these, one after the other, in every row."""
+    steps = iter(ids)
+
+    def force(module, args, logits):
+        logits[..., next(steps)] = 1e4
+        return logits
+
+    return tiny.unembed.register_forward_hook(force)
+
+
+def test_streamed_pieces_together_are_the_answer(tiny):
+    for prompt in PROMPTS:
+        pieces = list(stream(tiny, prompt, max_new_tokens=8, temperature=0.9, top_k=40, top_p=0.95, seed=3))
+        whole = generate(tiny, [prompt], max_new_tokens=8, temperature=0.9, top_k=40, top_p=0.95, seed=3)
+        assert "".join(pieces) == whole[0]
+        assert len(pieces) > 3
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_character_of_several_tokens_is_streamed_once_it_is_whole(tiny, cut):
+    text = "Ça va? 日本は🦩 👍🏽 fine"
+    ids = tiny.tokenizer.encode(text, add_special_tokens=False)
+    emoji = len(tiny.tokenizer.encode("Ça va? 日本は🦩", add_special_tokens=False))
+    assert tiny.tokenizer.decode(ids[: emoji - 1]).endswith("\ufffd")
+    ids = ids[: emoji - cut] if cut else [*ids, tiny.tokenizer.eos_token_id]
+    n = len(ids)
+    forced = say(tiny, ids)
+    pieces = list(stream(tiny, PROMPTS[0], max_new_tokens=n))
+    forced.remove()
+    forced = say(tiny, ids)
+    (whole,) = generate(tiny, PROMPTS[:1], max_new_tokens=n)
+    forced.remove()
+    assert "".join(pieces) == whole
+    assert whole == text if not cut else whole.endswith("\ufffd")
+    assert not any("\ufffd" in piece for piece in pieces[:-1] + (pieces[-1:] if not cut else []))
+    assert len(pieces) > 5
+    assert all(pieces)
+
+
+def test_streaming_ends_at_the_end_of_text_and_runs_under_the_hooks(tiny, tiny_vectors, hooks_on):
+    ids = tiny.tokenizer.encode("One two three", add_special_tokens=False)
+    forced = say(tiny, [*ids, tiny.tokenizer.eos_token_id])
+    assert "".join(stream(tiny, PROMPTS[0], max_new_tokens=40)) == "One two three"
+    forced.remove()
+    plain = generate(tiny, PROMPTS[:1], max_new_tokens=6)
+    with tiny.hooks(fwd_hooks=add(tiny_vectors, [1], 5.0)):
+        steered = "".join(stream(tiny, PROMPTS[0], max_new_tokens=6))
+        assert [steered] == generate(tiny, PROMPTS[:1], max_new_tokens=6)
+    assert [steered] != plain
+    assert not hooks_on(tiny)
+
+
+def test_a_stream_that_is_left_half_way_leaves_nothing(tiny, hooks_on):
+    pieces = stream(tiny, PROMPTS[0], max_new_tokens=40)
+    next(pieces)
+    assert said() is None
+    assert not hooks_on(tiny)
+    assert not any("forward" in vars(block.attn) for block in tiny.blocks)
+    other = generate(tiny, PROMPTS[1:2], max_new_tokens=3)
+    next(pieces)
+    pieces.close()
+    assert generate(tiny, PROMPTS[1:2], max_new_tokens=3) == other
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 2.0}, {"top_k": -1}])
+def test_a_stream_refuses_numbers_out_of_range(tiny, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"generate: .*{name} {value}.* wanted"):
+        next(stream(tiny, PROMPTS[0], **wrong))
+
+
+# Being told
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("traced", [False, True])
+def test_each_new_token_is_told_with_its_row_its_place_and_its_text(tiny, tiny_vectors, batch_size, traced):
+    told: list[NewToken] = []
+    trace = tiny_vectors if traced else None
+    answers = generate(
+        tiny, PROMPTS, max_new_tokens=5, temperature=0.7, batch_size=batch_size, trace=trace, on_token=told.append
+    )
+    assert answers == generate(tiny, PROMPTS, max_new_tokens=5, temperature=0.7)
+    for row, answer in enumerate(answers):
+        mine = [new for new in told if new.row == row]
+        assert [new.place for new in mine] == list(range(5))
+        assert tiny.tokenizer.decode([new.token for new in mine]) == answer
+        assert all(new.text == tiny.tokenizer.decode([new.token]) for new in mine)
+        assert all(list(new.projections) == (POST if traced else []) for new in mine)
+    if batch_size == 64:
+        assert [(new.place, new.row) for new in told] == [(place, row) for place in range(5) for row in range(3)]
+
+
+def test_tokens_are_told_as_soon_as_they_are_there(tiny):
+    passes, when = [], []
+    with tiny.hooks(fwd_hooks=[("hook_embed", lambda h, hook: passes.append(h.shape[1]))]):
+        generate(tiny, PROMPTS[:1], max_new_tokens=4, on_token=lambda new: when.append((new.place, len(passes))))
+    assert when == [(place, place + 1) for place in range(4)]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_rows_that_have_ended_are_told_no_more(tiny, tiny_vectors, traced):
+    encoded = [encode(tiny, prompt) for prompt in PROMPTS]
+    told: list[NewToken] = []
+    calls = []
+
+    def end(module, args, logits):
+        calls.append(1)
+        if len(calls) == 3:
+            logits[0, 1, tiny.tokenizer.eos_token_id] = 1e4
+        if len(calls) == 5:
+            logits[0, 0, tiny.tokenizer.eos_token_id] = 1e4
+            logits[0, 2, tiny.tokenizer.eos_token_id] = 1e4
+        return logits
+
+    attached = tiny.unembed.register_forward_hook(end)
+    trace = tiny_vectors if traced else None
+    new = generate_tokens(tiny, encoded, 9, rows=[4, 5, 6], trace=trace, on_token=told.append)
+    attached.remove()
+    assert [len(ids) for ids in new] == [4, 2, 4]
+    assert [[t.token for t in told if t.row == row] for row in (4, 5, 6)] == new
+    assert len(calls) == 5  # nothing is run for a token that ends its row
+
+
+def test_a_callback_that_fails_leaves_nothing(tiny, tiny_vectors, hooks_on):
+    def fail(new):
+        assert hooks_on(tiny)
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        generate(tiny, PROMPTS, trace=tiny_vectors, on_token=fail)
+    assert not hooks_on(tiny)
+    assert said() is None
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_traced_projections_are_those_of_the_whole_text_under_the_same_hooks(tiny, tiny_vectors, provenance, use_cache):
+    doses = torch.tensor([4.0, 0.0, -4.0])
+    encoded = [encode(tiny, prompt) for prompt in PROMPTS]
+    told: list[NewToken] = []
+    with tiny.hooks(fwd_hooks=add(tiny_vectors, [0], doses)):
+        new = generate_tokens(tiny, encoded, 6, trace=tiny_vectors, on_token=told.append, use_cache=use_cache)
+    assert len(told) == 18
+    for row, ids in enumerate(encoded):
+        with torch.no_grad(), tiny.hooks(fwd_hooks=add(tiny_vectors, [0], float(doses[row]))):
+            _, cache = tiny.run_with_cache(torch.tensor([ids + new[row]]))
+        for token in (token for token in told if token.row == row):
+            for name in POST:
+                unit = tiny_vectors[name] / tiny_vectors[name].norm()
+                expected = float(cache[name][0, len(ids) + token.place] @ unit)
+                assert token.projections[name] == pytest.approx(expected, abs=1e-4)
+    moved = [token.projections[POST[0]] for token in told]
+    assert max(moved) - min(moved) > 20  # the hooks are seen
+
+
+def test_traced_projections_of_the_real_model_are_token_projections_of_the_text(model, provenance):
+    noise = torch.Generator().manual_seed(0)
+    names = [f"blocks.{layer}.hook_resid_post" for layer in (4, 18, 29)]
+    vectors = SteeringVectors({name: torch.randn(576, generator=noise) for name in names}, provenance)
+    texts = as_chat(model, PROMPTS)
+    told: list[NewToken] = []
+    with model.hooks(fwd_hooks=add(vectors, [18], 0.3)):
+        answers = generate(model, texts, max_new_tokens=5, trace=vectors, on_token=told.append)
+        for row, text in enumerate(texts):
+            mine = [token for token in told if token.row == row]
+            ids = encode(model, text + answers[row])
+            assert ids == encode(model, text) + [token.token for token in mine]
+            assert len(mine) > 1
+            _, expected = token_projections(model, vectors, text + answers[row])
+            found = torch.tensor([[token.projections[name] for token in mine] for name in names])
+            torch.testing.assert_close(found, expected[:, -len(mine) :], atol=1e-3, rtol=0)
+    assert answers != generate(model, texts, max_new_tokens=5)
+
+
+def test_a_trace_that_cannot_be_is_refused(tiny, tiny_vectors, provenance):
+    with pytest.raises(ValueError, match=r"trace: nobody is told of it\. Give on_token"):
+        generate(tiny, PROMPTS, trace=tiny_vectors)
+    wide = SteeringVectors({POST[0]: torch.ones(48)}, provenance)
+    with pytest.raises(ValueError, match=r"vectors: made for d_model 48"):
+        generate(tiny, PROMPTS, trace=wide, on_token=print)
+    heads = SteeringVectors({"blocks.0.attn.hook_z": torch.ones(4, 8)}, provenance)
+    with pytest.raises(ValueError, match=r"trace: vectors at hook_z are each head's own"):
+        generate(tiny, PROMPTS, trace=heads, on_token=print)
+
+
+# Rows by their number
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_multiplier_is_its_prompts_whatever_the_batches(tiny, tiny_vectors, batch_size, temperature):
+    prompts, doses = [*PROMPTS, "Why?", "What is a river, and where does it go?"], [4.0, 0.0, -4.0, 2.0, -6.0]
+    settings = {"max_new_tokens": 5, "temperature": temperature, "seed": 2}
+    with tiny.hooks(fwd_hooks=add(tiny_vectors, [1], torch.tensor(doses))):
+        found = generate(tiny, prompts, batch_size=batch_size, **settings)
+    for row, dose in enumerate(doses):
+        with tiny.hooks(fwd_hooks=add(tiny_vectors, [1], dose)):
+            assert found[row] == generate(tiny, prompts, **settings)[row]
+    plain = generate(tiny, prompts, **settings)
+    assert found[1] == plain[1]
+    assert all(found[row] != plain[row] for row in (0, 2, 4))
+
+
+def test_more_prompts_than_multipliers_are_refused(tiny, tiny_vectors):
+    with (
+        pytest.raises(
+            ValueError, match=r"multiplier: 2 numbers came for 3 rows\. Give one number, or one for each row"
+        ),
+        tiny.hooks(fwd_hooks=add(tiny_vectors, [1], torch.ones(2))),
+    ):
+        generate(tiny, PROMPTS, batch_size=2)

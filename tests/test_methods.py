@@ -19,7 +19,6 @@ from rt_lens.methods import (
     Random,
     covariate_direction,
     fit_eraser,
-    leace,
     mass_mean,
     mean_diff,
     winsorise,

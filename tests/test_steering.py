@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import jaxtyping
 import pytest
 import torch
 
-from rt_lens.steering import add
-from rt_lens.tokens import encode
+from rt_lens.steering import (
+    Linear,
+    ablate,
+    add,
+    add_preserving_norm,
+    clamp,
+    erase,
+    scale,
+    steered,
+)
+from rt_lens.tokens import encode, pad
 from rt_lens.vectors import SteeringVectors
+from rt_lens.whereabouts import whereabouts
 
 TEXT = "The weather in the hills was"
 PROMPTS = [
@@ -123,3 +136,202 @@ def test_vectors_of_another_width_are_refused_where_they_are_added(tiny, provena
     with pytest.raises(ValueError, match=r"vectors: made for d_model 48, these activations have 32\. Extract vectors"):
         logits(tiny, add(vectors))
     assert not hooks_on(tiny)
+
+
+@pytest.mark.parametrize("bound", [add, add_preserving_norm, ablate, clamp])
+def test_every_function_takes_the_same_places(tiny_vectors, bound):
+    hooks = bound(tiny_vectors, [1], positions="last", schedule=Linear(1.0, 0.0, 4), heads=[2])
+    assert [name for name, _ in hooks] == [POST[1]]
+    (edit,) = [edit for _, edit in hooks]
+    assert (edit.positions, edit.schedule, edit.heads) == ("last", Linear(1.0, 0.0, 4), (2,))
+
+
+# Order
+
+
+@torch.no_grad()
+def test_edits_at_one_hook_point_act_in_the_order_of_the_list(tiny, tiny_vectors, provenance):
+    tokens = torch.tensor([encode(tiny, TEXT)])
+    other = SteeringVectors({POST[1]: torch.randn(32, generator=torch.Generator().manual_seed(4))}, provenance)
+    adding, removing = add(tiny_vectors, [1], 3.0), ablate(other)
+    _, cache = tiny.run_with_cache(tokens)
+    h, v, unit = cache[POST[1]], 3.0 * tiny_vectors[POST[1]], other[POST[1]] / other[POST[1]].norm()
+
+    def without(h):
+        return h - (h @ unit)[..., None] * unit
+
+    by_hand = {"add, ablate": without(h + v), "ablate, add": without(h) + v}
+    assert (by_hand["add, ablate"] - by_hand["ablate, add"]).abs().max() > 0.1
+    for order, hooks in (("add, ablate", adding + removing), ("ablate, add", removing + adding)):
+        with tiny.hooks(fwd_hooks=hooks):
+            _, found = tiny.run_with_cache(tokens)
+        torch.testing.assert_close(found[POST[1]], by_hand[order], atol=1e-4, rtol=1e-4)
+    first, second = adding, removing
+    with steered(tiny, first, second):
+        _, found = tiny.run_with_cache(tokens)
+    torch.testing.assert_close(found[POST[1]], by_hand["add, ablate"], atol=1e-4, rtol=1e-4)
+
+
+def test_three_lists_at_one_hook_point_add_up_whatever_their_order(tiny, tiny_vectors):
+    lists = [add(tiny_vectors, [0], dose) for dose in (0.5, -2.0, 4.0)]
+    with steered(tiny, *lists):
+        found = logits(tiny)
+    with steered(tiny, *lists[::-1]):
+        torch.testing.assert_close(logits(tiny), found, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, logits(tiny, add(tiny_vectors, [0], 2.5)), atol=1e-4, rtol=1e-4)
+    assert (found - logits(tiny)).abs().max() > 0.1
+
+
+# What comes off again
+
+
+def test_nested_blocks_take_off_their_own_hooks_only(tiny, tiny_vectors, hooks_on):
+    baseline, outer, inner = logits(tiny), add(tiny_vectors, [0], 2.0), add(tiny_vectors, [0, 1], 1.0)
+    with steered(tiny, outer) as given:
+        assert given is tiny
+        only_outer, on = logits(tiny), hooks_on(tiny)
+        with pytest.raises(RuntimeError, match="mine"), steered(tiny, inner):  # noqa: PT012
+            assert not torch.equal(logits(tiny), only_outer)
+            raise RuntimeError("mine")
+        assert hooks_on(tiny) == on
+        assert torch.equal(logits(tiny), only_outer)
+    assert not torch.equal(only_outer, baseline)
+    assert not hooks_on(tiny)
+    assert torch.equal(logits(tiny), baseline)
+
+
+def test_an_edit_that_fails_leaves_no_hook(tiny, tiny_vectors, hooks_on):
+    with (
+        pytest.raises(ValueError, match=r"positions: 'generated' cannot be told apart"),
+        steered(tiny, add(tiny_vectors, positions="generated")),
+    ):
+        logits(tiny)
+    assert not hooks_on(tiny)
+
+
+# What is refused
+
+
+@pytest.fixture
+def as_a_user() -> Iterator[None]:
+    """Without the type checks of the tests, which would answer first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(("came", "near"), [("promt", "prompt"), ("generate", "generated"), ("lst", "last")])
+def test_an_unknown_word_for_positions_is_refused_with_the_nearest(tiny_vectors, came, near, as_a_user):
+    for bound in (add, add_preserving_norm, ablate, clamp):
+        with pytest.raises(ValueError, match=rf"positions: '{came}' came; one of all, .*Did you mean '{near}'\?"):
+            bound(tiny_vectors, [0], positions=came)
+    with pytest.raises(ValueError, match=rf"positions: '{came}' came"):
+        scale({POST[0]: 0.5}, positions=came)
+
+
+@pytest.mark.parametrize("came", [torch.tensor([1.0, 0.0]), torch.tensor([0, 1])])
+def test_a_mask_that_is_not_boolean_is_refused(tiny_vectors, came, as_a_user):
+    with pytest.raises(ValueError, match=r"positions: a tensor of torch\.\w+ and shape \(2,\) came; a boolean mask"):
+        add(tiny_vectors, [0], positions=came)
+
+
+def test_what_is_no_place_and_no_strength_is_refused_with_the_mend(tiny_vectors, as_a_user):
+    with pytest.raises(ValueError, match=r"positions: 3 came; token numbers are wanted as a list"):
+        add(tiny_vectors, [0], positions=3)
+    for came in ([1.0, 2.0], torch.tensor(2.0), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match=r"(?s)multiplier: .* came; finite numbers are wanted: a float"):
+            add(tiny_vectors, [0], came)
+
+
+def test_a_mask_of_three_axes_and_a_list_of_truths_are_refused_with_the_mend(tiny_vectors):
+    with pytest.raises(
+        ValueError, match=r"positions: a tensor of torch.bool and shape \(1, 1, 2\) came; a boolean mask"
+    ):
+        add(tiny_vectors, [0], positions=torch.ones(1, 1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"positions: \[True, False\] came; .*boolean tensor: torch\.tensor"):
+        add(tiny_vectors, [0], positions=[True, False])
+
+
+@pytest.mark.parametrize(("number", "row"), [(2, 5), (-3, 5), (4, 5)])
+def test_a_number_past_the_end_names_the_row(tiny, tiny_vectors, number, row, hooks_on):
+    batch = pad([[5] * 9, [5] * 2], 0)
+    with (
+        pytest.raises(
+            ValueError,
+            match=rf"positions: {number} is outside the prompt of row {row}, which has 2 tokens\. .* between -2 and 1",
+        ),
+        steered(tiny, add(tiny_vectors, positions=[0, number])),
+        whereabouts(batch.mask, rows=[3, row]),
+    ):
+        tiny(batch.tokens, attention_mask=batch.mask)
+    assert not hooks_on(tiny)
+
+
+def test_a_mask_of_another_number_of_rows_is_refused(tiny, tiny_vectors):
+    hooks = add(tiny_vectors, positions=torch.ones(3, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"positions: a mask of 3 rows came for 2 rows"):
+        logits(tiny, hooks, rows=2)
+    with (
+        pytest.raises(ValueError, match=r"positions: a mask of 3 rows came for 5 rows"),
+        whereabouts(torch.ones(2, 6, dtype=torch.long), rows=[4, 1]),
+    ):
+        logits(tiny, hooks, rows=2)
+
+
+@torch.no_grad()
+def test_what_cannot_be_told_apart_is_refused_outside_rt_lenss_own_loops(tiny, tiny_vectors):
+    whole, one = torch.tensor([encode(tiny, TEXT)]), torch.tensor([[5]])
+    for positions, tokens in (("generated", whole), ("generated", one), ("last", one), ("prompt", one), ([0], one)):
+        with (
+            pytest.raises(ValueError, match=r"positions: .* cannot be told apart in this forward pass\. Use rt_lens's"),
+            tiny.hooks(fwd_hooks=add(tiny_vectors, positions=positions)),
+        ):
+            tiny(tokens)
+    with (
+        pytest.raises(ValueError, match=r"schedule: this forward pass does not say which tokens were generated"),
+        tiny.hooks(fwd_hooks=add(tiny_vectors, schedule=Linear(1.0, 0.0, 3))),
+    ):
+        tiny(whole)
+    with tiny.hooks(fwd_hooks=add(tiny_vectors, positions="last")), whereabouts(torch.ones_like(one)):
+        said = tiny(one)
+    assert (said - tiny(one)).abs().max() > 0.1
+
+
+def test_zero_vectors_have_no_direction_to_remove_or_set(provenance, tiny_vectors):
+    zero = SteeringVectors({POST[0]: torch.zeros(32)}, provenance)
+    for bind in (lambda: ablate(zero), lambda: ablate([tiny_vectors, zero], [0]), lambda: clamp(zero, value=1.0)):
+        with pytest.raises(ValueError, match=rf"vectors: {POST[0]} is all zeros, which has no direction"):
+            bind()
+    assert len(add(zero)) == 1  # adding nothing is no mistake
+
+
+def test_erasing_needs_erasers(tiny_vectors):
+    with pytest.raises(ValueError, match=r"vectors: made by mean_diff, they carry no erasers\. .*method='leace'"):
+        erase(tiny_vectors)
+
+
+def test_no_vectors_and_no_alphas_are_refused():
+    with pytest.raises(ValueError, match=r"vectors: the list is empty"):
+        ablate([])
+    with pytest.raises(ValueError, match=r"alphas: there is none"):
+        scale({})
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused_by_name(tiny_vectors, wrong):
+    with pytest.raises(ValueError, match=rf"value: {wrong} came"):
+        clamp(tiny_vectors, [0], wrong)
+    with pytest.raises(ValueError, match=rf"alphas: {POST[0]} has {wrong}"):
+        scale({POST[0]: wrong})
+    with pytest.raises(ValueError, match=rf"multiplier: {wrong} came"):
+        scale({POST[0]: 1.0}, wrong)
+
+
+def test_heads_of_a_residual_stream_and_heads_that_are_not_are_refused(tiny, tiny_vectors, provenance):
+    with pytest.raises(ValueError, match=r"heads: activations of shape \(1, \d+, 32\) have no heads\. Use hook='z'"):
+        logits(tiny, add(tiny_vectors, heads=[0]))
+    z = SteeringVectors({"blocks.1.attn.hook_z": torch.ones(4, 8)}, provenance)
+    for heads in ([4], [-1], [0, 9]):
+        with pytest.raises(ValueError, match=r"heads: .* came, this model has heads 0\.\.3"):
+            logits(tiny, add(z, hook="z", heads=heads))
+    assert not torch.equal(logits(tiny, add(z, hook="z", heads=[3])), logits(tiny))

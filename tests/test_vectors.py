@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import resource
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from rt_lens.files import write_atomically
-from rt_lens.vectors import SteeringVectors, hook_names
+from rt_lens.steering import add
+from rt_lens.vectors import Eraser, SteeringVectors, hook_names
 
 POST = "blocks.{}.hook_resid_post"
 
@@ -135,6 +137,108 @@ def test_select_keeps_the_blocks_asked_for_and_the_provenance(tiny_vectors):
     assert chosen.provenance == tiny_vectors.provenance
     with pytest.raises(ValueError, match=r"layers: 4 is outside"):
         tiny_vectors.select([4])
+
+
+# Arithmetic
+
+
+@pytest.fixture
+def other_vectors(provenance):
+    noise = torch.Generator().manual_seed(7)
+    theirs = dataclasses.replace(provenance, behaviour="formality", method="pca", n_pairs=8, data_sha256="1" * 64)
+    return SteeringVectors({POST.format(i): torch.randn(32, generator=noise) for i in (1, 2)}, theirs)
+
+
+def test_what_cancels_gives_the_baseline_back_bit_for_bit(tiny, tiny_vectors):
+    tokens = tiny.to_tokens("The weather in the hills was")
+    with torch.no_grad():
+        baseline = tiny(tokens)
+        for nothing in (tiny_vectors - tiny_vectors, 0 * tiny_vectors, tiny_vectors + -tiny_vectors):
+            with tiny.hooks(fwd_hooks=add(nothing, multiplier=3.0)):
+                assert torch.equal(tiny(tokens), baseline)
+        with tiny.hooks(fwd_hooks=add(tiny_vectors, multiplier=3.0)):
+            assert (tiny(tokens) - baseline).abs().max() > 0.1
+
+
+def test_sums_and_multiples_are_those_of_the_tensors_at_shared_hook_points(tiny_vectors, other_vectors):
+    mine, theirs = tiny_vectors[POST.format(1)], other_vectors[POST.format(1)]
+    for found, expected in (
+        (tiny_vectors + other_vectors, mine + theirs),
+        (tiny_vectors - other_vectors, mine - theirs),
+        (tiny_vectors - 0.5 * other_vectors, mine - 0.5 * theirs),
+    ):
+        assert found.hook_names == [POST.format(1)]
+        torch.testing.assert_close(found[POST.format(1)], expected)
+    assert torch.equal((-tiny_vectors)[POST.format(0)], -tiny_vectors[POST.format(0)])
+    assert torch.equal((tiny_vectors * 2)[POST.format(0)], (2 * tiny_vectors)[POST.format(0)])
+
+
+def test_a_sum_takes_the_first_ones_dtype(tiny_vectors, other_vectors):
+    half = SteeringVectors({n: v.bfloat16() for n, v in other_vectors.vectors.items()}, other_vectors.provenance)
+    assert (tiny_vectors + half)[POST.format(1)].dtype == torch.float32
+    assert (half + tiny_vectors)[POST.format(1)].dtype == torch.bfloat16
+
+
+def test_arithmetic_says_in_the_provenance_what_it_did(tiny_vectors, other_vectors):
+    made = (tiny_vectors - 0.5 * other_vectors).provenance
+    assert made.behaviour == "mood - (0.5 * (formality))"
+    assert made.method == "mean_diff - (pca)"
+    assert (made.position, made.model) == ("last", "tiny")
+    assert made.n_pairs == 20
+    assert made.data_sha256 == hashlib.sha256(b"0" * 64 + b"1" * 64).hexdigest()
+    assert (tiny_vectors + other_vectors).provenance.behaviour == "mood + (formality)"
+    assert (-tiny_vectors).provenance.behaviour == "-(mood)"
+    same = (tiny_vectors - tiny_vectors).provenance
+    assert (same.n_pairs, same.data_sha256, same.method) == (12, "0" * 64, "mean_diff")
+
+
+def test_vectors_with_nothing_in_common_are_not_added(tiny_vectors, other_vectors, provenance):
+    for combine in (lambda a, b: a + b, lambda a, b: a - b, lambda a, b: a.cosine(b)):
+        with pytest.raises(ValueError, match=r"vectors: no hook point in common: blocks\.0.* and blocks\.2"):
+            combine(tiny_vectors, other_vectors.select([2]))
+        with pytest.raises(ValueError, match=r"has shapes \(32,\) \(tiny\) and \(48,\) \(tiny\). Extract both on one"):
+            combine(tiny_vectors, SteeringVectors({POST.format(1): torch.ones(48)}, provenance))
+
+
+def test_cosines_are_of_shared_hook_points_and_of_all_heads_together(tiny_vectors, other_vectors, provenance):
+    found = tiny_vectors.cosine(other_vectors)
+    direct = torch.nn.functional.cosine_similarity(tiny_vectors[POST.format(1)], other_vectors[POST.format(1)], dim=0)
+    assert found == {POST.format(1): pytest.approx(float(direct), abs=1e-6)}
+    assert list((-2 * tiny_vectors).cosine(tiny_vectors).values()) == pytest.approx([-1, -1])
+    assert tiny_vectors.cosine(0 * tiny_vectors) == dict.fromkeys(tiny_vectors.hook_names, 0)
+    heads = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1))
+    first, second = (SteeringVectors({"blocks.0.attn.hook_z": part}, provenance) for part in heads)
+    flat = torch.nn.functional.cosine_similarity(heads[0].flatten(), heads[1].flatten(), dim=0)
+    assert first.cosine(second)["blocks.0.attn.hook_z"] == pytest.approx(float(flat), abs=1e-6)
+
+
+def test_unit_vectors_have_length_1_in_each_head_and_zeros_stay(provenance):
+    heads = torch.randn(4, 8, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1.0], [0.0], [9.0], [0.1]])
+    vectors = SteeringVectors({"blocks.0.attn.hook_z": heads, POST.format(0): torch.full((4,), 3.0)}, provenance)
+    unit = vectors.unit()
+    torch.testing.assert_close(
+        unit["blocks.0.attn.hook_z"].norm(dim=-1), torch.tensor([1.0, 0.0, 1.0, 1.0]), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(unit[POST.format(0)], torch.full((4,), 0.5))
+    assert unit.provenance.method == "mean_diff, unit norm"
+
+
+def test_one_blocks_vector_everywhere_is_at_every_point_of_the_stream(tiny, tiny_vectors):
+    spread = tiny_vectors.everywhere(tiny, 1)
+    assert set(spread.hook_names) == {
+        f"blocks.{block}.hook_resid_{kind}" for block in (0, 1) for kind in ("pre", "mid", "post")
+    }
+    assert all(torch.equal(spread[name], tiny_vectors[POST.format(1)]) for name in spread.hook_names)
+    assert list(spread.at_layers([1], "any")) == [f"blocks.1.hook_resid_{kind}" for kind in ("pre", "mid", "post")]
+    assert list(spread.at_layers([0])) == [POST.format(0)]
+    assert set(spread.at_layers(None, "any")) == set(spread.hook_names)
+
+
+def test_a_selection_keeps_the_erasers_of_its_blocks(provenance):
+    parts = Eraser(torch.ones(4), torch.ones(4), torch.zeros(4))
+    names = hook_names([0, 1])
+    vectors = SteeringVectors(dict.fromkeys(names, torch.ones(4)), provenance, dict.fromkeys(names, parts))
+    assert vectors.select([1]).erasers == {names[1]: parts}
 
 
 # Files

@@ -1,6 +1,7 @@
 """Finding a behaviour's direction, knowing whether to believe it, and reading with it."""
 
 from rt_lens.extraction.conditions import FittedCondition, fit_condition
+from rt_lens.extraction.evidence import Trust, trust
 from rt_lens.extraction.extract import (
     covariate_vectors,
     extract_offsets,
@@ -8,7 +9,6 @@ from rt_lens.extraction.extract import (
     package_version,
 )
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
-from rt_lens.extraction.evidence import Trust, trust
 
 __all__ = [
     "FittedCondition",

@@ -18,6 +18,7 @@ from rt_lens.methods import mean_diff
 from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.statistics import Interval, share_interval
 from rt_lens.steering import Condition
+from rt_lens.steering.conditions import check_condition
 from rt_lens.vectors import SteeringVectors, hook_names
 
 
@@ -75,9 +76,13 @@ def fit_condition(
         if isinstance(prompts, str) or len(prompts) < 4:
             came = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
             raise ValueError(f"{argument}: {came} came; at least 4 are wanted, to fit on a half and test on the other.")
-    if by not in ("example", "token") or position not in ("last", "mean"):
-        raise ValueError(f"by: {by!r} and position {position!r} came; 'example' or 'token', 'last' or 'mean' wanted.")
+    check_condition(by, position)
     (name,) = hook_names(check_layers(model, [layer]), hook)
+    if name.endswith(".hook_z"):
+        raise ValueError("hook: 'z' is each head's own; a condition reads one direction. Use hook='attn_out', say.")
+    if vectors is not None:
+        vectors = vectors.select([layer], hook)
+        vectors.check_fits(model)
     yes, no = (_read(model, prompts, name, position) for prompts in (holds, fails))
     (yes_fit, yes_held), (no_fit, no_held) = (_halves(h, seed) for h in (yes, no))
     if vectors is not None:
@@ -108,7 +113,7 @@ def _halves(h: Float[Tensor, "prompt d"], seed: int) -> tuple[Tensor, Tensor]:
     return h[order[:cut]], h[order[cut:]]
 
 
-def _threshold(yes: Float[Tensor, "prompt"], no: Float[Tensor, "prompt"]) -> float:
+def _threshold(yes: Float[Tensor, "holding"], no: Float[Tensor, "failing"]) -> float:
     """Middle between the two neighbouring scores at which the balanced accuracy is best."""
     scores = torch.cat([yes, no]).sort().values
     middles = (scores[1:] + scores[:-1]) / 2

@@ -140,7 +140,9 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
     neighbours, the best its first layer: later layers often separate as well, but leave fewer blocks to act on what is
     added.
     """
-    beats_random = (table["accuracy"] > table["control_high"]) & (table["signal"] > table["control_signal"])
+    table = table.sort_values("layer")
+    # Not `>`: where the sides lie very far apart, random directions tell all pairs apart as well.
+    beats_random = (table["accuracy"] >= table["control_high"]) & (table["signal"] > table["control_signal"])
     steady = table["stability"] >= 0.95 * table["stability"].max()
     clear = table["auc"] - 0.5 >= 0.75 * (table["auc"].max() - 0.5)
     eligible = beats_random & steady & clear

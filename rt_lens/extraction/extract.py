@@ -14,7 +14,7 @@ from torch import Tensor
 from rt_lens.activations import check_hook_names, read_activations
 from rt_lens.forward import check_layers, model_name
 from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
-from rt_lens.positions import Named, Position, numbers_in, position_of, rows_of
+from rt_lens.positions import Named, Position, Row, numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.tokens import encode
 from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
@@ -37,12 +37,15 @@ class Sides:
         negative: the same of the other side.
         words: what the position means.
         tokens: the tokens read in the first pair's positive side.
+        alike: whether the sides of every pair are the same, token by token, up to what is read: activations then differ
+            by rounding only.
     """
 
     positive: dict[str, Float[Tensor, "pair *heads d"]]
     negative: dict[str, Float[Tensor, "pair *heads d"]]
     words: str
     tokens: tuple[str, ...]
+    alike: bool
 
 
 def extract_vectors(
@@ -91,6 +94,8 @@ def extract_vectors(
     find, label = _method(method, seed)
     if norm not in ("keep", "unit"):
         raise ValueError(f"norm: {norm!r} came; 'keep' or 'unit' is wanted.")
+    if not 0 <= winsorised < 0.5:
+        raise ValueError(f"winsorised: {winsorised} came; at least 0 and below 0.5 is wanted, 0.02 say.")
     names = hook_names(check_layers(model, layers), hook)
     place = position_of(position)
     (sides,) = read_sides(
@@ -130,7 +135,7 @@ def extract_offsets(
     return {
         -number: vectors_of(sides, find, _provenance(model, pairs, sides, label, seed))
         for number, sides in enumerate(read, start=1)
-        if all(not torch.equal(sides.positive[name], sides.negative[name]) for name in names)
+        if not sides.alike
     }
 
 
@@ -163,6 +168,8 @@ def covariate_vectors(
     names = hook_names(check_layers(model, layers), hook)
     check_hook_names(model, names)
     place = position_of(position)
+    if isinstance(values, str) and values != "length":
+        raise ValueError(f"values: {values!r} came; 'length' or one number for each text is wanted.")
     numbers = [len(encode(model, text)) for text in texts] if isinstance(values, str) else list(values)
     if len(numbers) != len(texts):
         raise ValueError(f"values: {len(numbers)} numbers came for {len(texts)} texts. Give one for each text.")
@@ -205,9 +212,15 @@ def read_sides(
             {name: h[n:, read] for name, h in found.items()},
             f"{place.words} of the chat prompt and the answer's opener",
             tuple(rows[0].labels[number] for number in reads[0][read]),
+            all(_seen(rows[i], reads[i][read]) == _seen(rows[n + i], reads[n + i][read]) for i in range(n)),
         )
         for read, place in enumerate(places)
     ]
+
+
+def _seen(row: Row, numbers: Sequence[int]) -> tuple[tuple[int, ...], list[int]]:
+    """What a causal model has seen at the tokens read, and which these are."""
+    return row.ids[: max(numbers) + 1], sorted(numbers)
 
 
 def vectors_of(
@@ -218,6 +231,11 @@ def vectors_of(
     unit: bool = False,
 ) -> SteeringVectors:
     """One method's vectors of activations read before."""
+    if sides.alike:
+        raise ValueError(
+            f"pairs: {provenance.behaviour!r}, {sides.words}: the two sides are the same, token by token, up to there, "
+            "so there is no direction. Give pairs whose sides differ, or read later tokens."
+        )
     vectors, erasers = {}, {}
     for name, positive in sides.positive.items():
         negative = sides.negative[name]
@@ -232,7 +250,7 @@ def vectors_of(
     if winsorised:
         provenance = replace(provenance, method=f"{provenance.method}, winsorised {winsorised:g}")
     found = SteeringVectors(vectors, provenance, erasers)
-    return found.unit() if unit else found
+    return replace(found.unit(), erasers=erasers) if unit else found
 
 
 def _by_head(of: Callable[..., Tensor], *activations: Float[Tensor, "text *heads d"]) -> Tensor:

@@ -13,7 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rt_lens.operators import Ablate, Add, AddPreservingNorm, Clamp, Erase, Operator, Scale
-from rt_lens.steering.edits import Edit, FwdHook, Multiplier, Positions, Schedule, check_positions
+from rt_lens.steering.edits import (
+    Edit,
+    FwdHook,
+    Multiplier,
+    Positions,
+    Schedule,
+    check_multiplier,
+    check_positions,
+)
 from rt_lens.vectors import SteeringVectors
 
 
@@ -30,8 +38,7 @@ class _Place:
 
     def edits(self, operator: Callable[[str, Tensor], Operator], multiplier: Multiplier = 1.0) -> list[FwdHook]:
         check_positions(self.positions)
-        if not torch.isfinite(torch.as_tensor(multiplier)).all():
-            raise ValueError(f"multiplier: {multiplier} came; finite numbers are wanted.")
+        check_multiplier(multiplier)
         heads = None if self.heads is None else tuple(self.heads)
         return [
             (name, Edit(operator(name, vector), multiplier, self.positions, self.schedule, heads))
@@ -173,11 +180,10 @@ def scale(
     if not alphas:
         raise ValueError("alphas: there is none. Give at least one hook name with its number.")
     check_positions(positions)
+    check_multiplier(multiplier)
     for name, alpha in alphas.items():
         if not torch.isfinite(torch.as_tensor(alpha)).all():
             raise ValueError(f"alphas: {name} has {alpha}; finite numbers are wanted.")
-    if not torch.isfinite(torch.as_tensor(multiplier)).all():
-        raise ValueError(f"multiplier: {multiplier} came; finite numbers are wanted.")
     return [(name, Edit(Scale(alpha), multiplier, positions, schedule)) for name, alpha in alphas.items()]
 
 

@@ -33,6 +33,21 @@ class Condition:
     by: Literal["example", "token"] = "example"
     position: Literal["last", "mean"] = "last"
 
+    def __post_init__(self) -> None:
+        check_condition(self.by, self.position)
+        if not (self.direction.norm() > 0 and torch.isfinite(torch.tensor(self.threshold))):
+            raise ValueError(
+                f"condition: a direction of length {float(self.direction.norm()):g} and threshold {self.threshold} "
+                "came; a direction other than zero and a finite threshold are wanted."
+            )
+
+
+def check_condition(by: str, position: str) -> None:
+    if by not in ("example", "token") or position not in ("last", "mean"):
+        raise ValueError(
+            f"by: {by!r} and position {position!r} came; 'example' or 'token', and 'last' or 'mean', are wanted."
+        )
+
 
 class Gate:
     """Reads a condition's projection in each forward pass, and tells the edits that it guards where it holds."""

@@ -11,13 +11,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rt_lens.operators import Operator
+from rt_lens.operators import Add, AddPreservingNorm, Operator, Scale
 from rt_lens.whereabouts import Whereabouts, assumed, said
 
 Positions = Literal["all", "prompt", "generated", "last"] | Sequence[int] | Bool[Tensor, "..."]
 Schedule = Callable[[int], float]
 Multiplier = float | Float[Tensor, "row"]
 FwdHook = tuple[str, Callable[..., Any]]
+
+_BRIDGE_MID = "ln2.hook_in"
 
 
 @runtime_checkable
@@ -45,7 +47,7 @@ class Linear:
         return self.start + (self.end - self.start) * min(place / max(self.tokens, 1), 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edit:
     """One operator at one hook point: the function of a `(hook name, function)` pair.
 
@@ -66,7 +68,17 @@ class Edit:
     gate: Gates | None = None
 
     def __call__(self, activation: Float[Tensor, "batch pos *heads d"], hook: Any) -> Tensor:
+        misses_stream = str(getattr(hook, "name", "")).endswith(_BRIDGE_MID)
+        # Projections at every point of the stream, `everywhere`, come to the same all the same.
+        if misses_stream and isinstance(self.operator, Add | AddPreservingNorm | Scale):
+            raise ValueError(
+                "hook: a TransformerBridge's resid_mid is only what the MLP reads, so this edit would not reach the "
+                "residual stream. Edit at attn_out or resid_post, or load the model with backend='hooked'."
+            )
         return self.operator(activation, self._strength(activation))
+
+    def __repr__(self) -> str:  # TransformerLens names hooks by it, and numbers of whole vectors take long to write
+        return f"Edit({type(self.operator).__name__})"
 
     @property
     def constant(self) -> bool:
@@ -94,15 +106,24 @@ class Edit:
     def _by_row(self, batch: int, here: Whereabouts | None) -> Float[Tensor, "rows 1"]:
         if not isinstance(self.multiplier, Tensor):
             return torch.full((1, 1), float(self.multiplier))
-        rows = here.rows if here is not None and here.rows is not None else None
-        if rows is None and len(self.multiplier) == batch:
-            rows = tuple(range(batch))
-        if rows is None or max(rows) >= len(self.multiplier):
+        rows = _row_numbers(here, batch, len(self.multiplier))
+        if rows is None:
             raise ValueError(
-                f"multiplier: {len(self.multiplier)} numbers came for {batch if rows is None else max(rows) + 1} rows. "
+                f"multiplier: {len(self.multiplier)} numbers came for {_row_count(here, batch)} rows. "
                 "Give one number, or one for each row of the batch."
             )
-        return self.multiplier[list(rows), None]
+        return self.multiplier[rows, None]
+
+
+def _row_numbers(here: Whereabouts | None, batch: int, n: int) -> list[int] | None:
+    """Which of n rows of the caller's are in this batch; None if these cannot be they."""
+    rows = range(batch) if here is None or here.rows is None else here.rows
+    fits = n == batch if here is None or here.rows is None else max(rows) < n
+    return list(rows) if fits else None
+
+
+def _row_count(here: Whereabouts | None, batch: int) -> int:
+    return batch if here is None or here.rows is None else max(here.rows) + 1
 
 
 def _chosen(positions: Positions, here: Whereabouts | None, batch: int, pos: int, device: Any) -> float | Tensor:
@@ -110,7 +131,8 @@ def _chosen(positions: Positions, here: Whereabouts | None, batch: int, pos: int
     if isinstance(positions, str) and positions == "all":
         return 1.0
     if here is None:
-        if isinstance(positions, str) and (positions == "generated" or pos == 1):
+        # A single token may be a prompt's, or come after one.
+        if pos == 1 or (isinstance(positions, str) and positions == "generated"):
             raise ValueError(
                 f"positions: {positions!r} cannot be told apart in this forward pass. Use rt_lens's generate, or say "
                 "where the prompt ends: `with whereabouts(mask, lengths=...)`."
@@ -122,19 +144,29 @@ def _chosen(positions: Positions, here: Whereabouts | None, batch: int, pos: int
         which = {"prompt": prompt, "generated": places >= lengths, "last": places == lengths - 1}[positions]
     elif isinstance(positions, Tensor):
         mask = positions.to(device)
-        mask = (mask if mask.ndim == 2 else mask[None]).expand(batch, -1)
+        mask = mask.expand(batch, -1) if mask.ndim == 1 else _of_rows(mask, here, batch)
         inside = (places >= 0) & (places < mask.shape[1])
         which = inside & mask.gather(1, places.clamp(0, mask.shape[1] - 1))
     else:
         which = torch.zeros_like(places, dtype=torch.bool)
         for number in positions:
-            _check_number(number, lengths[:, 0].tolist())
+            _check_number(number, lengths[:, 0].tolist(), here.rows)
             which |= places == (number if number >= 0 else lengths + number)
     return which.float()
 
 
-def _check_number(number: int, lengths: list[int]) -> None:
-    for row, length in enumerate(lengths):
+def _of_rows(mask: Bool[Tensor, "rows pos"], here: Whereabouts, batch: int) -> Bool[Tensor, "batch pos"]:
+    rows = _row_numbers(here, batch, len(mask))
+    if rows is None:
+        raise ValueError(
+            f"positions: a mask of {len(mask)} rows came for {_row_count(here, batch)} rows. Give a mask of shape "
+            "(pos,), or one row for each row of the batch."
+        )
+    return mask[rows]
+
+
+def _check_number(number: int, lengths: list[int], rows: Sequence[int] | None) -> None:
+    for row, length in zip(rows or range(len(lengths)), lengths, strict=True):
         if not -length <= number < length:
             raise ValueError(
                 f"positions: {number} is outside the prompt of row {row}, which has {length} tokens. Give a number "
@@ -174,8 +206,22 @@ def check_positions(positions: Positions) -> None:
             f"positions: {positions!r} came; one of {', '.join(names)}, a list of numbers or a boolean mask is "
             f"wanted.{hint}"
         )
-    if isinstance(positions, Tensor) and (positions.dtype != torch.bool or positions.ndim not in (1, 2)):
+    if isinstance(positions, Tensor):
+        if positions.dtype != torch.bool or positions.ndim not in (1, 2):
+            raise ValueError(
+                f"positions: a tensor of {positions.dtype} and shape {tuple(positions.shape)} came; a boolean mask of "
+                "shape (pos,) or (rows, pos) is wanted."
+            )
+    elif not isinstance(positions, Sequence) or any(isinstance(number, bool) for number in positions):
         raise ValueError(
-            f"positions: a tensor of {positions.dtype} and shape {tuple(positions.shape)} came; a boolean mask of "
-            "shape (pos,) or (rows, pos) is wanted."
+            f"positions: {positions!r} came; token numbers are wanted as a list, a mask as a boolean tensor: "
+            "torch.tensor([True, False])."
+        )
+
+
+def check_multiplier(multiplier: Multiplier) -> None:
+    finite = bool(torch.isfinite(torch.as_tensor(multiplier)).all())
+    if not finite or (isinstance(multiplier, Tensor) and multiplier.ndim != 1) or isinstance(multiplier, Sequence):
+        raise ValueError(
+            f"multiplier: {multiplier} came; finite numbers are wanted: a float, or a tensor with one for each prompt."
         )

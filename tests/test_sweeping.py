@@ -1,0 +1,369 @@
+"""Sweeps: every cell is what a separate steered run gives, nothing is run twice, and a broken-off one goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import rt_lens as rtl
+from rt_lens import plots
+from rt_lens.activations import last_token_activations
+from rt_lens.generation import as_chat
+from rt_lens.sweeping import Sweep
+from rt_lens.tokens import encode
+from rt_lens.vectors import SteeringVectors, hook_names
+
+PROMPTS = ["Rain?", "Tell me, at some length, about your last weekend in the hills.", "Name a tree."]
+DOSES = (-2.0, -0.5, 0.0, 1.0)
+
+
+class Projection:
+    """Metric: how far the last block's activation at each prompt's end lies along a direction. Counts its calls."""
+
+    def __init__(self, sign: float = 1.0, fails_at: int | None = None) -> None:
+        self.direction = sign * torch.randn(32, generator=torch.Generator().manual_seed(4))
+        self.fails_at, self.asked = fails_at, []
+
+    def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
+        self.asked.append(list(prompts))
+        if self.fails_at == len(self.asked):
+            raise KeyboardInterrupt
+        (name,) = hook_names([1])
+        ends = last_token_activations(model, as_chat(model, prompts), [name], batch_size=4)[name]
+        return (ends @ self.direction).tolist()
+
+
+def along(vectors: SteeringVectors, sign: float = 1.0) -> Projection:
+    metric = Projection()
+    metric.direction = sign * vectors[hook_names([1])[0]]
+    return metric
+
+
+def swept(model, vectors, metric, **arguments) -> Sweep:
+    return rtl.sweep(
+        model, vectors, PROMPTS, **{"metric": metric, "multipliers": DOSES, "progress": False, **arguments}
+    )  # fmt: skip
+
+
+def table_of(scores: Sequence[Sequence[float]], doses: Sequence[float] = (-1, 0, 1), layer: int = 0) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"layer": layer, "multiplier": float(dose), "prompt": prompt, "score": score}
+            for prompt, row in enumerate(scores)
+            for dose, score in zip(doses, row, strict=True)
+        ]
+    )
+
+
+# The table
+
+
+def test_the_table_is_tidy_and_every_cell_is_that_of_a_separate_steered_run(tiny, tiny_vectors):
+    found = swept(tiny, tiny_vectors, Projection())
+    assert list(found.table) == ["layer", "multiplier", "prompt", "score"]
+    assert len(found.table) == 2 * 4 * 3
+    assert not found.table.duplicated(["layer", "multiplier", "prompt"]).any()
+    assert (found.prompts, found.metric, found.seed) == (PROMPTS, "Projection", 0)
+    for (layer, dose), cell in found.table.groupby(["layer", "multiplier"]):
+        with rtl.steered(tiny, rtl.add(tiny_vectors, [layer], dose)):
+            alone = [Projection()(tiny, [prompt])[0] for prompt in PROMPTS]
+        assert cell["prompt"].tolist() == [0, 1, 2]
+        assert cell["score"].tolist() == pytest.approx(alone, abs=1e-4)
+    spread = found.table.groupby("prompt")["score"].std()
+    assert spread.min() > 0.1
+
+
+def test_answers_are_scored_as_evaluate_scores_them(tiny, tiny_vectors):
+    found = swept(tiny, tiny_vectors, rtl.Answers(len, max_new_tokens=3, batch_size=2), layers=[1])
+    assert found.metric == "len"
+    for dose, cell in found.table.groupby("multiplier"):
+        with rtl.steered(tiny, rtl.add(tiny_vectors, [1], dose)):
+            alone = rtl.evaluate(tiny, PROMPTS, len, max_new_tokens=3)
+        assert cell["score"].tolist() == alone.scores
+    assert found.table["score"].nunique() > 3
+
+
+def test_multiplier_0_is_the_unsteered_model_and_is_run_once_for_all_layers(tiny, tiny_vectors):
+    metric = Projection()
+    found = swept(tiny, tiny_vectors, metric)
+    assert metric.asked == [PROMPTS, PROMPTS * 3, PROMPTS * 3]
+    unsteered = Projection()(tiny, PROMPTS)
+    for _, cell in found.table[found.table["multiplier"] == 0].groupby("layer"):
+        assert cell["score"].tolist() == unsteered
+    without = Projection()
+    swept(tiny, tiny_vectors, without, multipliers=(1.0, -1.0))
+    assert without.asked == [PROMPTS * 2] * 2
+    only = Projection()
+    assert swept(tiny, tiny_vectors, only, multipliers=[0]).table["score"].tolist() == unsteered * 2
+    assert only.asked == [PROMPTS]
+
+
+def test_multipliers_are_sorted_and_each_run_once(tiny, tiny_vectors):
+    found = swept(tiny, tiny_vectors, Projection(), multipliers=[1, -2, 1, 0, -0.5, 1.0])
+    pd.testing.assert_frame_equal(found.table, swept(tiny, tiny_vectors, Projection()).table)
+
+
+def test_layers_in_the_order_asked_for_and_another_way_to_steer(tiny, tiny_vectors):
+    found = swept(tiny, tiny_vectors, Projection(), layers=[1, 0], steer=rtl.add_preserving_norm)
+    assert found.table["layer"].unique().tolist() == [1, 0]
+    with rtl.steered(tiny, rtl.add_preserving_norm(tiny_vectors, [1], 1.0)):
+        alone = Projection()(tiny, PROMPTS)
+    cell = found.table.query("layer == 1 and multiplier == 1")["score"].tolist()
+    assert cell == pytest.approx(alone, abs=1e-4)
+    plain = swept(tiny, tiny_vectors, Projection()).table.query("layer == 1 and multiplier == 1")["score"].tolist()
+    assert cell != pytest.approx(plain, abs=1e-2)
+
+
+def test_the_models_own_hooks_stay_and_the_sweeps_go(tiny, tiny_vectors, hooks_on):
+    tiny.add_perma_hook("blocks.0.hook_resid_post", lambda x, hook: None)
+    before = hooks_on(tiny)
+    swept(tiny, tiny_vectors, Projection())
+    assert hooks_on(tiny) == before
+    with pytest.raises(KeyboardInterrupt):
+        swept(tiny, tiny_vectors, Projection(fails_at=2))
+    assert hooks_on(tiny) == before
+
+
+def test_the_summary_has_a_row_for_each_cell_and_can_be_drawn(tiny, tiny_vectors):
+    found = swept(tiny, tiny_vectors, Projection(), seed=5)
+    summary = found.summary()
+    assert list(summary) == ["layer", "multiplier", "n", "mean", "low", "high", "seed"]
+    assert summary[["layer", "multiplier"]].values.tolist() == [[layer, dose] for layer in (0, 1) for dose in DOSES]
+    means = found.table.groupby(["layer", "multiplier"])["score"].mean().tolist()
+    assert summary["mean"].tolist() == pytest.approx(means)
+    assert (summary["low"] <= summary["mean"]).all() and (summary["mean"] <= summary["high"]).all()
+    assert set(summary["n"]) == {3} and set(summary["seed"]) == {5}
+    figure = plots.sweep(summary)
+    assert np.shape(figure.data[0].z) == (2, 4)
+    assert figure.data[0].z[1][3] == pytest.approx(means[7] - means[6])
+
+
+# The difference of two logits
+
+
+@torch.no_grad()
+def test_a_logit_difference_is_that_of_plain_runs_one_prompt_at_a_time(tiny, tiny_vectors):
+    yes, no = (tiny.tokenizer.encode(word, add_special_tokens=False)[0] for word in (" Yes", " No"))
+
+    def direct(prompt: str) -> float:
+        logits = tiny(torch.tensor([encode(tiny, as_chat(tiny, [prompt])[0])]))[0, -1]
+        return float(logits[yes] - logits[no])
+
+    metric = rtl.LogitDifference(" Yes, of course", " No", batch_size=2)
+    assert metric(tiny, PROMPTS) == pytest.approx([direct(prompt) for prompt in PROMPTS], abs=1e-4)
+    assert np.std([direct(prompt) for prompt in PROMPTS]) > 1e-3
+    found = swept(tiny, tiny_vectors, metric, layers=[0]).table
+    with rtl.steered(tiny, rtl.add(tiny_vectors, [0], -2.0)):
+        steered = [direct(prompt) for prompt in PROMPTS]
+    assert found[found["multiplier"] == -2]["score"].tolist() == pytest.approx(steered, abs=1e-4)
+
+
+@pytest.mark.parametrize(("positive", "negative"), [("", " No"), (" Yes", ""), (" Yes, sir", " Yes")])
+def test_texts_without_two_different_first_tokens_are_refused(tiny, positive, negative):
+    with pytest.raises(ValueError, match="which do not begin with two different tokens"):
+        rtl.LogitDifference(positive, negative)(tiny, PROMPTS)
+
+
+# Going on
+
+
+def test_a_broken_off_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path, tiny, tiny_vectors):
+    path = tmp_path / "sub" / "sweep.json"
+    broken = Projection(fails_at=3)  # the baseline, the first layer, and then
+    with pytest.raises(KeyboardInterrupt):
+        swept(tiny, tiny_vectors, broken, path=path)
+    assert len(broken.asked) == 3
+    again = Projection()
+    found = swept(tiny, tiny_vectors, again, path=path)
+    assert again.asked == [PROMPTS * 3]  # one layer, and no baseline
+    whole = swept(tiny, tiny_vectors, Projection())
+    pd.testing.assert_frame_equal(found.table, whole.table)
+    third = Projection()
+    pd.testing.assert_frame_equal(swept(tiny, tiny_vectors, third, path=path).table, whole.table)
+    assert third.asked == []
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_more_layers_may_be_asked_for_later_and_another_seed(tmp_path, tiny, tiny_vectors):
+    swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json", layers=[1])
+    more = Projection()
+    found = swept(tiny, tiny_vectors, more, path=tmp_path / "s.json", seed=3)
+    assert more.asked == [PROMPTS * 3]
+    pd.testing.assert_frame_equal(found.table, swept(tiny, tiny_vectors, Projection()).table)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"multipliers": (0, 1)}, "multipliers"),
+        ({"metric": rtl.LogitDifference(" Yes", " No")}, "metric"),
+        ({"steer": rtl.add_preserving_norm}, "steer"),
+        ({"steer": partial(rtl.add, positions="last")}, "steer"),
+        ({"vectors": 2}, "vectors"),
+        ({"prompts": PROMPTS[:2]}, "prompts_sha256"),
+    ],
+)
+def test_a_file_of_other_settings_is_refused_and_says_which(tmp_path, tiny, tiny_vectors, changed, says):
+    path = tmp_path / "s.json"
+    swept(tiny, tiny_vectors, Projection(), path=path)
+    before = path.read_bytes()
+    asked = {"vectors": tiny_vectors, "prompts": PROMPTS, "metric": Projection(), "multipliers": DOSES, **changed}
+    with pytest.raises(ValueError, match=rf"path: .*s\.json holds a sweep with other .*{says}.*Give another name"):
+        rtl.sweep(tiny, **{**asked, "vectors": changed.get("vectors", 1) * tiny_vectors}, path=path, progress=False)
+    assert path.read_bytes() == before
+
+
+def test_ways_to_steer_with_other_arguments_are_other_settings(tmp_path, tiny, tiny_vectors):
+    def run(positions: str) -> Sweep:
+        steer = partial(rtl.add, positions=positions)
+        return swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json", steer=steer)
+
+    run("last")
+    run("last")
+    with pytest.raises(ValueError, match="other steer"):
+        run("all")
+
+
+def test_one_changed_number_in_the_vectors_is_another_sweep(tmp_path, tiny, tiny_vectors):
+    swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
+    changed = {name: vector.clone() for name, vector in tiny_vectors.vectors.items()}
+    changed[hook_names([1])[0]][3] += 1e-4
+    with pytest.raises(ValueError, match="other vectors"):
+        swept(tiny, SteeringVectors(changed, tiny_vectors.provenance), Projection(), path=tmp_path / "s.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no json", b"[]", b"3", b"null", b"{}", b"\xff\xfe\x00", b'{"settings": [], "baseline": null, "layers": {}}',
+     b'{"settings": null, "baseline": null, "layers": {}}', b'{"settings": {}, "baseline": null, "layers": 3}'],
+)  # fmt: skip
+def test_a_foreign_file_is_refused_and_left_alone(tmp_path, tiny, tiny_vectors, content):
+    path = tmp_path / "s.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"path: .*s\.json (is no file of a sweep|holds a sweep with other)"):
+        swept(tiny, tiny_vectors, Projection(), path=path)
+    assert path.read_bytes() == content
+
+
+def test_a_truncated_file_is_refused_at_every_length(tmp_path, tiny, tiny_vectors):
+    path = tmp_path / "s.json"
+    swept(tiny, tiny_vectors, Projection(), path=path)
+    content = path.read_bytes()
+    assert json.loads(content)["settings"]["kind"] == "sweep"
+    for share in (0.01, 0.3, 0.9, 0.999):
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match=r"s\.json is no file of a sweep\. Give another name, or remove it"):
+            swept(tiny, tiny_vectors, Projection(), path=path)
+
+
+# Dose and response
+
+
+def test_a_metric_along_the_vector_rises_with_the_dose_for_every_prompt(tiny, tiny_vectors):
+    (name,) = hook_names([1])
+    for sign in (1, -1):
+        found = swept(tiny, tiny_vectors, along(tiny_vectors, sign)).dose_response(1)
+        assert (found.layer, found.spearman.mean, found.spearman.low, found.spearman.high) == (1, sign, sign, sign)
+        assert found.spearman.n == found.wrong_way.n == 3
+        assert found.wrong_way.mean == (sign < 0)
+        assert found.wrong_prompts == (() if sign > 0 else (0, 1, 2))
+        slope = sign * float(tiny_vectors[name].square().sum())  # h + m v, along v
+        assert [found.slope.mean, found.slope.low, found.slope.high] == pytest.approx([slope] * 3, rel=1e-4)
+
+
+def test_the_slope_of_each_prompt_is_that_of_least_squares_and_wrong_ones_are_named():
+    noise = np.random.default_rng(0)
+    doses = [-3, -1, 0, 2, 5]
+    scores = noise.normal(size=(12, 5)) + 0.1 * np.array(doses)
+    found = Sweep(table_of(scores, doses), ["?"] * 12, "it", 0).dose_response(0)
+    slopes = np.polyfit(doses, scores.T, 1)[0]
+    assert found.slope.mean == pytest.approx(slopes.mean())
+    assert found.slope.low < found.slope.mean < found.slope.high
+    assert found.wrong_prompts == tuple(np.flatnonzero(slopes < 0))
+    assert 0 < len(found.wrong_prompts) < 12
+    assert found.wrong_way.mean == len(found.wrong_prompts) / 12
+    again = Sweep(table_of(scores, doses), ["?"] * 12, "it", 0).dose_response(0)
+    assert found == again
+    assert Sweep(table_of(scores, doses), ["?"] * 12, "it", 1).dose_response(0).slope != found.slope
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 0.44, 0.8913])
+def test_prompts_that_do_not_move_go_neither_way(level):
+    doses = [-3, -2, -1, 0, 1, 2, 3]
+    found = Sweep(table_of([[level] * 7] * 4, doses), ["?"] * 4, "it", 0).dose_response(0)
+    assert found.wrong_prompts == () and found.wrong_way.mean == 0
+    assert (found.slope.mean, found.spearman.mean, found.spearman.low, found.spearman.high) == (0, 0, 0, 0)
+
+
+def test_the_order_of_the_doses_in_the_table_does_not_matter():
+    table = table_of([[1, 2, 3], [0, 5, 6]])
+    first, second = (Sweep(rows, ["?"] * 2, "it", 0).dose_response(0) for rows in (table, table.iloc[::-1]))
+    assert first == second
+    assert first.spearman.mean == 1
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"multipliers": []}, r"multipliers: \[\] came; finite numbers, at least one"),
+        ({"multipliers": [1, float("nan")]}, "multipliers: .*nan"),
+        ({"layers": [2]}, r"layers: 2 is outside these vectors' blocks 0\.\.1"),
+        ({"metric": "vadr"}, "scorer: 'vadr' came"),
+    ],
+)
+def test_bad_arguments_are_named(tiny, tiny_vectors, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        swept(tiny, tiny_vectors, **{"metric": Projection(), **arguments})
+
+
+@pytest.mark.parametrize("prompts", [[], "one string"])
+def test_no_prompts_are_refused(tiny, tiny_vectors, prompts):
+    with pytest.raises(ValueError, match="prompts: a list of at least one text"):
+        rtl.sweep(tiny, tiny_vectors, prompts, progress=False)
+
+
+@pytest.mark.parametrize("multipliers", [(1.0,), (0.0,), (0.0, 1.0)])
+def test_a_metric_that_gives_too_few_numbers_is_refused(tiny, tiny_vectors, multipliers):
+    with pytest.raises(ValueError, match=r"metric: 1 numbers came for 3 prompts\. Give one for each, in order"):
+        swept(tiny, tiny_vectors, lambda model, prompts: [0.0], multipliers=multipliers)
+
+
+def test_vectors_of_another_model_are_refused_before_anything_runs(make_tiny, tiny_vectors):
+    metric = Projection()
+    with pytest.raises(ValueError, match="made for d_model 32 .*this model has 48"):
+        swept(make_tiny(d_model=48, n_heads=6), tiny_vectors, metric)
+    assert not metric.asked
+
+
+def test_a_dose_response_needs_a_swept_layer_and_three_doses(tiny, tiny_vectors):
+    found = swept(tiny, tiny_vectors, Projection(), layers=[0])
+    with pytest.raises(ValueError, match=r"layer: 1 has 0 multipliers; at least 3 are wanted\. Layers swept: \[0\]"):
+        found.dose_response(1)
+    with pytest.raises(ValueError, match=r"layer: 0 has 2 multipliers"):
+        swept(tiny, tiny_vectors, Projection(), multipliers=(0, 1)).dose_response(0)
+
+
+# The real model
+
+
+def test_mood_steering_moves_the_odds_of_a_happy_word_with_the_dose(model, pairs):
+    train, test = pairs.split(0.7, seed=0)
+    vectors = rtl.extract_vectors(model, train.sample(8), layers=[16])
+    prompts = [f"How do you feel about {topic.lower()} Answer in one word." for topic in test.topics[:5]]
+    found = rtl.sweep(
+        model, vectors, prompts, multipliers=(-2, -1, 0, 1, 2), metric=rtl.LogitDifference("Happy", "Sad"),
+        progress=False,
+    ).dose_response(16)  # fmt: skip
+    assert found.spearman.mean == pytest.approx(1)
+    assert found.slope.low > 0
+    assert found.wrong_way.mean == 0
