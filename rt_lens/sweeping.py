@@ -175,6 +175,7 @@ def sweep(
     multipliers: Sequence[float] = (-3, -2, -1, 0, 1, 2, 3),
     metric: str | Metric = "vader",
     steer: Callable[..., list[FwdHook]] = add,
+    hook: str = "resid_post",
     path: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -191,7 +192,8 @@ def sweep(
         multipliers: in units of the vectors' own lengths.
         metric: name of a scorer for greedy answers, or a function from model and prompts to a number for each
             (`Answers`, `LogitDifference`, your own; it must keep the prompts' order, as rt_lens's functions do).
-        steer: `add`, `add_preserving_norm`, or another function of vectors, layers and multiplier.
+        steer: `add`, `add_preserving_norm`, or another function of vectors, layers, multiplier and `hook`.
+        hook: kind of hook point.
         path: JSON file to keep finished layers in; a sweep of the same settings goes on from there.
         seed: of the bootstrap intervals.
         progress: show a bar.
@@ -212,9 +214,10 @@ def sweep(
     if not doses or not np.isfinite(doses).all():
         raise ValueError(f"multipliers: {list(multipliers)} came; finite numbers, at least one, are wanted.")
     measure = metric if callable(metric) else Answers(metric)
-    chosen = [layer_of(name) for name in vectors.at_layers(layers)]
-    vectors.select(chosen).check_fits(model)
-    settings = _settings(model, vectors, prompts, doses, measure, steer)
+    chosen = [layer_of(name) for name in vectors.at_layers(layers, hook)]
+    vectors.select(chosen, hook).check_fits(model)
+    bound = partial(steer, hook=hook)
+    settings = _settings(model, vectors, prompts, doses, measure, bound)
     done = _Done(None if path is None else Path(path), settings)
     with tqdm(chosen, desc="sweep", unit="layer", disable=not progress) as bar:
         for layer in bar:
@@ -222,7 +225,7 @@ def sweep(
                 continue
             if 0.0 in doses and done.baseline is None:
                 done.baseline = _measured(measure, model, list(prompts))
-            done.keep(layer, _one_layer(model, vectors, prompts, layer, doses, measure, steer, done.baseline))
+            done.keep(layer, _one_layer(model, vectors, prompts, layer, doses, measure, bound, done.baseline))
             bar.set_postfix(layer=layer)
     rows = [
         {"layer": layer, "multiplier": dose, "prompt": number, "score": score}

@@ -126,6 +126,10 @@ class SteeringVectors:
             kinds.setdefault(name.split(".", 2)[-1], set()).add(vector.shape)
             if not torch.isfinite(vector).all():
                 raise ValueError(f"vectors: {name} holds NaN or infinite values. Extract it again.")
+        for name, eraser in self.erasers.items():
+            for part in vars(eraser).values():
+                if name not in self.vectors or part.shape != self.vectors[name].shape or not torch.isfinite(part).all():
+                    raise ValueError(f"vectors: the eraser at {name} does not fit its vector. Extract it again.")
         if any(len(shapes) > 1 for shapes in kinds.values()):
             raise ValueError(f"vectors: shapes differ: { ({n: tuple(v.shape) for n, v in self.vectors.items()}) }.")
 
@@ -227,6 +231,12 @@ class SteeringVectors:
             raise ValueError("nuisances: there is none. Give at least one set of vectors to project out.")
         cleaned = {}
         for name, vector in self.vectors.items():
+            for nuisance in nuisances:
+                if name not in nuisance.vectors:
+                    raise ValueError(
+                        f"nuisances: {nuisance.provenance.behaviour} has no vector at {name}. Extract it at the same "
+                        "hook points, or use select."
+                    )
             directions = torch.stack([nuisance[name].to(vector) for nuisance in nuisances], dim=-2)
             cleaned[name] = project_out(vector, directions)
             if cleaned[name].norm() <= 1e-5 * vector.norm():
@@ -317,8 +327,13 @@ class SteeringVectors:
                 raise KeyError("kind")
             provenance = Provenance.from_json(stored)
             parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_ERASER)}
-            names = sorted({name.split("/", 2)[2] for name in parts})
-            erasers = {n: Eraser(*(parts[f"{_ERASER}{p}/{n}"] for p in ("left", "right", "centre"))) for n in names}
+            erasers = {
+                name: Eraser(*(parts.pop(f"{_ERASER}{part}/{name}") for part in ("left", "right", "centre")))
+                for name in tensors
+                if f"{_ERASER}left/{name}" in parts
+            }
+            if parts:
+                raise KeyError(next(iter(parts)))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             raise ValueError(f"vectors: {path} is not a file of steering vectors of schema {_SCHEMA}.") from None
         check_stored_names(tensors, path)

@@ -228,9 +228,10 @@ def layers_table(auc: list[float], accuracy: Any = 0.95, stability: Any = 0.9, *
     [
         (layers_table([0.6, 0.79, 0.81, 0.9, 0.7]), (12, 13)),  # 0.75 of 0.4 above chance is 0.8
         (layers_table([0.6, 0.6, 0.95, 0.6]), (12,)),
+        (layers_table([0.6, 0.95, 0.6, 0.95, 0.95]), (13, 14)),  # a lone layer may be luck
         (layers_table([0.9, 0.92, 0.6, 0.9, 0.94, 0.9]), (10, 11)),
         (layers_table([0.9] * 4, accuracy=[0.69, 0.7, 0.9, 0.6]), (11, 12)),
-        (layers_table([0.9] * 4, stability=[0.5, 0.94, 0.96, 1.0]), (12, 13)),
+        (layers_table([0.9] * 4, stability=[0.5, 0.89, 0.91, 1.0]), (12, 13)),
         (layers_table([0.9] * 2, control_signal=[2.1, 1.9]), (11,)),
         (layers_table([0.9] * 2, control_high=[0.96, 0.7]), (11,)),
         (layers_table([1.0] * 2, accuracy=1.0, control_high=1.0), (10, 11)),

@@ -134,16 +134,16 @@ def trust(
 def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
     """The layers to use, the best of them, and why: a rule on the columns of `Trust.layers`.
 
-    A layer is eligible if it beats random directions, its halves agree (stability at least 0.95 of the best), and one
+    A layer is eligible if it beats random directions, its halves agree (stability at least 0.9 of the best), and one
     threshold tells all held-out texts apart nearly as well as anywhere (AUC above chance at least 0.75 of the best;
     the accuracy within pairs is at its ceiling too early to choose by). The range is the earliest run of eligible
-    neighbours, the best its first layer: later layers often separate as well, but leave fewer blocks to act on what is
-    added.
+    neighbours (of at least two, if there is one), the best its first layer: later layers often separate as well, but
+    leave fewer blocks to act on what is added.
     """
     table = table.sort_values("layer")
     # Not `>`: where the sides lie very far apart, random directions tell all pairs apart as well.
     beats_random = (table["accuracy"] >= table["control_high"]) & (table["signal"] > table["control_signal"])
-    steady = table["stability"] >= 0.95 * table["stability"].max()
+    steady = table["stability"] >= 0.9 * table["stability"].max()
     clear = table["auc"] - 0.5 >= 0.75 * (table["auc"].max() - 0.5)
     eligible = beats_random & steady & clear
     n = int(table["n"].iloc[0])
@@ -152,11 +152,15 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
             "None: no layer beats random directions, agrees between halves of the data and tells held-out texts apart "
             f"(n = {n} pairs)."
         )  # fmt: skip
-    first = int(eligible.to_numpy().argmax())
-    chosen = table.iloc[first : first + len(list(itertools.takewhile(bool, eligible.iloc[first:])))]
+    groups = [
+        list(group) for good, group in itertools.groupby(range(len(table)), eligible.to_numpy().__getitem__) if good
+    ]
+    chosen = table.iloc[next((group for group in groups if len(group) > 1), groups[0])]
     run = tuple(int(layer) for layer in chosen["layer"])
     best = chosen.iloc[0]
-    where = f"Layers {run[0]} to {run[-1]} are the first" if len(run) > 1 else f"Layer {run[0]} is the first"
+    gapless = run == tuple(range(run[0], run[-1] + 1))
+    named = f"{run[0]} to {run[-1]}" if gapless else ", ".join(map(str, run))
+    where = f"Layers {named} are the first" if len(run) > 1 else f"Layer {run[0]} is the first"
     reason = (
         f"{where} to tell held-out texts apart nearly as well as any (at layer {run[0]} AUC {best['auc']:.2f} "
         f"[{best['auc_low']:.2f}, {best['auc_high']:.2f}], pair accuracy {best['accuracy']:.2f} "

@@ -246,7 +246,9 @@ def vectors_of(
             if provenance.method == "leace":
                 erasers[name] = Eraser(*_parts_by_head(positive, negative))
         except ValueError as error:
-            raise ValueError(f"pairs: {provenance.behaviour!r}, {sides.words}, at {name}: {error}") from None
+            raise ValueError(
+                f"pairs: {provenance.behaviour!r}, {sides.words}, at {name}: {error} Or leave it out with layers=."
+            ) from None
     if winsorised:
         provenance = replace(provenance, method=f"{provenance.method}, winsorised {winsorised:g}")
     found = SteeringVectors(vectors, provenance, erasers)
