@@ -302,7 +302,7 @@ class _Teller:
         trace: SteeringVectors | None,
     ) -> None:  # fmt: skip
         self.model, self.rows, self.ends, self.on_token = model, rows, ends, on_token
-        self.units = {} if trace is None else {n: v / v.norm() for n, v in trace.vectors.items()}
+        self.units = {} if trace is None else trace.unit().vectors
         self.traces = trace is not None
         self.read: dict[str, list[float]] = {}
         self.ended = [False] * len(rows)

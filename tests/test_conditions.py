@@ -309,14 +309,14 @@ def test_mood_moves_in_small_talk_and_arithmetic_in_the_same_batch_stays_token_f
     model, pairs, topics, small_talk
 ):
     train, _ = pairs.split(0.5, seed=0)
-    mood = rtl.extract_vectors(model, train.sample(32), layers=[18])
+    mood = rtl.extract_vectors(model, train.sample(48), layers=[18])
     talk = topics[1]
     assert not set(talk) & set(topics[0]) and not set(NEW_SUMS) & set(SUMS)
     mixed = [prompt for both in zip(talk, NEW_SUMS, strict=False) for prompt in both] + talk[len(NEW_SUMS) :]
 
     def answers(*hooks):
         with steered(model, *hooks):
-            return dict(zip(mixed, generate(model, mixed, max_new_tokens=16), strict=True))
+            return dict(zip(mixed, generate(model, mixed, max_new_tokens=24), strict=True))
 
     plain = answers()
     moods = {0: mean(vader(plain[prompt]) for prompt in talk)}
