@@ -97,6 +97,12 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="session")
+def bridge() -> Any:
+    """The same as a TransformerBridge. Shared: a test leaves it as it was."""
+    return rt_lens.load_model(backend="bridge")
+
+
+@pytest.fixture(scope="session")
 def pairs() -> ContrastPairs:
     return rt_lens.load_pairs("mood")
 

@@ -468,8 +468,7 @@ def test_a_mixture_of_experts_has_no_bias_to_fold_into(make_tiny, vectors):
     check_baked(experts, add(vectors("resid_mid"), [1], hook="resid_mid"))
 
 
-def test_a_bridge_is_refused_with_the_backend_that_works(provenance):
-    bridge = rtl.load_model(backend="bridge")
+def test_a_bridge_is_refused_with_the_backend_that_works(bridge, provenance):
     vectors = SteeringVectors({"blocks.18.hook_resid_post": torch.ones(576)}, provenance)
     with pytest.raises(ValueError, match=r"model: a TransformerBridge .*biases.*Load it with backend='hooked'\."):
         rtl.bake(bridge, add(vectors))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from statistics import mean
 
-import jaxtyping
 import pytest
 import torch
 
@@ -21,14 +19,6 @@ from rt_lens.whereabouts import whereabouts
 
 PRE, POST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 TEXTS = ["Rain?", "a", "The weather in the hills was fine.", "Name a tree."]
-
-
-@pytest.fixture
-def as_a_user() -> Iterator[None]:
-    """Without the type checks of the tests, which would answer first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

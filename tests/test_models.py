@@ -54,11 +54,6 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def bridge() -> Any:
-    return load_model(backend="bridge")
-
-
-@pytest.fixture(scope="module")
 def huggingface(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import jaxtyping
 import pytest
 import torch
 
@@ -212,14 +209,6 @@ def test_an_edit_that_fails_leaves_no_hook(tiny, tiny_vectors, hooks_on):
 # What is refused
 
 
-@pytest.fixture
-def as_a_user() -> Iterator[None]:
-    """Without the type checks of the tests, which would answer first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.parametrize(("came", "near"), [("promt", "prompt"), ("generate", "generated"), ("lst", "last")])
 def test_an_unknown_word_for_positions_is_refused_with_the_nearest(tiny_vectors, came, near, as_a_user):
     for bound in (add, add_preserving_norm, ablate, clamp):
@@ -335,3 +324,10 @@ def test_heads_of_a_residual_stream_and_heads_that_are_not_are_refused(tiny, tin
         with pytest.raises(ValueError, match=r"heads: .* came, this model has heads 0\.\.3"):
             logits(tiny, add(z, hook="z", heads=heads))
     assert not torch.equal(logits(tiny, add(z, hook="z", heads=[3])), logits(tiny))
+
+
+def test_empty_lists_of_positions_and_heads_are_refused(tiny_vectors):
+    with pytest.raises(ValueError, match=r"positions: \[\] came"):
+        add(tiny_vectors, [0], positions=[])
+    with pytest.raises(ValueError, match=r"heads: the list is empty"):
+        add(tiny_vectors, [0], heads=[])

@@ -34,11 +34,6 @@ N = 4
 
 
 @pytest.fixture(scope="module")
-def bridge() -> Any:
-    return rtl.load_model(backend="bridge")
-
-
-@pytest.fixture(scope="module")
 def backends(model, bridge) -> dict[str, Any]:
     return {"hooked": model, "bridge": bridge}
 

@@ -10,8 +10,8 @@ import torch
 
 import rt_lens as rtl
 from rt_lens import tuning
-from rt_lens.extraction import token_projections
 from rt_lens.delta import WeightDelta
+from rt_lens.extraction import token_projections
 from rt_lens.tuning import Target, TuneConfig, loop, prepare, tune
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]
@@ -248,8 +248,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny, tiny_vectors, 
     assert fingerprint(tiny) == before
 
 
-def test_a_bridge_tunes_too(pairs):
-    bridge = rtl.load_model(backend="bridge")
+def test_a_bridge_tunes_too(bridge, pairs):
     vectors = rtl.extract_vectors(bridge, pairs.sample(2), layers=[27])
     before = fingerprint(bridge)
     config = replace(QUICK, layers=[27], trained_layers=[27], token_weight=0.0, cosine_weight=1.0, max_steps=3,

@@ -40,6 +40,8 @@ class _Place:
         check_positions(self.positions)
         check_multiplier(multiplier)
         heads = None if self.heads is None else tuple(self.heads)
+        if heads == ():
+            raise ValueError("heads: the list is empty. Name at least one, or None for all.")
         return [
             (name, Edit(operator(name, vector), multiplier, self.positions, self.schedule, heads))
             for name, vector in self.vectors.at_layers(self.layers, self.hook).items()

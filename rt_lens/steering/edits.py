@@ -198,6 +198,11 @@ def _of_heads(heads: Sequence[int], activation: Tensor) -> Float[Tensor, "head"]
 
 
 def check_positions(positions: Positions) -> None:
+    """Refuses what names no tokens.
+
+    Raises:
+        ValueError: says what is wanted.
+    """
     names = ("all", "prompt", "generated", "last")
     if isinstance(positions, str) and positions not in names:
         near = get_close_matches(positions, names, n=1)
@@ -212,7 +217,7 @@ def check_positions(positions: Positions) -> None:
                 f"positions: a tensor of {positions.dtype} and shape {tuple(positions.shape)} came; a boolean mask of "
                 "shape (pos,) or (rows, pos) is wanted."
             )
-    elif not isinstance(positions, Sequence) or any(isinstance(number, bool) for number in positions):
+    elif not isinstance(positions, Sequence) or not positions or any(isinstance(n, bool) for n in positions):
         raise ValueError(
             f"positions: {positions!r} came; token numbers are wanted as a list, a mask as a boolean tensor: "
             "torch.tensor([True, False])."
@@ -220,6 +225,11 @@ def check_positions(positions: Positions) -> None:
 
 
 def check_multiplier(multiplier: Multiplier) -> None:
+    """Refuses what is neither a finite number nor one for each prompt.
+
+    Raises:
+        ValueError: says what is wanted.
+    """
     finite = bool(torch.isfinite(torch.as_tensor(multiplier)).all())
     if not finite or (isinstance(multiplier, Tensor) and multiplier.ndim != 1) or isinstance(multiplier, Sequence):
         raise ValueError(
