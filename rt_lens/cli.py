@@ -149,11 +149,7 @@ def sweep(
         _write_page(plots.sweep(table), figure)
     if len(doses) > 2:
         for layer in chosen:
-            answer = found.dose_response(layer)
-            typer.echo(
-                f"layer {layer}: Spearman {answer.spearman.mean:.2f} [{answer.spearman.low:.2f}, "
-                f"{answer.spearman.high:.2f}], wrong way {answer.wrong_way.mean:.2f} (n = {answer.wrong_way.n})"
-            )
+            typer.echo(str(found.dose_response(layer)))
     typer.echo(f"saved {out} (n = {len(found.prompts)} prompts, seed {found.seed})")
 
 

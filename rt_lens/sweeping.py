@@ -136,7 +136,8 @@ class Sweep:
             Interval(len(by_prompt), _rank(doses, by_prompt.mean(0)), float(low), float(high)),
             mean_interval(slopes, self.seed),
             share_interval(int((slopes < 0).sum()), len(slopes)),
-            tuple(int(prompt) for prompt in grid.index[slopes < 0]),
+            cells.assign(wrong_way=cells["prompt"].map(dict(zip(grid.index, slopes < 0, strict=True)))),
+            self.summary().query("layer == @layer"),
             self.seed,
         )
 
@@ -150,7 +151,8 @@ class DoseResponse:
         spearman: rank correlation of multiplier and mean metric (0 if nothing moves); bootstrap interval over prompts.
         slope: metric per unit of the multiplier (steerability, Tan et al. 2024), mean over prompts.
         wrong_way: share of the prompts whose own slope is below zero, with a Wilson interval.
-        wrong_prompts: their numbers.
+        table: columns layer, multiplier, prompt (its number), score, wrong_way: for `plots.steerability`.
+        summary: columns layer, multiplier, n, mean, low, high, seed: for `plots.steerability` too.
         seed: of the bootstrap.
     """
 
@@ -158,8 +160,17 @@ class DoseResponse:
     spearman: Interval
     slope: Interval
     wrong_way: Interval
-    wrong_prompts: tuple[int, ...]
+    table: pd.DataFrame = field(repr=False, compare=False)
+    summary: pd.DataFrame = field(repr=False, compare=False)
     seed: int
+
+    def __str__(self) -> str:
+        rank, slope, wrong = self.spearman, self.slope, self.wrong_way
+        return (
+            f"layer {self.layer}: Spearman {rank.mean:.2f} [{rank.low:.2f}, {rank.high:.2f}], slope {slope.mean:.2f} "
+            f"[{slope.low:.2f}, {slope.high:.2f}] per unit, {wrong.mean:.0%} of prompts move the wrong way "
+            f"[{wrong.low:.0%}, {wrong.high:.0%}] (n = {rank.n}, seed {self.seed})"
+        )
 
 
 def _rank(doses: Float[np.ndarray, "dose"], means: Float[np.ndarray, "dose"]) -> float:

@@ -16,7 +16,7 @@ import rt_lens as rtl
 from rt_lens import plots
 from rt_lens.activations import last_token_activations
 from rt_lens.generation import as_chat
-from rt_lens.sweeping import Sweep
+from rt_lens.sweeping import DoseResponse, Sweep
 from rt_lens.tokens import encode
 from rt_lens.vectors import SteeringVectors, hook_names
 
@@ -266,6 +266,17 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path, tiny, tiny_vector
 # Dose and response
 
 
+def wrong_prompts(found: DoseResponse) -> list[int]:
+    return sorted(found.table.loc[found.table["wrong_way"], "prompt"].unique().tolist())
+
+
+def test_the_tables_of_a_dose_response_can_be_drawn(tiny, tiny_vectors):
+    found = swept(tiny, tiny_vectors, along(tiny_vectors)).dose_response(1)
+    assert set(found.summary["layer"]) == set(found.table["layer"]) == {1}
+    figure = rtl.plots.steerability(found.table, found.summary, note=str(found))
+    assert "Spearman 1.00 [1.00, 1.00]" in str(found) and "1.00 [1.00, 1.00]" in figure.layout.title.subtitle.text
+
+
 def test_a_metric_along_the_vector_rises_with_the_dose_for_every_prompt(tiny, tiny_vectors):
     (name,) = hook_names([1])
     for sign in (1, -1):
@@ -273,7 +284,7 @@ def test_a_metric_along_the_vector_rises_with_the_dose_for_every_prompt(tiny, ti
         assert (found.layer, found.spearman.mean, found.spearman.low, found.spearman.high) == (1, sign, sign, sign)
         assert found.spearman.n == found.wrong_way.n == 3
         assert found.wrong_way.mean == (sign < 0)
-        assert found.wrong_prompts == (() if sign > 0 else (0, 1, 2))
+        assert wrong_prompts(found) == ([] if sign > 0 else [0, 1, 2])
         slope = sign * float(tiny_vectors[name].square().sum())  # h + m v, along v
         assert [found.slope.mean, found.slope.low, found.slope.high] == pytest.approx([slope] * 3, rel=1e-4)
 
@@ -286,9 +297,9 @@ def test_the_slope_of_each_prompt_is_that_of_least_squares_and_wrong_ones_are_na
     slopes = np.polyfit(doses, scores.T, 1)[0]
     assert found.slope.mean == pytest.approx(slopes.mean())
     assert found.slope.low < found.slope.mean < found.slope.high
-    assert found.wrong_prompts == tuple(np.flatnonzero(slopes < 0))
-    assert 0 < len(found.wrong_prompts) < 12
-    assert found.wrong_way.mean == len(found.wrong_prompts) / 12
+    assert wrong_prompts(found) == np.flatnonzero(slopes < 0).tolist()
+    assert 0 < len(wrong_prompts(found)) < 12
+    assert found.wrong_way.mean == len(wrong_prompts(found)) / 12
     again = Sweep(table_of(scores, doses), ["?"] * 12, "it", 0).dose_response(0)
     assert found == again
     assert Sweep(table_of(scores, doses), ["?"] * 12, "it", 1).dose_response(0).slope != found.slope
@@ -298,7 +309,7 @@ def test_the_slope_of_each_prompt_is_that_of_least_squares_and_wrong_ones_are_na
 def test_prompts_that_do_not_move_go_neither_way(level):
     doses = [-3, -2, -1, 0, 1, 2, 3]
     found = Sweep(table_of([[level] * 7] * 4, doses), ["?"] * 4, "it", 0).dose_response(0)
-    assert found.wrong_prompts == () and found.wrong_way.mean == 0
+    assert wrong_prompts(found) == [] and found.wrong_way.mean == 0
     assert (found.slope.mean, found.spearman.mean, found.spearman.low, found.spearman.high) == (0, 0, 0, 0)
 
 
