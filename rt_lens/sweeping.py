@@ -167,7 +167,7 @@ class DoseResponse:
     def __str__(self) -> str:
         rank, slope, wrong = self.spearman, self.slope, self.wrong_way
         return (
-            f"layer {self.layer}: Spearman {rank.mean:.2f} [{rank.low:.2f}, {rank.high:.2f}], slope {slope.mean:.2f} "
+            f"Layer {self.layer}: Spearman {rank.mean:.2f} [{rank.low:.2f}, {rank.high:.2f}], slope {slope.mean:.2f} "
             f"[{slope.low:.2f}, {slope.high:.2f}] per unit, {wrong.mean:.0%} of prompts move the wrong way "
             f"[{wrong.low:.0%}, {wrong.high:.0%}] (n = {rank.n}, seed {self.seed})"
         )

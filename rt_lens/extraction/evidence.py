@@ -35,7 +35,8 @@ class Trust:
         vectors: made from all training pairs.
         layers: columns layer, n (held-out pairs), accuracy, accuracy_low, accuracy_high (pairs whose positive side
             projects higher; Wilson), auc, auc_low, auc_high (bootstrap over pairs), stability, stability_low,
-            stability_high (cosine between vectors of two random halves; range over splits), control_low, control_high
+            stability_high (cosine between vectors of two random halves; range over splits; 1 for `random`, which looks at
+            no pair), control_low, control_high
             (range of the accuracy of random directions), signal (mean held-out margin over its standard deviation),
             control_signal (95 % of random directions stay below, whatever their sign), seed.
         learning: columns layer, n_pairs, accuracy, accuracy_low, accuracy_high, cosine, cosine_low, cosine_high (to
