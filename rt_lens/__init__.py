@@ -11,6 +11,7 @@ from rt_lens.extraction import (
     extract_vectors,
     fit_condition,
     logit_lens,
+    separability,
     token_projections,
     trust,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "plots",
     "save_gguf",
     "scale",
+    "separability",
     "steered",
     "stream",
     "sweep",

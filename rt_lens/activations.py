@@ -65,7 +65,7 @@ def read_activations(
     with quick(model), tqdm(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
         for batch in batches(model, texts, batch_size, padding):
             weights = _weights(batch, [reads[row] for row in batch.rows])
-            with whereabouts(batch.mask, rows=batch.rows):
+            with whereabouts(batch.mask, rows=batch.rows, n_rows=len(texts)):
                 _, cache = model.run_with_cache(
                     batch.tokens,
                     attention_mask=batch.mask,
@@ -74,7 +74,7 @@ def read_activations(
                     return_type=None,
                 )
             for name in hook_names:
-                means = torch.einsum("brp,bp...->br...", weights.to(cache[name]), cache[name]).float().cpu()
+                means = torch.einsum("brp,bp...->br...", weights, cache[name].float()).cpu()
                 if name not in found:
                     found[name] = means.new_empty(len(texts), *means.shape[1:])
                 found[name][list(batch.rows)] = means
@@ -128,7 +128,11 @@ def token_activations(
     batch = pad([ids], pad_id_of(model)).to(model.cfg.device)
     with quick(model), whereabouts(batch.mask):
         _, cache = model.run_with_cache(
-            batch.tokens, attention_mask=batch.mask, names_filter=list(hook_names), return_type=None
+            batch.tokens,
+            attention_mask=batch.mask,
+            names_filter=list(hook_names),
+            stop_at_layer=_stop(model, hook_names),
+            return_type=None,
         )
     words = [tokenizer_of(model).decode([token]) for token in ids]
     return words, {name: cache[name][0].float().cpu() for name in hook_names}

@@ -14,6 +14,7 @@ from rt_lens.shipped import behaviours
 
 if TYPE_CHECKING:
     from rt_lens.prompts import ContrastPairs
+    from rt_lens.vectors import SteeringVectors
 
 app = typer.Typer(
     name="rt-lens",
@@ -104,9 +105,9 @@ def vectors(
 
     found = import_vectors(file)
     if layers is not None:
-        found = found.select(_layers(layers))
+        found = found.select(_layers(layers), _kind_of(found))
     for key, value in found.provenance.to_json().items():
-        typer.echo(f"{key:>15}: {value}")
+        typer.echo(f"{key:>15}: {value!r}")  # a stranger's file may hold what a terminal obeys
     for name, vector in found.vectors.items():
         typer.echo(f"{name:>32}: shape {tuple(vector.shape)}, norm {float(vector.norm()):.3g}")
     if gguf is not None:
@@ -141,7 +142,7 @@ def sweep(
     loaded = load_model(experiment.model)
     found = sweep_layers(
         loaded, directions, held_out.topics[:n_prompts], layers=chosen, multipliers=doses,
-        metric=Answers(experiment.scorer, max_new_tokens), path=out,
+        metric=Answers(experiment.scorer, max_new_tokens), hook=_kind_of(directions), path=out,
     )  # fmt: skip
     table = found.summary()
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
@@ -167,6 +168,12 @@ def _parts(behaviour: str) -> tuple[str, ContrastPairs, ContrastPairs]:
     pairs = load_pairs(behaviour)
     train, validation, _ = pairs.split(0.4, 0.2)
     return pairs.name, train, validation
+
+
+def _kind_of(found: SteeringVectors) -> str:
+    """The kind of hook point of a file's vectors."""
+    kinds = {name.split(".", 2)[-1] for name in found.hook_names}
+    return kinds.pop() if len(kinds) == 1 else "resid_post"
 
 
 def _layers(text: str) -> list[int]:
@@ -210,7 +217,7 @@ def steer(
     from rt_lens.steering import add
 
     directions = import_vectors(file)
-    hooks = add(directions, [layer], multiplier)
+    hooks = add(directions, [layer], multiplier, hook=_kind_of(directions))
     loaded = load_model(model or DEFAULT_MODEL)
     directions.check_fits(loaded)
     typer.echo(f"untuned:\n{generate(loaded, [prompt], max_new_tokens=max_new_tokens)[0]}\n")

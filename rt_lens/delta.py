@@ -24,7 +24,7 @@ class WeightDelta:
     Attributes:
         changes: parameter name -> difference, of the parameter's shape.
         model: name of the model it belongs to.
-        config: the TuneConfig as a dictionary.
+        config: how it was made: the TuneConfig as a dictionary, or what was baked.
         history: rows of step, split, total, token, cosine, kl.
 
     Example:

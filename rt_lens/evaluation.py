@@ -191,8 +191,9 @@ def correct_only(
     name, score = make_scorer(scorer)
     texts = pairs.texts(model)
     answers = generate(
-        model, texts.positive + texts.negative, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
-    )
+        model, texts.positive + texts.negative, chat=False, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        progress=progress,
+    )  # fmt: skip
     scores = [float(score(answer)) for answer in answers]
     positive, negative = scores[: len(pairs)], scores[len(pairs) :]
     correct = [high > threshold > low for high, low in zip(positive, negative, strict=True)]
@@ -286,7 +287,7 @@ def text_fit(
         where[:, -1] = False  # left padding: the last column is the last token of every row
         following = torch.roll(batch.tokens, -1, 1)[where]
         losses, divergences, done = [], [], 0
-        for logits in _told(batch, logits_where(model, batch.tokens, batch.mask, where)):
+        for logits in _told(batch, len(texts), logits_where(model, batch.tokens, batch.mask, where)):
             log_probabilities = torch.log_softmax(logits.float(), -1)
             wanted = following[done : done + len(logits), None]
             losses.append(-log_probabilities.gather(1, wanted)[:, 0])
@@ -305,9 +306,9 @@ def text_fit(
     return TextFit(nll, kl if reference is not None else None, sizes, checksum, seed, torch.cat(kept) if keep else None)
 
 
-def _told(batch: TokenBatch, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+def _told(batch: TokenBatch, n_rows: int, parts: Iterator[Tensor]) -> Iterator[Tensor]:
     """The same parts, with hooks told which tokens are run while the first of them is made."""
-    with whereabouts(batch.mask, rows=batch.rows):
+    with whereabouts(batch.mask, rows=batch.rows, n_rows=n_rows):
         first = next(parts)
     return itertools.chain([first], parts)
 

@@ -90,6 +90,7 @@ def generate(
     model: Any,
     prompts: Sequence[str],
     *,
+    chat: bool = True,
     max_new_tokens: int = 40,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -110,6 +111,7 @@ def generate(
         model: HookedTransformer or TransformerBridge.
         prompts: user messages, put through the chat template; texts that begin with a special token are taken as they
             are.
+        chat: False takes all of them as they are.
         max_new_tokens: at most so many tokens each; a row ends at the tokenizer's end-of-text.
         temperature: 0 for the most likely token, else softmax temperature.
         top_k: only so many of the most likely tokens; 0 for all.
@@ -140,7 +142,7 @@ def generate(
             raise ValueError("trace: vectors at hook_z are each head's own. Use vectors of hook='attn_out', say.")
     sampling = Sampling(temperature, top_k, top_p, seed)
     tokenizer = tokenizer_of(model)
-    encoded = [encode(model, text) for text in as_chat(model, prompts)]
+    encoded = [encode(model, text) for text in (as_chat(model, prompts) if chat else prompts)]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i])) if len(encoded) > batch_size else None
     rows_left = order or list(range(len(encoded)))
     answers = [""] * len(encoded)
@@ -148,8 +150,8 @@ def generate(
         for start in range(0, len(rows_left), batch_size):
             rows = rows_left[start : start + batch_size]
             new = generate_tokens(
-                model, [encoded[i] for i in rows], max_new_tokens, sampling, rows=rows, use_cache=use_cache,
-                trace=trace, on_token=on_token,
+                model, [encoded[i] for i in rows], max_new_tokens, sampling, rows=rows, n_rows=len(encoded),
+                use_cache=use_cache, trace=trace, on_token=on_token,
             )  # fmt: skip
             for row, ids in zip(rows, new, strict=True):
                 answers[row] = tokenizer.decode(ids, skip_special_tokens=True)
@@ -202,6 +204,7 @@ def generate_tokens(
     sampling: Sampling | None = None,
     *,
     rows: Sequence[int] | None = None,
+    n_rows: int | None = None,
     use_cache: bool = True,
     trace: SteeringVectors | None = None,
     on_token: Callable[[NewToken], None] | None = None,
@@ -214,11 +217,12 @@ def generate_tokens(
         max_new_tokens: at most so many new tokens a row.
         sampling: greedy for None.
         rows: number of each row in the caller's list; its place in the batch by default.
+        n_rows: length of that list; of the batch by default.
         use_cache: False runs the whole text again for each token.
         trace: vectors on which each new token is projected, for `on_token`.
         on_token: called with each new token.
     """
-    run = _Run(model, encoded, max_new_tokens, use_cache, tuple(rows) if rows is not None else None)
+    run = _Run(model, encoded, max_new_tokens, use_cache, tuple(rows) if rows is not None else None, n_rows)
     ends = _end_ids(model)
     columns: list[Int[Tensor, "batch"]] = []
     tell = None if on_token is None else _Teller(model, run.rows, ends, on_token, trace)
@@ -243,8 +247,9 @@ class _Run:
     """One batch on its way: the tokens so far, their mask, and the step that makes the next logits."""
 
     def __init__(
-        self, model: Any, encoded: Sequence[Sequence[int]], n: int, use_cache: bool, rows: tuple[int, ...] | None
-    ) -> None:
+        self, model: Any, encoded: Sequence[Sequence[int]], n: int, use_cache: bool,
+        rows: tuple[int, ...] | None = None, n_rows: int | None = None,
+    ) -> None:  # fmt: skip
         longest = max(len(ids) for ids in encoded)
         if longest + n > model.cfg.n_ctx:
             raise ValueError(
@@ -253,6 +258,7 @@ class _Run:
             )
         self.model, self.n = model, n
         self.rows = rows if rows is not None else tuple(range(len(encoded)))
+        self.n_rows = n_rows if n_rows is not None else len(encoded)
         shared = _shared_beginning(model, encoded) if use_cache else 0
         batch = pad([ids[shared:] for ids in encoded], pad_id_of(model)).to(model.cfg.device)
         self.first = batch
@@ -277,7 +283,9 @@ class _Run:
             batch = TokenBatch(tokens, torch.ones_like(tokens), self.rows)
             self.mask = torch.cat([self.mask, batch.mask], dim=1)
         new = batch.tokens.shape[1] if self.use_cache else None
-        with whereabouts(self.mask, new=new, lengths=self.lengths, rows=self.rows, memory=self.memory):
+        with whereabouts(
+            self.mask, new=new, lengths=self.lengths, rows=self.rows, n_rows=self.n_rows, memory=self.memory
+        ):
             return self._forward(batch.tokens, batch.mask, self.mask)
 
     def columns(self, sampling: Sampling, ends: Int[Tensor, "n"]) -> Iterator[Int[Tensor, "batch"]]:

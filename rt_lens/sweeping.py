@@ -80,7 +80,7 @@ class LogitDifference:
         for batch in batches(model, as_chat(model, prompts), self.batch_size):
             last = torch.zeros_like(batch.mask, dtype=torch.bool)
             last[:, -1] = True
-            with whereabouts(batch.mask, rows=batch.rows):
+            with whereabouts(batch.mask, rows=batch.rows, n_rows=len(prompts)):
                 logits = torch.cat(list(logits_where(model, batch.tokens, batch.mask, last)))
             for row, difference in zip(batch.rows, (logits[:, first] - logits[:, second]).tolist(), strict=True):
                 found[row] = difference
@@ -203,7 +203,7 @@ def sweep(
         multipliers: in units of the vectors' own lengths.
         metric: name of a scorer for greedy answers, or a function from model and prompts to a number for each
             (`Answers`, `LogitDifference`, your own; it must keep the prompts' order, as rt_lens's functions do).
-        steer: `add`, `add_preserving_norm`, or another function of vectors, layers, multiplier and `hook`.
+        steer: `add`, `add_preserving_norm`, or another function with the keywords layers, multiplier and hook.
         hook: kind of hook point.
         path: JSON file to keep finished layers in; a sweep of the same settings goes on from there.
         seed: of the bootstrap intervals.
@@ -225,11 +225,10 @@ def sweep(
     if not doses or not np.isfinite(doses).all():
         raise ValueError(f"multipliers: {list(multipliers)} came; finite numbers, at least one, are wanted.")
     measure = metric if callable(metric) else Answers(metric)
-    chosen = [layer_of(name) for name in vectors.at_layers(layers, hook)]
+    chosen = list(dict.fromkeys(layer_of(name) for name in vectors.at_layers(layers, hook)))
     vectors.select(chosen, hook).check_fits(model)
     bound = partial(steer, hook=hook)
-    settings = _settings(model, vectors, prompts, doses, measure, bound)
-    done = _Done(None if path is None else Path(path), settings)
+    done = _Done() if path is None else _Kept(Path(path), _settings(model, vectors, prompts, doses, measure, bound))
     with tqdm(chosen, desc="sweep", unit="layer", disable=not progress) as bar:
         for layer in bar:
             if done.has(layer):
@@ -262,7 +261,7 @@ def _one_layer(
     by_row: Float[Tensor, "row"] = torch.tensor(steps).repeat_interleave(len(prompts))
     scores: list[float] = []
     if steps:
-        with steered(model, steer(vectors, [layer], by_row)):
+        with steered(model, steer(vectors, layers=[layer], multiplier=by_row)):
             scores = _measured(measure, model, list(prompts) * len(steps))
     parts = [scores[i : i + len(prompts)] for i in range(0, len(scores), len(prompts))]
     if baseline is not None:
@@ -288,12 +287,24 @@ def _settings(
         "schema": 1,
         "kind": "sweep",
         "model": model_name(model),
+        "fingerprint": _fingerprint(model),
         "vectors": {**asdict(vectors.provenance), "sha256": content.hexdigest()},
         "prompts_sha256": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "multipliers": list(doses),
         "metric": _described(measure),
         "steer": _described(steer),
     }
+
+
+@torch.no_grad()
+def _fingerprint(model: Any) -> list[float]:
+    """Some logits after a fixed text, under whatever the model carries: other weights or hooks give others."""
+    (batch,) = batches(model, ["The weather in the hills was"], 1)
+    last = torch.zeros_like(batch.mask, dtype=torch.bool)
+    last[:, -1] = True
+    with whereabouts(batch.mask):
+        (logits,) = logits_where(model, batch.tokens, batch.mask, last)
+    return logits[0, :: max(1, logits.shape[1] // 16)].float().tolist()
 
 
 def _described(value: Any) -> Any:
@@ -304,7 +315,13 @@ def _described(value: Any) -> Any:
     if isinstance(value, partial):
         return {"kind": "partial", "of": _described([value.func, value.args, value.keywords])}
     if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        if "<" in name:  # a lambda, or made in a function: two of them have one name
+            raise ValueError(
+                f"path: {name} could not be told from others when the sweep goes on. Use a function of a module, or a "
+                "dataclass with __call__, or leave path out."
+            )
+        return name
     if isinstance(value, Mapping):
         return {str(key): _described(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -319,30 +336,44 @@ def _metric_name(measure: Any) -> str:
 
 
 class _Done:
-    """Finished layers, in memory and, where there is a path, on disk after each."""
+    """Finished layers, in memory."""
 
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, json.loads(json.dumps(settings))
+    def __init__(self) -> None:
         self.baseline: list[float] | None = None
         self.layers: dict[str, list[list[float]]] = {}
-        if path is None or not path.exists():
-            return
-        try:
-            stored = json.loads(path.read_text())
-            theirs, self.baseline, self.layers = dict(stored["settings"]), stored["baseline"], dict(stored["layers"])
-        except (KeyError, TypeError, ValueError):  # no JSON, no text, or JSON of something else
-            raise ValueError(f"path: {path} is no file of a sweep. Give another name, or remove it.") from None
-        differing = [key for key in self.settings if theirs.get(key) != self.settings[key]]
-        if differing:
-            raise ValueError(
-                f"path: {path} holds a sweep with other {', '.join(differing)}. Give another name, or remove it."
-            )
 
     def has(self, layer: int) -> bool:
         return str(layer) in self.layers
 
     def keep(self, layer: int, scores: list[list[float]]) -> None:
         self.layers[str(layer)] = scores
-        if self.path is not None:
-            content = {"settings": self.settings, "baseline": self.baseline, "layers": self.layers}
-            write_atomically(self.path, json.dumps(content).encode())
+
+
+class _Kept(_Done):
+    """Finished layers on disk too, written after each."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        if not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text())
+            theirs, self.baseline, self.layers = dict(stored["settings"]), stored["baseline"], dict(stored["layers"])
+            same_model = np.allclose(theirs.pop("fingerprint"), settings["fingerprint"], rtol=0, atol=0.01)
+        except (KeyError, TypeError, ValueError):  # no JSON, no text, or JSON of something else
+            raise ValueError(f"path: {path} is no file of a sweep. Give another name, or remove it.") from None
+        differing = [
+            name for name, value in self.settings.items() if name != "fingerprint" and theirs.get(name) != value
+        ]
+        if not same_model:
+            differing.append("weights, hooks or precision of the model")
+        if differing:
+            raise ValueError(
+                f"path: {path} holds a sweep with other {', '.join(differing)}. Give another name, or remove it."
+            )
+
+    def keep(self, layer: int, scores: list[list[float]]) -> None:
+        super().keep(layer, scores)
+        content = {"settings": self.settings, "baseline": self.baseline, "layers": self.layers}
+        write_atomically(self.path, json.dumps(content).encode())

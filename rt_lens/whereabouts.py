@@ -25,12 +25,14 @@ class Whereabouts:
         places: Int[Tensor, "batch pos"], number of each token in its row, padding not counted; -1 for padding.
         lengths: Int[Tensor, "batch"], tokens of each row's prompt; tokens from there on were generated.
         rows: numbers of these rows in the caller's list; None if unknown.
+        n_rows: length of that list; None if unknown.
         memory: what hooks keep from one pass of a run to the next.
     """
 
     places: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, "batch"]
     rows: tuple[int, ...] | None
+    n_rows: int | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
@@ -55,6 +57,7 @@ def whereabouts(
     new: int | None = None,
     lengths: Int[Tensor, "batch"] | None = None,
     rows: Sequence[int] | None = None,
+    n_rows: int | None = None,
     memory: dict[Any, Any] | None = None,
 ) -> Iterator[Whereabouts]:
     """Says, for the time of a block, which tokens a forward pass runs.
@@ -64,6 +67,7 @@ def whereabouts(
         new: how many of its last columns this pass runs (1 for a step with a key-value cache); all for None.
         lengths: tokens of each row's prompt; all real ones for None.
         rows: numbers of these rows in the caller's list, for multipliers by row.
+        n_rows: length of that list.
         memory: the same dictionary in each pass of one run.
 
     Example:
@@ -76,6 +80,7 @@ def whereabouts(
         places if new is None else places[:, -new:],
         mask.sum(1) if lengths is None else lengths,
         None if rows is None else tuple(rows),
+        n_rows,
         {} if memory is None else memory,
     )
     token = _NOW.set(here)

@@ -258,8 +258,21 @@ def test_small_talk_is_told_from_arithmetic_on_prompts_that_were_not_fitted(smal
 
 
 def test_two_kinds_of_prompt_that_do_not_differ_are_not_told_apart(model, topics):
-    found = fit_condition(model, holds=topics[0][:12], fails=topics[0][12:], layer=12)
-    assert found.misses.mean + found.false_alarms.mean > 0.5
+    fits = [fit_condition(model, holds=topics[0][:12], fails=topics[0][12:], layer=12, seed=seed) for seed in range(4)]
+    assert sum(found.misses.mean + found.false_alarms.mean for found in fits) / 4 > 0.5
+
+
+def test_a_prompt_given_twice_counts_once(model, topics):
+    once, twice = (fit_condition(model, topics[0][:8] * n, SUMS[:8] * n, layer=10) for n in (1, 2))
+    assert once.misses == twice.misses and once.misses.n == 4
+    assert torch.equal(once.direction, twice.direction)
+
+
+def test_by_token_the_rates_are_of_tokens(model, topics):
+    found = fit_condition(model, topics[0][:8], SUMS[:8], layer=10, by="token")
+    assert found.misses.n == found.false_alarms.n == 4
+    # Both kinds begin with the template's own tokens, which no threshold can tell apart.
+    assert found.misses.mean + found.false_alarms.mean > 0.2
 
 
 def test_a_fit_is_repeated_by_its_seed_and_may_use_vectors(model, topics, pairs, provenance):
@@ -324,8 +337,8 @@ def test_mood_moves_in_small_talk_and_arithmetic_in_the_same_batch_stays_token_f
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"holds": TEXTS[:3]}, r"holds: 3 prompts came; at least 4 are wanted"),
-        ({"fails": []}, r"fails: 0 prompts came; at least 4"),
+        ({"holds": TEXTS[:3]}, r"holds: 3 different prompts came; at least 4 are wanted"),
+        ({"fails": []}, r"fails: 0 different prompts came; at least 4"),
         ({"holds": "How was your day?"}, r"holds: one string came; at least 4"),
         ({"by": "row"}, r"by: 'row' and position 'last' came"),
         ({"position": "first"}, r"by: 'example' and position 'first' came"),
@@ -349,3 +362,15 @@ def test_a_fit_on_vectors_of_another_model_or_block_is_refused(tiny, tiny_vector
     zero = SteeringVectors({POST: torch.zeros(32)}, provenance)
     with pytest.raises(ValueError, match=r"zero"):
         fit_condition(tiny, TEXTS, SUMS[:4], layer=1, vectors=zero)
+
+
+def test_a_verdict_is_not_kept_for_a_pass_that_does_not_read(tiny, tiny_vectors, direction):
+    hooks = conditional(add(tiny_vectors, [0, 1], 3.0), Condition(PRE, direction, -1e6))
+    tokens = torch.tensor([[5, 6, 7]])
+    with tiny.hooks(fwd_hooks=hooks):
+        tiny(tokens)
+    with (
+        pytest.raises(ValueError, match="was not read in this forward pass"),
+        tiny.hooks(fwd_hooks=hooks[1:]),
+    ):
+        tiny(tokens)

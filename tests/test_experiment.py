@@ -136,7 +136,7 @@ def test_same_seed_same_results(run, tmp_path):
 
 def test_extract_steer_and_tune_by_command(run, tmp_path):
     file = tmp_path / "v.safetensors"
-    said = command("extract", str(run.parent / "sweetness.toml"), "--out", str(file), "--n-pairs", "3")
+    said = command("extract", str(run.parent / "sweetness.toml"), "--out", str(file), "--n-pairs", "4")
     assert f"saved {file}" in said
     assert "steered (layer 18" in command("steer", str(file), "Hello.", "--layer", "18", "--max-new-tokens", "4")
     out = tmp_path / "d.safetensors"
@@ -165,6 +165,21 @@ def test_bad_input_is_one_line_and_code_2(arguments, says, monkeypatch):
     said = command(*arguments, code=2)
     assert says in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_vectors_go_from_extraction_through_a_sweep_to_another_tool(tmp_path):
+    file, page, gguf = (str(tmp_path / name) for name in ("v.safetensors", "v.html", "v.gguf"))
+    said = command("extract", "mood", "--n-pairs", "4", "--hook", "attn_out", "--out", file, "--figure", page)
+    assert "rt-lens steer" in said and "n = " in said
+    assert "Are the vectors to be trusted?" in Path(page).read_text()
+    swept = command(
+        "sweep", "mood", file, "--layers", "20", "--multipliers=-2,0,2", "--n-prompts", "2", "--max-new-tokens", "3",
+        "--out", str(tmp_path / "s.json"), "--figure", page,
+    )  # fmt: skip
+    assert "Layer 20: Spearman" in swept and "Steering by layer and multiplier" in Path(page).read_text()
+    assert "blocks.20.hook_attn_out: shape (576,)" in command("vectors", file, "--layers", "18,20-21")
+    said = command("vectors", file, "--gguf", gguf, code=2)
+    assert "at hook_resid_post" in said and not Path(gguf).exists()
 
 
 @pytest.mark.parametrize("name", ["run", "extract", "vectors", "sweep", "steer", "tune", "models"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rt_lens as rtl
+from rt_lens.activations import read_activations, token_activations
 from rt_lens.extraction import logit_lens, separability, token_projections
 from rt_lens.methods import METHODS
 from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
@@ -385,7 +386,7 @@ def test_without_refuses_to_leave_nothing_and_to_miss_a_hook_point(tiny, ragged)
         vectors.without(2 * vectors)
     with pytest.raises(ValueError, match="nuisances: there is none"):
         vectors.without()
-    with pytest.raises((KeyError, ValueError), match=r"none for 'blocks\.0\.hook_resid_post'"):
+    with pytest.raises(ValueError, match=r"nuisances: ragged has no vector at blocks\.0\.hook_resid_post"):
         vectors.without(vectors.select([1]))
 
 
@@ -593,3 +594,20 @@ def test_an_exception_while_reading_leaves_no_hook(tiny, ragged, hooks_on):
 def test_bad_arguments_are_named(tiny, pairs, arguments, says):
     with pytest.raises(ValueError, match=says):
         rtl.extract_vectors(tiny, pairs.sample(1), **arguments)
+
+
+def test_random_heads_have_directions_of_their_own(tiny, pairs):
+    vectors = rtl.extract_vectors(tiny, pairs.sample(2), method="random", hook="z", layers=[1])
+    heads = vectors["blocks.1.attn.hook_z"]
+    cosines = torch.cosine_similarity(heads[:, None], heads[None], dim=-1)
+    assert (cosines - torch.eye(len(heads))).abs().max() < 0.99
+
+
+def test_a_mean_over_many_tokens_is_taken_in_float32(make_tiny, pairs):
+    model = make_tiny(dtype=torch.bfloat16)
+    text = "rain " * 100
+    read = read_activations(model, [text], ["blocks.0.hook_resid_post"], [[list(range(100))]])[
+        "blocks.0.hook_resid_post"
+    ]
+    _, each = token_activations(model, text, ["blocks.0.hook_resid_post"])
+    torch.testing.assert_close(read[0, 0], each["blocks.0.hook_resid_post"][:100].mean(0), atol=1e-5, rtol=1e-5)

@@ -591,3 +591,10 @@ def test_more_prompts_than_multipliers_are_refused(tiny, tiny_vectors):
         tiny.hooks(fwd_hooks=add(tiny_vectors, [1], torch.ones(2))),
     ):
         generate(tiny, PROMPTS, batch_size=2)
+
+
+def test_texts_can_be_taken_as_they_are(tiny, monkeypatch):
+    plain = generate(tiny, PROMPTS, chat=False, max_new_tokens=4)
+    assert plain != generate(tiny, PROMPTS, max_new_tokens=4)
+    ids = generate_tokens(tiny, [encode(tiny, prompt) for prompt in PROMPTS], 4)
+    assert plain == [tiny.tokenizer.decode(row, skip_special_tokens=True) for row in ids]

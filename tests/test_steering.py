@@ -331,3 +331,23 @@ def test_empty_lists_of_positions_and_heads_are_refused(tiny_vectors):
         add(tiny_vectors, [0], positions=[])
     with pytest.raises(ValueError, match=r"heads: the list is empty"):
         add(tiny_vectors, [0], heads=[])
+
+
+def test_part_of_a_component_is_removed_or_set_by_row(tiny, tiny_vectors):
+    tokens, name = torch.tensor([encode(tiny, TEXT)] * 2), POST[1]
+    unit = tiny_vectors[name] / tiny_vectors[name].norm()
+    before = tiny.run_with_cache(tokens)[1][name] @ unit
+    shares = torch.tensor([0.25, 1.0])
+    for hooks, goal in (
+        (ablate(tiny_vectors, [1], multiplier=shares), 0.0),
+        (clamp(tiny_vectors, [1], 3.0, multiplier=shares), 3.0),
+    ):
+        with tiny.hooks(fwd_hooks=hooks):
+            after = tiny.run_with_cache(tokens)[1][name] @ unit
+        torch.testing.assert_close(after, before + shares[:, None] * (goal - before), atol=1e-4, rtol=1e-4)
+        assert (after - before).abs().min() > 1e-3
+
+
+def test_floats_as_positions_are_refused(tiny_vectors, as_a_user):
+    with pytest.raises(ValueError, match=r"positions: \[1\.5\] came"):
+        add(tiny_vectors, [0], positions=[1.5])

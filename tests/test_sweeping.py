@@ -378,3 +378,46 @@ def test_mood_steering_moves_the_odds_of_a_happy_word_with_the_dose(model, pairs
     assert found.spearman.mean == pytest.approx(1)
     assert found.slope.low > 0
     assert found.wrong_way.mean == 0
+
+
+def test_a_metric_that_asks_prompt_by_prompt_is_refused_and_not_misread(tiny, tiny_vectors):
+    def one_by_one(model, prompts):
+        return [rtl.Answers(len, max_new_tokens=2)(model, [prompt])[0] for prompt in prompts]
+
+    with pytest.raises(ValueError, match=r"multiplier: 4 numbers came for 1 rows"):
+        rtl.sweep(tiny, tiny_vectors, ["Rain?", "Snow?"], multipliers=[-1, 1], metric=one_by_one, progress=False)
+
+
+def test_another_models_sweep_is_not_gone_on_with(tmp_path, tiny, tiny_vectors):
+    swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
+    with (
+        tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], 3.0)),
+        pytest.raises(ValueError, match=r"holds a sweep with other weights, hooks or precision of the model"),
+    ):
+        swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
+
+
+def test_a_lambda_cannot_be_kept(tmp_path, tiny, tiny_vectors):
+    with pytest.raises(ValueError, match=r"path: .*<lambda> could not be told from others"):
+        swept(tiny, tiny_vectors, lambda model, prompts: [0.0] * len(prompts), path=tmp_path / "s.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_with_vectors_at_several_points_is_swept_once(tiny, tiny_vectors):
+    everywhere = tiny_vectors.everywhere(tiny, 1)
+    found = rtl.sweep(
+        tiny, everywhere, ["Rain?", "Snow?"], hook="any", steer=rtl.ablate, multipliers=[0, 0.5, 1],
+        metric=rtl.Answers(len, max_new_tokens=2), progress=False,
+    )  # fmt: skip
+    assert set(found.summary()["n"]) == {2}
+    assert len(found.table) == 2 * 2 * 3
+
+
+def test_the_dose_response_of_mood_at_the_recommended_layer(model, pairs):
+    train, validation, _ = pairs.split(0.4, 0.2, seed=0)
+    found = rtl.trust(model, train.sample(48), validation, layers=range(17, 25), splits=5)
+    assert found.best is not None
+    along_doses = rtl.sweep(model, found.vectors, validation.topics[:16], layers=[found.best], progress=False)
+    answer = along_doses.dose_response(found.best)
+    assert answer.spearman.mean >= 0.9
+    assert answer.wrong_way.mean <= 0.25

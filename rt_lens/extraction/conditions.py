@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rt_lens.activations import read_activations
+from rt_lens.activations import read_activations, token_activations
 from rt_lens.forward import check_layers
 from rt_lens.generation import as_chat
-from rt_lens.methods import mean_diff
 from rt_lens.positions import numbers_in, position_of, rows_of
-from rt_lens.statistics import Interval, share_interval
+from rt_lens.statistics import Interval, mean_interval, share_interval
 from rt_lens.steering import Condition
 from rt_lens.steering.conditions import check_condition
 from rt_lens.vectors import SteeringVectors, hook_names
@@ -27,8 +27,9 @@ class FittedCondition(Condition):
     """A condition with how often it errs on prompts that it was not fitted on.
 
     Attributes:
-        misses: share of the prompts where it should hold and does not, with its Wilson 95 % interval.
-        false_alarms: share of the prompts where it holds and should not.
+        misses: share of the prompts where it should hold and does not, with its Wilson 95 % interval; by token, the
+            mean share of such tokens, with a bootstrap interval over prompts.
+        false_alarms: share of the prompts, or tokens, where it holds and should not.
         seed: of the split into fitted and held-out prompts.
     """
 
@@ -60,22 +61,19 @@ def fit_condition(
         fails: prompts where it should not.
         layer: block at which it is read.
         hook: kind of hook point.
-        by: `example` decides once for each prompt, `token` for each token, with the same threshold.
-        position: what of a prompt is read: its `last` token or the `mean` of its tokens.
+        by: `example` decides once for each prompt, `token` for each token.
+        position: what of a prompt `example` reads: its `last` token or the `mean` of its tokens.
         vectors: directions to use; the mean difference of the two kinds of prompt for None.
         seed: of the split.
 
     Raises:
-        ValueError: if a kind has fewer than four prompts, or the direction is zero.
+        ValueError: if a kind has fewer than four different prompts, or the two are the same.
 
     Example:
         >>> small_talk = fit_condition(model, holds=chats, fails=sums, layer=10)
         >>> print(small_talk.misses, small_talk.false_alarms)
     """
-    for argument, prompts in (("holds", holds), ("fails", fails)):
-        if isinstance(prompts, str) or len(prompts) < 4:
-            came = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-            raise ValueError(f"{argument}: {came} came; at least 4 are wanted, to fit on a half and test on the other.")
+    holds, fails = (_distinct(argument, prompts) for argument, prompts in (("holds", holds), ("fails", fails)))
     check_condition(by, position)
     (name,) = hook_names(check_layers(model, [layer]), hook)
     if name.endswith(".hook_z"):
@@ -83,34 +81,54 @@ def fit_condition(
     if vectors is not None:
         vectors = vectors.select([layer], hook)
         vectors.check_fits(model)
-    yes, no = (_read(model, prompts, name, position) for prompts in (holds, fails))
-    (yes_fit, yes_held), (no_fit, no_held) = (_halves(h, seed) for h in (yes, no))
+    read = _all_tokens if by == "token" else partial(_read, position=position)
+    (yes_fit, yes_held), (no_fit, no_held) = (_halves(read(model, prompts, name), seed) for prompts in (holds, fails))
     if vectors is not None:
         direction = vectors[name]
     else:
-        n = min(len(yes_fit), len(no_fit))
-        direction = mean_diff(yes_fit[:n], no_fit[:n])
+        yes_mean, no_mean = (torch.stack([h.mean(0) for h in fit]).mean(0) for fit in (yes_fit, no_fit))
+        direction = yes_mean - no_mean
+        if direction.norm() <= 1e-5 * yes_mean.norm():
+            raise ValueError(f"holds: its prompts and those of fails are the same at {name}. Give prompts that differ.")
     unit = direction / direction.norm()
-    threshold = _threshold(yes_fit @ unit, no_fit @ unit)
-    missed, alarmed = int((yes_held @ unit < threshold).sum()), int((no_held @ unit >= threshold).sum())
+    threshold = _threshold(torch.cat(yes_fit) @ unit, torch.cat(no_fit) @ unit)
+    missed = [float((h @ unit < threshold).float().mean()) for h in yes_held]
+    alarmed = [float((h @ unit >= threshold).float().mean()) for h in no_held]
     return FittedCondition(
-        name, direction, threshold, by, position, misses=share_interval(missed, len(yes_held)),
-        false_alarms=share_interval(alarmed, len(no_held)), seed=seed,
+        name, direction, threshold, by, position, misses=_rate(missed, by, seed),
+        false_alarms=_rate(alarmed, by, seed), seed=seed,
     )  # fmt: skip
 
 
-def _read(model: Any, prompts: Sequence[str], name: str, position: str) -> Float[Tensor, "prompt d_model"]:
+def _distinct(argument: str, prompts: Sequence[str]) -> list[str]:
+    """Each prompt once: one that was fitted on says nothing when it is met again."""
+    distinct = list(dict.fromkeys([] if isinstance(prompts, str) else prompts))
+    if len(distinct) < 4:
+        came = "one string" if isinstance(prompts, str) else f"{len(distinct)} different prompts"
+        raise ValueError(f"{argument}: {came} came; at least 4 are wanted, to fit on a half and test on the other.")
+    return distinct
+
+
+def _rate(wrong: Sequence[float], by: str, seed: int) -> Interval:
+    """Over prompts: share of wrong verdicts, or mean share of wrong tokens."""
+    return mean_interval(wrong, seed) if by == "token" else share_interval(int(sum(wrong)), len(wrong))
+
+
+def _read(model: Any, prompts: Sequence[str], name: str, position: str) -> list[Float[Tensor, "1 d_model"]]:
     texts = as_chat(model, prompts)
     place = position_of(position)
     reads = [[numbers_in(row, place, f"prompt {i}")] for i, row in enumerate(rows_of(model, texts))]
-    return read_activations(model, texts, [name], reads)[name][:, 0]
+    return list(read_activations(model, texts, [name], reads)[name])
 
 
-def _halves(h: Float[Tensor, "prompt d"], seed: int) -> tuple[Tensor, Tensor]:
-    order = list(range(len(h)))
-    random.Random(seed).shuffle(order)
-    cut = (len(h) + 1) // 2
-    return h[order[:cut]], h[order[cut:]]
+def _all_tokens(model: Any, prompts: Sequence[str], name: str) -> list[Float[Tensor, "pos d_model"]]:
+    return [token_activations(model, text, [name])[1][name] for text in as_chat(model, prompts)]
+
+
+def _halves(items: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    shuffled = random.Random(seed).sample(list(items), len(items))
+    cut = (len(items) + 1) // 2
+    return shuffled[:cut], shuffled[cut:]
 
 
 def _threshold(yes: Float[Tensor, "holding"], no: Float[Tensor, "failing"]) -> float:

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from rt_lens.extraction.extract import Sides, _method, _provenance, read_sides, vectors_of
 from rt_lens.forward import check_layers
-from rt_lens.methods import Method
+from rt_lens.methods import Method, winsorise
 from rt_lens.positions import Position, position_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.statistics import share_interval
-from rt_lens.vectors import Provenance, SteeringVectors, hook_names, layer_of
+from rt_lens.vectors import SteeringVectors, hook_names, layer_of
 
 _RANDOM_DIRECTIONS = 200
 _RESAMPLES = 2000
@@ -35,9 +35,9 @@ class Trust:
         vectors: made from all training pairs.
         layers: columns layer, n (held-out pairs), accuracy, accuracy_low, accuracy_high (pairs whose positive side
             projects higher; Wilson), auc, auc_low, auc_high (bootstrap over pairs), stability, stability_low,
-            stability_high (cosine between vectors of two random halves; range over splits; 1 for `random`, which looks at
-            no pair), control_low, control_high
-            (range of the accuracy of random directions), signal (mean held-out margin over its standard deviation),
+            stability_high (cosine between vectors of two random halves of the topics; range over splits; NaN for
+            `random`, which looks at no pair), control_low, control_high (range of the accuracy of random directions),
+            signal (mean held-out margin over its standard deviation),
             control_signal (95 % of random directions stay below, whatever their sign), seed.
         learning: columns layer, n_pairs, accuracy, accuracy_low, accuracy_high, cosine, cosine_low, cosine_high (to
             the vector of all pairs), n (held-out pairs), seed: mean and range over random subsets, at one layer.
@@ -69,6 +69,7 @@ def trust(
     position: str | int | Position = "last",
     layers: Iterable[int] | None = None,
     hook: str = "resid_post",
+    winsorised: float = 0.0,
     others: Sequence[SteeringVectors] = (),
     splits: int = 20,
     batch_size: int = 32,
@@ -88,6 +89,7 @@ def trust(
         position: as for `extract_vectors`.
         layers: block indices; all for None.
         hook: kind of hook point of the residual stream, or of what is written into it.
+        winsorised: as for `extract_vectors`.
         others: vectors of other behaviours, to compare with.
         splits: random halves, and random subsets at each size of the learning curve.
         batch_size: texts per forward pass.
@@ -114,10 +116,11 @@ def trust(
     if sides.positive[names[0]].ndim > 2:
         raise ValueError(f"hook: {hook!r} has heads; `separability` gives their accuracy. Use hook='attn_out', say.")
     provenance = _provenance(model, train, sides, label, seed)
-    vectors = vectors_of(sides, find, provenance)
+    vectors = vectors_of(sides, find, provenance, winsorised)
+    parts = _by_topic(train)
     rows = []
     for name in tqdm(names, desc="trust", unit="layer", disable=not progress):
-        again = _Refit(sides, find, provenance, name)
+        again = _Refit(sides, find, winsorised, name, parts, label == "random")
         rows.append(
             {"layer": layer_of(name), **_evidence(vectors[name], unseen, name, seed), **_stability(again, splits, seed)}
         )
@@ -125,7 +128,9 @@ def trust(
     recommended, best, reason = recommend(table)
     middle = best if best is not None else int(table["layer"].iloc[int(table["signal"].argmax())])
     (at_best,) = hook_names([middle], hook)
-    learning = _learning(_Refit(sides, find, provenance, at_best), vectors[at_best], unseen, splits, seed)
+    learning = _learning(
+        _Refit(sides, find, winsorised, at_best, parts, label == "random"), vectors[at_best], unseen, splits, seed
+    )
     return Trust(
         vectors, table, learning, _between_layers(vectors), _between_behaviours(vectors, others), recommended, best,
         reason, seed,
@@ -171,22 +176,40 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
     return run, run[0], reason
 
 
+def _by_topic(pairs: ContrastPairs) -> list[list[int]]:
+    """Numbers of the pairs of each topic; each pair by itself where there are too few topics to share out."""
+    numbers: dict[str, list[int]] = {}
+    for number, pair in enumerate(pairs.pairs):
+        numbers.setdefault(pair.user, []).append(number)
+    return list(numbers.values()) if len(numbers) >= 4 else [[number] for number in range(len(pairs))]
+
+
 @dataclass(frozen=True)
 class _Refit:
     """One layer's vector from some of the training pairs."""
 
     sides: Sides
-    find: Callable[[str], Method]
-    provenance: Provenance
+    find: Callable[[str, int], Method]
+    winsorised: float
     name: str
+    topics: list[list[int]]
+    looks_at_none: bool
 
     @property
     def n(self) -> int:
         return len(self.sides.positive[self.name])
 
+    def shuffled(self, key: str) -> tuple[list[int], int]:
+        """The pairs, topic after topic in random order, and where a half of the topics ends."""
+        order = random.Random(key).sample(self.topics, len(self.topics))
+        half = sum(len(numbers) for numbers in order[: len(order) // 2])
+        return [number for numbers in order for number in numbers], half
+
     def __call__(self, chosen: Sequence[int]) -> Float[Tensor, "d_model"]:
         positive, negative = (side[self.name][list(chosen)] for side in (self.sides.positive, self.sides.negative))
-        return self.find(self.name)(positive, negative)
+        if self.winsorised:
+            positive = negative + winsorise(positive - negative, self.winsorised)
+        return self.find(self.name, 0)(positive, negative)
 
 
 def _evidence(vector: Float[Tensor, "d_model"], unseen: Sides, name: str, seed: int) -> dict[str, float]:
@@ -231,11 +254,13 @@ def _auc(positive: Float[Tensor, "pair"], negative: Float[Tensor, "pair"], seed:
 
 
 def _stability(again: _Refit, splits: int, seed: int) -> dict[str, float]:
-    """Cosine between the vectors of two halves of the pairs, over random splits."""
+    """Cosine between the vectors of two halves of the topics, over random splits."""
+    if again.looks_at_none:
+        return dict.fromkeys(("stability", "stability_low", "stability_high"), float("nan"))
     found = []
     for split in range(splits):
-        order = random.Random(f"{seed}-{split}").sample(range(again.n), again.n)
-        first, second = again(order[: again.n // 2]), again(order[again.n // 2 :])
+        order, half = again.shuffled(f"{seed}-{split}")
+        first, second = again(order[:half]), again(order[half:])
         found.append(float(torch.cosine_similarity(first, second, dim=0)))
     low, high = np.quantile(found, [0.025, 0.975])
     return {"stability": float(np.mean(found)), "stability_low": float(low), "stability_high": float(high)}
@@ -249,7 +274,7 @@ def _learning(again: _Refit, whole: Float[Tensor, "d_model"], unseen: Sides, spl
     for size in sizes:
         accuracies, cosines = [], []
         for draw in range(splits if size < again.n else 1):
-            vector = again(random.Random(f"{seed}-{size}-{draw}").sample(range(again.n), size))
+            vector = again(again.shuffled(f"{seed}-{size}-{draw}")[0][:size])
             accuracies.append(float((differences @ vector > 0).float().mean()))
             cosines.append(float(torch.cosine_similarity(vector, whole, dim=0)))
         row: dict[str, float] = {"layer": layer_of(again.name), "n_pairs": size, "n": len(differences), "seed": seed}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -176,7 +177,8 @@ def covariate_vectors(
     reads = [[numbers_in(row, place, f"text {i}")] for i, row in enumerate(rows_of(model, texts))]
     found = read_activations(model, texts, names, reads, batch_size=batch_size)
     y = torch.tensor(numbers, dtype=torch.float64)
-    moved = {hook_name: _by_head(lambda h: covariate_direction(h, y), h[:, 0]) for hook_name, h in found.items()}
+    slope = partial(covariate_direction, values=y)
+    moved = {hook_name: _by_head(lambda head: slope, h[:, 0]) for hook_name, h in found.items()}
     provenance = Provenance(
         model_name(model), name or ("length" if isinstance(values, str) else "covariate"), "covariate", place.words,
         "none", len(texts), "", 0, package_version(),
@@ -225,7 +227,7 @@ def _seen(row: Row, numbers: Sequence[int]) -> tuple[tuple[int, ...], list[int]]
 
 def vectors_of(
     sides: Sides,
-    find: Callable[[str], Method],
+    find: Callable[[str, int], Method],
     provenance: Provenance,
     winsorised: float = 0.0,
     unit: bool = False,
@@ -241,8 +243,8 @@ def vectors_of(
         negative = sides.negative[name]
         try:
             if winsorised:
-                positive = negative + _by_head(lambda h: winsorise(h, winsorised), positive - negative)
-            vectors[name] = _by_head(find(name), positive, negative)
+                positive = negative + _by_head(lambda head: partial(winsorise, share=winsorised), positive - negative)
+            vectors[name] = _by_head(partial(find, name), positive, negative)
             if provenance.method == "leace":
                 erasers[name] = Eraser(*_parts_by_head(positive, negative))
         except ValueError as error:
@@ -255,12 +257,12 @@ def vectors_of(
     return replace(found.unit(), erasers=erasers) if unit else found
 
 
-def _by_head(of: Callable[..., Tensor], *activations: Float[Tensor, "text *heads d"]) -> Tensor:
-    """A function of activations [text, d], at each head where there are heads; heads stay the last axis but one."""
+def _by_head(of: Callable[[int], Callable[..., Tensor]], *activations: Float[Tensor, "text *heads d"]) -> Tensor:
+    """A head's function of activations [text, d], at each where there are heads; heads stay the last axis but one."""
     if activations[0].ndim == 2:
-        return of(*activations)
+        return of(0)(*activations)
     heads = range(activations[0].shape[1])
-    return torch.stack([of(*(h[:, head] for h in activations)) for head in heads], dim=-2)
+    return torch.stack([of(head)(*(h[:, head] for h in activations)) for head in heads], dim=-2)
 
 
 def _parts_by_head(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,13 +273,13 @@ def _parts_by_head(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, 
     return left, right, centre
 
 
-def _method(method: str | Method, seed: int) -> tuple[Callable[[str], Method], str]:
-    """A function from hook name to method, and its name; `random` draws anew at each block."""
+def _method(method: str | Method, seed: int) -> tuple[Callable[[str, int], Method], str]:
+    """A function from hook name and head to method, and its name; `random` draws anew at each block and head."""
     if callable(method):
-        return (lambda name: method), getattr(method, "__name__", repr(method))
+        return (lambda name, head: method), getattr(method, "__name__", repr(method))
     if method not in METHODS:
         raise ValueError(f"method: {method!r} came; one of {', '.join(METHODS)}, or a function, is wanted.")
-    return (lambda name: METHODS[method](1000 * seed + layer_of(name))), method
+    return (lambda name, head: METHODS[method](1_000_000 * seed + 1000 * layer_of(name) + head)), method
 
 
 def _provenance(model: Any, pairs: ContrastPairs, sides: Sides, method: str, seed: int) -> Provenance:

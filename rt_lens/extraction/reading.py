@@ -56,7 +56,7 @@ def token_projections(model: Any, vectors: SteeringVectors, text: str) -> tuple[
     _refuse_heads(vectors)
     vectors.check_fits(model)
     tokens, found = token_activations(model, text, vectors.hook_names)
-    rows = [found[name] @ (vectors[name] / vectors[name].norm()) for name in vectors.hook_names]
+    rows = [found[name] @ unit for name, unit in vectors.unit().vectors.items()]
     return tokens, torch.stack(rows)
 
 
@@ -68,6 +68,7 @@ def logit_lens(model: Any, vectors: SteeringVectors, *, top: int = 8) -> pd.Data
         Columns layer, sign (`+v` or `-v`), tokens (list of strings, the strongest first).
     """
     _refuse_heads(vectors)
+    vectors.check_fits(model)
     tokenizer = tokenizer_of(model)
     rows = []
     for name in vectors.hook_names:

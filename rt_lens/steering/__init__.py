@@ -8,6 +8,7 @@ point edits act in the order of the list. Layers, heads, positions and schedules
 - `positions`: `all`; `prompt`; `generated`; `last` (the prompt's last token); a list of token numbers in the prompt,
   padding not counted, negative from its end; or a boolean mask of these numbers, by row or for all rows. A token keeps
   its number whether or not there is padding or a key-value cache.
+  `generated` begins with the first new token as it is read; that token itself was chosen at the prompt's last one.
 - `schedule`: number of a generated token (0 for the first) -> factor on the strength at that token; the prompt has 1.
 - `heads`: of `z`; all for None.
 """

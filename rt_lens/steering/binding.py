@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ def ablate(
     vectors: SteeringVectors | Sequence[SteeringVectors],
     layers: Iterable[int] | None = None,
     *,
+    multiplier: Multiplier = 1.0,
     hook: str = "resid_post",
     positions: Positions = "all",
     schedule: Schedule | None = None,
@@ -116,6 +118,7 @@ def ablate(
     Args:
         vectors: one set, or several whose span is removed together.
         layers: block indices; all that have a vector for None.
+        multiplier: share of the component that is removed, or one for each prompt.
         hook: kind of hook point; `any` for whatever the vectors have.
         positions: which tokens.
         schedule: factor by generated token.
@@ -131,7 +134,7 @@ def ablate(
     def operator(name: str, vector: Tensor) -> Operator:
         return Ablate(torch.stack([_nonzero(name, each[name]) for each in sets]))
 
-    return _Place(sets[0], layers, hook, positions, schedule, heads).edits(operator)
+    return _Place(sets[0], layers, hook, positions, schedule, heads).edits(operator, multiplier)
 
 
 def clamp(
@@ -139,6 +142,7 @@ def clamp(
     layers: Iterable[int] | None = None,
     value: float = 0.0,
     *,
+    multiplier: Multiplier = 1.0,
     hook: str = "resid_post",
     positions: Positions = "all",
     schedule: Schedule | None = None,
@@ -150,15 +154,16 @@ def clamp(
         vectors: the directions; their lengths do not matter.
         layers: block indices; all that have a vector for None.
         value: the projection wanted; 0 is an ablation.
+        multiplier: share of the way to the value, or one for each prompt.
         hook: kind of hook point.
         positions: which tokens.
         schedule: share of the way to the value, by generated token.
         heads: with hook="z".
     """
-    if not torch.isfinite(torch.tensor(value)):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"value: {value} came; a finite number is wanted.")
     place = _Place(vectors, layers, hook, positions, schedule, heads)
-    return place.edits(lambda name, vector: Clamp(_nonzero(name, vector), value))
+    return place.edits(lambda name, vector: Clamp(_nonzero(name, vector), value), multiplier)
 
 
 def scale(
@@ -193,18 +198,22 @@ def erase(
     vectors: SteeringVectors,
     layers: Iterable[int] | None = None,
     *,
+    multiplier: Multiplier = 1.0,
     hook: str = "resid_post",
     positions: Positions = "all",
     schedule: Schedule | None = None,
+    heads: Sequence[int] | None = None,
 ) -> list[FwdHook]:
     """Hooks that take out what a linear probe could read (least-squares concept erasure, Belrose et al. 2023).
 
     Args:
         vectors: extracted with method="leace", which fits the erasers.
         layers: block indices; all that have an eraser for None.
+        multiplier: share of what is taken out, or one for each prompt.
         hook: kind of hook point.
         positions: which tokens.
         schedule: factor by generated token.
+        heads: with hook="z".
 
     Raises:
         ValueError: if the vectors carry no erasers.
@@ -213,13 +222,13 @@ def erase(
         raise ValueError(
             f"vectors: made by {vectors.provenance.method}, they carry no erasers. Extract them with method='leace'."
         )
-    place = _Place(vectors, layers, hook, positions, schedule, None)
+    place = _Place(vectors, layers, hook, positions, schedule, heads)
 
     def operator(name: str, vector: Tensor) -> Operator:
         eraser = vectors.erasers[name]
         return Erase(eraser.left, eraser.right, eraser.centre)
 
-    return place.edits(operator)
+    return place.edits(operator, multiplier)
 
 
 def _nonzero(name: str, vector: Tensor) -> Tensor:

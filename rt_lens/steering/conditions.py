@@ -52,14 +52,17 @@ def check_condition(by: str, position: str) -> None:
 class Gate:
     """Reads a condition's projection in each forward pass, and tells the edits that it guards where it holds."""
 
-    def __init__(self, condition: Condition) -> None:
+    def __init__(self, condition: Condition, n_edits: int) -> None:
         self.condition = condition
+        self.n_edits = n_edits
         self._open: Tensor | None = None
+        self._waiting = 0  # edits that have yet to ask in this forward pass
 
     def __call__(self, activation: Float[Tensor, "batch pos d"], hook: Any) -> None:
         condition = self.condition
         unit = (condition.direction / condition.direction.norm()).to(activation)
-        scores = activation @ unit
+        scores = (activation @ unit).float()
+        self._waiting = self.n_edits
         here = said()
         if condition.by == "token":
             self._open = scores >= condition.threshold
@@ -90,7 +93,11 @@ class Gate:
                 f"condition: {self.condition.hook_name} was not read in this forward pass. Attach the whole list that "
                 "`conditional` gave, and start the pass below that hook point."
             )
-        return self._open
+        verdict = self._open
+        self._waiting -= 1
+        if self._waiting == 0:  # so that a later pass which does not read it finds nothing
+            self._open = None
+        return verdict
 
 
 def conditional(hooks: Sequence[FwdHook], condition: Condition) -> list[FwdHook]:
@@ -101,7 +108,8 @@ def conditional(hooks: Sequence[FwdHook], condition: Condition) -> list[FwdHook]
         condition: from `fit_condition`, or written by hand.
 
     Returns:
-        The condition's reader, then the guarded edits: attach the whole list.
+        The condition's reader, then the guarded edits: attach the whole list. What earlier lists did at the reader's
+        hook point, it sees.
 
     Raises:
         ValueError: if an edit acts before the condition is read, is guarded already, or is no rt_lens edit.
@@ -111,7 +119,7 @@ def conditional(hooks: Sequence[FwdHook], condition: Condition) -> list[FwdHook]
         >>> with model.hooks(fwd_hooks=conditional(add(vectors, [18], 2.0), small_talk)):
         ...     answers = generate(model, ["How was your day?", "What is 2 + 2?"])
     """
-    gate = Gate(condition)
+    gate = Gate(condition, len(hooks))
     guarded: list[FwdHook] = [(condition.hook_name, gate)]
     for name, edit in hooks:
         if not isinstance(edit, Edit) or edit.gate is not None:

@@ -116,14 +116,18 @@ class Edit:
 
 
 def _row_numbers(here: Whereabouts | None, batch: int, n: int) -> list[int] | None:
-    """Which of n rows of the caller's are in this batch; None if these cannot be they."""
+    """Which of n rows of the caller's are in this batch; None if the caller's are not n."""
     rows = range(batch) if here is None or here.rows is None else here.rows
-    fits = n == batch if here is None or here.rows is None else max(rows) < n
-    return list(rows) if fits else None
+    count = _row_count(here, batch)
+    more_may_follow = here is not None and here.rows is not None and here.n_rows is None
+    return list(rows) if n == count or (more_may_follow and n > count) else None
 
 
 def _row_count(here: Whereabouts | None, batch: int) -> int:
-    return batch if here is None or here.rows is None else max(here.rows) + 1
+    """How many rows the caller has, as far as is known."""
+    if here is None or here.rows is None:
+        return batch
+    return here.n_rows if here.n_rows is not None else max(here.rows) + 1
 
 
 def _chosen(positions: Positions, here: Whereabouts | None, batch: int, pos: int, device: Any) -> float | Tensor:
@@ -203,21 +207,22 @@ def check_positions(positions: Positions) -> None:
     Raises:
         ValueError: says what is wanted.
     """
-    names = ("all", "prompt", "generated", "last")
-    if isinstance(positions, str) and positions not in names:
-        near = get_close_matches(positions, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"positions: {positions!r} came; one of {', '.join(names)}, a list of numbers or a boolean mask is "
-            f"wanted.{hint}"
-        )
-    if isinstance(positions, Tensor):
+    if isinstance(positions, str):
+        names = ("all", "prompt", "generated", "last")
+        if positions not in names:
+            near = get_close_matches(positions, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"positions: {positions!r} came; one of {', '.join(names)}, a list of numbers or a boolean mask is "
+                f"wanted.{hint}"
+            )
+    elif isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.ndim not in (1, 2):
             raise ValueError(
                 f"positions: a tensor of {positions.dtype} and shape {tuple(positions.shape)} came; a boolean mask of "
                 "shape (pos,) or (rows, pos) is wanted."
             )
-    elif not isinstance(positions, Sequence) or not positions or any(isinstance(n, bool) for n in positions):
+    elif not isinstance(positions, Sequence) or not positions or any(type(number) is not int for number in positions):
         raise ValueError(
             f"positions: {positions!r} came; token numbers are wanted as a list, a mask as a boolean tensor: "
             "torch.tensor([True, False])."

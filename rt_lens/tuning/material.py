@@ -53,15 +53,15 @@ def write_targets(
 
 def write_neutral(model: Any, prompts: Sequence[str], config: TuneConfig) -> list[Target]:
     """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
-    answers = _answers(model, prompts, config, progress=False)
     asked = [chat_text(model, prompt) for prompt in prompts]
+    answers = _answers(model, asked, config, progress=False)
     return [Target(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.strip()]
 
 
-def _answers(model: Any, prompts: Sequence[str], config: TuneConfig, progress: bool) -> list[str]:
+def _answers(model: Any, texts: Sequence[str], config: TuneConfig, progress: bool) -> list[str]:
     return generate(
-        model, prompts, max_new_tokens=config.target_tokens, temperature=config.target_temperature, seed=config.seed,
-        progress=progress,
+        model, texts, chat=False, max_new_tokens=config.target_tokens, temperature=config.target_temperature,
+        seed=config.seed, progress=progress,
     )  # fmt: skip
 
 
