@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from rt_lens.extraction.extract import Sides, _method, _provenance, read_sides, vectors_of
+from rt_lens.extraction.extract import Sides, method_of, provenance_of, read_sides, vectors_of
 from rt_lens.forward import check_layers
 from rt_lens.methods import Method, winsorise
 from rt_lens.positions import Position, position_of
@@ -108,14 +108,14 @@ def trust(
         raise ValueError(f"train: {len(train)} pairs came; at least 4 are wanted, to compare two halves.")
     if splits < 2:
         raise ValueError(f"splits: {splits} came; at least 2 are wanted.")
-    find, label = _method(method, seed)
+    find, label = method_of(method, seed)
     names, place = hook_names(check_layers(model, layers), hook), position_of(position)
     one_each = held_out.sample(len(held_out.topics), seed)
     (sides,) = read_sides(model, train, names, [place], batch_size=batch_size, progress=progress)
     (unseen,) = read_sides(model, one_each, names, [place], batch_size=batch_size, progress=progress)
     if sides.positive[names[0]].ndim > 2:
         raise ValueError(f"hook: {hook!r} has heads; `separability` gives their accuracy. Use hook='attn_out', say.")
-    provenance = _provenance(model, train, sides, label, seed)
+    provenance = provenance_of(model, train, sides, label, seed)
     vectors = vectors_of(sides, find, provenance, winsorised)
     parts = _by_topic(train)
     rows = []

@@ -92,7 +92,7 @@ def extract_vectors(
     Example:
         >>> vectors = extract_vectors(model, load_pairs("mood").sample(128), method="logistic")
     """
-    find, label = _method(method, seed)
+    find, label = method_of(method, seed)
     if norm not in ("keep", "unit"):
         raise ValueError(f"norm: {norm!r} came; 'keep' or 'unit' is wanted.")
     if not 0 <= winsorised < 0.5:
@@ -102,7 +102,7 @@ def extract_vectors(
     (sides,) = read_sides(
         model, pairs, names, [place], batch_size=batch_size, padding=padding, progress=progress
     )  # fmt: skip
-    return vectors_of(sides, find, _provenance(model, pairs, sides, label, seed), winsorised, norm == "unit")
+    return vectors_of(sides, find, provenance_of(model, pairs, sides, label, seed), winsorised, norm == "unit")
 
 
 def extract_offsets(
@@ -127,14 +127,14 @@ def extract_offsets(
     Raises:
         ValueError: as `extract_vectors`; also if a text is shorter than `last`.
     """
-    find, label = _method(method, seed)
+    find, label = method_of(method, seed)
     if last < 1:
         raise ValueError(f"last: {last} came; a number of tokens of at least 1 is wanted.")
     names = hook_names(check_layers(model, layers), hook)
     places = [position_of(-number) for number in range(1, last + 1)]
     read = read_sides(model, pairs, names, places, batch_size=batch_size, progress=progress)
     return {
-        -number: vectors_of(sides, find, _provenance(model, pairs, sides, label, seed))
+        -number: vectors_of(sides, find, provenance_of(model, pairs, sides, label, seed))
         for number, sides in enumerate(read, start=1)
         if not sides.alike
     }
@@ -273,7 +273,7 @@ def _parts_by_head(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, 
     return left, right, centre
 
 
-def _method(method: str | Method, seed: int) -> tuple[Callable[[str, int], Method], str]:
+def method_of(method: str | Method, seed: int) -> tuple[Callable[[str, int], Method], str]:
     """A function from hook name and head to method, and its name; `random` draws anew at each block and head."""
     if callable(method):
         return (lambda name, head: method), getattr(method, "__name__", repr(method))
@@ -282,7 +282,8 @@ def _method(method: str | Method, seed: int) -> tuple[Callable[[str, int], Metho
     return (lambda name, head: METHODS[method](1_000_000 * seed + 1000 * layer_of(name) + head)), method
 
 
-def _provenance(model: Any, pairs: ContrastPairs, sides: Sides, method: str, seed: int) -> Provenance:
+def provenance_of(model: Any, pairs: ContrastPairs, sides: Sides, method: str, seed: int) -> Provenance:
+    """What the vectors of these sides are and how they were made."""
     return Provenance(
         model=model_name(model),
         behaviour=pairs.name,
