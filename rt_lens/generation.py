@@ -217,7 +217,7 @@ def generate_tokens(
         max_new_tokens: at most so many new tokens a row.
         sampling: greedy for None.
         rows: number of each row in the caller's list; its place in the batch by default.
-        n_rows: length of that list; of the batch by default.
+        n_rows: length of that list, if `rows` is given and it is known.
         use_cache: False runs the whole text again for each token.
         trace: vectors on which each new token is projected, for `on_token`.
         on_token: called with each new token.
@@ -258,7 +258,7 @@ class _Run:
             )
         self.model, self.n = model, n
         self.rows = rows if rows is not None else tuple(range(len(encoded)))
-        self.n_rows = n_rows if n_rows is not None else len(encoded)
+        self.n_rows = len(encoded) if rows is None else n_rows
         shared = _shared_beginning(model, encoded) if use_cache else 0
         batch = pad([ids[shared:] for ids in encoded], pad_id_of(model)).to(model.cfg.device)
         self.first = batch
