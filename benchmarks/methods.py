@@ -69,6 +69,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table with intervals."""
 
     def estimate(row: dict[str, Any], name: str) -> str:
+        if row[name] != row[name]:  # random looks at no pair
+            return "-"
         return f"{row[name]:.2f} [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]".replace("-", "−")
 
     lines = [
