@@ -65,14 +65,7 @@ def read_activations(
     with quick(model), tqdm(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
         for batch in batches(model, texts, batch_size, padding):
             weights = _weights(batch, [reads[row] for row in batch.rows])
-            with whereabouts(batch.mask, rows=batch.rows, n_rows=len(texts)):
-                _, cache = model.run_with_cache(
-                    batch.tokens,
-                    attention_mask=batch.mask,
-                    names_filter=list(hook_names),
-                    stop_at_layer=_stop(model, hook_names),
-                    return_type=None,
-                )
+            cache = _run(model, batch, hook_names, len(texts))
             for name in hook_names:
                 means = torch.einsum("brp,bp...->br...", weights, cache[name].float()).cpu()
                 if name not in found:
@@ -80,6 +73,19 @@ def read_activations(
                 found[name][list(batch.rows)] = means
             bar.update(len(batch.rows))
     return found
+
+
+def _run(model: Any, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) -> Any:
+    """The cache of one batch, with hooks told which of the caller's texts it holds."""
+    with whereabouts(batch.mask, rows=batch.rows, n_rows=n_rows):
+        _, cache = model.run_with_cache(
+            batch.tokens,
+            attention_mask=batch.mask,
+            names_filter=list(hook_names),
+            stop_at_layer=_stop(model, hook_names),
+            return_type=None,
+        )
+    return cache
 
 
 def _stop(model: Any, hook_names: Sequence[str]) -> int | None:
@@ -126,13 +132,7 @@ def token_activations(
     check_hook_names(model, hook_names)
     ids = encode(model, text)
     batch = pad([ids], pad_id_of(model)).to(model.cfg.device)
-    with quick(model), whereabouts(batch.mask):
-        _, cache = model.run_with_cache(
-            batch.tokens,
-            attention_mask=batch.mask,
-            names_filter=list(hook_names),
-            stop_at_layer=_stop(model, hook_names),
-            return_type=None,
-        )
+    with quick(model):
+        cache = _run(model, batch, hook_names, 1)
     words = [tokenizer_of(model).decode([token]) for token in ids]
     return words, {name: cache[name][0].float().cpu() for name in hook_names}

@@ -81,7 +81,8 @@ def extract(
     chosen = train.sample(n_pairs, seed=seed)
     found = trust(loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True)
     found.vectors.save(path)
-    columns = ["layer", "accuracy", "accuracy_low", "accuracy_high", "auc", "auc_low", "auc_high", "stability", "n"]
+    measures = [f"{name}{end}" for name in ("accuracy", "auc", "stability") for end in ("", "_low", "_high")]
+    columns = ["layer", *measures, "n"]
     typer.echo(found.layers[columns].to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     typer.echo(f"\n{found.reason}")
     if figure is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -117,10 +117,10 @@ def trust(
         raise ValueError(f"hook: {hook!r} has heads; `separability` gives their accuracy. Use hook='attn_out', say.")
     provenance = provenance_of(model, train, sides, label, seed)
     vectors = vectors_of(sides, find, provenance, winsorised)
-    parts = _by_topic(train)
+    refit = _Refit(sides, find, winsorised, names[0], _by_topic(train), label == "random")
     rows = []
     for name in tqdm(names, desc="trust", unit="layer", disable=not progress):
-        again = _Refit(sides, find, winsorised, name, parts, label == "random")
+        again = replace(refit, name=name)
         rows.append(
             {"layer": layer_of(name), **_evidence(vectors[name], unseen, name, seed), **_stability(again, splits, seed)}
         )
@@ -128,9 +128,7 @@ def trust(
     recommended, best, reason = recommend(table)
     middle = best if best is not None else int(table["layer"].iloc[int(table["signal"].argmax())])
     (at_best,) = hook_names([middle], hook)
-    learning = _learning(
-        _Refit(sides, find, winsorised, at_best, parts, label == "random"), vectors[at_best], unseen, splits, seed
-    )
+    learning = _learning(replace(refit, name=at_best), vectors[at_best], unseen, splits, seed)
     return Trust(
         vectors, table, learning, _between_layers(vectors), _between_behaviours(vectors, others), recommended, best,
         reason, seed,
