@@ -1,4 +1,4 @@
-"""The data that rt_lens ships: behaviours, neutral text, facts. This room finds files and knows nothing of models."""
+"""The data that rt_lens ships: behaviours, prompts, plain text, facts. This room finds files and knows no models."""
 
 from __future__ import annotations
 
@@ -53,10 +53,52 @@ def neutral_paragraphs() -> list[str]:
 
 def neutral_prompts() -> list[str]:
     """The shipped neutral instructions (for the KL term of tuning only)."""
-    return [line for line in data_path("neutral/prompts.txt").read_text().splitlines() if line.strip()]
+    return _lines("neutral/prompts.txt")
+
+
+def held_out_neutral_prompts() -> list[str]:
+    """48 neutral questions, on other subjects than `neutral_prompts` (for measuring only, never for choices).
+
+    What a KL term holds still on `neutral_prompts` need not stay still elsewhere; here that can be seen.
+    """
+    return _lines("neutral/held_out.txt")
+
+
+def prompt_kinds() -> dict[str, list[str]]:
+    """Prompts unlike the everyday talk of the mood topics: kind -> 40 prompts (for measuring only, never for choices).
+
+    A behaviour tuned in on everyday talk either goes over to stories, instructions and opinions or stays behind;
+    arithmetic is the control, where mood has no place.
+
+    Returns:
+        `stories`, `instructions`, `opinions` and `arithmetic`, in this order.
+
+    Example:
+        >>> list(prompt_kinds())
+        ['stories', 'instructions', 'opinions', 'arithmetic']
+    """
+    kinds = {kind: _lines(f"kinds/{kind}.txt") for kind in ("stories", "instructions", "opinions")}
+    return {**kinds, "arithmetic": [fact["question"] for fact in arithmetic_facts()]}
+
+
+def arithmetic_facts() -> list[dict]:
+    """Sums of small whole numbers: `{"question", "answers", "wrong"}`, `wrong` being empty (for measuring only).
+
+    Every answer has two or more digits and stands nowhere in its question, so that repeating the question is not taken
+    for an answer. A number is looked for as a string, though: 38 is also found in 138. Give `facts_kept` 24 new tokens
+    for these; in 10 a model that begins with "To add 20 and 18" has not come to its answer.
+    """
+    return _facts("kinds/arithmetic.jsonl")
 
 
 def capital_facts() -> list[dict]:
     """Questions on capitals: `{"question", "answers", "wrong"}` (to check that plain facts survive)."""
-    lines = data_path("facts/capitals.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    return _facts("facts/capitals.jsonl")
+
+
+def _lines(relative: str) -> list[str]:
+    return [line for line in data_path(relative).read_text().splitlines() if line.strip()]
+
+
+def _facts(relative: str) -> list[dict]:
+    return [json.loads(line) for line in _lines(relative)]

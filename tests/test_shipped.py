@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from itertools import combinations
 
 import pytest
 
-from rt_lens.evaluation import make_scorer
+from rt_lens.evaluation import make_scorer, vader
 from rt_lens.prompts import read_toml
 from rt_lens.shipped import (
+    arithmetic_facts,
     behaviour_file,
     behaviours,
     capital_facts,
     data_path,
+    held_out_neutral_prompts,
     neutral_paragraphs,
     neutral_prompts,
+    prompt_kinds,
 )
 
 
@@ -59,16 +63,29 @@ def test_a_behaviours_lists_repeat_nothing_and_its_sides_align(name):
         assert len(positive.split()) == len(negative.split()), positive
 
 
-def test_no_topic_occurs_twice_among_behaviours_and_neutral_prompts():
-    topics = {name: {topic.lower() for topic in topics_of(name)} for name in behaviours()}
-    topics["neutral prompts"] = {prompt.lower() for prompt in neutral_prompts()}
-    for one, other in combinations(topics, 2):
-        assert not topics[one] & topics[other], (one, other)
+def every_list() -> dict[str, list[str]]:
+    """All shipped prompts by where they come from."""
+    topics = {name: topics_of(name) for name in behaviours()}
+    return {**topics, "neutral": neutral_prompts(), "held out": held_out_neutral_prompts(), **prompt_kinds()}
+
+
+def normalised(prompt: str) -> str:
+    """Lower case, and only words, numbers and signs of arithmetic, so that punctuation makes no difference."""
+    return " ".join(re.findall(r"[^\W_]+|[+-]", prompt.lower()))
+
+
+def test_no_prompt_occurs_twice_in_whatever_lists():
+    assert normalised("What is  a Tale?") == normalised("what is a tale") != normalised("What is a tail?")
+    lists = {name: [normalised(prompt) for prompt in prompts] for name, prompts in every_list().items()}
+    assert len(lists) == len(behaviours()) + 6
+    for name, prompts in lists.items():
+        assert len(set(prompts)) == len(prompts), name
+    for one, other in combinations(lists, 2):
+        assert not set(lists[one]) & set(lists[other]), (one, other)
 
 
 def test_no_topic_asks_for_a_capital():
-    asked = [topic for name in behaviours() for topic in topics_of(name)]
-    assert not [text for text in [*asked, *neutral_prompts()] if "capital" in text.lower()]
+    assert not [prompt for prompts in every_list().values() for prompt in prompts if "capital" in prompt.lower()]
 
 
 ANSWERS = {
@@ -111,7 +128,7 @@ def test_the_lexicons_of_languages_do_not_name_words_of_both(side):
 
 
 def test_neutral_texts_are_many_distinct_and_stripped():
-    for texts, least in ((neutral_paragraphs(), 10), (neutral_prompts(), 20)):
+    for texts, least in ((neutral_paragraphs(), 10), (neutral_prompts(), 20), (held_out_neutral_prompts(), 48)):
         assert len(texts) >= least
         assert len(set(texts)) == len(texts)
         assert all(text == text.strip() and text for text in texts)
@@ -121,6 +138,57 @@ def test_neutral_texts_name_no_mood():
     words = re.compile(r"\b(happy|sad|joy\w*|gloom\w*|cheer\w*|miserabl\w*|delight\w*)\b", re.IGNORECASE)
     assert words.search("a joyful, gloomy day")
     assert not [text for text in [*neutral_paragraphs(), *neutral_prompts()] if words.search(text)]
+
+
+def test_there_are_forty_prompts_of_each_kind():
+    kinds = prompt_kinds()
+    assert list(kinds) == ["stories", "instructions", "opinions", "arithmetic"]
+    for prompts in kinds.values():
+        assert len(prompts) == 40
+        assert all(prompt == prompt.strip() and prompt for prompt in prompts)
+
+
+@pytest.mark.parametrize("relative", ["neutral/held_out.txt", *(f"kinds/{k}.txt" for k in list(prompt_kinds())[:3])])
+def test_the_files_of_prompts_have_no_empty_lines(relative):
+    text = data_path(relative).read_text()
+    assert text.endswith("\n")
+    assert all(line == line.strip() and line for line in text.removesuffix("\n").split("\n"))
+
+
+@pytest.mark.parametrize("name", ["held out", *prompt_kinds()])
+def test_no_prompt_for_measuring_carries_a_mood_of_its_own(name):
+    assert vader("Write a happy story.") > 0 > vader("Write a sad story.")
+    assert {prompt: vader(prompt) for prompt in every_list()[name] if vader(prompt)} == {}
+
+
+def test_the_kinds_differ_in_their_form():
+    forms = {
+        "stories": r"(Write a (short )?story|Tell the tale of) ",
+        "instructions": r"(Explain how to|List the|Write an?) (?!short story|story)",
+        "opinions": r"(Judge this claim: |.*\? (Give your (view|reasons)|State your position)\.$)",
+        "arithmetic": r"What is \d+ [-+x] \d+\?$",
+    }
+    for kind, prompts in prompt_kinds().items():
+        for other, form in forms.items():
+            assert [bool(re.match(form, prompt)) for prompt in prompts] == [kind == other] * 40, (kind, other)
+
+
+def test_the_answers_of_the_arithmetic_are_right_and_cannot_be_had_by_repeating_the_question():
+    signs = {"+": operator.add, "-": operator.sub, "x": operator.mul}
+    facts = arithmetic_facts()
+    for fact in facts:
+        left, sign, right = fact["question"].removeprefix("What is ").removesuffix("?").split()
+        assert fact["answers"] == [str(signs[sign](int(left), int(right)))]
+        assert len(fact["answers"][0]) >= 2
+        assert fact["answers"][0] not in fact["question"]
+        assert fact["wrong"] == []
+        assert vader(fact["answers"][0]) == 0  # its lexicon has a few numbers, 143 for "I love you"
+    assert len({fact["answers"][0] for fact in facts}) == len(facts)
+    assert {sign: sum(f" {sign} " in fact["question"] for fact in facts) for sign in signs} == {
+        "+": 16,
+        "-": 10,
+        "x": 14,
+    }
 
 
 def test_no_fact_counts_a_wrong_answer_as_right():
