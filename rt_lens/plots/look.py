@@ -20,6 +20,13 @@ Number: TypeAlias = int | float  # runtime checkers take no int for a float
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 ARM_COLOURS = {"untuned": "#7F7F7F", "steered": "#E69F00", "token_tuned": "#56B4E9", "rep_tuned": "#009E73"}
+# Arms named after the direction of their tuning, and KL-then-steer (black, the palette's last).
+ARM_COLOURS |= {
+    "toward_tuned": "#D55E00",
+    "away_tuned": "#0072B2",
+    "out_tuned": "#CC79A7",
+    "kl_then_steer": "#000000",
+}
 SPARE_COLOURS = ("#CC79A7", "#D55E00", "#0072B2", "#F0E442")
 DIRECTIONS = ("none", "toward", "away", "out")
 SYMBOLS = {"none": "circle", "toward": "triangle-up", "away": "triangle-down", "out": "diamond"}
@@ -142,5 +149,9 @@ def ordered(values: Iterable[Any], known: Sequence[Any] = ()) -> list[Any]:
 
 
 def arm_colours(names: Iterable[str]) -> dict[str, str]:
-    strangers = [name for name in dict.fromkeys(names) if name not in ARM_COLOURS]
-    return ARM_COLOURS | {name: SPARE_COLOURS[i % len(SPARE_COLOURS)] for i, name in enumerate(strangers)}
+    """The colour of every arm; strangers get spare ones, as far as the known arms among the names leave any."""
+    names = list(dict.fromkeys(names))
+    strangers = [name for name in names if name not in ARM_COLOURS]
+    taken = {ARM_COLOURS[name] for name in names if name in ARM_COLOURS}
+    spare = [colour for colour in SPARE_COLOURS if colour not in taken] or SPARE_COLOURS
+    return ARM_COLOURS | {name: spare[i % len(spare)] for i, name in enumerate(strangers)}
