@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from rt_lens.forward import quick
-from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, load_model
+from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, load_model, to_huggingface
 from rt_lens.models.sources import embedded_folder
 from rt_lens.tokens import chat_text
 
@@ -137,6 +138,42 @@ def test_these_fields_matter(case, tmp_path, tokenizer_folder, plain):
     tokens = torch.arange(100, 124)[None]
     changed = make_folder(tmp_path / case, tokenizer_folder, COVERED[case])
     assert (logits_of_huggingface(changed, tokens) - logits_of_huggingface(plain, tokens)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("biased", ["", "gate_proj", "up_proj"])
+def test_mlp_biases_are_covered_where_nothing_is_added_before_the_product(biased, plain, tmp_path):
+    """Adding to the gate or to what it gates is no constant afterwards; adding to the MLP's output is `b_out`."""
+    weights, noise = load_file(plain / "model.safetensors"), torch.Generator().manual_seed(4)
+    without = logits_of_huggingface(plain, torch.arange(100, 124)[None])
+    for layer in (0, 1):
+        for kind, size in (("gate_proj", 48), ("up_proj", 48), ("down_proj", 32)):
+            chosen = kind in ("down_proj", biased)
+            weights[f"model.layers.{layer}.mlp.{kind}.bias"] = chosen * torch.randn(size, generator=noise)
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    edit_config(plain, mlp_bias=True)
+    assert (logits_of_huggingface(plain, torch.arange(100, 124)[None]) - without).abs().max() > 0.1
+    assert_equals_huggingface(load_model(plain), plain)
+    if biased:
+        with pytest.raises(ValueError, match=rf"mlp_bias True with a {biased}.bias other than 0 .*backend='bridge'"):
+            load_model(plain, backend="hooked")
+    else:
+        assert torch.equal(load_model(plain, backend="hooked").b_out[1], weights["model.layers.1.mlp.down_proj.bias"])
+
+
+@pytest.mark.parametrize("changes", COVERED.values(), ids=COVERED)
+def test_each_parameter_goes_back_to_the_weight_it_came_from(changes, tmp_path, tokenizer_folder):
+    folder = make_folder(tmp_path / "model", tokenizer_folder, changes)
+    stored, model = load_file(folder / "model.safetensors"), load_model(folder, backend="hooked")
+    found = dict(filter(None, (to_huggingface(name, p.data) for name, p in model.named_parameters())))
+    assert stored.keys() <= found.keys()
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+    left = {
+        re.sub(r"^blocks.\d+.|^unembed.", "", name)
+        for name, p in model.named_parameters()
+        if to_huggingface(name, p.data) is None
+    }
+    assert left == {"b_U", "mlp.b_in"}
+    assert model.cfg.rt_lens_config["model_type"] == json.loads((folder / "config.json").read_text())["model_type"]
 
 
 def edit_config(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> None:

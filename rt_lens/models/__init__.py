@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,29 @@ from typing import Any, Literal
 import torch
 from transformer_lens import HookedTransformer
 
-from rt_lens.models.llama import NotLlamaStyle, hooked_from_folder, keep_huggingface_layout
+from rt_lens.models.llama import (
+    FAMILIES,
+    NotLlamaStyle,
+    hooked_from_folder,
+    keep_huggingface_layout,
+    refuse_what_is_not_covered,
+    to_huggingface,
+)
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel
 from rt_lens.models.sources import cache_home, embedded_folder, gguf_folder
 
-__all__ = ["DEFAULT_MODEL", "EMBEDDED_MODELS", "EmbeddedModel", "cache_home", "describe", "load_model"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "EMBEDDED_MODELS",
+    "FAMILIES",
+    "EmbeddedModel",
+    "NotLlamaStyle",
+    "cache_home",
+    "describe",
+    "load_model",
+    "refuse_what_is_not_covered",
+    "to_huggingface",
+]
 
 Backend = Literal["auto", "hooked", "bridge"]
 
@@ -106,7 +125,7 @@ def _from_folder(folder: Path, backend: Backend, device: str, dtype: torch.dtype
                     f"backend: 'hooked' cannot load {folder.name}: {refusal}. Use backend='bridge'."
                 ) from None
         else:
-            return _with_tokenizer(model, _tokenizer(str(folder)))
+            return _with_origin(_with_tokenizer(model, _tokenizer(str(folder))), str(folder))
     return _bridge(str(folder), device, dtype)
 
 
@@ -120,7 +139,7 @@ def _from_hub(name: str, backend: Backend, device: str, dtype: torch.dtype) -> A
     try:
         if backend != "bridge" and official is not None:
             model = HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=dtype)
-            return _with_tokenizer(keep_huggingface_layout(model), _tokenizer(official))
+            return _with_origin(_with_tokenizer(keep_huggingface_layout(model), _tokenizer(official)), official)
         if backend == "bridge" and official is not None:
             return _bridge(official, device, dtype)
         from huggingface_hub import snapshot_download
@@ -168,6 +187,18 @@ def _with_tokenizer(model: Any, tokenizer: Any) -> Any:
         model._tokenizer = tokenizer
     model.cfg.default_prepend_bos = False
     model.cfg.tokenizer_prepends_bos = tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    return model
+
+
+def _with_origin(model: HookedTransformer, name: str) -> HookedTransformer:
+    """Keeps Hugging Face's configuration and generation settings on `model.cfg`, for `export_hf`."""
+    from transformers import AutoConfig, GenerationConfig
+
+    cfg: Any = model.cfg
+    cfg.rt_lens_config = cfg.rt_lens_generation = None
+    with suppress(OSError, ValueError):  # some official names are weights alone
+        cfg.rt_lens_config = AutoConfig.from_pretrained(name).to_dict()
+        cfg.rt_lens_generation = GenerationConfig.from_pretrained(name).to_diff_dict()
     return model
 
 

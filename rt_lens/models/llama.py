@@ -1,4 +1,4 @@
-"""Llama-style Hugging Face folders as HookedTransformers, with the Hugging Face numbers and memory layout.
+"""Llama-style Hugging Face folders as HookedTransformers, with the Hugging Face numbers and memory layout, and back.
 
 A configuration field that the maths of HookedTransformer does not cover makes `hooked_config` refuse, with the field's
 name, rather than load something that is nearly right.
@@ -13,14 +13,34 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.config import HookedTransformerConfig
 
-_FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 _INDEX = "model.safetensors.index.json"
+# Each parameter of ours: its name in Hugging Face's, and the way back to its shape there. `b_in` has none: here it is
+# added after the gate, there before it.
+_OUTSIDE = {
+    "embed.W_E": "model.embed_tokens.weight",
+    "unembed.W_U": "lm_head.weight",
+    "ln_final.w": "model.norm.weight",
+}
+_INSIDE = {
+    "ln1.w": ("input_layernorm.weight", "m -> m"),
+    "ln2.w": ("post_attention_layernorm.weight", "m -> m"),
+    **{f"attn.W_{x.upper()}": (f"self_attn.{x}_proj.weight", "n m h -> (n h) m") for x in "qkv"},
+    **{f"attn.b_{x.upper()}": (f"self_attn.{x}_proj.bias", "n h -> (n h)") for x in "qkv"},
+    "attn.W_O": ("self_attn.o_proj.weight", "n h m -> m (n h)"),
+    "attn.b_O": ("self_attn.o_proj.bias", "m -> m"),
+    "mlp.W_gate": ("mlp.gate_proj.weight", "m i -> i m"),
+    "mlp.W_in": ("mlp.up_proj.weight", "m i -> i m"),
+    "mlp.W_out": ("mlp.down_proj.weight", "i m -> m i"),
+    "mlp.b_out": ("mlp.down_proj.bias", "m -> m"),
+}
 
 
 class NotLlamaStyle(ValueError):
@@ -42,7 +62,7 @@ def hooked_config(config: dict[str, Any], *, device: str, dtype: torch.dtype) ->
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     d_head = config.get("head_dim") or config["hidden_size"] // heads
     rope = config["rope_parameters"]
-    _refuse_what_is_not_covered(config)
+    refuse_what_is_not_covered(config)
     scaled = rope["rope_type"] == "llama3"
     ntk = {
         "use_NTK_by_parts_rope": True,
@@ -53,7 +73,7 @@ def hooked_config(config: dict[str, Any], *, device: str, dtype: torch.dtype) ->
     }
     return HookedTransformerConfig(
         model_name=Path(str(config.get("_name_or_path") or family)).name,
-        original_architecture=_FAMILIES[family],
+        original_architecture=FAMILIES[family],
         n_layers=config["num_hidden_layers"],
         d_model=config["hidden_size"],
         d_head=d_head,
@@ -80,11 +100,11 @@ def hooked_config(config: dict[str, Any], *, device: str, dtype: torch.dtype) ->
     )
 
 
-def _refuse_what_is_not_covered(config: dict[str, Any]) -> None:
+def refuse_what_is_not_covered(config: dict[str, Any]) -> None:
+    """Raises NotLlamaStyle, with the field's name, if a configuration asks for maths that is not covered."""
     rope, window, length = config["rope_parameters"], config.get("sliding_window"), config["max_position_embeddings"]
     may_slide = config["model_type"] != "qwen2" or config["use_sliding_window"]
     uncovered = {
-        "mlp_bias": config.get("mlp_bias", False),
         "rope_type": rope.get("rope_type") not in ("default", "llama3"),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
         "sliding_window": may_slide and window is not None and window < length,
@@ -107,8 +127,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     family = json.loads((folder / "config.json").read_text()).get("model_type")
-    if family not in _FAMILIES:
-        raise NotLlamaStyle(f"model_type {family!r} is none of {', '.join(_FAMILIES)}")
+    if family not in FAMILIES:
+        raise NotLlamaStyle(f"model_type {family!r} is none of {', '.join(FAMILIES)}")
     return AutoConfig.from_pretrained(folder).to_dict()
 
 
@@ -119,14 +139,16 @@ def hooked_from_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Hook
     pass then copies no weight.
 
     Raises:
-        NotLlamaStyle: if the configuration is not covered, or the folder has no safetensors.
+        NotLlamaStyle: if the configuration is not covered, the MLPs have biases before their product, or the folder
+            has no safetensors.
         ValueError: if weights are missing, left over or of another shape.
     """
     config = read_config(folder)
     cfg = hooked_config(config, device=device, dtype=dtype)
     biased = {"llama": "QKVO" if config.get("attention_bias") else "", "mistral": "", "qwen2": "QKV"}
     weights = _read_weights(folder, device, dtype)
-    state = _to_transformer_lens(weights, cfg, biased[config["model_type"]], folder.name)
+    letters = biased[config["model_type"]] + ("M" if config.get("mlp_bias") else "")
+    state = _to_transformer_lens(weights, cfg, letters, folder.name)
     if weights:
         raise ValueError(
             f"model: {folder.name} has weights that its config.json does not ask for: "
@@ -161,7 +183,7 @@ def _to_transformer_lens(
     """TransformerLens's parameters as views of Hugging Face's; takes what it uses out of `weights`.
 
     Args:
-        biased: which of the attention's matrices Q, K, V and O have a bias.
+        biased: which of the attention's matrices Q, K, V and O have a bias, and M if those of the MLP do.
     """
 
     def take(name: str, *shape: int) -> Tensor:
@@ -204,7 +226,12 @@ def _to_transformer_lens(
         state[f"{ours}.mlp.W_gate"] = take(f"{theirs}.mlp.gate_proj.weight", d_mlp, d_model).T
         state[f"{ours}.mlp.W_out"] = take(f"{theirs}.mlp.down_proj.weight", d_model, d_mlp).T
         state[f"{ours}.mlp.b_in"] = zeros(d_mlp)
-        state[f"{ours}.mlp.b_out"] = zeros(d_model)
+        for kind in ("gate_proj", "up_proj") if "M" in biased else ():
+            if take(f"{theirs}.mlp.{kind}.bias", d_mlp).any():
+                raise NotLlamaStyle(
+                    f"mlp_bias True with a {kind}.bias other than 0 is not covered by HookedTransformer"
+                )
+        state[f"{ours}.mlp.b_out"] = take(f"{theirs}.mlp.down_proj.bias", d_model) if "M" in biased else zeros(d_model)
         state[f"{ours}.ln1.w"] = take(f"{theirs}.input_layernorm.weight", d_model)
         state[f"{ours}.ln2.w"] = take(f"{theirs}.post_attention_layernorm.weight", d_model)
         weights.pop(f"{theirs}.self_attn.rotary_emb.inv_freq", None)
@@ -220,6 +247,30 @@ def _unembedding(
     stored = take("lm_head.weight", cfg.d_vocab, cfg.d_model)
     cfg.tie_word_embeddings = cfg.tie_word_embeddings and torch.equal(stored, embedding)
     return embedding if cfg.tie_word_embeddings else stored
+
+
+def to_huggingface(name: str, parameter: Float[Tensor, "..."]) -> tuple[str, Float[Tensor, "..."]] | None:
+    """One of TransformerLens's parameters in Hugging Face's name and layout: the way back of `hooked_from_folder`.
+
+    A linear map of the parameter, a view of its memory where the strides allow; a difference goes the same way.
+
+    Args:
+        name: as `named_parameters` gives it.
+        parameter: of the shape it has in a HookedTransformer.
+
+    Returns:
+        Name and tensor, matrices as [out, in]; None for what Llama-style models have no place for.
+
+    Example:
+        >>> name, matrix = to_huggingface("blocks.0.mlp.W_in", model.blocks[0].mlp.W_in)
+        >>> name
+        'model.layers.0.mlp.up_proj.weight'
+    """
+    if name in _OUTSIDE:
+        return _OUTSIDE[name], parameter.T if name == "unembed.W_U" else parameter
+    place, _, inside = name.removeprefix("blocks.").partition(".")
+    found = _INSIDE.get(inside.replace("._", ".", 1))
+    return None if found is None else (f"model.layers.{place}.{found[0]}", rearrange(parameter, found[1]))
 
 
 def keep_huggingface_layout(model: HookedTransformer) -> HookedTransformer:

@@ -1,0 +1,94 @@
+"""A model and a change of its weights as a Hugging Face folder, read back before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+
+from rt_lens.arms import under
+from rt_lens.delta import WeightDelta
+from rt_lens.export.card import check_measured, model_card
+from rt_lens.export.folder import check_free, whole_folder
+from rt_lens.export.weights import as_huggingface
+
+
+def export_hf(
+    model: Any,
+    path: str | Path,
+    *,
+    delta: WeightDelta | None = None,
+    measured: Sequence[Mapping[str, Any]] | None = None,
+    behaviour: str | None = None,
+    max_shard_size: str = "5GB",
+    check: bool = True,
+) -> Path:
+    """Writes a folder that transformers opens without rt_lens: `AutoModelForCausalLM.from_pretrained(path)`.
+
+    Weights (safetensors, of the model's dtype), configuration, tokenizer with its chat template, generation settings,
+    and a model card. Tied embeddings stay tied unless the change parts them. Biases that the source's family lacks
+    (those that `bake` folds edits into) are written as a Llama with biases, which computes the same; the card says so.
+
+    Args:
+        model: a HookedTransformer of a Llama, Mistral or Qwen2, or any TransformerBridge, from `load_model`; it stays
+            as it is.
+        path: a folder that does not exist yet, or an empty one. It appears whole or not at all.
+        delta: the change to write into the weights; None writes the model as it is.
+        measured: rows on the card, as `results["summary"]` of a run: arm, direction, n, mean, low, high, seeds (or
+            seed), and where there are any perplexity, kl, facts, repetition with `_low` and `_high`.
+        behaviour: what the change is about, in a few words, for the card.
+        max_shard_size: weights above it are written to several files with an index.
+        check: read the folder back with transformers and compare its logits, before it gets its name. Needs memory
+            for the model once more.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: something is at `path`, the model or the change has no form in Hugging Face's files, a row lacks a
+            column; or what was read back computes something else.
+        OSError: if the disk is full.
+
+    Example:
+        >>> export_hf(model, "mood_away", delta=delta, behaviour="mood")
+        PosixPath('mood_away')
+    """
+    path = Path(path)
+    rows = check_measured(measured)
+    found = as_huggingface(model, delta)
+    check_free(path, found.n_bytes)
+    with whole_folder(path) as folder:
+        found.config.save_pretrained(folder)
+        if found.generation is not None:
+            (folder / "generation_config.json").write_text(json.dumps(found.generation, indent=2) + "\n")
+        model.tokenizer.save_pretrained(folder)
+        save_torch_state_dict(found.weights, folder, max_shard_size=max_shard_size)
+        text = model_card(path.name, model, delta, rows, behaviour=behaviour, note=found.note)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        if check:
+            _check_reads_back(model, delta, folder)
+    return path
+
+
+@torch.no_grad()
+def _check_reads_back(model: Any, delta: WeightDelta | None, folder: Path) -> None:
+    """The logits of sixteen tokens spread over the vocabulary, here and from the folder, but for rounding."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.linspace(0, model.cfg.d_vocab - 1, 16).long()[None].to(model.cfg.device)
+    mask = torch.ones_like(tokens)
+    with under(model, delta):
+        ours = model(tokens, attention_mask=mask)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype)
+    logits = theirs.to(tokens.device).eval()(tokens, attention_mask=mask).logits
+    error = float((logits - ours).float().norm() / ours.float().norm())
+    if not error < math.sqrt(torch.finfo(ours.dtype).eps):
+        raise ValueError(
+            f"model: read back with transformers, its logits differ from what it computes here (relative error "
+            f"{error:.2g}), so nothing was written. Load it with another backend, and make the change on that."
+        )
