@@ -6,23 +6,34 @@ comes: Plotly renders a few HTML tags, so a caller who puts a model's words on a
 """
 
 from rt_lens.plots.effects import arms, dose_response, side_effects
+from rt_lens.plots.inside import projection_changes, residual_shifts, weight_changes
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
 from rt_lens.plots.look import ARM_COLOURS
 from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.training import losses
 from rt_lens.plots.trust import trust
+from rt_lens.plots.tuned import block_search, kinds, variants
+from rt_lens.plots.tuned_steered import effect_against_damage, resistance
 
 __all__ = [
     "ARM_COLOURS",
     "arms",
+    "block_search",
     "dose_response",
+    "effect_against_damage",
+    "kinds",
     "logit_lens",
     "losses",
     "projection_by_layer",
+    "projection_changes",
     "projection_heatmap",
+    "residual_shifts",
+    "resistance",
     "separability",
     "side_effects",
     "steerability",
     "sweep",
     "trust",
+    "variants",
+    "weight_changes",
 ]

@@ -1,0 +1,332 @@
+"""What tuning did inside: the changed weights themselves, and what they do to the residual stream beside steering.
+
+Tables come out, for `plots.weight_changes` and its neighbours to draw. It tunes nothing, and judges no answer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from rt_lens.activations import last_token_activations, read_activations
+from rt_lens.arms import Arm, under
+from rt_lens.delta import WeightDelta
+from rt_lens.forward import check_layers
+from rt_lens.generation import as_chat
+from rt_lens.statistics import mean_interval
+from rt_lens.tokens import encode
+from rt_lens.vectors import SteeringVectors, hook_names, layer_of
+
+_READERS, _WRITERS = ("q", "k", "v", "gate", "up"), ("o", "down", "embed")
+_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.")
+_HOOKED = {
+    "Q": "q",
+    "K": "k",
+    "V": "v",
+    "O": "o",
+    "in": "up",
+    "gate": "gate",
+    "out": "down",
+    "E": "embed",
+    "pos": "embed",
+}
+# How each kind's weight becomes a matrix of rows that are written to and columns that are read from.
+_AS_MATRIX = dict.fromkeys(("q", "k", "v"), "head model d -> (head d) model")
+_AS_MATRIX |= {"o": "head d model -> model (head d)"}
+_AS_MATRIX |= dict.fromkeys(("gate", "up", "down", "embed"), "read write -> write read")
+
+
+def weight_changes(
+    model: Any, delta: WeightDelta, vectors: SteeringVectors | None = None, *, hook: str = "resid_post"
+) -> pd.DataFrame:
+    """How much each weight changed, over how many directions, and how much of it lies along the layer's vector.
+
+    A weight counts as one matrix, all heads together; biases and norms as one column. The effective rank is the
+    exponential of the entropy of the singular values, taken as shares (Roy and Vetterli 2007): 1 for a change along
+    one direction, `rank_limit` for one that prefers none. The alignment of what writes into the residual stream (o,
+    down, their biases, embed) is |v' dW| / |dW| with the layer's own unit vector v; that of what reads from it (q, k,
+    v, gate, up) is |dW v| / |dW| with the vector of the stream before the block, that is, of the layer below at
+    `resid_post` where there is one, else the layer's own. The norm in front of a reader is left out of it.
+
+    Args:
+        model: the untuned model, HookedTransformer or TransformerBridge.
+        delta: the change.
+        vectors: of the residual stream; without them there is no alignment.
+        hook: kind of hook point of the vectors.
+
+    Returns:
+        One row per parameter of the delta: parameter, layer (NaN outside the blocks), kind (q, k, v, o, gate, up, down,
+        bias, norm, embed or other), norm (Frobenius), relative (to the weight's own; NaN where that is zero),
+        effective_rank, rank_limit, top_share (of the largest singular value in the sum of squares); with vectors also
+        alignment (0 to 1; NaN where it has no meaning or no vector) and chance (1 / sqrt(d_model): root mean square
+        over random directions). No sampling, so no interval. Ranks and shares of a change of zero are NaN.
+
+    Raises:
+        ValueError: if the delta or the vectors do not fit the model.
+
+    Example:
+        >>> table = weight_changes(model, delta, vectors)
+        >>> plots.weight_changes(table).show()
+    """
+    units = _units(model, vectors, hook) if vectors is not None else {}
+    with delta.applied(model):  # refuses a delta of another model
+        pass
+    weights = dict(model.named_parameters())
+    rows = []
+    for name, change in delta.changes.items():
+        kind, matrix = _as_matrix(name, change)
+        weight, norm = float(weights[name].detach().cpu().double().norm()), float(matrix.norm())
+        found = _LAYER.search(name)
+        row = {
+            "parameter": name,
+            "layer": int(found[1]) if found else None,
+            "kind": kind,
+            "norm": norm,
+            "relative": norm / weight if weight else float("nan"),
+            **_spectrum(matrix),
+        }
+        if vectors is not None:
+            row["alignment"] = _alignment(name, kind, matrix, units, hook)
+            row["chance"] = model.cfg.d_model**-0.5
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def projection_changes(
+    model: Any, vectors: SteeringVectors, texts: Sequence[str], arms: Mapping[str, Arm], *, seed: int = 0
+) -> pd.DataFrame:
+    """How far each arm moves texts along the unit vector, layer by layer, against the untouched model.
+
+    The projection is averaged over each text's tokens without the first, whose activations are often so large that
+    they would hide the rest. For one text, token by token, see `token_projections`; `plots.projection_heatmap` draws
+    the difference of two arms.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        vectors: of the residual stream, one for each layer.
+        texts: taken as they are, of two tokens or more; `pairs.texts(model)` gives some through the chat template.
+        arms: name -> WeightDelta, list of hooks, or None for the untouched model.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns arm, layer, n (texts), mean, low, high (95 % bootstrap interval over texts; activation units), seed.
+
+    Raises:
+        ValueError: names the arm, text or layer that is wrong.
+
+    Example:
+        >>> table = projection_changes(model, vectors, texts, {"steered": add(vectors, [18]), "rep_tuned": delta})
+        >>> plots.projection_changes(table).show()
+    """
+    _check(model, texts, arms)
+    vectors.check_fits(model)
+    units = vectors.unit().vectors
+    _refuse_heads(units)
+    layers = [layer_of(name) for name in units]
+    if twice := {layer for layer in layers if layers.count(layer) > 1}:
+        raise ValueError(f"vectors: layer {min(twice)} has several; one is wanted. Use vectors.select(layers, hook).")
+    lengths = [len(encode(model, text)) for text in texts]
+    if min(lengths) < 2:
+        raise ValueError(
+            f"texts: number {lengths.index(min(lengths))} has fewer than two tokens, and the first is left out."
+        )
+    reads = [[range(1, length)] for length in lengths]
+    found = _by_arm(model, arms, lambda: read_activations(model, texts, list(units), reads))
+    rows = []
+    for arm, (name, unit) in itertools.product(arms, units.items()):
+        moved = (found[arm][name] - found[None][name])[:, 0] @ unit.cpu().float()
+        interval = mean_interval(moved.numpy(), seed)
+        rows.append({"arm": arm, "layer": layer_of(name), **interval._asdict(), "seed": seed})
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class ResidualShifts:
+    """How arms move the residual stream at the last token of each text. Every interval is a 95 % bootstrap one.
+
+    Attributes:
+        along: columns arm, layer, n (texts), norm_mean, norm_low, norm_high (length of the shift, activation units),
+            n_cosine (texts that are shifted at all), cosine_mean, cosine_low, cosine_high (of the shift and the
+            layer's vector; NaN where nothing is shifted or the layer has no vector), seed.
+        between: columns a, b (arms), layer, n (texts that both shift), mean, low, high (cosine of the two shifts, text
+            by text; NaN where n is 0), seed.
+    """
+
+    along: pd.DataFrame = field(repr=False)
+    between: pd.DataFrame = field(repr=False)
+
+
+def residual_shifts(
+    model: Any,
+    arms: Mapping[str, Arm],
+    texts: Sequence[str],
+    vectors: SteeringVectors,
+    *,
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    seed: int = 0,
+) -> ResidualShifts:
+    """Whether tuning does inside what steering does: each arm's shift of the residual stream, and their cosines.
+
+    The shift is the arm's activation minus the untouched model's at the prompt's last token, where the answer begins.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        arms: name -> WeightDelta, list of hooks, or None for the untouched model.
+        texts: user messages, put through the chat template as `generate` does.
+        vectors: of the residual stream.
+        layers: block indices; all of the model for None.
+        hook: kind of hook point at which to look; the vectors are those of the same kind.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: names the arm, layer or hook point that is wrong.
+
+    Example:
+        >>> shifts = residual_shifts(model, {"steered": add(vectors, [18]), "rep_tuned": delta}, prompts, vectors)
+        >>> plots.residual_shifts(shifts.along, shifts.between).show()
+    """
+    _check(model, texts, arms)
+    units, names = _units(model, vectors, hook), hook_names(check_layers(model, layers), hook)
+    chats = as_chat(model, texts)
+    found = _by_arm(model, arms, lambda: last_token_activations(model, chats, names))
+    shifts = {(arm, name): (found[arm][name] - found[None][name]).double() for arm in arms for name in names}
+    along, between = [], []
+    for arm, name in itertools.product(arms, names):
+        shift, unit = shifts[arm, name], units.get(layer_of(name))
+        length = mean_interval(shift.norm(dim=-1).numpy(), seed)
+        turned = _cosines(shift, unit.expand_as(shift)) if unit is not None else np.empty(0)
+        row = {"arm": arm, "layer": layer_of(name), "n": length.n}
+        row |= {f"norm_{end}": getattr(length, end) for end in ("mean", "low", "high")}
+        row |= {"n_cosine": len(turned)}
+        row |= {f"cosine_{end}": value for end, value in _interval(turned, seed).items()}
+        along.append({**row, "seed": seed})
+    for (a, b), name in itertools.product(itertools.combinations(arms, 2), names):
+        turned = _cosines(shifts[a, name], shifts[b, name])
+        row = {"a": a, "b": b, "layer": layer_of(name), "n": len(turned), **_interval(turned, seed), "seed": seed}
+        between.append(row)
+    columns = ["a", "b", "layer", "n", "mean", "low", "high", "seed"]
+    return ResidualShifts(pd.DataFrame(along), pd.DataFrame(between, columns=columns))
+
+
+def _check(model: Any, texts: Sequence[str], arms: Mapping[str, Arm]) -> None:
+    """Refuses what is no list of texts or no arm, before anything is run."""
+    if isinstance(texts, str) or not texts:
+        came = "one string" if texts else "nothing"
+        raise ValueError(f"texts: {came} came, a list of at least one string is wanted.")
+    if not arms:
+        raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")
+    for name, arm in arms.items():
+        if not (arm is None or isinstance(arm, WeightDelta | list | tuple)):
+            raise ValueError(
+                f"arms: {name!r} is a {type(arm).__name__}; a WeightDelta, the list of hooks that `add` gives, or None "
+                "is wanted."
+            )
+        try:
+            with under(model, arm):
+                pass
+        except ValueError as refusal:
+            raise ValueError(f"arms: {name!r} does not fit this model. {refusal}") from refusal
+
+
+def _by_arm(
+    model: Any, arms: Mapping[str, Arm], read: Callable[[], dict[str, Tensor]]
+) -> dict[str | None, dict[str, Tensor]]:
+    """What is read under each arm, and under None of the untouched model."""
+    found: dict[str | None, dict[str, Tensor]] = {None: read()}
+    for name, arm in arms.items():
+        with under(model, arm):
+            found[name] = read()
+    return found
+
+
+def _units(model: Any, vectors: SteeringVectors, hook: str) -> dict[int, Float[Tensor, "d_model"]]:
+    """Unit vectors by layer, of one kind of hook point; those without a direction are left out."""
+    vectors.check_fits(model)
+    chosen = vectors.at_layers(None, hook)
+    _refuse_heads(chosen)
+    vectors64 = {layer_of(name): vector.detach().cpu().double() for name, vector in chosen.items()}
+    return {layer: vector / vector.norm() for layer, vector in vectors64.items() if vector.norm() > 0}
+
+
+def _refuse_heads(vectors: Mapping[str, Tensor]) -> None:
+    for name, vector in vectors.items():
+        if vector.ndim > 1:
+            raise ValueError(f"vectors: {name} has one for each head; one of the residual stream is wanted.")
+
+
+def _kind(name: str) -> str:
+    """What a parameter is, by the names of HookedTransformer or of Llama-style models on Hugging Face."""
+    parts = [part for part in name.split(".") if part != "_original_component"]
+    owner, last = parts[-2] if len(parts) > 1 else "", parts[-1].lstrip("_")
+    if re.fullmatch(r"(ln|.*norm)\w*", owner):
+        return "norm"
+    if last == "bias" or last.startswith("b_"):
+        return "bias"
+    if last.startswith("W_") and owner in ("attn", "mlp", "embed", "pos_embed"):
+        return _HOOKED.get(last[2:], "other")
+    if owner == "embed_tokens":
+        return "embed"
+    named = re.fullmatch(r"(q|k|v|o|gate|up|down)_proj", owner)
+    return named[1] if named and last == "weight" else "other"
+
+
+def _as_matrix(name: str, change: Tensor) -> tuple[str, Float[Tensor, "write read"]]:
+    """The kind of a parameter, and its change as a matrix of rows written to and columns read from."""
+    kind, change = _kind(name), change.detach().cpu().double()
+    if kind in _AS_MATRIX and (name.rsplit(".", 1)[-1] != "weight" or kind == "embed"):
+        return kind, rearrange(change, _AS_MATRIX[kind])
+    if kind in _AS_MATRIX:
+        return kind, change  # torch's linear layers are stored so
+    return kind, change.reshape(-1, 1) if kind in ("bias", "norm") or change.ndim < 2 else change.flatten(1)
+
+
+def _spectrum(matrix: Float[Tensor, "write read"]) -> dict[str, float]:
+    singular = torch.linalg.svdvals(matrix)
+    shares = singular / singular.sum()
+    entropy = -torch.special.xlogy(shares, shares).sum()  # 0 log 0 is 0; all is NaN where there is no change
+    return {
+        "effective_rank": float(entropy.exp()),
+        "rank_limit": min(matrix.shape),
+        "top_share": float(singular[0] ** 2 / (singular**2).sum()),
+    }
+
+
+def _alignment(
+    name: str, kind: str, matrix: Float[Tensor, "write read"], units: Mapping[int, Tensor], hook: str
+) -> float:
+    """The share of a change that writes along, or reads from, the vector at its place in the residual stream."""
+    found, missing = _LAYER.search(name), float("nan")
+    layer = int(found[1]) if found else 0  # what the embedding writes is read by the first block
+    if kind in _WRITERS or re.search(r"\.(b_O|b_out)$|\.(o|down)_proj\..*bias$", name):
+        unit = units.get(layer)
+        along = unit @ matrix if unit is not None else None
+    elif kind in _READERS:
+        unit = units.get(layer - 1, units.get(layer)) if hook == "resid_post" else units.get(layer)
+        along = matrix @ unit if unit is not None else None
+    else:
+        along = None
+    return float(along.norm() / matrix.norm()) if along is not None else missing
+
+
+def _cosines(a: Float[Tensor, "text d_model"], b: Float[Tensor, "text d_model"]) -> np.ndarray:
+    """Text by text, of those texts where neither is zero."""
+    lengths = a.norm(dim=-1) * b.norm(dim=-1)
+    return ((a * b).sum(-1) / lengths)[lengths > 0].numpy()
+
+
+def _interval(values: np.ndarray, seed: int) -> dict[str, float]:
+    if not len(values):
+        return dict.fromkeys(("mean", "low", "high"), float("nan"))
+    found = mean_interval(values, seed)
+    return {"mean": found.mean, "low": found.low, "high": found.high}
