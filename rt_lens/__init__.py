@@ -1,10 +1,12 @@
 """Find a behaviour's direction in a language model, steer with it, tune it into the weights, see what changed."""
 
 from rt_lens import plots
+from rt_lens.arms import under
 from rt_lens.baking import bake
 from rt_lens.delta import WeightDelta
 from rt_lens.evaluation import correct_only, evaluate, text_fit
 from rt_lens.exchange import import_vectors, load_gguf, save_gguf
+from rt_lens.export import export_hf, export_peft
 from rt_lens.extraction import (
     covariate_vectors,
     extract_offsets,
@@ -16,8 +18,10 @@ from rt_lens.extraction import (
     trust,
 )
 from rt_lens.generation import generate, stream
+from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.models import load_model
 from rt_lens.prompts import ContrastPairs, load_pairs
+from rt_lens.resistance import resistance
 from rt_lens.steering import (
     Linear,
     ablate,
@@ -30,28 +34,35 @@ from rt_lens.steering import (
     steered,
 )
 from rt_lens.sweeping import Answers, LogitDifference, sweep
-from rt_lens.tuning import TuneConfig, tune
+from rt_lens.tuning import Aim, Choice, KLThenSteer, Target, TuneConfig, block_search, tune
 from rt_lens.vectors import SteeringVectors, orthogonalised
 from rt_lens.whereabouts import whereabouts
 
 __all__ = [
+    "Aim",
     "Answers",
+    "Choice",
     "ContrastPairs",
+    "KLThenSteer",
     "Linear",
     "LogitDifference",
     "SteeringVectors",
+    "Target",
     "TuneConfig",
     "WeightDelta",
     "ablate",
     "add",
     "add_preserving_norm",
     "bake",
+    "block_search",
     "clamp",
     "conditional",
     "correct_only",
     "covariate_vectors",
     "erase",
     "evaluate",
+    "export_hf",
+    "export_peft",
     "extract_offsets",
     "extract_vectors",
     "fit_condition",
@@ -63,6 +74,9 @@ __all__ = [
     "logit_lens",
     "orthogonalised",
     "plots",
+    "projection_changes",
+    "residual_shifts",
+    "resistance",
     "save_gguf",
     "scale",
     "separability",
@@ -73,5 +87,7 @@ __all__ = [
     "token_projections",
     "trust",
     "tune",
+    "under",
+    "weight_changes",
     "whereabouts",
 ]

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from rt_lens.files import read_safetensors, write_atomically
+from rt_lens.files import read_safetensors, write_safetensors
 
 _SCHEMA = 1
 
@@ -144,7 +143,7 @@ class WeightDelta:
         content = {"schema": _SCHEMA, "kind": "weight_delta", "model": self.model, "config": self.config}
         header = {"rt_lens": json.dumps({**content, "history": self.history})}
         tensors = {name: change.detach().cpu().contiguous() for name, change in self.changes.items()}
-        return write_atomically(Path(path), save(tensors, metadata=header))
+        return write_safetensors(Path(path), tensors, header)
 
     @classmethod
     def load(cls, path: str | Path) -> WeightDelta:

@@ -1,9 +1,13 @@
-"""Losses of representation tuning, as pure functions of tensors. They know no model and no loop."""
+"""Losses of representation tuning, as pure functions of tensors. They know no model and no loop.
+
+Each gives one value per position, so that a loop can average over whatever batches its memory allows.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -16,10 +20,10 @@ def cosine_loss(
     vector: Float[Tensor, "d_model"],
     direction: Direction,
     centre: Float[Tensor, "d_model"] | None = None,
-) -> Float[Tensor, ""]:
-    """Cosine loss of activations against a direction (Ackerman 2024), between 0 and 1.
+) -> Float[Tensor, "n"]:
+    """Cosine loss of activations against a direction (Ackerman 2024), each between 0 and 1.
 
-    With c = cos(h, v): toward is mean((1 - c) / 2), away the same with -v, out is mean(|c|). Given a centre, c is
+    With c = cos(h, v): toward is (1 - c) / 2, away the same with -v, out is |c|. Given a centre, c is
     cos(h - centre, v): raw residual streams share a few huge dimensions, which hide v from the plain cosine.
 
     Args:
@@ -30,17 +34,38 @@ def cosine_loss(
     """
     cosine = F.cosine_similarity(h if centre is None else h - centre, vector[None], dim=-1)
     if direction == "toward":
-        return ((1 - cosine) / 2).mean()
+        return (1 - cosine) / 2
     if direction == "away":
-        return ((1 + cosine) / 2).mean()
+        return (1 + cosine) / 2
     if direction == "out":
-        return cosine.abs().mean()
+        return cosine.abs()
     raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'out' is wanted.")
 
 
-def token_loss(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of target tokens, in nats."""
-    return F.cross_entropy(logits, targets)
+def token_loss(
+    logits: Float[Tensor, "n d_vocab"],
+    choices: Int[Tensor, "n k"],
+    shares: Float[Tensor, "n k"],
+    rest: float = 0.0,
+) -> Float[Tensor, "n"]:
+    """Cross-entropy of target distributions over a few tokens, in nats.
+
+    One token with share 1 is the usual language-model loss; two with share 0.5 the soft choice of Ackerman (2024),
+    whose floor is ln 2. Within `rest` of its floor a position rests: its loss is constant and gives no gradient, since
+    all that is wanted of it is the output's form.
+
+    Args:
+        logits: at the positions before the target tokens.
+        choices: the tokens that have a share.
+        shares: of each, with sum 1; 0 for a token that only fills its row up.
+        rest: distance to the floor, in nats; 0 never rests.
+    """
+    # An unlikely token with share 0 has log-probability -inf under some masks, and 0 * -inf is no number.
+    likely = logits.log_softmax(-1).gather(1, choices).masked_fill(shares == 0, 0.0)
+    loss = -(shares * likely).sum(-1)
+    if rest == 0:
+        return loss
+    return loss.clamp(min=-torch.xlogy(shares, shares).sum(-1) + rest)
 
 
 def kl_divergence(
@@ -50,6 +75,6 @@ def kl_divergence(
 
     Args:
         log_probabilities: the model's, normalised.
-        reference: the reference's log-probabilities, normalised.
+        reference: the reference's log-probabilities, normalised. Both sides take gradients.
     """
     return F.kl_div(log_probabilities, reference, log_target=True, reduction="none").sum(-1).clamp(min=0)

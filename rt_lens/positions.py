@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,8 @@ def position_of(position: str | int | Position) -> Named:
     if position in _WORDS:
         part = position.removeprefix("mean").strip()
         return Named(_WORDS[position], lambda row: _part(row, part))
+    if found := re.fullmatch(r"token (-?\d+)", position):
+        return position_of(int(found[1]))
     if found := re.fullmatch(r"mean last (\d+)", position):
         k = int(found[1])
         if k:
@@ -87,6 +91,32 @@ def position_of(position: str | int | Position) -> Named:
     raise ValueError(
         f"position: {position!r} came; {', '.join(map(repr, _WORDS))}, 'mean last 5', 'mean \"some words\"', a token "
         "number or a function is wanted."
+    )
+
+
+def position_named(words: str) -> str:
+    """The position that has this meaning: from the words in a file of vectors to what `position_of` takes.
+
+    Raises:
+        ValueError: if a function of one's own was read, which words do not bring back.
+    """
+    for name, meaning in _WORDS.items():
+        if meaning == words:
+            return name
+    patterns = {
+        r"mean over the last (\d+) tokens": "mean last {}",
+        r"token (\d+) from the end": "token -{}",
+        r"token (\d+) from the beginning": "token {}",
+    }
+    for pattern, name in patterns.items():
+        if found := re.fullmatch(pattern, words):
+            return name.format(found[1])
+    if found := re.fullmatch(r"mean over the tokens of (['\"].+['\"])", words):
+        with suppress(SyntaxError, ValueError):  # they are told as Python writes a string
+            return f'mean "{ast.literal_eval(found[1])}"'
+    raise ValueError(
+        f"positions: the vectors were read at {words!r}, which no name of a position brings back. "
+        "Say 'response' or 'last'."
     )
 
 

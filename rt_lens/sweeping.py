@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -280,15 +280,12 @@ def _settings(
     model: Any, vectors: SteeringVectors, prompts: Sequence[str], doses: Sequence[float], measure: Any, steer: Any
 ) -> dict[str, Any]:
     """What makes two sweeps the same."""
-    content = hashlib.sha256()
-    for name, vector in vectors.vectors.items():
-        content.update(name.encode() + vector.detach().cpu().float().numpy().tobytes())
     return {
         "schema": 1,
         "kind": "sweep",
         "model": model_name(model),
         "fingerprint": _fingerprint(model),
-        "vectors": {**asdict(vectors.provenance), "sha256": content.hexdigest()},
+        "vectors": vectors.described(),
         "prompts_sha256": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "multipliers": list(doses),
         "metric": _described(measure),

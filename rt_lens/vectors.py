@@ -280,6 +280,13 @@ class SteeringVectors:
                 )
         return shared
 
+    def described(self) -> dict[str, Any]:
+        """Where they came from, with a checksum of their numbers: what a file made with them keeps."""
+        content = hashlib.sha256()
+        for name, vector in self.vectors.items():
+            content.update(name.encode() + vector.detach().cpu().float().numpy().tobytes())
+        return {**self.provenance.to_json(), "sha256": content.hexdigest()}
+
     def check_fits(self, model: Any) -> None:
         """Refuses a model of another width or without these hook points.
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from rt_lens.positions import Row, numbers_in, position_of, rows_of
+from rt_lens.positions import Row, numbers_in, position_named, position_of, rows_of
 from rt_lens.tokens import chat_text, encode
 
 OPENER = "Well, I'd"
@@ -85,6 +85,8 @@ def test_a_row_holds_the_ids_the_model_gets_and_the_characters_of_each(stand_in)
         (-1, "token 1 from the end", ["'d"]),
         (-5, "token 5 from the end", ["\n"]),
         (-25, "token 25 from the end", ["<|im_start|>"]),
+        ("token 4", "token 4 from the beginning", [" kind"]),
+        ("token -3", "token 3 from the end", [","]),
         (third_token, "third_token", ["\n"]),
         (commas, "commas", [","]),
     ],
@@ -92,6 +94,31 @@ def test_a_row_holds_the_ids_the_model_gets_and_the_characters_of_each(stand_in)
 def test_each_position_names_the_tokens_meant_and_says_so_in_words(stand_in, position, words, named):
     assert position_of(position).words == words
     assert labels(row_of(stand_in), position) == named
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        "last", "first", "mean", "mean prompt", "mean response", "mean last 1", "mean last 6", "token 0", "token 12",
+        "token -1", "token -3", 'mean "Kind of"', "mean \"it's\"", 'mean "a "quoted" word"', "mean \"it's \"so\"\"",
+        'mean "two\nlines"', 'mean "back\\slash"', 'mean "東京 🜚"',
+    ],
+)  # fmt: skip
+def test_a_positions_words_bring_back_its_name(position):
+    assert position_named(position_of(position).words) == position
+
+
+def test_a_number_comes_back_as_a_name_of_the_same_token(stand_in):
+    row = row_of(stand_in)
+    for number in (0, 4, -1, -3, -25):
+        name = position_named(position_of(number).words)
+        assert numbers_in(row, position_of(name), "it") == numbers_in(row, position_of(number), "it") == [number % 25]
+
+
+@pytest.mark.parametrize("words", ["third_token", "", "mean over the tokens of 'it's'", "token x from the end"])
+def test_words_of_no_named_position_are_refused(words):
+    with pytest.raises(ValueError, match=r"positions: .* which no .* brings back\. Say 'response' or 'last'"):
+        position_named(words)
 
 
 def test_prompt_and_response_are_the_whole_and_share_nothing(stand_in):

@@ -12,7 +12,8 @@ import rt_lens as rtl
 from rt_lens import tuning
 from rt_lens.delta import WeightDelta
 from rt_lens.extraction import token_projections
-from rt_lens.tuning import Target, TuneConfig, loop, prepare, tune
+from rt_lens.tuning import Target, TuneConfig, prepare, tune
+from rt_lens.tuning.objective import Objective
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]
 NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}.") for i in range(4)]
@@ -41,11 +42,15 @@ def test_cosine_tuning_moves_the_projection_the_way_it_should(tiny, tiny_vectors
     assert sign * (after - before) > 0.05
 
 
-def test_out_tuning_brings_the_cosine_near_zero(tiny, tiny_vectors):
-    config = replace(QUICK, direction="out", token_weight=0.0, cosine_weight=1.0, centred=False, max_steps=20)
-    found = loss(tune(tiny, tiny_vectors, TARGETS, config, progress=False), "train", "cosine")
+@pytest.mark.parametrize("token_weight", [0.0, 0.1])
+def test_out_tuning_brings_the_cosine_near_zero_also_beside_a_token_loss(tiny, tiny_vectors, token_weight):
+    config = replace(QUICK, direction="out", token_weight=token_weight, cosine_weight=1.0, centred=False, max_steps=20)
+    delta = tune(tiny, tiny_vectors, TARGETS, config, progress=False)
+    found = loss(delta, "train", "cosine")
     assert found[0] > 0.05
     assert found[-1] < found[0] / 2
+    if token_weight:
+        assert loss(delta, "train", "token")[-1] < loss(delta, "train", "token")[0]
 
 
 def test_token_loss_alone_falls_and_reads_no_vector(tiny, tiny_vectors):
@@ -114,50 +119,99 @@ def test_the_model_is_bit_for_bit_as_before(tiny, tiny_vectors):
     assert not tiny.list_hooks()
 
 
-class Interrupting:
-    """A callable that lets a few calls through, then presses Ctrl-C."""
-
-    def __init__(self, wrapped, after: int) -> None:
-        self.wrapped, self.left = wrapped, after
-
-    def __call__(self, *args, **kwargs):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return self.wrapped(*args, **kwargs)
-
-
-def test_ctrl_c_leaves_weights_and_hooks_as_they_were(tiny, tiny_vectors, monkeypatch):
-    before = fingerprint(tiny)
-    monkeypatch.setattr(loop, "cosine_loss", Interrupting(loop.cosine_loss, after=3))
-    with pytest.raises(KeyboardInterrupt):
-        tune(tiny, tiny_vectors, TARGETS, QUICK, progress=False)
-    assert fingerprint(tiny) == before
-    assert not tiny.list_hooks()
-    assert not any("forward" in vars(block.attn) for block in tiny.blocks)
+HELD_OUT = [Target("Question 0: what is it?", " Completely other words than in training.")]
 
 
 def test_best_weights_are_kept_not_the_last(tiny, tiny_vectors):
-    """A rate that ruins the model late: the delta's validation loss is the lowest seen, not the last."""
+    """A rate that ruins the model late: the delta's loss by a plain forward pass is the lowest that was seen."""
     config = replace(QUICK, cosine_weight=0.0, max_steps=12, validate_every=2, learning_rate=0.05, patience=9)
-    held_out = [Target("Question 0: what is it?", " Completely other words than in training.")]
-    delta = tune(tiny, tiny_vectors, TARGETS, config, validation=held_out, progress=False)
+    delta = tune(tiny, tiny_vectors, TARGETS, config, validation=HELD_OUT, progress=False)
     seen = loss(delta, "validation", "total")
-    assert min(seen) < seen[-1]
-    with delta.applied(tiny):
-        again = tune(tiny, tiny_vectors, held_out, replace(config, max_steps=1, batch_size=1), validation=held_out,
-                     progress=False)  # fmt: skip
-    first = loss(again, "train", "token")[0]
-    assert first == pytest.approx(min([*seen]), abs=1e-4) or not any(c.abs().max() for c in delta.changes.values())
+    assert len(seen) == 6
+    assert min(seen) < seen[-1] - 0.1
+    prompt, answer = (tiny.tokenizer.encode(text) for text in (HELD_OUT[0].prompt, HELD_OUT[0].answer))
+    with torch.no_grad(), delta.applied(tiny):
+        logits = tiny(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+    found = float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+    assert found == pytest.approx(min(seen), abs=1e-4)
 
 
-def test_early_stop_after_patience(tiny, tiny_vectors):
-    config = replace(
-        QUICK, cosine_weight=0.0, max_steps=40, epochs=20, validate_every=1, patience=2, learning_rate=0.05
-    )
-    held_out = [Target("Question 0: what is it?", " Completely other words than in training.")]
-    delta = tune(tiny, tiny_vectors, TARGETS, config, validation=held_out, progress=False)
-    assert max(row["step"] for row in delta.history) < 40
+@pytest.mark.parametrize("patience", [1, 2])
+def test_it_stops_after_as_many_validations_without_improvement_as_patience_says(tiny, tiny_vectors, patience):
+    config = replace(QUICK, cosine_weight=0.0, max_steps=40, validate_every=1, patience=patience, learning_rate=0.05)
+    delta = tune(tiny, tiny_vectors, TARGETS, config, validation=HELD_OUT, progress=False)
+    seen = loss(delta, "validation", "total")
+    assert len(seen) == len(loss(delta, "train", "total")) < 40
+    worse = [value >= min(seen[:number]) for number, value in enumerate(seen) if number]
+    assert all(worse[-patience:])
+    runs = "".join("x" if each else "." for each in worse[:-1])
+    assert "x" * patience not in runs
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(10, 0.3), (10, 0.0), (7, 0.5), (1, 0.1), (2, 0.9)])
+def test_the_rate_rises_over_the_warm_up_and_falls_to_zero_after_it(tiny, tiny_vectors, monkeypatch, steps, warmup):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def listening(self, *args):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", listening)
+    config = replace(QUICK, max_steps=steps, warmup=warmup, learning_rate=2e-3, patience=99)
+    tune(tiny, tiny_vectors, TARGETS, config, progress=False)
+    rising = max(1, round(steps * warmup))
+    falling = steps - rising
+    up = [2e-3 * (number + 1) / rising for number in range(rising)]
+    down = [2e-3 * (1 - number / falling) for number in range(falling)]
+    assert [rate for rate, *_ in rates] == pytest.approx(up + down)
+    assert all(len(each) == 1 for each in rates)
+
+
+def test_the_token_rate_is_for_what_the_cosine_does_not_train(tiny, tiny_vectors):
+    """With nearly none, what both losses train moves all the same, and what the token loss alone trains does not."""
+    kinds = {"cosine": ["v", "o"], "token": ["o", "gate", "up", "down"]}
+    config = replace(QUICK, kinds=kinds, max_steps=4)
+    slow = tune(tiny, tiny_vectors, TARGETS, replace(config, token_learning_rate=1e-12), progress=False).changes
+    same = tune(tiny, tiny_vectors, TARGETS, config, progress=False).changes
+    assert len(slow) == 5
+    for name in slow:
+        assert same[name].abs().max() > 1e-4
+        if ".mlp." in name:
+            assert slow[name].abs().max() < 1e-7
+        else:
+            assert slow[name].abs().max() > 1e-4
+
+
+def batches_of(model, vectors, monkeypatch, config) -> tuple[list[list[str]], list[list[str]]]:
+    """Prompts of the rows, and of the neutral rows, of each step."""
+    rows, neutral = [], []
+    gradients = Objective.gradients
+
+    def listening(self, some, others, hooks):
+        rows.append([row.prompt for row in some])
+        neutral.append([row.prompt for row in others])
+        return gradients(self, some, others, hooks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "gradients", listening)
+        tune(model, vectors, TARGETS, config, validation=HELD_OUT, neutral=NEUTRAL, progress=False)
+    return rows, neutral
+
+
+def test_each_epoch_sees_each_row_once_in_an_order_of_the_seed(tiny, tiny_vectors, monkeypatch):
+    config = replace(QUICK, batch_size=3, epochs=2, max_steps=99, kl_weight=1.0, neutral_batch_size=3, patience=99)
+    rows, neutral = batches_of(tiny, tiny_vectors, monkeypatch, config)
+    assert [len(step) for step in rows] == [3, 3, 2] * 2
+    first, second = ([prompt for step in epoch for prompt in step] for epoch in (rows[:3], rows[3:]))
+    everything = sorted(target.prompt for target in TARGETS)
+    assert sorted(first) == sorted(second) == everything
+    assert len({tuple(first), tuple(second), tuple(everything)}) == 3
+    assert all(len(set(step)) == 3 for step in neutral)
+    assert len(set(map(tuple, neutral))) > 1
+    assert batches_of(tiny, tiny_vectors, monkeypatch, config) == (rows, neutral)
+    assert batches_of(tiny, tiny_vectors, monkeypatch, replace(config, seed=1))[0] != rows
+    assert batches_of(tiny, tiny_vectors, monkeypatch, replace(config, max_steps=4))[0] == rows[:4]
 
 
 def test_shared_material_gives_the_same_delta_as_targets_and_is_checked(tiny, tiny_vectors):
@@ -211,12 +265,20 @@ def test_pairs_give_targets_in_the_models_own_words_without_the_persona(model, p
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"cosine_weight": 0.0, "token_weight": 0.0}, "nothing to tune"),
-        ({"direction": "out", "token_weight": 1.0}, "Set token_weight=0"),
+        ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 0.0}, "all are 0, so there is nothing to tune"),
+        ({"direction": "up"}, "direction: 'up' came; 'toward', 'away', 'out' is wanted"),
+        ({"precision": "float16"}, "precision: 'float16' came; 'float32', 'bfloat16', 'auto' is wanted"),
+        ({"prefix_cache": "ram"}, "prefix_cache: 'ram' came; 'auto', 'memory', 'disk', 'off' is wanted"),
         ({"kl_weight": -1.0}, "kl_weight: -1.0 came"),
+        ({"kl_weight": float("nan")}, "kl_weight: nan came"),
+        ({"token_rest": -0.1}, "token_rest: -0.1 came; 0 or more is wanted"),
         ({"max_steps": 0}, "max_steps: 0 came"),
+        ({"micro_batch_size": 0}, "micro_batch_size: 0 came; more than 0 is wanted"),
+        ({"token_learning_rate": 0.0}, "token_learning_rate: 0.0 came; more than 0 is wanted"),
+        ({"warmup": 1.0}, "warmup: 1.0 came; a share from 0 to below 1 is wanted"),
     ],
 )
+@pytest.mark.usefixtures("as_a_user")
 def test_bad_settings_are_named(settings, says):
     with pytest.raises(ValueError, match=says):
         TuneConfig(**settings)
@@ -228,6 +290,7 @@ def test_bad_settings_are_named(settings, says):
         ({"layers": [7]}, "layers: 7 is outside these vectors' blocks 0..1"),
         ({"trained_layers": [5]}, "layers: 5 is outside this model's blocks 0..1"),
         ({"kl_weight": 1.0}, "neutral: the KL term needs neutral prompts"),
+        ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 1.0}, "there is nothing to tune. Raise one, or give"),
     ],
 )
 def test_bad_requests_are_named_before_any_work(tiny, tiny_vectors, settings, says):
@@ -238,14 +301,6 @@ def test_bad_requests_are_named_before_any_work(tiny, tiny_vectors, settings, sa
 def test_vectors_of_another_model_are_refused(model, tiny_vectors):
     with pytest.raises(ValueError, match="vectors: made for d_model 32"):
         tune(model, tiny_vectors, TARGETS, QUICK, progress=False)
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(tiny, tiny_vectors, monkeypatch):
-    before = fingerprint(tiny)
-    monkeypatch.setattr(loop, "token_loss", lambda logits, targets: logits.sum() * float("nan"))
-    with pytest.raises(FloatingPointError, match="step 1"):
-        tune(tiny, tiny_vectors, TARGETS, QUICK, progress=False)
-    assert fingerprint(tiny) == before
 
 
 def test_a_bridge_tunes_too(bridge, pairs):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from rt_lens.losses import Direction
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+KINDS = (*MATRICES, "bias", "norm")
+LOSSES = ("cosine", "token", "kl")
 
 
 @dataclass(frozen=True)
@@ -15,19 +20,33 @@ class TuneConfig:
     Attributes:
         direction: `toward` the vector, `away` from it, or `out` (no component left, either way).
         layers: blocks whose activations the cosine loss reads.
-        trained_layers: blocks whose attention and MLP matrices may change; by default from three below the first of
-            `layers` up to the last of them.
         hook: kind of hook point of the cosine loss.
+        positions: tokens that it reads: `response` (those from which the answer is predicted), `vector` (those that
+            the vector was made from), or a position that `extract_vectors` knows, such as `last` (of the prompt).
+        centred: subtract the untuned model's mean activation before the cosine.
+        trained_layers: blocks that may change; by default from three below the first of `layers` up to the last of
+            them. Or by loss, `{"cosine": [...], "token": [...]}`.
+        kinds: which of their weights: q, k, v, o, gate, up, down, bias, norm. Or by loss, as `trained_layers`: then a
+            weight gets gradients only from the losses that name it. A `kl` left out trains what any other loss does.
+        lora_rank: train low-rank factors of each matrix (Hu et al. 2021; scale 1); 0 trains whole matrices.
         cosine_weight: of the cosine loss; 0 leaves it out.
         token_weight: of the cross-entropy on the targets; 0 leaves it out.
-        kl_weight: of KL(untuned || tuned) on neutral prompts; 0 leaves it out.
-        centred: subtract the untuned model's mean activation before the cosine.
+        token_rest: nats above its floor within which a target position rests; 0 never rests.
+        kl_weight: of the KL to the untuned model on neutral prompts; 0 leaves it out.
         learning_rate: peak of AdamW's, after a linear warm-up and before a linear decay to zero.
+        token_learning_rate: for weights that the cosine loss does not train; `learning_rate` for None.
+        warmup: share of the steps.
         weight_decay: of AdamW.
+        max_grad_norm: gradient clipping.
         epochs: passes over the targets.
         max_steps: stop after so many steps, whatever the epochs.
         batch_size: targets per step.
         neutral_batch_size: neutral prompts per step, for the KL term.
+        micro_batch_size: rows run at once; the step is the same, its memory less. All at once for None.
+        precision: `bfloat16` runs the blocks in mixed precision (weights and losses stay float32), `auto` does so
+            where a GPU has it, `float32` never.
+        prefix_cache: where the untrained first blocks' output is kept: `memory`, `disk`, `auto` (by size), or `off`
+            (run them at every step).
         n_targets: how many targets to have the model write.
         target_tokens: length of a target.
         target_temperature: at which targets and neutral answers are sampled; learning one's own greedy answers
@@ -35,55 +54,128 @@ class TuneConfig:
         validation_share: share of topics held out for early stopping, where no validation pairs are given.
         validate_every: steps between validations.
         patience: validations without improvement before stopping.
-        max_grad_norm: gradient clipping.
-        seed: of target selection and batch order.
+        seed: of target selection, order and initial factors.
     """
 
     direction: Direction = "away"
     layers: Sequence[int] = (20, 21, 22, 23, 24)
-    trained_layers: Sequence[int] | None = None
     hook: str = "resid_post"
+    positions: str = "response"
+    centred: bool = True
+    trained_layers: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    kinds: Sequence[str] | Mapping[str, Sequence[str]] = MATRICES
+    lora_rank: int = 0
     cosine_weight: float = 14.0
     token_weight: float = 1.0
+    token_rest: float = 0.0
     kl_weight: float = 1.0
-    centred: bool = True
     learning_rate: float = 1e-4
+    token_learning_rate: float | None = None
+    warmup: float = 0.1
     weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
     epochs: int = 1
     max_steps: int = 10
     batch_size: int = 4
     neutral_batch_size: int = 2
+    micro_batch_size: int | None = None
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    prefix_cache: Literal["auto", "memory", "disk", "off"] = "auto"
     n_targets: int = 40
     target_tokens: int = 24
     target_temperature: float = 0.7
     validation_share: float = 0.2
     validate_every: int = 5
     patience: int = 3
-    max_grad_norm: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        if self.trained_layers is not None:
-            object.__setattr__(self, "trained_layers", tuple(self.trained_layers))
-        if self.direction not in ("toward", "away", "out"):
-            raise ValueError(f"direction: {self.direction!r} came; 'toward', 'away' or 'out' is wanted.")
-        if self.cosine_weight == 0 and self.token_weight == 0:
-            raise ValueError("cosine_weight, token_weight: both are 0, so there is nothing to tune. Raise one.")
-        if self.direction == "out" and self.token_weight > 0:
-            raise ValueError("token_weight: direction 'out' has no target texts. Set token_weight=0.")
-        for name in ("cosine_weight", "token_weight", "kl_weight", "weight_decay", "target_temperature"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} came; 0 or more is wanted.")
-        counts = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens",
-                  "validate_every", "patience")  # fmt: skip
-        for name in (*counts, "learning_rate", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} came; more than 0 is wanted.")
+        for name in ("trained_layers", "kinds"):
+            object.__setattr__(self, name, _frozen(name, getattr(self, name)))
+        _check_words(self)
+        _check_numbers(self)
+
+    def weight(self, loss: str) -> float:
+        """The weight of a loss: `cosine`, `token` or `kl`."""
+        return float(getattr(self, f"{loss}_weight"))
+
+    def blocks_of(self, loss: str) -> tuple[int, ...]:
+        """The blocks that a loss trains; none if it has no weight."""
+        if self.weight(loss) == 0:
+            return ()
+        if not isinstance(self.trained_layers, Mapping):
+            return self.trained_layers or tuple(range(max(0, min(self.layers) - 3), max(self.layers) + 1))  # type: ignore[return-value]
+        return tuple(self.trained_layers.get(loss) or self._of_others("blocks_of"))
+
+    def kinds_of(self, loss: str) -> tuple[str, ...]:
+        """The kinds of weights that a loss trains; none if it has no weight."""
+        if self.weight(loss) == 0:
+            return ()
+        if not isinstance(self.kinds, Mapping):
+            return tuple(self.kinds)
+        return tuple(self.kinds.get(loss) or self._of_others("kinds_of"))
+
+    def _of_others(self, which: str) -> tuple[Any, ...]:
+        """What the KL term trains where it is not named: all that the losses it holds in check do."""
+        each = (getattr(self, which)(loss) for loss in ("cosine", "token"))
+        return tuple(dict.fromkeys(value for found in each for value in found))
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """The blocks that are trained."""
-        if self.trained_layers is not None:
-            return tuple(self.trained_layers)
-        return tuple(range(max(0, min(self.layers) - 3), max(self.layers) + 1))
+        return tuple(sorted({block for loss in LOSSES for block in self.blocks_of(loss)}))
+
+
+def _frozen(name: str, value: Any) -> Any:
+    """Lists as tuples, one for all losses or one for each."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        raise ValueError(f"{name}: {value!r} came; a list is wanted, as in {name}={value.split()!r}.")
+    if not isinstance(value, Mapping):
+        return tuple(value)
+    if unknown := set(value) - set(LOSSES):
+        raise ValueError(f"{name}: {', '.join(sorted(map(str, unknown)))} is no loss; {', '.join(LOSSES)} are.")
+    return {loss: _frozen(f"{name}[{loss!r}]", each) for loss, each in value.items()}
+
+
+def _check_words(config: TuneConfig) -> None:
+    allowed = {
+        "direction": ("toward", "away", "out"),
+        "precision": ("float32", "bfloat16", "auto"),
+        "prefix_cache": ("auto", "memory", "disk", "off"),
+    }
+    for name, words in allowed.items():
+        if getattr(config, name) not in words:
+            raise ValueError(f"{name}: {getattr(config, name)!r} came; {', '.join(map(repr, words))} is wanted.")
+    given = config.kinds.values() if isinstance(config.kinds, Mapping) else [config.kinds]
+    for kind in (kind for each in given for kind in each):
+        if kind not in KINDS:
+            raise ValueError(f"kinds: {kind!r} came; {', '.join(KINDS)} are known.")
+    for name in ("trained_layers", "kinds"):
+        by_loss = getattr(config, name)
+        others = config.cosine_weight > 0 or config.token_weight > 0
+        for loss in ("cosine", "token") if others else LOSSES:
+            if isinstance(by_loss, Mapping) and config.weight(loss) > 0 and not by_loss.get(loss):
+                raise ValueError(f"{name}: nothing for the {loss} loss, which has weight. Add it, or set its weight 0.")
+    if not isinstance(config.kinds, Mapping) and not config.kinds:
+        raise ValueError(f"kinds: the list is empty. Name some of {', '.join(KINDS)}.")
+
+
+def _check_numbers(config: TuneConfig) -> None:
+    not_negative = ("cosine_weight", "token_weight", "kl_weight", "token_rest", "weight_decay", "target_temperature")
+    positive = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens",
+                "validate_every", "patience", "learning_rate", "max_grad_norm")  # fmt: skip
+    for name in (*not_negative, "lora_rank"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name}: {getattr(config, name)} came; 0 or more is wanted.")
+    for name in (*positive, "token_learning_rate", "micro_batch_size"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: {value} came; more than 0 is wanted.")
+    for name in ("warmup", "validation_share"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}: {getattr(config, name)} came; a share from 0 to below 1 is wanted.")
+    if config.cosine_weight == config.token_weight == config.kl_weight == 0:
+        raise ValueError("cosine_weight, token_weight, kl_weight: all are 0, so there is nothing to tune. Raise one.")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,111 +15,135 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import check_layers, model_name
-from rt_lens.losses import cosine_loss, kl_divergence, token_loss
+from rt_lens.forward import model_name
 from rt_lens.prompts import ContrastPairs
-from rt_lens.tokens import pad_id_of
+from rt_lens.steering import FwdHook
+from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
+from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.material import Batch, Material, Row, Target, logits_of, prepare, read
+from rt_lens.tuning.material import Material, Row, prepare
+from rt_lens.tuning.objective import Objective
+from rt_lens.tuning.targets import Target, Wanted
+from rt_lens.tuning.weights import Leaf, leaves_of, trained_by
 from rt_lens.vectors import SteeringVectors
+
+
+class LossNotFinite(FloatingPointError):
+    """A loss or gradient that is not finite; the message names the step and the prompts of its batch.
+
+    Attributes:
+        delta: the last good weights: those of the lowest validation loss, before any validation those of the step
+            before.
+    """
+
+    def __init__(self, message: str, delta: WeightDelta) -> None:
+        super().__init__(message)
+        self.delta = delta
 
 
 def tune(
     model: Any,
-    vectors: SteeringVectors,
-    train: ContrastPairs | Sequence[Target] | Material,
+    vectors: SteeringVectors | Sequence[Aim],
+    train: ContrastPairs | Sequence[Wanted] | Material,
     config: TuneConfig | None = None,
     *,
-    validation: ContrastPairs | Sequence[Target] | None = None,
+    validation: ContrastPairs | Sequence[Wanted] | None = None,
     neutral: Sequence[str] | Sequence[Target] = (),
+    steer: KLThenSteer | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 25,
     progress: bool = True,
 ) -> WeightDelta:
-    """Tunes a direction into, or out of, the weights.
+    """Tunes directions into, or out of, the weights.
 
-    Each step adds up the weighted cosine loss at the answers' positions, the cross-entropy of the target answers, and
-    the KL divergence from the untuned model on neutral prompts; terms of weight 0 are not computed. The weights with
-    the lowest validation loss are kept. Blocks below the first trained one are run once and remembered.
+    Each step adds up the weighted cosine loss at hook points (Ackerman 2024), the cross-entropy of the targets, and the
+    KL divergence from the untuned model on neutral prompts; terms of weight 0 are not computed. The weights with the
+    lowest validation loss are kept. Blocks before the first trained one are run once and remembered.
 
     Args:
         model: HookedTransformer or TransformerBridge; left as it was, also on an exception or Ctrl-C.
-        vectors: the directions, at the blocks that `config.layers` names.
-        train: pairs, for which the model writes its own targets; or targets; or what `prepare` made of them, which
-            several runs can share (`validation` and `neutral` are part of it then).
+        vectors: the directions, at the blocks that `config.layers` names; or a list of `Aim`s, to tune several at once.
+        train: pairs, for which the model writes its own targets; or targets and choices; or what `prepare` made of
+            them, which several runs can share (`validation` and `neutral` are part of it then).
         config: see TuneConfig.
         validation: held-out pairs or targets; by default a share of the training topics.
         neutral: prompts (or targets) for the KL term; needed if its weight is above 0.
+        steer: computes the losses under random steering, see KLThenSteer.
+        checkpoint: file for the run's state. If it is there, the run goes on from it, and ends with the same bits as
+            one that was never broken off; a finished run's gives its delta at once.
+        checkpoint_every: steps between writes.
         progress: show a bar with the losses.
 
     Returns:
         The change of each trained parameter.
 
     Raises:
-        ValueError: vectors of another model, layers out of range, nothing to train on.
-        FloatingPointError: if a loss is not finite; says at which step.
+        ValueError: vectors of another model, layers out of range, nothing to train on, another run's checkpoint.
+        OSError: the checkpoint cannot be written there; only at the start, later a refusal is a warning.
+        LossNotFinite: names the step and the batch, and carries the last good weights as `delta`.
+        MemoryError: says which setting to lower.
 
     Example:
         >>> delta = tune(model, vectors, train, TuneConfig(direction="away"), neutral=["Name three metals."])
     """
     config = config or TuneConfig()
-    vectors.check_fits(model)
-    directions = vectors.at_layers(config.layers, config.hook)
-    for name, direction in directions.items():
-        if direction.norm() == 0:
-            raise ValueError(f"vectors: {name} is all zeros, which has no direction to tune. Extract it again.")
-    trained = _trained_parameters(model, config.blocks)
+    trained = trained_by(model, config)
+    readings = readings_of(model, vectors, config)
+    _check_request(model, train, config, neutral, steer, checkpoint_every)
+    about = {
+        "vectors": [vectors.described()] if isinstance(vectors, SteeringVectors) else [_told(aim) for aim in vectors],
+        "steer": None if steer is None else steer.described(),
+    }
+    kept = None if checkpoint is None else Checkpoint(Path(checkpoint), run_of(config, model, about))
+    if not isinstance(train, Material):
+        train = prepare(
+            model, vectors, train, config, validation=validation, neutral=neutral, steer=steer, progress=progress
+        )
+    _check_material(train, readings, config, steer)
+    union = {name: parameter for found in trained.values() for name, parameter in found.items()}
+    if kept:
+        kept.reads(train)
+    before = {name: parameter.detach() for name, parameter in union.items()}
+    with leaves_of(model, union, config) as leaves:
+        objective = Objective(model, readings, config, train, trained, steered=steer is not None)
+        loop = _Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **about})
+        return loop.run(kept, checkpoint_every, progress)
+
+
+def _told(aim: Aim) -> dict[str, Any]:
+    said = {name: value for name, value in vars(aim).items() if name != "vectors"}
+    # A range is no JSON.
+    return {**said, "layers": None if aim.layers is None else list(aim.layers), **aim.vectors.described()}
+
+
+def _check_request(
+    model: Any, train: Any, config: TuneConfig, neutral: Sequence[Any], steer: KLThenSteer | None, every: int
+) -> None:
+    if config.cosine_weight == 0 and config.token_weight == 0 and steer is None:
+        raise ValueError(
+            "cosine_weight, token_weight: both are 0, so there is nothing to tune. Raise one, or give steer."
+        )
     if config.kl_weight > 0 and not (train.neutral if isinstance(train, Material) else neutral):
         raise ValueError("neutral: the KL term needs neutral prompts. Give some, or set kl_weight=0.")
-    if not isinstance(train, Material):
-        train = prepare(model, vectors, train, config, validation=validation, neutral=neutral, progress=progress)
-    _check_material(train, directions, config)
-    with _trainable(model, trained):
-        loop = _Loop(model, directions, config, trained, train)
-        history, best = loop.run(progress)
-        changes = {name: best[name] - loop.original[name] for name in trained}
-    return WeightDelta(changes, model_name(model), {**asdict(config), "layers": list(config.layers)}, history)
+    if steer is not None:
+        steer.check_fits(model)
+    if every < 1:
+        raise ValueError(f"checkpoint_every: {every} came; a number of steps of at least 1 is wanted.")
 
 
-def _check_material(material: Material, directions: dict[str, Tensor], config: TuneConfig) -> None:
-    if material.first_block not in (0, min(config.blocks)) or not set(directions) <= set(material.centres):
+def _check_material(
+    material: Material, readings: Sequence[Reading], config: TuneConfig, steer: KLThenSteer | None
+) -> None:
+    latest = min([*config.blocks, *(steer.layers if steer else ())])
+    wanted = {(reading.positions, name) for reading in readings for name in reading.names}
+    unread = not {place for place, _ in wanted} <= set(material.train[0].places)
+    uncentred = config.cosine_weight and config.centred and not wanted <= set(material.centres)
+    if material.first_block > latest or unread or uncentred:
+        centres = sorted({f"{name} ({place})" for place, name in material.centres})
         raise ValueError(
-            f"train: this material was prepared for blocks from {material.first_block} and "
-            f"{', '.join(material.centres)}. Prepare it with the same layers and trained_layers."
+            f"train: this material was prepared for blocks from {material.first_block} on and "
+            f"{', '.join(centres) or 'no centres'}. Prepare it with the same layers, positions and trained_layers."
         )
-
-
-def _trained_parameters(model: Any, blocks: Sequence[int]) -> dict[str, nn.Parameter]:
-    """Attention and MLP matrices of the blocks, by name."""
-    check_layers(model, blocks)
-    # A HookedTransformer's biases have a head axis, so "a matrix" cannot be told by the number of axes alone.
-    # A bridge's parameters keep Hugging Face's names, where blocks are `layers` or, in GPT-2, `h`.
-    wanted = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\..*(?:attn|mlp)(?:.*\.weight|\._?W_\w+)$")
-    found = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if (match := wanted.search(name)) and int(match[1]) in blocks
-    }
-    if not found:
-        raise ValueError(f"trained_layers: no attention or MLP matrix found in blocks {list(blocks)} of this model.")
-    return found
-
-
-@contextmanager
-def _trainable(model: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Only `trained` takes gradients, on copies of their own; afterwards memory, values and flags are as before."""
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    memory = {parameter: parameter.data for parameter in trained.values()}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(parameter in memory)
-        for parameter in memory:
-            parameter.data = parameter.data.clone()
-        yield
-    finally:
-        for parameter, kept in memory.items():
-            parameter.data = kept
-            parameter.grad = None
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 class _Loop:
@@ -128,125 +152,164 @@ class _Loop:
     def __init__(
         self,
         model: Any,
-        directions: dict[str, Tensor],
-        config: TuneConfig,
-        trained: dict[str, nn.Parameter],
+        objective: Objective,
+        leaves: Mapping[str, Leaf],
+        trained: Mapping[str, Mapping[str, nn.Parameter]],
         material: Material,
+        config: TuneConfig,
+        steer: KLThenSteer | None,
+        before: Mapping[str, Tensor],
+        about: dict[str, Any],
     ) -> None:
-        self.model, self.config, self.trained, self.material = model, config, trained, material
-        self.original = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        used = directions if config.cosine_weight else {}
-        self.directions = {name: vector.to(model.cfg.device) for name, vector in used.items()}
-        self.centres = material.centres if config.centred else {}
+        self.model, self.objective, self.leaves, self.material = model, objective, leaves, material
+        self.config, self.steer, self.before, self.about = config, steer, before, about
+        self.tensors = named_tensors(leaves)
         self.neutral = material.neutral if config.kl_weight else []
-        self.pad_id = pad_id_of(model)
-        # Weights keep Hugging Face's layout as transposed views; AdamW would copy each of them at every step.
-        self.axes = {name: _by_stride(parameter) for name, parameter in trained.items()}
-        self.views = {name: nn.Parameter(p.detach().permute(self.axes[name])) for name, p in trained.items()}
+        self.per_epoch = math.ceil(len(material.train) / config.batch_size)
+        self.steps = min(config.max_steps, config.epochs * self.per_epoch)
+        self.optimiser = _optimiser(leaves, trained, config)
 
-    def losses(self, rows: Sequence[Row], neutral: Sequence[Row]) -> dict[str, Tensor]:
-        """The terms of the loss that have weight, and their weighted sum `total`."""
-        config, terms = self.config, {}
-        batch = Batch.of(rows, self.pad_id)
-        found, final = self._read(batch, final=config.token_weight > 0)
-        if self.directions:
-            each = [
-                cosine_loss(found[name], vector, config.direction, self.centres.get(name))
-                for name, vector in self.directions.items()
-            ]
-            terms["cosine"] = torch.stack(each).mean()
-        if final is not None:
-            terms["token"] = token_loss(logits_of(self.model, final), batch.tokens[:, 1:][batch.reads[:, :-1]])
-        if neutral:
-            terms["kl"] = self._kl(Batch.of(neutral, self.pad_id))
-        weights = {"cosine": config.cosine_weight, "token": config.token_weight, "kl": config.kl_weight}
-        terms["total"] = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
-        return terms
-
-    def _read(self, batch: Batch, *, final: bool) -> tuple[dict[str, Tensor], Tensor | None]:
-        return read(self.model, batch, list(self.directions), self.material.first_block, final=final)
-
-    def _kl(self, batch: Batch) -> Tensor:
-        _, final = read(self.model, batch, [], self.material.first_block, final=True)
-        assert final is not None
-        assert batch.reference is not None
-        with torch.no_grad():
-            reference = logits_of(self.model, batch.reference).log_softmax(-1)
-        return kl_divergence(logits_of(self.model, final).log_softmax(-1), reference).mean()
-
-    def run(self, progress: bool) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """The loop: history rows, and the trained parameters at the lowest validation loss."""
-        config = self.config
-        order = random.Random(config.seed)
-        steps = min(config.max_steps, config.epochs * math.ceil(len(self.material.train) / config.batch_size))
-        optimiser = torch.optim.AdamW(
-            self.views.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
-        history: list[dict[str, Any]] = []
-        best, best_loss, worse = self.original, math.inf, 0
-        with tqdm(total=steps, desc=f"tuning {config.direction}", unit="step", disable=not progress) as bar:
-            for step, rows in enumerate(self._stream(order, steps), start=1):
-                neutral = order.sample(self.neutral, min(len(self.neutral), config.neutral_batch_size))
-                terms = self.losses(rows, neutral)
-                self._step(optimiser, schedule, terms, step)
-                history.append(_history_row(step, "train", terms))
+    def run(self, kept: Checkpoint | None, every: int, progress: bool) -> WeightDelta:
+        state = kept.load(self.leaves, self.optimiser) if kept else None
+        state = state or State(best=self._values())
+        with tqdm(
+            total=self.steps, initial=state.step, desc=f"tuning {self.config.direction}", unit="step",
+            disable=not progress,
+        ) as bar:  # fmt: skip
+            while not state.done:
+                found = self._step(state)
                 bar.update()
-                bar.set_postfix({name: f"{history[-1][name]:.3f}" for name in terms})
-                if step % config.validate_every and step != steps:
-                    continue
-                history.append(_history_row(step, "validation", self._validate()))
-                if history[-1]["total"] < best_loss:
-                    best_loss, worse = history[-1]["total"], 0
-                    best = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
-                elif (worse := worse + 1) >= config.patience:
-                    break
-        return history, best
+                bar.set_postfix({name: f"{value:.3f}" for name, value in found.items()})
+                if kept and (state.done or state.step % every == 0):
+                    kept.save(state, self.leaves, self.optimiser)
+        return self._delta(state)
 
-    def _stream(self, order: random.Random, steps: int) -> Iterator[list[Row]]:
-        size, given = self.config.batch_size, 0
-        while given < steps:
-            shuffled = order.sample(self.material.train, len(self.material.train))
-            for start in range(0, len(shuffled), size):
-                if given == steps:
-                    return
-                given += 1
-                yield shuffled[start : start + size]
+    def _step(self, state: State) -> dict[str, float]:
+        """One step of the optimiser, with the validation that follows it."""
+        rows, neutral = self._batch(state.step)
+        with _memory_advice(state.step + 1, rows, self.config):
+            return self._learn(state, rows, neutral)
 
-    def _step(self, optimiser: Any, schedule: Any, terms: dict[str, Tensor], step: int) -> None:
-        if not torch.isfinite(terms["total"]):
-            raise FloatingPointError(f"tune: the loss is not finite at step {step}. Lower learning_rate.")
-        for parameter in self.trained.values():
+    def _learn(self, state: State, rows: list[Row], neutral: list[Row]) -> dict[str, float]:
+        config, number = self.config, state.step + 1
+        for parameter in self.model.parameters():
             parameter.grad = None
-        terms["total"].backward()
-        nn.utils.clip_grad_norm_(self.trained.values(), self.config.max_grad_norm)
-        for name, parameter in self.trained.items():
-            self.views[name].grad = None if parameter.grad is None else parameter.grad.permute(self.axes[name])
-        optimiser.step()
-        schedule.step()
+        for tensor in self.tensors.values():
+            tensor.grad = None
+        hooks = self.steer.drawn(self.model, f"{config.seed}-steer-{number}") if self.steer else []
+        found = self.objective.gradients(rows, neutral, hooks)
+        for leaf in self.leaves.values():
+            leaf.take_gradient()
+        norm = nn.utils.clip_grad_norm_(self.tensors.values(), config.max_grad_norm)
+        if not math.isfinite(found["total"]) or not torch.isfinite(norm):
+            if not state.best_loss < math.inf and all(leaf.parameter.isfinite().all() for leaf in self.leaves.values()):
+                state.best = self._values()  # those of the step before
+            self._stop(state, f"step {number}", found, rows, neutral)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["peak"] * _rate(state.step, self.steps, config.warmup)
+        self.optimiser.step()
+        for leaf in self.leaves.values():
+            leaf.write()
+        state.step = number
+        state.history.append(_history_row(number, "train", found))
+        state.done = number == self.steps
+        if state.done or number % config.validate_every == 0:
+            self._validate(state)
+        return found
 
-    @torch.no_grad()
-    def _validate(self) -> dict[str, Tensor]:
-        """Mean losses over the held-out rows, with the KL over the same few neutral rows each time."""
-        size, held_out = self.config.batch_size * 2, self.material.held_out
-        neutral = self.neutral[: self.config.neutral_batch_size]
-        found = [self.losses(held_out[start : start + size], neutral) for start in range(0, len(held_out), size)]
-        return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}
+    def _batch(self, step: int) -> tuple[list[Row], list[Row]]:
+        """The rows of a step, which depend on the seed and the step's number alone, so that any step can be resumed."""
+        config, (epoch, place) = self.config, divmod(step, self.per_epoch)
+        order = list(range(len(self.material.train)))
+        random.Random(f"{config.seed}-{epoch}").shuffle(order)
+        chosen = order[place * config.batch_size : (place + 1) * config.batch_size]
+        size = min(len(self.neutral), config.neutral_batch_size)
+        neutral = random.Random(f"{config.seed}-neutral-{step}").sample(self.neutral, size)
+        return [self.material.train[number] for number in chosen], neutral
+
+    def _validate(self, state: State) -> None:
+        """Losses over the held-out rows, with the KL over the same few neutral rows each time."""
+        neutral = self.neutral[: 2 * self.config.neutral_batch_size]
+        each: list[list[FwdHook]] = self.steer.held_out(self.model) if self.steer else [[]]
+        found = self.objective.values(self.material.held_out, neutral, each)
+        if not math.isfinite(found["total"]):
+            self._stop(state, f"the validation after step {state.step}", found, self.material.held_out, neutral)
+        state.history.append(_history_row(state.step, "validation", found))
+        if found["total"] < state.best_loss:
+            state.best_loss, state.worse, state.best = found["total"], 0, self._values()
+        else:
+            state.worse += 1
+            state.done = state.done or state.worse >= self.config.patience
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def _delta(self, state: State) -> WeightDelta:
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(state.best[name])
+        for leaf in self.leaves.values():
+            leaf.write()
+        now = dict(self.model.named_parameters())
+        changes = {name: (now[name].detach() - kept).contiguous() for name, kept in self.before.items()}
+        return WeightDelta(changes, model_name(self.model), self.about, state.history)
+
+    def _stop(
+        self, state: State, when: str, found: Mapping[str, float], rows: Sequence[Row], neutral: Sequence[Row]
+    ) -> None:
+        wrong = [name for name, value in found.items() if name != "total" and not math.isfinite(value)]
+        # A gradient (nothing else wrong) may be of either.
+        batch = [*([] if wrong == ["kl"] else rows), *(neutral if not wrong or "kl" in wrong else [])]
+        prompts = "; ".join(repr(row.prompt[-60:]) for row in batch)
+        raise LossNotFinite(
+            f"tune: at {when} {', '.join(wrong) or 'the gradient'} is not finite, in the batch of "
+            f"prompts that end {prompts}. The last good weights are the error's `delta`. Lower learning_rate "
+            f"(now {self.config.learning_rate:g}), or look at these texts.",
+            self._delta(state),
+        )
 
 
-def _by_stride(tensor: Tensor) -> list[int]:
-    """The axes from the widest stride to the narrowest: permuted so, a transposed view is contiguous."""
-    return sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+def _optimiser(
+    leaves: Mapping[str, Leaf], trained: Mapping[str, Mapping[str, nn.Parameter]], config: TuneConfig
+) -> torch.optim.Optimizer:
+    """AdamW; `peak` of each group is its learning rate before warm-up and decay."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, leaf in leaves.items():
+        groups[name in trained.get("cosine", {})].extend(leaf.tensors.values())
+    peaks = {True: config.learning_rate, False: config.token_learning_rate or config.learning_rate}
+    return torch.optim.AdamW(
+        [{"params": params, "peak": peaks[by_cosine]} for by_cosine, params in groups.items() if params],
+        lr=0.0,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
-def _rate(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth of the steps, then linear decay."""
-    warm = max(1, steps // 10)
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over a share of the steps, then linear decay."""
+    warm = max(1, round(steps * warmup))
     return (step + 1) / warm if step < warm else max(0.0, (steps - step) / max(1, steps - warm))
 
 
-def _history_row(step: int, split: str, terms: dict[str, Tensor]) -> dict[str, Any]:
-    parts = {
-        name: float(terms[name].detach()) if name in terms else None for name in ("total", "token", "cosine", "kl")
-    }
-    return {"step": step, "split": split, **parts}
+def _history_row(step: int, split: str, found: Mapping[str, float]) -> dict[str, Any]:
+    return {"step": step, "split": split, **{name: found.get(name) for name in ("total", "token", "cosine", "kl")}}
+
+
+@contextmanager
+def _memory_advice(step: int, rows: Sequence[Row], config: TuneConfig) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # CUDA's own kind is a RuntimeError, the CPU's has none of its own
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(said in str(error) for said in words):
+            raise
+        size = config.micro_batch_size or config.batch_size
+        knob = (
+            f"micro_batch_size={max(1, size // 2)} (it is {size} now; the step stays the same)"
+            if size > 1
+            else "target_tokens, or fewer trained_layers, or lora_rank=16"
+        )
+        longest = max(len(row.tokens) for row in rows)
+        raise MemoryError(
+            f"tune: out of memory at step {step}, with rows of up to {longest} tokens. Set {knob}."
+        ) from error

@@ -1,9 +1,10 @@
-"""What a tuning run reads: target answers, and everything about them that the untuned model computes once."""
+"""What a tuning run reads: targets as tokens, and everything about them that the untuned model computes once."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,55 +15,16 @@ from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 
 from rt_lens.forward import quick, unembed
-from rt_lens.generation import generate
-from rt_lens.losses import Direction
+from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
-from rt_lens.tokens import chat_text, encode, pad_id_of, tokenizer_of
+from rt_lens.steering import FwdHook
+from rt_lens.tokens import encode, pad_id_of, tokenizer_of
+from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.vectors import SteeringVectors
-
-
-@dataclass(frozen=True)
-class Target:
-    """A prompt and the answer that the model is to learn, as texts."""
-
-    prompt: str
-    answer: str
-
-
-def write_targets(
-    model: Any, pairs: ContrastPairs, direction: Direction, config: TuneConfig, *, progress: bool = False
-) -> list[Target]:
-    """Targets in the model's own words: answers it writes under a persona, to be learnt without the persona.
-
-    Args:
-        model: the untuned model.
-        pairs: personas and topics.
-        direction: `toward` takes the positive personas, `away` the negative; `out` takes none, and the answers serve
-            only as places to read activations.
-        config: number, length and seed of the targets.
-        progress: show a bar.
-    """
-    chosen = pairs.sample(config.n_targets, seed=config.seed).pairs
-    persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "out": lambda p: ""}[direction]
-    asked = [chat_text(model, pair.user, system=persona(pair)) for pair in chosen]
-    answers = _answers(model, asked, config, progress)
-    plain = [chat_text(model, pair.user) for pair in chosen]
-    return [Target(prompt, answer) for prompt, answer in zip(plain, answers, strict=True) if answer.strip()]
-
-
-def write_neutral(model: Any, prompts: Sequence[str], config: TuneConfig) -> list[Target]:
-    """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
-    asked = [chat_text(model, prompt) for prompt in prompts]
-    answers = _answers(model, asked, config, progress=False)
-    return [Target(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.strip()]
-
-
-def _answers(model: Any, texts: Sequence[str], config: TuneConfig, progress: bool) -> list[str]:
-    return generate(
-        model, texts, chat=False, max_new_tokens=config.target_tokens, temperature=config.target_temperature,
-        seed=config.seed, progress=progress,
-    )  # fmt: skip
+from rt_lens.tuning.shelf import Shelf
+from rt_lens.tuning.targets import Choice, Target, Wanted, write_neutral, write_targets
+from rt_lens.vectors import SteeringVectors, layer_of
+from rt_lens.whereabouts import whereabouts
 
 
 @dataclass(frozen=True)
@@ -70,155 +32,224 @@ class Row:
     """One target as tokens, with what the untuned model computed for it.
 
     Attributes:
+        prompt: for messages.
         tokens: Int[Tensor, "pos"], prompt and answer.
-        reads: Bool[Tensor, "pos"], positions whose next token belongs to the answer.
-        prefix: residual before the first trained block; None where the model cannot start there.
+        predicts: Bool[Tensor, "pos"], positions whose next token is the target's.
+        choices: Int[Tensor, "read k"], tokens that have a share at each of these positions.
+        shares: Float[Tensor, "read k"].
+        places: name of a position -> Bool[Tensor, "pos"], where a cosine is read.
+        prefix: residual before the first trained block; None where the model is to run from the beginning.
         reference: the untuned model's final residual (a bridge's: logits) at the positions read; for the KL term only.
     """
 
+    prompt: str
     tokens: Int[Tensor, "pos"]
-    reads: Bool[Tensor, "pos"]
+    predicts: Bool[Tensor, "pos"]
+    choices: Int[Tensor, "read k"]
+    shares: Float[Tensor, "read k"]
+    places: dict[str, Bool[Tensor, "pos"]] = field(default_factory=dict)
     prefix: Float[Tensor, "pos d_model"] | None = None
     reference: Float[Tensor, "read width"] | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right, where a causal model needs no mask.
-
-    Attributes:
-        tokens: Int[Tensor, "row pos"].
-        reads: Bool[Tensor, "row pos"].
-        prefix: Float[Tensor, "row pos d_model"] or None.
-        reference: Float[Tensor, "read width"], of all rows in order, or None.
-    """
+    """Rows padded on the right, where a causal model needs no mask. Attributes as of a Row, with an axis `row`."""
 
     tokens: Int[Tensor, "row pos"]
-    reads: Bool[Tensor, "row pos"]
+    mask: Int[Tensor, "row pos"]
+    predicts: Bool[Tensor, "row pos"]
+    choices: Int[Tensor, "read k"]
+    shares: Float[Tensor, "read k"]
+    places: dict[str, Bool[Tensor, "row pos"]]
     prefix: Float[Tensor, "row pos d_model"] | None
     reference: Float[Tensor, "read width"] | None
 
     @classmethod
-    def of(cls, rows: Sequence[Row], pad_id: int) -> Batch:
+    def of(cls, rows: Sequence[Row], pad_id: int, device: Any) -> Batch:
         prefixes = [row.prefix for row in rows if row.prefix is not None]
         references = [row.reference for row in rows if row.reference is not None]
+        tokens = pad_sequence([row.tokens for row in rows], batch_first=True, padding_value=pad_id)
+        ones = [torch.ones_like(row.tokens) for row in rows]
+        k = max(row.choices.shape[1] for row in rows)
         return cls(
-            pad_sequence([row.tokens for row in rows], batch_first=True, padding_value=pad_id),
-            pad_sequence([row.reads for row in rows], batch_first=True),
-            pad_sequence(prefixes, batch_first=True) if prefixes else None,
-            pack(references, "* width")[0] if references else None,
+            tokens.to(device),
+            pad_sequence(ones, batch_first=True).to(device),
+            pad_sequence([row.predicts for row in rows], batch_first=True).to(device),
+            torch.cat([_filled(row.choices, k) for row in rows]).to(device),
+            torch.cat([_filled(row.shares, k) for row in rows]).to(device),
+            {
+                name: pad_sequence([row.places[name] for row in rows], batch_first=True).to(device)
+                for name in rows[0].places
+            },
+            pad_sequence(prefixes, batch_first=True).to(device) if prefixes else None,
+            pack(references, "* width")[0].to(device) if references else None,
         )
+
+
+def _filled(values: Tensor, k: int) -> Tensor:
+    """With columns of zeros up to k: a token with share 0."""
+    return torch.nn.functional.pad(values, (0, k - values.shape[1]))
 
 
 @dataclass(frozen=True)
 class Material:
-    """All that a tuning run reads; runs that differ in weights of the losses, steps or seed can share it.
+    """All that a tuning run reads; runs that differ in weights of the losses, kinds, steps or seed can share it.
 
     Attributes:
         train: rows to learn from.
         held_out: rows for early stopping.
         neutral: rows for the KL term.
-        centres: hook name -> the untuned model's mean activation over the training rows' positions read.
-        first_block: the block that `prefix` stands before.
+        centres: position and hook name -> the untuned model's mean activation there, over the training rows.
+        first_block: the block that `prefix` stands before; 0 if the model runs from the beginning.
     """
 
     train: list[Row]
     held_out: list[Row]
     neutral: list[Row]
-    centres: dict[str, Float[Tensor, "d_model"]]
+    centres: dict[tuple[str, str], Float[Tensor, "d_model"]]
     first_block: int
 
 
 @torch.no_grad()
 def prepare(
     model: Any,
-    vectors: SteeringVectors,
-    train: ContrastPairs | Sequence[Target],
+    vectors: SteeringVectors | Sequence[Aim],
+    train: ContrastPairs | Sequence[Wanted],
     config: TuneConfig,
     *,
-    validation: ContrastPairs | Sequence[Target] | None = None,
+    validation: ContrastPairs | Sequence[Wanted] | None = None,
     neutral: Sequence[str] | Sequence[Target] = (),
+    steer: KLThenSteer | None = None,
     progress: bool = False,
 ) -> Material:
     """Writes targets where pairs came, and runs the untuned model once over all that stays constant while tuning.
 
+    Everything before the first trained block is constant: its residual is computed once and kept, so that each step
+    starts there.
+
     Args:
         model: the untuned model.
         vectors: whose hook points are read.
-        train: pairs or targets to learn from.
-        config: its `direction`, `layers`, `trained_layers`, `hook`, and number and length of targets are used.
+        train: pairs, targets or choices to learn from.
+        config: its layers, hook, positions, trained layers, prefix cache, and number and length of targets are used.
         validation: held-out pairs or targets; by default a share of the training topics.
         neutral: prompts or targets for the KL term.
+        steer: steering that the losses are computed under; its layers are not cut off.
         progress: show bars.
 
     Raises:
-        ValueError: if there is nothing to train or validate on.
+        ValueError: if there is nothing to train or validate on, or a position that a text has not.
     """
+    readings = readings_of(model, vectors, config)
     targets, held_out = _targets(model, train, validation, config, progress)
     anchors = _anchors(model, neutral, config)
-    first = min(config.blocks) if isinstance(model, HookedTransformer) else 0
-    names = list(vectors.at_layers(config.layers, config.hook))
-    rows, sums, count = [], {name: torch.zeros(vectors.d_model, device=model.cfg.device) for name in names}, 0
-    for batch_rows, found in _untuned_pass(model, targets, first, names):
-        rows += batch_rows
-        count += sum(int(row.reads.sum()) for row in batch_rows)
-        for name in names:
-            sums[name] += found[name].sum(0)
+    first = _first_block(model, config, steer)
+    places = sorted({reading.positions for reading in readings})
+    rows = _rows(model, targets, places, first, config)
     return Material(
         train=rows,
-        held_out=[row for batch_rows, _ in _untuned_pass(model, held_out, first, []) for row in batch_rows],
-        neutral=[
-            row for batch_rows, _ in _untuned_pass(model, anchors, first, [], reference=True) for row in batch_rows
-        ],
-        centres={name: summed / count for name, summed in sums.items()},
+        held_out=_rows(model, held_out, places, first, config),
+        neutral=_rows(model, anchors, [], first, config, reference=True),
+        centres=_centres(model, rows, readings, first, config),
         first_block=first,
     )
 
 
-def _untuned_pass(
-    model: Any, targets: Sequence[Target], first: int, names: Sequence[str], *, reference: bool = False, size: int = 16
-) -> Iterator[tuple[list[Row], dict[str, Tensor]]]:
-    """Batches of rows with their prefix (and reference), and the activations at `names`, at the positions read."""
-    pad_id = pad_id_of(model)
-    for start in range(0, len(targets), size):
-        rows = [_row(model, target) for target in targets[start : start + size]]
-        batch = Batch.of(rows, pad_id)
-        if first > 0:
+def _first_block(model: Any, config: TuneConfig, steer: KLThenSteer | None) -> int:
+    """The first block that training or steering changes anything in; 0 where the model cannot start later."""
+    if config.prefix_cache == "off" or not isinstance(model, HookedTransformer):
+        return 0
+    return min([*config.blocks, *(steer.layers if steer else ())])
+
+
+def _rows(
+    model: Any, targets: Sequence[Wanted], places: Sequence[str], first: int, config: TuneConfig,
+    *, reference: bool = False,
+) -> list[Row]:  # fmt: skip
+    """The targets as rows, with prefix and reference on shelves."""
+    rows = [_row(model, target, places) for target in targets]
+    where = "memory" if config.prefix_cache == "off" else config.prefix_cache
+    prefixes = Shelf([len(row.tokens) for row in rows] if first else [], model.cfg, where)
+    read_at = [int(row.predicts.sum()) for row in rows]
+    finals = Shelf(read_at if reference and isinstance(model, HookedTransformer) else [], model.cfg, where)
+    found: list[Row] = []
+    for batch_rows, batch in _in_batches(model, rows):
+        if first:
             with quick(model):
-                prefix = model(batch.tokens, attention_mask=torch.ones_like(batch.tokens), stop_at_layer=first)
-            rows = [replace(row, prefix=prefix[i, : len(row.tokens)]) for i, row in enumerate(rows)]
+                prefix = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=first)
+            batch_rows = [
+                replace(row, prefix=prefixes.put(prefix[i, : len(row.tokens)])) for i, row in enumerate(batch_rows)
+            ]
             batch = replace(batch, prefix=prefix)
-        found, final = read(model, batch, names, first, final=reference)
         if reference:
+            _, final = read(model, batch, [], first, final=True)
             assert final is not None
-            parts = final.split([int(row.reads.sum()) for row in rows])
-            rows = [replace(row, reference=part) for row, part in zip(rows, parts, strict=True)]
-        yield rows, found
+            parts = final.split([int(row.predicts.sum()) for row in batch_rows])
+            if isinstance(model, HookedTransformer):
+                parts = [finals.put(part) for part in parts]
+            batch_rows = [replace(row, reference=part) for row, part in zip(batch_rows, parts, strict=True)]
+        found += batch_rows
+    return found
+
+
+def _in_batches(model: Any, rows: Sequence[Row], size: int = 16) -> Iterator[tuple[list[Row], Batch]]:
+    for start in range(0, len(rows), size):
+        some = list(rows[start : start + size])
+        yield some, Batch.of(some, pad_id_of(model), model.cfg.device)
+
+
+def _centres(
+    model: Any, rows: Sequence[Row], readings: Sequence[Reading], first: int, config: TuneConfig
+) -> dict[tuple[str, str], Tensor]:
+    """Mean activations of the untuned model, over the training rows' positions read."""
+    wanted = list(dict.fromkeys((reading.positions, name) for reading in readings for name in reading.names))
+    wanted = [(place, name) for place, name in wanted if first <= layer_of(name)]
+    if not config.centred or not wanted:
+        return {}
+    sums: dict[tuple[str, str], Tensor] = {}
+    counts: dict[str, int] = {}
+    names = list(dict.fromkeys(name for _, name in wanted))
+    for _, batch in _in_batches(model, rows):
+        found, _ = read(model, batch, names, first, final=False)
+        for place, mask in batch.places.items():
+            counts[place] = counts.get(place, 0) + int(mask.sum())
+        for place, name in wanted:
+            part = found[name][batch.places[place]].float().sum(0)
+            sums[place, name] = sums[place, name] + part if (place, name) in sums else part
+    return {key: summed / counts[key[0]] for key, summed in sums.items()}
 
 
 def read(
-    model: Any, batch: Batch, names: Sequence[str], first: int, *, final: bool
-) -> tuple[dict[str, Float[Tensor, "read d_model"]], Float[Tensor, "read width"] | None]:
-    """Activations at hook points and, if wanted, the final residual (a bridge: logits), at the positions read.
+    model: Any, batch: Batch, names: Sequence[str], first: int, *, final: bool, hooks: Sequence[FwdHook] = ()
+) -> tuple[dict[str, Float[Tensor, "row pos d_model"]], Float[Tensor, "read width"] | None]:
+    """Activations at hook points and, if wanted, the final residual (a bridge: logits) at the positions that predict.
 
     A HookedTransformer starts at block `first` where the batch has a prefix, and stops where nothing more is read.
+
+    Args:
+        hooks: edits to run under; `names` are read after them.
     """
     if not names and not final:
         return {}, None
     found: dict[str, Tensor] = {}
 
-    def keep(activation: Tensor, hook: Any) -> None:
-        found[_alias(hook.name, names)] = activation[batch.reads]
+    def keeping(name: str) -> FwdHook:  # by the name asked for: a bridge calls its hook points by others
+        def keep(activation: Tensor, hook: Any) -> None:
+            found[name] = activation
 
-    everything = torch.ones_like(batch.tokens)
-    with quick(model), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+        return name, keep
+
+    everything = torch.ones_like(batch.mask)
+    reading = model.hooks(fwd_hooks=[*hooks, *map(keeping, names)])
+    with quick(model), reading, whereabouts(batch.mask) if hooks else nullcontext():
         if not isinstance(model, HookedTransformer):
             output = model(batch.tokens, attention_mask=everything)
         else:
             start, given = (None, batch.tokens) if batch.prefix is None else (first, batch.prefix)
-            stop = model.cfg.n_layers if final else 1 + max(int(name.split(".")[1]) for name in names)
+            stop = model.cfg.n_layers if final else 1 + max(layer_of(name) for name in names)
             output = model(given, start_at_layer=start, stop_at_layer=stop, attention_mask=everything)
-    return found, output[batch.reads] if final else None
+    return found, output[batch.predicts] if final else None
 
 
 def logits_of(model: Any, final: Float[Tensor, "read width"]) -> Float[Tensor, "read d_vocab"]:
@@ -226,26 +257,56 @@ def logits_of(model: Any, final: Float[Tensor, "read width"]) -> Float[Tensor, "
     return unembed(model, final) if isinstance(model, HookedTransformer) else final
 
 
-def _alias(name: str | None, wanted: Collection[str]) -> str:
-    """The asked-for name of a hook point: a bridge calls hooks by its canonical name, with the same block number."""
-    if name is not None and name in wanted:
-        return name
-    block = f"blocks.{str(name).split('.')[1]}."
-    return next(alias for alias in wanted if alias.startswith(block))
+def _row(model: Any, target: Wanted, places: Sequence[str]) -> Row:
+    prompt = encode(model, target.prompt) if target.prompt else []
+    tokenizer = tokenizer_of(model)
+    if isinstance(target, Choice):
+        tokens, start = torch.tensor(prompt), len(prompt) - 1
+        choices = torch.tensor([[_single(tokenizer, option) for option in target.options]])
+        shares = torch.tensor([target.shares], dtype=torch.float32)
+    else:
+        answer = tokenizer.encode(target.answer, add_special_tokens=False)  # it follows, so no start token
+        tokens, start = torch.tensor(prompt + answer), max(len(prompt) - 1, 0)
+        choices = tokens[start + 1 :, None]
+        shares = torch.ones(choices.shape)
+    end = start + len(choices)
+    if end <= start:
+        raise ValueError(f"train: the target with prompt {target.prompt[:60]!r} has no answer. Fill it in.")
+    predicts = torch.zeros(len(tokens), dtype=torch.bool)
+    predicts[start:end] = True
+    masks = {place: predicts if place == "response" else _mask(model, target, place, tokens) for place in places}
+    return Row(target.prompt, tokens, predicts, choices, shares, masks)
 
 
-def _row(model: Any, target: Target) -> Row:
-    prompt = encode(model, target.prompt)
-    answer = tokenizer_of(model).encode(target.answer, add_special_tokens=False)  # it follows, so no start token
-    tokens = torch.tensor(prompt + answer, device=model.cfg.device)
-    reads = torch.zeros_like(tokens, dtype=torch.bool)
-    reads[len(prompt) - 1 : -1] = True
-    return Row(tokens, reads)
+def _single(tokenizer: Any, option: str) -> int:
+    ids = tokenizer.encode(option, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(
+            f"options: {option!r} is {len(ids)} tokens of this model; one is wanted. Give a shorter one, or mind its "
+            "leading space."
+        )
+    return int(ids[0])
+
+
+def _mask(model: Any, target: Wanted, place: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
+    """Where a named position lies: in the answer for `mean response`, in all for `mean`, else in the prompt."""
+    mask = torch.zeros(len(tokens), dtype=torch.bool)
+    start = len(encode(model, target.prompt)) if target.prompt else 0
+    if place == "mean response":
+        mask[start:] = True
+    elif place == "mean":
+        mask[:] = True
+    else:
+        (row,) = rows_of(model, [target.prompt])
+        mask[numbers_in(row, position_of(place), f"the prompt {target.prompt[-40:]!r}")] = True
+    if not mask.any():
+        raise ValueError(f"positions: {place!r} names no token of the target with prompt {target.prompt[:60]!r}.")
+    return mask
 
 
 def _targets(
     model: Any, train: Any, validation: Any, config: TuneConfig, progress: bool
-) -> tuple[list[Target], list[Target]]:
+) -> tuple[list[Wanted], list[Wanted]]:
     if isinstance(train, ContrastPairs):
         if validation is None:
             train, validation = train.split(1 - config.validation_share, seed=config.seed)

@@ -1,0 +1,293 @@
+"""What tuning does to mood: variants, unlike kinds of prompts, resistance to steering, KL-then-steer.
+
+Each stage writes its table as JSON and its figure as HTML to the folder. Settings were chosen on validation topics; the
+test topics and the prompt kinds are asked here only.
+
+    python benchmarks/tuning.py variants --out runs/tuning      (or: kinds, resistance, kl_then_steer)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+import rt_lens as rtl
+from rt_lens.evaluation import TextFit, facts_kept, repetition
+from rt_lens.experiment import load_experiment
+from rt_lens.files import write_atomically
+from rt_lens.shipped import (
+    arithmetic_facts,
+    capital_facts,
+    held_out_neutral_prompts,
+    neutral_paragraphs,
+    neutral_prompts,
+    prompt_kinds,
+)
+from rt_lens.statistics import Interval, mean_interval, paired_comparison, share_interval
+from rt_lens.tokens import chat_text
+from rt_lens.tuning import Material, Target, prepare, write_neutral, write_targets
+
+LAYER, DOSE = 21, 3.0  # what the shipped mood experiment chooses on validation prompts
+SEEDS = (0, 1, 2)
+N_PROMPTS, N_TOKENS = 60, 24
+
+SEPARATE = {"cosine": ("q", "k", "v", "o"), "token": ("gate", "up", "down")}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "cosine only": {"token_weight": 0.0, "kl_weight": 0.0},
+    "token only": {"cosine_weight": 0.0, "kl_weight": 0.0},
+    "both shared": {"kl_weight": 0.0},
+    "both separate": {"kl_weight": 0.0, "kinds": SEPARATE},
+    "KL-regularised": {},
+    "LoRA": {"lora_rank": 16, "learning_rate": 2e-3},
+}
+
+
+class Bench:
+    """The model, mood's parts and its vectors; what stages share."""
+
+    def __init__(self, n_prompts: int, seeds: Sequence[int]) -> None:
+        self.experiment, self.seeds = load_experiment("mood"), seeds
+        split = self.experiment.split
+        self.train, self.validation, test = self.experiment.pairs.split(split.train, split.validation, seed=split.seed)
+        self.prompts = test.topics[:n_prompts]
+        self.model = rtl.load_model(self.experiment.model)
+        self.vectors = rtl.extract_vectors(self.model, self.train.sample(96, seed=split.seed), seed=split.seed)
+        self.tune = self.experiment.tune
+        self.texts = neutral_paragraphs()[self.experiment.choose.n_paragraphs :]
+        self.materials: dict[str, Material] = {}
+
+    @cached_property
+    def neutral(self) -> list[Target]:
+        return write_neutral(self.model, neutral_prompts(), self.tune)
+
+    @cached_property
+    def reference(self) -> TextFit:
+        return rtl.text_fit(self.model, self.texts, keep=True)
+
+    def material(self, direction: Any) -> Material:
+        if direction not in self.materials:
+            config = replace(self.tune, direction=direction)
+            self.materials[direction] = prepare(
+                self.model, self.vectors, self.train, config, validation=self.validation, neutral=self.neutral
+            )
+        return self.materials[direction]
+
+    def tuned(self, direction: Any, seed: int, **settings: Any) -> rtl.WeightDelta:
+        config = replace(self.tune, direction=direction, seed=seed, **settings)
+        return rtl.tune(self.model, self.vectors, self.material(direction), config, progress=False)
+
+    def steered(self, direction: str) -> list[Any]:
+        """Steering at the chosen multiplier; its counterpart for `out` takes the direction away everywhere."""
+        if direction == "out":
+            return rtl.ablate(self.vectors.everywhere(self.model, LAYER), hook="any")
+        return rtl.add(self.vectors, [LAYER], DOSE if direction == "toward" else -DOSE)
+
+    def scores(self, prompts: Sequence[str], *arms: Any) -> tuple[list[float], list[str]]:
+        with rtl.under(self.model, *arms):
+            found = rtl.evaluate(self.model, prompts, self.experiment.scorer, max_new_tokens=N_TOKENS)
+        return found.scores, found.responses
+
+    def measured(self, arms: Sequence[Any]) -> dict[str, Any]:
+        """Score, perplexity, KL, capitals and repetition of an arm, averaged over its seeds."""
+        scores, fits, facts, repeats = [], [], [], []
+        for arm in arms:
+            found, responses = self.scores(self.prompts, arm)
+            scores.append(found)
+            repeats.append(repetition(responses))
+            with rtl.under(self.model, arm):
+                fits.append(rtl.text_fit(self.model, self.texts, reference=self.reference))
+                facts.append(facts_kept(self.model, capital_facts()[:25]))
+        pooled = TextFit.pooled(fits)
+        assert pooled.mean_kl is not None
+        right = np.mean(facts, axis=0)
+        kept = share_interval(int(right.sum()), len(right)) if len(arms) == 1 else mean_interval(right)
+        return {
+            **mean_interval(np.mean(scores, axis=0))._asdict(),
+            **_spread("perplexity", pooled.perplexity),
+            **_spread("kl", pooled.mean_kl),
+            "n_texts": pooled.perplexity.n,
+            **_spread("facts", kept),
+            "n_facts": kept.n,
+            **_spread("repetition", mean_interval(np.mean(repeats, axis=0))),
+            "scores": np.mean(scores, axis=0).tolist(),
+        }
+
+
+def _spread(name: str, found: Interval) -> dict[str, float]:
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def variants(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Every variant in every direction, beside untuned and steered."""
+    untuned = bench.measured([None])
+    rows = [{"direction": "none", "variant": "untuned", **untuned, "seeds": [0]}]
+    for direction in ("toward", "away", "out"):
+        rows.append(
+            {"direction": direction, "variant": "steered", **bench.measured([bench.steered(direction)]), "seeds": [0]}
+        )
+        for variant, settings in VARIANTS.items():
+            deltas = [bench.tuned(direction, seed, **settings) for seed in bench.seeds]
+            rows.append(
+                {"direction": direction, "variant": variant, **bench.measured(deltas), "seeds": list(bench.seeds)}
+            )
+            print(_line(rows[-1]), flush=True)
+    for row in rows:
+        against = {name: found["scores"] for name, found in _others(rows, row["direction"]).items()}
+        for name in ("untuned", "steered"):
+            if name in against:
+                found = paired_comparison(row["scores"], against[name])
+                row |= {f"shift_from_{name}": found.difference, f"shift_from_{name}_low": found.low,
+                        f"shift_from_{name}_high": found.high, f"shift_from_{name}_p": found.p}  # fmt: skip
+    table = pd.DataFrame(rows)
+    yield "variants", table, rtl.plots.variants(table)
+
+
+def _others(rows: Sequence[Mapping[str, Any]], direction: str) -> dict[str, Mapping[str, Any]]:
+    return {row["variant"]: row for row in rows if row["direction"] in ("none", direction)}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return (
+        f"{row['direction']:>7} {row['variant']:<15} {row['mean']:6.2f} [{row['low']:.2f}, {row['high']:.2f}]  "
+        f"perplexity {row['perplexity']:.1f}  KL {row['kl']:.4f} [{row['kl_low']:.4f}, {row['kl_high']:.4f}]  "
+        f"facts {row['facts']:.2f}  repetition {row['repetition']:.2f}"
+    )
+
+
+def kinds(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Tuned on everyday talk, asked unlike kinds of prompts: what a paired score changes by, kind by kind."""
+    asked = {"everyday talk": bench.prompts, **prompt_kinds()}
+    deltas = {
+        ("rep_tuned", direction): [bench.tuned(direction, seed) for seed in bench.seeds]
+        for direction in ("toward", "away")
+    } | {
+        ("token_tuned", direction): [bench.tuned(direction, seed, cosine_weight=0.0) for seed in bench.seeds]
+        for direction in ("toward", "away")
+    }
+    rows, between, sums = [], [], []
+    for kind, prompts in asked.items():
+        untuned, _ = bench.scores(prompts, None)
+        means = {}
+        for (arm, direction), each in deltas.items():
+            means[arm, direction] = np.mean([bench.scores(prompts, delta)[0] for delta in each], axis=0)
+            found = paired_comparison(means[arm, direction], untuned)
+            rows.append({"kind": kind, "arm": arm, "direction": direction, "n": found.n, "mean": found.difference,
+                         "low": found.low, "high": found.high, "p": found.p, "seeds": list(bench.seeds)})  # fmt: skip
+        for direction in ("toward", "away"):
+            found = paired_comparison(means["rep_tuned", direction], means["token_tuned", direction])
+            between.append({"kind": kind, "direction": direction, **found._asdict(), "seeds": list(bench.seeds)})
+        print(pd.DataFrame(rows[-4:]).to_string(), flush=True)
+    right = {"untuned": [_sums_right(bench, None)]}
+    right |= {f"{arm} {direction}": [_sums_right(bench, d) for d in each] for (arm, direction), each in deltas.items()}
+    for arm, each in right.items():
+        found = paired_comparison(np.mean(each, axis=0), right["untuned"][0])
+        sums.append({"arm": arm, "right": float(np.mean(each)), **found._asdict()})
+    table = pd.DataFrame(rows)
+    yield "kinds", table, rtl.plots.kinds(table)
+    yield "kinds_rep_minus_token", pd.DataFrame(between), None
+    yield "kinds_sums_right", pd.DataFrame(sums), None
+
+
+def _sums_right(bench: Bench, arm: Any) -> list[float]:
+    with rtl.under(bench.model, arm):
+        return [float(right) for right in facts_kept(bench.model, arithmetic_facts(), max_new_tokens=N_TOKENS)]
+
+
+OUT: dict[str, Any] = {
+    "token_weight": 0.0, "learning_rate": 2e-4, "max_steps": 40, "epochs": 20, "validate_every": 10,
+    "trained_layers": tuple(range(22, 30)), "layers": tuple(range(24, 30)),
+}  # fmt: skip
+
+
+def resistance(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Every tuned model under online steering, and what the tuned-out ones cost."""
+    arms: dict[str, Any] = {"untuned": None}
+    for direction in ("toward", "away", "out"):
+        arms[f"{direction}_tuned"] = bench.tuned(direction, bench.seeds[0])
+    withstanding = {f"out_under_steering, seed {seed}": out_under_steering(bench, seed) for seed in bench.seeds}
+    arms |= withstanding
+    found = rtl.resistance(bench.model, arms, bench.vectors, bench.prompts, layer=LAYER, progress=False)
+    yield "resistance", found.table, rtl.plots.resistance(found.table, found.moved)
+    yield "resistance_moved", found.moved, None
+    groups = {"untuned": [None], "out_tuned": [arms["out_tuned"]], "out_under_steering": list(withstanding.values())}
+    costs = [{"arm": arm, **bench.measured(deltas)} for arm, deltas in groups.items()]
+    yield "resistance_costs", pd.DataFrame(costs), None
+
+
+def out_under_steering(bench: Bench, seed: int) -> rtl.WeightDelta:
+    """Tuned out while steered at random: the blocks after the steered one learn to take the direction out again."""
+    config = replace(bench.tune, direction="out", seed=seed, **OUT)
+    own = write_targets(bench.model, bench.train, "out", config)
+    steer = rtl.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.8)
+    return rtl.tune(
+        bench.model, bench.vectors, bench.train, config, validation=bench.validation, neutral=own + bench.neutral,
+        steer=steer, progress=False,
+    )  # fmt: skip
+
+
+KTS: dict[str, Any] = {
+    "cosine_weight": 0.0, "token_weight": 0.0, "max_steps": 60, "epochs": 20, "neutral_batch_size": 4,
+    "trained_layers": tuple(range(22, 30)),
+}  # fmt: skip
+
+
+def kl_then_steer(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Effect on mood against KL on held-out neutral prompts, of the plain and of the treated model, while steered."""
+    config = replace(bench.tune, **KTS)
+    steer = rtl.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.5)
+    treated = rtl.tune(
+        bench.model, bench.vectors, bench.train, config, validation=bench.validation, neutral=bench.neutral,
+        steer=steer, progress=False,
+    )  # fmt: skip
+    asked = [chat_text(bench.model, prompt) for prompt in held_out_neutral_prompts()]
+    answers = rtl.generate(bench.model, asked, chat=False, max_new_tokens=N_TOKENS)
+    texts = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
+    reference = rtl.text_fit(bench.model, texts, keep=True, batch_size=8)
+    rows = []
+    for arm, delta in (("untuned", None), ("kl_then_steer", treated)):
+        for dose in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0):
+            hooks = rtl.add(bench.vectors, [LAYER], dose) if dose else None
+            scores, _ = bench.scores(bench.prompts, delta, hooks)
+            with rtl.under(bench.model, delta, hooks):
+                fit = rtl.text_fit(bench.model, texts, reference=reference, batch_size=8)
+            assert fit.mean_kl is not None
+            effect = mean_interval(scores)
+            rows.append({"arm": arm, "multiplier": dose, **_spread("effect", effect), **_spread("damage", fit.mean_kl),
+                         "n": effect.n, "n_damage": fit.mean_kl.n, "seed": config.seed})  # fmt: skip
+            print(rows[-1], flush=True)
+    table = pd.DataFrame(rows)
+    yield "kl_then_steer", table, rtl.plots.effect_against_damage(table)
+
+
+STAGES: dict[str, Callable[[Bench], Iterator[tuple[str, pd.DataFrame, Any]]]] = {
+    "variants": variants, "kinds": kinds, "resistance": resistance, "kl_then_steer": kl_then_steer,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, default=Path("runs/tuning"))
+    parser.add_argument("--n-prompts", type=int, default=N_PROMPTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    arguments = parser.parse_args()
+    torch.set_grad_enabled(True)
+    bench = Bench(arguments.n_prompts, arguments.seeds)
+    for name, table, figure in STAGES[arguments.stage](bench):
+        write_atomically(arguments.out / f"{name}.json", json.dumps(table.to_dict("records"), default=str).encode())
+        print(table.drop(columns="scores", errors="ignore").to_string(float_format=lambda value: f"{value:.3f}"))
+        if figure is not None:
+            write_atomically(arguments.out / f"{name}.html", figure.to_html(include_plotlyjs=True).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The state of a tuning run on disk: written whole, at intervals, and taken up again to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rt_lens.files import check_can_write, read_safetensors, remove_leftovers, write_safetensors
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.material import Material, Row
+from rt_lens.tuning.weights import Leaf
+
+_SCHEMA = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass
+class State:
+    """Where a run stands after a step; everything that the next step depends on, beside the leaves and the optimiser.
+
+    Attributes:
+        step: the last step taken.
+        best: "parameter/part" -> the leaf's value at the lowest validation loss.
+        best_loss: that loss; infinite before the first validation.
+        worse: validations since.
+        done: whether the run has ended.
+        history: rows of step, split and losses.
+    """
+
+    best: dict[str, Tensor]
+    step: int = 0
+    best_loss: float = float("inf")
+    worse: int = 0
+    done: bool = False
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def named_tensors(leaves: Mapping[str, Leaf]) -> dict[str, nn.Parameter]:
+    """ "parameter/part" -> tensor, of all leaves."""
+    return {f"{name}/{part}": tensor for name, leaf in leaves.items() for part, tensor in leaf.tensors.items()}
+
+
+class Checkpoint:
+    """One file for one run: refuses another run's."""
+
+    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        """A checkpoint of a run; what can be refused is refused here, before the run's long work.
+
+        Args:
+            path: of the file; it need not be there yet.
+            run: what makes two runs the same (`run_of`).
+
+        Raises:
+            ValueError: if there is a file that is damaged, no checkpoint, or another run's; or a folder.
+            OSError: if `path` cannot be written.
+        """
+        self.path, self.run = path, _as_stored(run)
+        remove_leftovers(path)
+        found = None if os.path.isdir(path) else self._stored()
+        if found is None or not found[1].get("done"):  # a finished run writes no more
+            check_can_write(path, "checkpoint")
+
+    def reads(self, material: Material) -> None:
+        """Adds what the run reads to what makes it the same.
+
+        Raises:
+            ValueError: if there is a checkpoint of a run that read something else.
+        """
+        self.run |= _as_stored(contents_of(material))
+        self._stored()
+
+    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The file's tensors and state, if it is this run's as far as that is known; None if there is no file."""
+        if not os.path.exists(self.path):  # Path's own raises where a folder may not be looked into
+            return None
+        tensors, header = read_safetensors(self.path, "checkpoint")
+        try:
+            content = json.loads(header.get("rt_lens", "{}"))
+            known = content["kind"] == "tuning_checkpoint" and content["schema"] == _SCHEMA
+            run, state = (dict(content[part]) for part in ("run", "state"))
+        except (ValueError, KeyError, TypeError):  # some other program's header
+            known = False
+        if not known:
+            raise ValueError(f"checkpoint: {self.path} is no checkpoint of schema {_SCHEMA}. Give another name.")
+        if differing := [name for name, value in self.run.items() if run.get(name) != value]:
+            raise ValueError(
+                f"checkpoint: {self.path} belongs to a run with other {', '.join(differing)}. Give another name, or "
+                "remove it to begin anew."
+            )
+        return tensors, state
+
+    def load(self, leaves: Mapping[str, Leaf], optimiser: torch.optim.Optimizer) -> State | None:
+        """The state that the file holds, with leaves and optimiser put back; None if there is no file.
+
+        Raises:
+            ValueError: if it is damaged, no checkpoint, or another run's.
+        """
+        if (found := self._stored()) is None:
+            return None
+        stored, state = found
+        best: dict[str, Tensor] = {}
+        for name, leaf in named_tensors(leaves).items():
+            for part in ("now", "best"):
+                if f"{part}/{name}" not in stored or stored[f"{part}/{name}"].shape != leaf.shape:
+                    raise ValueError(f"checkpoint: {self.path} has no whole {part}/{name}. Remove it to begin anew.")
+            # Copies, for what is read lies in the mapped file, whose room on the disk would stay taken.
+            leaf.data.copy_(stored[f"now/{name}"])
+            best[name] = stored[f"best/{name}"].to(leaf.device, copy=True)
+            moments = {part: stored[f"{part}/{name}"] for part in _MOMENTS if f"{part}/{name}" in stored}
+            if moments:
+                optimiser.state[leaf] = {part: kept.to(leaf.device, copy=True) for part, kept in moments.items()}
+        for each in leaves.values():
+            each.write()
+        return State(best, **state)
+
+    def save(self, state: State, leaves: Mapping[str, Leaf], optimiser: torch.optim.Optimizer) -> None:
+        """Writes the state; where the disk refuses, it warns and the run goes on, with the last file as it was."""
+        tensors = {f"best/{name}": tensor for name, tensor in state.best.items()}
+        for name, leaf in named_tensors(leaves).items():
+            tensors[f"now/{name}"] = leaf
+            moments = optimiser.state.get(leaf, {})  # none for a weight that no loss has reached yet
+            tensors |= {f"{part}/{name}": moments[part] for part in _MOMENTS if part in moments}
+        plain = {key: value for key, value in vars(state).items() if key != "best"}
+        content = {"schema": _SCHEMA, "kind": "tuning_checkpoint", "run": self.run, "state": plain}
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            write_safetensors(self.path, on_cpu, {"rt_lens": json.dumps(content)})
+        except OSError as error:
+            kept = "the one before it is still there" if self.path.exists() else "there is none before it"
+            warnings.warn(
+                f"checkpoint: step {state.step} could not be kept in {self.path} ({error}); {kept}. Tuning goes on. "
+                "Make room, or give another place.",
+                stacklevel=2,
+            )
+
+
+def run_of(config: TuneConfig, model: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two runs the same beside the texts: settings, and checksums of the model's weights and the vectors.
+
+    How memory is used is no part of it, so that a run which ran out of it can go on with less; nor is the model's name,
+    since one model has several.
+    """
+    memory = ("micro_batch_size", "prefix_cache")
+    return {
+        **{name: value for name, value in asdict(config).items() if name not in memory},
+        "model": _checksum(model.named_parameters()),
+        **about,
+    }
+
+
+def contents_of(material: Material) -> dict[str, str]:
+    """Checksums of the texts that a run reads.
+
+    What the untuned model computed for them is left out: it follows from them, and another number of threads would
+    give it other last bits.
+    """
+    rows = {"train": material.train, "validation": material.held_out, "neutral": material.neutral}
+    return {name: _checksum(part for row in some for part in _parts(row)) for name, some in rows.items()}
+
+
+def _parts(row: Row) -> Iterator[tuple[str, Tensor]]:
+    yield from (("tokens", row.tokens), ("predicts", row.predicts), ("choices", row.choices), ("shares", row.shares))
+    yield from row.places.items()
+
+
+def _checksum(named: Iterable[tuple[str, Tensor]]) -> str:
+    content = hashlib.sha256()
+    for name, tensor in named:
+        content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def _as_stored(run: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: lists for tuples."""
+    return dict(json.loads(json.dumps(run)))

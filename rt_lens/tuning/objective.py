@@ -1,0 +1,157 @@
+"""The losses of a batch, and their gradients, each into the weights that it may train. Knows no optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rt_lens.losses import cosine_loss, kl_divergence, token_loss
+from rt_lens.steering import FwdHook
+from rt_lens.tokens import pad_id_of
+from rt_lens.tuning.aims import Reading
+from rt_lens.tuning.config import LOSSES, TuneConfig
+from rt_lens.tuning.material import Batch, Material, Row, logits_of, read
+
+
+class Objective:
+    """The weighted losses of a run."""
+
+    def __init__(
+        self,
+        model: Any,
+        readings: Sequence[Reading],
+        config: TuneConfig,
+        material: Material,
+        trained: Mapping[str, Mapping[str, nn.Parameter]],
+        *,
+        steered: bool = False,
+    ) -> None:
+        """Losses over prepared material.
+
+        Args:
+            model: with the leaves of `trained` in it.
+            readings: where cosines are read.
+            config: weights of the losses.
+            material: its centres and first block.
+            trained: loss -> the parameters that it trains.
+            steered: the KL is KL(tuned and steered || untuned), as in KL-then-steer, and not KL(untuned || tuned).
+        """
+        self.model, self.config, self.material, self.steered = model, config, material, steered
+        self.readings = readings if config.cosine_weight else []
+        self.names = list(dict.fromkeys(name for reading in self.readings for name in reading.names))
+        self.vectors = [{n: v.to(model.cfg.device) for n, v in reading.vectors.items()} for reading in self.readings]
+        self.groups = {loss: list(found.values()) for loss, found in trained.items()}
+        self.together = len({tuple(map(id, group)) for group in self.groups.values()}) == 1
+        self.pad_id = pad_id_of(model)
+
+    def gradients(self, rows: Sequence[Row], neutral: Sequence[Row], hooks: Sequence[FwdHook]) -> dict[str, float]:
+        """Adds the gradients of a step to the parameters', a few rows at a time, and gives its losses.
+
+        Averages are over the whole step, so that any micro-batch size gives the same gradients.
+        """
+        found: dict[str, float] = {}
+        for terms in self._terms(rows, neutral, hooks):
+            self._backward(terms)
+            for name, term in terms.items():
+                found[name] = found.get(name, 0.0) + float(term.detach())
+        return self._with_total(found)
+
+    @torch.no_grad()
+    def values(
+        self, rows: Sequence[Row], neutral: Sequence[Row], each: Sequence[Sequence[FwdHook]]
+    ) -> dict[str, float]:
+        """The losses over all these rows, as means over several lists of hooks."""
+        found: dict[str, float] = {}
+        for hooks in each:
+            for terms in self._terms(rows, neutral, hooks):
+                for name, term in terms.items():
+                    found[name] = found.get(name, 0.0) + float(term) / len(each)
+        return self._with_total(found)
+
+    def _with_total(self, found: Mapping[str, float]) -> dict[str, float]:
+        return {**found, "total": sum(self.config.weight(name) * value for name, value in found.items())}
+
+    def _terms(
+        self, rows: Sequence[Row], neutral: Sequence[Row], hooks: Sequence[FwdHook]
+    ) -> Iterator[dict[str, Tensor]]:
+        """The losses in portions that add up to their averages over all rows."""
+        counts = {place: sum(int(row.places[place].sum()) for row in rows) for row in rows[:1] for place in row.places}
+        predicted, of_neutral = (sum(int(row.predicts.sum()) for row in some) for some in (rows, neutral))
+        if self.names or self.config.token_weight:
+            for part in self._parts(rows):
+                yield self._dual(part, counts, predicted, hooks)
+        for part in self._parts(neutral):
+            yield {"kl": self._kl(part, hooks) / of_neutral}
+
+    def _parts(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        # A validation's many rows take no more memory than a step's.
+        size = self.config.micro_batch_size or max(self.config.batch_size, self.config.neutral_batch_size)
+        for start in range(0, len(rows), size):
+            yield Batch.of(rows[start : start + size], self.pad_id, self.model.cfg.device)
+
+    def _dual(
+        self, batch: Batch, counts: Mapping[str, int], predicted: int, hooks: Sequence[FwdHook]
+    ) -> dict[str, Tensor]:
+        """Cosine and token loss, from one forward pass."""
+        config, terms = self.config, {}
+        with self._precision():
+            found, final = read(
+                self.model, batch, self.names, self.material.first_block, final=config.token_weight > 0, hooks=hooks
+            )
+            logits = None if final is None else logits_of(self.model, final)
+        if self.readings:
+            each = [
+                reading.weight * self._cosine(reading, vectors, found, batch) / counts[reading.positions]
+                for reading, vectors in zip(self.readings, self.vectors, strict=True)
+            ]
+            terms["cosine"] = torch.stack(each).sum()
+        if logits is not None:
+            losses = token_loss(logits.float(), batch.choices, batch.shares, config.token_rest)
+            terms["token"] = losses.sum() / predicted
+        return terms
+
+    def _cosine(
+        self, reading: Reading, vectors: Mapping[str, Tensor], found: Mapping[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """Summed over positions, averaged over hook points."""
+        where = batch.places[reading.positions]
+        centres = self.material.centres if self.config.centred else {}
+        sums = [
+            cosine_loss(
+                found[name][where].float(), vector, reading.direction, centres.get((reading.positions, name))
+            ).sum()
+            for name, vector in vectors.items()
+        ]
+        return torch.stack(sums).mean()
+
+    def _kl(self, batch: Batch, hooks: Sequence[FwdHook]) -> Tensor:
+        """KL to the untuned model, summed over positions."""
+        with self._precision():
+            _, final = read(self.model, batch, [], self.material.first_block, final=True, hooks=hooks)
+            assert final is not None
+            tuned = logits_of(self.model, final).float().log_softmax(-1)
+        assert batch.reference is not None
+        with torch.no_grad():
+            untuned = logits_of(self.model, batch.reference).float().log_softmax(-1)
+        return (kl_divergence(untuned, tuned) if self.steered else kl_divergence(tuned, untuned)).sum()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        kind = torch.device(self.model.cfg.device).type
+        if self.config.precision == "float32":
+            return nullcontext()
+        if self.config.precision == "auto" and not (kind == "cuda" and torch.cuda.is_bf16_supported()):
+            return nullcontext()
+        return torch.autocast(kind, torch.bfloat16)
+
+    def _backward(self, terms: Mapping[str, Tensor]) -> None:
+        """Each loss into its own parameters; in one pass where all losses train the same ones."""
+        weighted = {name: self.config.weight(name) * terms[name] for name in LOSSES if name in terms}
+        if self.together:
+            torch.autograd.backward(torch.stack(list(weighted.values())).sum())
+            return
+        for left, (name, term) in enumerate(reversed(list(weighted.items()))):
+            torch.autograd.backward(term, inputs=self.groups[name], retain_graph=left + 1 < len(weighted))

@@ -1,0 +1,183 @@
+"""Which weights should which loss train? Every candidate tuned and measured on validation data; resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from rt_lens.files import write_atomically
+from rt_lens.prompts import ContrastPairs
+from rt_lens.statistics import mean_interval
+from rt_lens.tuning.aims import Aim
+from rt_lens.tuning.checkpoint import contents_of, run_of
+from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
+from rt_lens.tuning.loop import tune
+from rt_lens.tuning.material import Material, prepare
+from rt_lens.tuning.targets import Target, Wanted
+from rt_lens.vectors import SteeringVectors
+
+_ATTENTION = (("v", "o"), ("q", "k"), ("q", "k", "v", "o"))
+_MLP = (("gate", "up"), ("down",), ("gate", "up", "down"))
+
+Measure = Callable[[Any], Sequence[float]]
+"""The model with a candidate's weights in it goes in, a number for each validation prompt comes out."""
+
+
+def candidates_of(config: TuneConfig) -> list[TuneConfig]:
+    """A first look: all matrices for both losses, and each side's subsets for one loss beside the other's.
+
+    The cosine on subsets of the attention with the tokens on subsets of the MLP (Ackerman 2024), and the other way
+    round; 19 in all.
+    """
+    both = [(a, m) for a in _ATTENTION for m in _MLP] + [(m, a) for a in _ATTENTION for m in _MLP]
+    return [
+        replace(config, kinds=MATRICES),
+        *(replace(config, kinds={"cosine": cosine, "token": token}) for cosine, token in both),
+    ]
+
+
+def block_search(
+    model: Any,
+    vectors: SteeringVectors | Sequence[Aim],
+    train: ContrastPairs | Sequence[Wanted] | Material,
+    candidates: Sequence[TuneConfig],
+    *,
+    measure: Measure | None = None,
+    validation: ContrastPairs | Sequence[Wanted] | None = None,
+    neutral: Sequence[str] | Sequence[Target] = (),
+    path: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Tunes each candidate on the same material, and sets validation losses and effects side by side.
+
+    Args:
+        model: left as it was.
+        vectors: as for `tune`.
+        train: as for `tune`.
+        candidates: configurations that differ in `kinds` and `trained_layers` only (`candidates_of` gives some).
+        measure: the effect on validation prompts, larger for better; without one the losses must do.
+        validation: as for `tune`.
+        neutral: as for `tune`.
+        path: JSON file that keeps finished candidates; a search of the same settings goes on from there.
+        progress: show bars.
+
+    Returns:
+        A row per candidate, in the order given: cosine, token, kl (kinds and blocks that each loss trains), n_weights,
+        step (of the weights kept), total_loss, token_loss, cosine_loss, kl_loss (on validation rows), n, mean, low,
+        high (of the measure, bootstrap 95 % interval), seed.
+
+    Raises:
+        ValueError: if there is no candidate, they differ in more, or `path` holds another search.
+
+    Example:
+        >>> score = lambda tuned: [-s for s in evaluate(tuned, validation).scores]  # away: lower is better
+        >>> table = block_search(model, vectors, train, candidates_of(config), measure=score, neutral=neutral)
+        >>> plots.block_search(table).show()
+    """
+    _check_candidates(candidates)
+    if not isinstance(train, Material):
+        lowest = min(candidates, key=lambda candidate: min(candidate.blocks))
+        train = prepare(
+            model, vectors, train, lowest, validation=validation, neutral=neutral, progress=progress
+        )  # fmt: skip
+    done = _Done(path, _settings(model, vectors, train, candidates[0], measure))
+    with tqdm(candidates, desc="block search", unit="candidate", disable=not progress) as bar:
+        for candidate in bar:
+            named = _named(candidate)
+            bar.set_postfix(named)
+            if done.row(named) is None:
+                done.keep(named, _tried(model, vectors, train, candidate, measure))
+    return pd.DataFrame([{**_named(candidate), **(done.row(_named(candidate)) or {})} for candidate in candidates])
+
+
+def _check_candidates(candidates: Sequence[TuneConfig]) -> None:
+    if not candidates:
+        raise ValueError("candidates: none came. Give some, as `candidates_of(config)` does.")
+    shared = [_without(candidate) for candidate in candidates]
+    for each in shared[1:]:
+        if differing := [name for name, value in each.items() if shared[0][name] != value]:
+            raise ValueError(
+                f"candidates: they differ in {', '.join(differing)}, and only kinds and trained_layers may. Search "
+                "those apart."
+            )
+
+
+def _without(config: TuneConfig) -> dict[str, Any]:
+    return {name: value for name, value in vars(config).items() if name not in ("kinds", "trained_layers")}
+
+
+def _named(candidate: TuneConfig) -> dict[str, str]:
+    """What each loss trains, in words: `v o, blocks 17-24`; a dash for a loss without weight."""
+    words = {}
+    for loss in LOSSES:
+        blocks = sorted(candidate.blocks_of(loss))
+        there = blocks == list(range(blocks[0], blocks[-1] + 1)) if blocks else False
+        named = f"{blocks[0]}-{blocks[-1]}" if there else ",".join(map(str, blocks))
+        words[loss] = f"{' '.join(candidate.kinds_of(loss))}, blocks {named}" if blocks else "–"
+    return words
+
+
+def _tried(
+    model: Any, vectors: Any, material: Material, candidate: TuneConfig, measure: Measure | None
+) -> dict[str, Any]:
+    """One candidate's row."""
+    delta = tune(model, vectors, material, candidate, progress=False)
+    kept = min((row for row in delta.history if row["split"] == "validation"), key=lambda row: row["total"])
+    row = {
+        "n_weights": sum(change.numel() for change in delta.changes.values()),
+        "step": kept["step"],
+        **{f"{part}_loss": kept[part] for part in ("total", "token", "cosine", "kl")},
+        "seed": candidate.seed,
+    }
+    if measure is None:
+        return {**row, "n": 0, "mean": None, "low": None, "high": None}
+    with delta.applied(model):
+        scores = [float(value) for value in measure(model)]
+    return {**row, **mean_interval(scores, candidate.seed)._asdict()}
+
+
+def _settings(
+    model: Any, vectors: Any, material: Material, candidate: TuneConfig, measure: Measure | None
+) -> dict[str, Any]:
+    """What makes two searches the same, beside the candidates' kinds and blocks."""
+    aims = [vectors] if isinstance(vectors, SteeringVectors) else [aim.vectors for aim in vectors]
+    about = {
+        "vectors": [found.described() for found in aims],
+        "measure": None if measure is None else getattr(measure, "__qualname__", type(measure).__qualname__),
+    }
+    run = {**run_of(candidate, model, about), **contents_of(material)}
+    return {name: value for name, value in run.items() if name not in ("kinds", "trained_layers")}
+
+
+class _Done:
+    """Finished candidates, in memory and, given a path, on disk after each."""
+
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.settings, self.rows = json.loads(json.dumps(settings)), {}
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            stored = json.loads(self.path.read_text())
+            theirs, self.rows = dict(stored["settings"]), dict(stored["rows"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"path: {self.path} is no file of a block search. Give another name.") from None
+        if differing := [name for name, value in self.settings.items() if theirs.get(name) != value]:
+            raise ValueError(
+                f"path: {self.path} holds a search with other {', '.join(differing)}. Give another name, or remove it."
+            )
+
+    def row(self, named: Mapping[str, str]) -> dict[str, Any] | None:
+        return self.rows.get(" | ".join(named.values()))
+
+    def keep(self, named: Mapping[str, str], row: dict[str, Any]) -> None:
+        self.rows[" | ".join(named.values())] = row
+        if self.path is not None:
+            content = {"settings": self.settings, "rows": self.rows}
+            write_atomically(self.path, json.dumps(content).encode())

@@ -1,0 +1,90 @@
+"""What a model is to learn: prompts with answers or shares of next tokens, given or in the model's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from rt_lens.generation import generate
+from rt_lens.losses import Direction
+from rt_lens.prompts import ContrastPairs
+from rt_lens.tokens import chat_text
+from rt_lens.tuning.config import TuneConfig
+
+
+@dataclass(frozen=True)
+class Target:
+    """A prompt and the answer that the model is to learn, as texts.
+
+    Attributes:
+        prompt: through the chat template already; may be empty for plain text.
+        answer: what follows it.
+    """
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt and the shares that the next token's candidates are to have (Ackerman 2024).
+
+    Attributes:
+        prompt: through the chat template already.
+        options: candidates, each one token with its leading space if it has one.
+        shares: of each, with sum 1: (1, 0) is a hard choice, (0.5, 0.5) a soft one that only holds the output's form.
+
+    Example:
+        >>> Choice("Is water wet? (A) yes (B) no. Answer:", (" A", " B"), (0.5, 0.5))
+    """
+
+    prompt: str
+    options: tuple[str, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.options) < 2 or len(self.options) != len(self.shares):
+            raise ValueError(f"options, shares: {self.options} and {self.shares} came; two or more of each are wanted.")
+        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise ValueError(f"shares: {self.shares} came; numbers from 0 with sum 1 are wanted.")
+
+
+Wanted: TypeAlias = Target | Choice
+
+
+def write_targets(
+    model: Any, pairs: ContrastPairs, direction: Direction, config: TuneConfig, *, progress: bool = False
+) -> list[Target]:
+    """Targets in the model's own words: answers it writes under a persona, to be learnt without the persona.
+
+    Args:
+        model: the untuned model.
+        pairs: personas and topics.
+        direction: `toward` takes the positive personas, `away` the negative; `out` takes none, so that the answers are
+            the model's own: places to read activations, and what a token loss holds the model to.
+        config: number, length and seed of the targets.
+        progress: show a bar.
+    """
+    chosen = pairs.sample(config.n_targets, seed=config.seed).pairs
+    persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "out": lambda p: ""}[direction]
+    asked = [chat_text(model, pair.user, system=persona(pair)) for pair in chosen]
+    answers = _answers(model, asked, config, progress)
+    plain = [chat_text(model, pair.user) for pair in chosen]
+    return [Target(prompt, answer) for prompt, answer in zip(plain, answers, strict=True) if answer.strip()]
+
+
+def write_neutral(
+    model: Any, prompts: Sequence[str], config: TuneConfig | None = None, *, progress: bool = False
+) -> list[Target]:
+    """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
+    asked = [chat_text(model, prompt) for prompt in prompts]
+    answers = _answers(model, asked, config or TuneConfig(), progress)
+    return [Target(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.strip()]
+
+
+def _answers(model: Any, texts: Sequence[str], config: TuneConfig, progress: bool) -> list[str]:
+    return generate(
+        model, texts, chat=False, max_new_tokens=config.target_tokens, temperature=config.target_temperature,
+        seed=config.seed, progress=progress,
+    )  # fmt: skip

@@ -1,0 +1,198 @@
+"""Which weights a loss trains, and what the optimiser holds of them: whole matrices, or low-rank factors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rt_lens.forward import check_layers
+from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
+
+# Names of a HookedTransformer and, with `_original_component` taken out, Hugging Face's under a TransformerBridge,
+# where blocks are `layers` or, in GPT-2, `h`.
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.(.+)$")
+_PARTS: dict[str, tuple[str, ...]] = {
+    r"attn\.W_Q$|q_proj\.weight$|att(?:n|ention)\.q\.weight$": ("q",),
+    r"attn\._?W_K$|k_proj\.weight$|att(?:n|ention)\.k\.weight$": ("k",),
+    r"attn\._?W_V$|v_proj\.weight$|att(?:n|ention)\.v\.weight$": ("v",),
+    r"attn\.W_O$|att(?:n|ention)\.(?:o|o_proj|out_proj|c_proj|dense)\.weight$": ("o",),
+    r"(?:c_attn|qkv|qkv_proj|query_key_value)\.weight$": ("q", "k", "v"),
+    r"gate_up_proj\.weight$": ("gate", "up"),
+    r"mlp\.(?:.*W_gate|.*gate_proj\.weight|gate\.weight)$": ("gate",),
+    r"mlp\.(?:.*W_in|.*up_proj\.weight|in\.weight|.*c_fc\.weight|.*dense_h_to_4h\.weight)$": ("up",),
+    r"mlp\..*(?:W_out|down_proj\.weight|c_proj\.weight|dense_4h_to_h\.weight)$": ("down",),
+    r"\._?b_\w+$|(?<!\.qkv)\.bias$|^ln\w*\.b$": ("bias",),
+    r"^ln\w*\.w$|norm\w*\.w(?:eight)?$|ln_\d\.weight$": ("norm",),
+}
+
+
+def parts_of(name: str) -> tuple[int | None, tuple[str, ...]]:
+    """A parameter's block and kinds (several for a fused matrix); None and nothing for what is in no block."""
+    found = _BLOCK.search(name.replace("._original_component", ""))
+    if found is None:
+        return None, ()
+    kinds = next((kinds for pattern, kinds in _PARTS.items() if re.search(pattern, found[2])), ())
+    return int(found[1]), kinds
+
+
+def trained_by(model: Any, config: TuneConfig) -> dict[str, dict[str, nn.Parameter]]:
+    """Loss -> parameter name -> parameter, for the losses that have weight.
+
+    Raises:
+        ValueError: blocks outside the model, kinds that it has not, or a fused matrix of which a part is wanted.
+    """
+    found = {loss: _chosen(model, config, loss) for loss in LOSSES if config.weight(loss) > 0}
+    by_loss = [each for each in (config.kinds, config.trained_layers) if isinstance(each, Mapping)]
+    if "kl" in found and not all(each.get("kl") for each in by_loss):
+        # All kinds in all blocks of the other losses may be more than what any of them trains.
+        others = {name for loss in found.keys() - {"kl"} for name in found[loss]}
+        found["kl"] = {name: parameter for name, parameter in found["kl"].items() if name in others}
+    return found
+
+
+def _chosen(model: Any, config: TuneConfig, loss: str) -> dict[str, nn.Parameter]:
+    blocks, kinds = config.blocks_of(loss), set(config.kinds_of(loss))
+    check_layers(model, blocks)
+    found: dict[str, nn.Parameter] = {}
+    seen: set[str] = set()
+    placed = {name: parts_of(name) for name, _ in model.named_parameters()}
+    apart = {(block, parts[0]) for block, parts in placed.values() if len(parts) == 1}
+    for name, parameter in model.named_parameters():
+        block, parts = placed[name]
+        if block not in blocks or not set(parts) & kinds:
+            continue
+        # A bridge cuts most fused matrices up and runs the pieces: the whole is there still, and moves nothing.
+        if len(parts) > 1 and all((block, part) in apart for part in parts):
+            continue
+        if not set(parts) <= kinds:
+            raise ValueError(
+                f"kinds: {name} holds {', '.join(parts)} in one matrix, so they are trained together or not at all. "
+                "Name them all, or none."
+            )
+        found[name] = parameter
+        seen.update(parts)
+    missing = kinds - seen if config.kinds != MATRICES else set()  # the default takes what there is
+    if missing or not found:
+        raise ValueError(
+            f"kinds: {', '.join(sorted(missing or kinds))} not found in blocks {list(blocks)} of this model (for the "
+            f"{loss} loss). Leave it out, or name other trained_layers."
+        )
+    if config.lora_rank and (flat := sorted(kinds - set(MATRICES))):
+        raise ValueError(f"kinds: {', '.join(flat)} has no low-rank factors. Leave it out, or set lora_rank=0.")
+    return found
+
+
+class Whole:
+    """A parameter trained whole, in float32, in the memory order that it is stored in."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        # Weights keep Hugging Face's layout as transposed views; AdamW would copy each of them at every step.
+        self.axes = sorted(range(parameter.ndim), key=parameter.stride, reverse=True)
+        self.back = [self.axes.index(axis) for axis in range(parameter.ndim)]
+        self.leaf = nn.Parameter(
+            parameter.detach().permute(self.axes).float().clone(memory_format=torch.contiguous_format)
+        )
+        self.tensors = {"whole": self.leaf}
+        self.write()
+
+    def take_gradient(self) -> None:
+        """Gives the leaf the gradient that the parameter has gathered."""
+        grad = self.parameter.grad
+        self.leaf.grad = None if grad is None else grad.permute(self.axes).float()
+
+    def write(self) -> None:
+        """Puts the leaf's values into the model."""
+        # In float32 this is the leaf's own memory: the optimiser's step is then the model's.
+        self.parameter.data = self.leaf.detach().permute(self.back).to(self.parameter.dtype)
+
+
+class LowRank:
+    """A matrix plus B A of a low rank (Hu et al. 2021), B starting at zero.
+
+    The weight is linear in its factors, so their gradients follow from its own, G: A's is B^T G, B's is G A^T. It is
+    let go as soon as they are taken, so that no more than one matrix's gradient is held.
+    """
+
+    def __init__(self, name: str, parameter: nn.Parameter, rank: int, noise: torch.Generator) -> None:
+        self.name, self.parameter, self.before = name, parameter, parameter.detach()
+        out, into = self._matrix(self.before).shape
+        if rank >= min(out, into):
+            raise ValueError(
+                f"lora_rank: {rank} came; {name} is {out} x {into}, so less than {min(out, into)} is wanted."
+            )
+        a = (torch.rand(rank, into, generator=noise) * 2 - 1) / into**0.5
+        self.a = nn.Parameter(a.to(parameter.device))
+        self.b = nn.Parameter(torch.zeros(out, rank, device=parameter.device))
+        self.tensors = {"a": self.a, "b": self.b}
+        self.write()
+        self.hook = parameter.register_post_accumulate_grad_hook(self._split)
+
+    def _matrix(self, weight: Tensor) -> Float[Tensor, "out into"]:
+        """The weight as it maps a column: [out, in], all heads together."""
+        if not re.search(r"\._?W_\w+$", self.name):
+            return weight  # Hugging Face's own
+        if weight.ndim == 2:
+            return weight.T
+        return weight.flatten(0, 1).T if self.name.endswith("W_O") else weight.movedim(1, 2).flatten(0, 1)
+
+    def _weight(self, matrix: Float[Tensor, "out into"]) -> Tensor:
+        """`_matrix` undone."""
+        shape = self.before.shape
+        if not re.search(r"\._?W_\w+$", self.name):
+            return matrix
+        if len(shape) == 2:
+            return matrix.T
+        if self.name.endswith("W_O"):
+            return matrix.T.reshape(shape)
+        return matrix.reshape(shape[0], shape[2], shape[1]).movedim(2, 1)
+
+    @torch.no_grad()
+    def _split(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = self._matrix(parameter.grad).float()
+        for factor, part in ((self.a, self.b.T @ gradient), (self.b, gradient @ self.a.T)):
+            factor.grad = part if factor.grad is None else factor.grad + part
+        parameter.grad = None
+
+    def take_gradient(self) -> None:
+        """Nothing left to do: the hook has."""
+
+    def write(self) -> None:
+        """Puts the factors' product into the model."""
+        change = self._weight(self.b.detach() @ self.a.detach())
+        self.parameter.data = (self.before.float() + change).to(self.before.dtype)
+
+
+Leaf: TypeAlias = Whole | LowRank
+"""What the optimiser holds of one parameter."""
+
+
+@contextmanager
+def leaves_of(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TuneConfig) -> Iterator[dict[str, Leaf]]:
+    """Parameter name -> leaf; only these take gradients, and afterwards memory, values and flags are as before."""
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    memory = {parameter: parameter.data for parameter in trained.values()}
+    leaves: dict[str, Leaf] = {}
+    noise = torch.Generator().manual_seed(config.seed)
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(parameter in memory)
+        for name, parameter in trained.items():
+            leaves[name] = LowRank(name, parameter, config.lora_rank, noise) if config.lora_rank else Whole(parameter)
+        yield leaves
+    finally:
+        for leaf in leaves.values():
+            if isinstance(leaf, LowRank):
+                leaf.hook.remove()
+        for parameter, kept in memory.items():
+            parameter.data = kept
+            parameter.grad = None
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -1,0 +1,137 @@
+"""Files: whole or not at all, whatever stops the writing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from full_disk import full_disk
+from safetensors import safe_open
+
+from rt_lens.files import check_can_write, read_safetensors, remove_leftovers, write_atomically, write_safetensors
+
+OLD = {"w": torch.arange(6.0).view(2, 3)}
+LARGE = {"w": torch.ones(100_000)}
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_tensors_and_header_come_back(tmp_path):
+    tensors = OLD | {"b": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(7), "none": torch.ones(0, 4)}
+    path = write_safetensors(tmp_path / "new" / "a.safetensors", tensors, {"rt_lens": '{"seed": 0}', "note": "ü"})
+    found, header = read_safetensors(path, "file")
+    assert header == {"rt_lens": '{"seed": 0}', "note": "ü"}
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    assert [found["b"].dtype, found["n"].shape, found["none"].shape] == [torch.bfloat16, (), (0, 4)]
+    assert list(kept(tmp_path / "new")) == ["a.safetensors"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = write_safetensors(tmp_path / "a.safetensors", OLD, {"step": "1"})
+    before = kept(tmp_path)
+    with full_disk(50_000), pytest.raises(OSError, match=r"a\.safetensors could not be written.*too large"):
+        write_safetensors(path, LARGE, {"step": "2"})
+    assert kept(tmp_path) == before
+    with full_disk(50_000), pytest.raises(OSError, match="too large"):
+        write_atomically(path, bytes(100_000))
+    assert kept(tmp_path) == before
+    write_safetensors(path, LARGE, {"step": "2"})  # with room again, it goes
+    assert read_safetensors(path, "file")[1] == {"step": "2"}
+
+
+def test_whatever_else_stops_the_writing_leaves_nothing_either(tmp_path):
+    shared = torch.ones(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        write_safetensors(tmp_path / "a.safetensors", {"a": shared, "b": shared}, {})
+    with pytest.raises(TypeError):
+        write_atomically(tmp_path / "a.txt", 7)
+    assert not kept(tmp_path)
+
+
+def test_a_folder_of_that_name_is_kept_with_all_that_is_in_it(tmp_path):
+    write_atomically(tmp_path / "a" / "b.txt", b"there")
+    with pytest.raises(OSError, match="a"):
+        write_safetensors(tmp_path / "a", OLD, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert kept(tmp_path / "a") == {"b.txt": b"there"}
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_may_be_read_by_whom_the_umask_lets(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        paths = [write_safetensors(tmp_path / "a", OLD, {}), write_atomically(tmp_path / "b", b"")]
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in paths] == [mode, mode]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
+    path = tmp_path / "run[1].safetensors"
+    write_safetensors(path, OLD, {})
+    left = tmp_path / f".{path.name}-{'0a' * 16}"
+    left.mkdir()
+    (left / ".tmpX1").write_bytes(b"half")
+    others = [tmp_path / f".other-{'0a' * 16}", tmp_path / f".{path.name}-backup", tmp_path / f".run1-{'0a' * 16}"]
+    for other in others:
+        other.mkdir()
+    remove_leftovers(path)
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+    remove_leftovers(tmp_path / "none" / "a")  # nor does a folder that is not there matter
+
+
+@pytest.mark.parametrize(("name", "says"), [("folder", "is a folder"), ("file/a", "cannot be written"),
+                                            ("a" * 300, "cannot be written")])  # fmt: skip
+def test_a_place_that_cannot_be_written_is_told_before_anything_is(tmp_path, name, says):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises((ValueError, OSError), match=f"place: .*{says}"):
+        check_can_write(tmp_path / name, "place")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_folder_without_permission_is_told(tmp_path):
+    if os.name != "posix":
+        pytest.skip("the permissions are Unix's")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    as_root = os.geteuid() == 0
+    if as_root:  # whom permissions do not hold
+        os.seteuid(65534)
+    try:
+        with pytest.raises(OSError, match=r"place: .*Permission denied.*Give another place"):
+            check_can_write(tmp_path / "locked" / "a", "place")
+    finally:
+        if as_root:
+            os.seteuid(0)
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
+    path = write_safetensors(tmp_path / "a.safetensors", OLD, {})
+    before = path.read_bytes()
+    check_can_write(path, "place")
+    check_can_write(tmp_path / "b.safetensors", "place")
+    assert kept(tmp_path) == {"a.safetensors": before}
+
+
+def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
+    whole = write_safetensors(tmp_path / "a", LARGE, {"step": "1"}).read_bytes()
+    for content in (b"", b"hello", whole[:40], whole[:-1], whole + b"more", bytes(64)):
+        (tmp_path / "b").write_bytes(content)
+        with pytest.raises(ValueError, match=r"thing: .*b is truncated or no safetensors file .*Make it again"):
+            read_safetensors(tmp_path / "b", "thing")
+    for missing in (tmp_path / "none", tmp_path):
+        with pytest.raises(FileNotFoundError, match="thing: there is no file"):
+            read_safetensors(missing, "thing")
+
+
+def test_a_reader_keeps_the_file_that_it_opened(tmp_path):
+    path = write_safetensors(tmp_path / "a", LARGE, {})
+    with safe_open(path, framework="pt") as opened:
+        write_safetensors(path, {"w": torch.zeros(5)}, {})
+        assert torch.equal(opened.get_tensor("w"), LARGE["w"])
+    assert torch.equal(read_safetensors(path, "file")[0]["w"], torch.zeros(5))

@@ -1,0 +1,349 @@
+"""Which weights are trained, by kind, and how: whole in float32, or as low-rank factors whose gradients are right."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from einops import rearrange
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import rt_lens as rtl
+from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
+from rt_lens.models.sources import embedded_folder
+from rt_lens.tuning import Target, TuneConfig, tune
+from rt_lens.tuning.config import KINDS, MATRICES
+from rt_lens.tuning.weights import leaves_of, parts_of, trained_by
+
+TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(4)]
+CONFIG = TuneConfig(layers=[1], trained_layers=[1], max_steps=2, epochs=9, batch_size=4, kl_weight=0.0,
+                    learning_rate=1e-3, validate_every=99)  # fmt: skip
+BY_KIND = {
+    "q": {"attn.W_Q"}, "k": {"attn._W_K"}, "v": {"attn._W_V"}, "o": {"attn.W_O"}, "gate": {"mlp.W_gate"},
+    "up": {"mlp.W_in"}, "down": {"mlp.W_out"}, "norm": {"ln1.w", "ln2.w"},
+    "bias": {"attn.b_Q", "attn._b_K", "attn._b_V", "attn.b_O", "mlp.b_in", "mlp.b_out"},
+}  # fmt: skip
+RUN = {"validation": TARGETS, "progress": False}
+
+
+def changed(model, vectors, **settings: Any) -> dict[str, torch.Tensor]:
+    """What a short run changes."""
+    return tune(model, vectors, TARGETS, replace(CONFIG, **settings), **RUN).changes
+
+
+def short(name: str) -> str:
+    return name.replace("._original_component", "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("heads", [2, None], ids=["grouped", "ungrouped"])
+def test_each_kind_alone_changes_its_parameters_and_nothing_else(make_tiny, tiny_vectors, kind, heads):
+    changes = changed(make_tiny(n_key_value_heads=heads), tiny_vectors, kinds=[kind])
+    names = BY_KIND[kind] if heads else {name.replace("._", ".") for name in BY_KIND[kind]}
+    assert set(changes) == {f"blocks.1.{name}" for name in names}
+    assert all(change.abs().max() > 0 for change in changes.values())
+
+
+def test_the_kinds_together_are_all_of_a_block(make_tiny, tiny_vectors):
+    for settings in ({}, {"n_key_value_heads": None}, {"normalization_type": "LN", "final_rms": False}):
+        model = make_tiny(**settings)
+        changes = changed(model, tiny_vectors, kinds=KINDS)
+        assert set(changes) == {name for name, _ in model.named_parameters() if name.startswith("blocks.1.")}
+
+
+def test_layer_norms_have_a_bias_that_is_one_and_a_weight_that_is_a_norm(make_tiny, tiny_vectors):
+    model = make_tiny(normalization_type="LN", final_rms=False)
+    assert set(changed(model, tiny_vectors, kinds=["norm"])) == {"blocks.1.ln1.w", "blocks.1.ln2.w"}
+    assert {"blocks.1.ln1.b", "blocks.1.ln2.b"} < set(changed(model, tiny_vectors, kinds=["bias"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({"attn_only": True}, {"gate", "up", "down"}),
+        ({"gated_mlp": False, "act_fn": "gelu"}, {"gate"}),
+    ],
+)
+def test_the_default_kinds_take_what_a_model_has_and_others_are_refused(make_tiny, tiny_vectors, settings, missing):
+    model = make_tiny(**settings)
+    wanted = set(MATRICES) - missing
+    assert set(changed(model, tiny_vectors)) == {f"blocks.1.{name}" for kind in wanted for name in BY_KIND[kind]}
+    said = rf"kinds: {', '.join(sorted(missing))} not found in blocks \[1\] .*\(for the cosine loss\)\. Leave it out"
+    with pytest.raises(ValueError, match=said):
+        changed(model, tiny_vectors, kinds=["q", *missing])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kinds": ["query"]}, r"kinds: 'query' came; q, k, v, o, gate, up, down, bias, norm are known"),
+        ({"kinds": "q k"}, r"kinds: 'q k' came; a list is wanted, as in kinds=\['q', 'k'\]"),
+        ({"kinds": []}, r"kinds: the list is empty\. Name some of q, k"),
+        ({"kinds": {"cosines": ["q"]}}, r"kinds: cosines is no loss; cosine, token, kl are"),
+        ({"kinds": {"cosine": "v", "token": ["q"]}}, r"kinds\['cosine'\]: 'v' came; a list is wanted"),
+        ({"kinds": {"cosine": ["v"]}}, r"kinds: nothing for the token loss, which has weight\. Add it, or set"),
+        ({"trained_layers": {"token": [1]}}, r"trained_layers: nothing for the cosine loss, which has weight"),
+        ({"trained_layers": {"cosine": [1]}, "token_weight": 0.0, "cosine_weight": 0.0, "kl_weight": 1.0},
+         r"trained_layers: nothing for the kl loss, which has weight"),
+        ({"lora_rank": -1}, r"lora_rank: -1 came; 0 or more is wanted"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("as_a_user")
+def test_wrong_kinds_and_layers_are_named_when_the_settings_are_made(settings, says):
+    with pytest.raises(ValueError, match=says):
+        replace(CONFIG, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "kinds"),
+    [
+        ("blocks.11.attn.W_Q", 11, ("q",)),
+        ("blocks.0.attn._W_K", 0, ("k",)),
+        ("blocks.0.attn._b_V", 0, ("bias",)),
+        ("blocks.3.attn.q_norm.w", 3, ("norm",)),
+        ("blocks.3.ln1_post.w", 3, ("norm",)),
+        ("transformer.h.4.attn.c_attn.weight", 4, ("q", "k", "v")),
+        ("transformer.h.4.attn.c_proj.weight", 4, ("o",)),
+        ("transformer.h.4.mlp.c_fc.weight", 4, ("up",)),
+        ("transformer.h.4.mlp.c_proj.weight", 4, ("down",)),
+        ("transformer.h.4.ln_1.weight", 4, ("norm",)),
+        ("transformer.h.4.mlp.c_fc.bias", 4, ("bias",)),
+        ("transformer.h.4._original_component.attn.q._original_component.weight", 4, ("q",)),
+        ("transformer.h.4._original_component.attn.qkv._original_component.bias", 4, ()),
+        ("model.layers.2._original_component.mlp.gate._original_component.weight", 2, ("gate",)),
+        ("model.layers.2._original_component.mlp.in._original_component.weight", 2, ("up",)),
+        ("model.layers.2._original_component.mlp._original_component.gate_up_proj.weight", 2, ("gate", "up")),
+        ("model.layers.2._original_component.input_layernorm._original_component.weight", 2, ("norm",)),
+        ("gpt_neox.layers.2.attention.o.weight", 2, ("o",)),
+        ("gpt_neox.layers.2.attention.query_key_value.weight", 2, ("q", "k", "v")),
+        ("gpt_neox.layers.2.mlp.dense_4h_to_h.weight", 2, ("down",)),
+        ("unembed.W_U", None, ()),
+        ("model.embed_tokens._original_component.weight", None, ()),
+        ("ln_final.w", None, ()),
+        ("transformer.wte.weight", None, ()),
+    ],
+)
+def test_names_of_either_kind_of_model_say_block_and_kinds(name, block, kinds):
+    assert parts_of(name) == (block, kinds)
+
+
+def test_a_fused_matrix_is_trained_whole_or_not_at_all():
+    model = nn.Module()
+    model.cfg = SimpleNamespace(n_layers=1)
+    model.h = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"c_attn": nn.Linear(4, 12, bias=False)})})])
+    config = TuneConfig(layers=[0], trained_layers=[0], token_weight=0.0, kl_weight=0.0)
+    assert set(trained_by(model, replace(config, kinds=["q", "k", "v"]))["cosine"]) == {"h.0.attn.c_attn.weight"}
+    for kinds in (["q"], ["q", "v"]):
+        with pytest.raises(
+            ValueError, match=r"kinds: h\.0\.attn\.c_attn\.weight holds q, k, v in one matrix.*Name them"
+        ):
+            trained_by(model, replace(config, kinds=kinds))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_bridge_trains_its_matrices(bridge, pairs, lora_rank):
+    vectors = rtl.extract_vectors(bridge, pairs.sample(2), layers=[29])
+    settings = {"layers": [29], "trained_layers": [29], "max_steps": 1, "lora_rank": lora_rank}
+    changes = changed(bridge, vectors, kinds=["v", "o", "down"], **settings)
+    ends = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight")
+    assert {short(name) for name in changes} == {f"model.layers.29.{end}" for end in ends}
+    assert all(change.abs().max() > 0 for change in changes.values())
+    if lora_rank:
+        assert all(numerical_rank(change) == lora_rank for change in changes.values())
+
+
+def test_a_bridges_norms_are_trained_and_biases_that_it_has_not_refused(bridge, pairs):
+    vectors = rtl.extract_vectors(bridge, pairs.sample(2), layers=[29])
+    settings = {"layers": [29], "trained_layers": [29], "max_steps": 1}
+    changes = changed(bridge, vectors, kinds=["norm"], **settings)
+    ends = ("input_layernorm", "post_attention_layernorm")
+    assert {short(name) for name in changes} == {f"model.layers.29.{end}.weight" for end in ends}
+    with pytest.raises(ValueError, match=r"kinds: bias not found in blocks \[29\]"):
+        changed(bridge, vectors, kinds=["bias"], **settings)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "phi3"])
+def fused(request, tmp_path_factory) -> Any:
+    """A tiny bridge of a family whose files hold several matrices in one; the bridge runs pieces of them."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    sizes = {
+        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "phi3": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                 "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 2},
+    }[request.param]  # fmt: skip
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[request.param](**sizes, vocab_size=49152, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL]) / name, folder)
+    return rtl.load_model(folder, backend="bridge")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_pieces_of_fused_matrices_are_trained_since_it_is_they_that_run(fused, tiny_vectors, lora_rank):
+    changes = changed(fused, tiny_vectors, lora_rank=lora_rank)
+    kinds = [parts_of(name)[1] for name in changes]
+    gated = any("gate" in name for name in changes)
+    assert sorted(kinds) == sorted((kind,) for kind in MATRICES if gated or kind != "gate")
+    assert all(change.abs().max() > 0 for change in changes.values())
+    one = changed(fused, tiny_vectors, kinds=["v"], lora_rank=lora_rank)
+    assert [short(name).rsplit(".", 2)[1] for name in one] == ["v"]
+
+
+def test_a_bridges_norms_and_biases_are_trained(fused, tiny_vectors):
+    norms = changed(fused, tiny_vectors, kinds=["norm"])
+    assert len(norms) == 2
+    assert all(change.abs().max() > 0 for change in norms.values())
+    if not any("c_fc" in name for name, _ in fused.named_parameters()):
+        with pytest.raises(ValueError, match=r"kinds: bias not found in blocks \[1\]"):
+            changed(fused, tiny_vectors, kinds=["bias"])
+        return
+    biases = changed(fused, tiny_vectors, kinds=["bias"])
+    assert len(biases) == 8  # of GPT-2's q, k, v, o, two norms, and two matrices of the MLP
+    assert all(change.abs().max() > 0 for name, change in biases.items() if ".k." not in name)  # softmax ignores k's
+
+
+# The change of a matrix, out x in with all heads together, as each parameter holds it.
+LAYOUTS = {
+    "attn.W_Q": "(head d_head) d_model -> head d_model d_head",
+    "attn._W_K": "(head d_head) d_model -> head d_model d_head",
+    "attn._W_V": "(head d_head) d_model -> head d_model d_head",
+    "attn.W_O": "d_model (head d_head) -> head d_head d_model",
+    "mlp.W_gate": "out into -> into out",
+    "mlp.W_in": "out into -> into out",
+    "mlp.W_out": "out into -> into out",
+}
+SIZES = {"attn": {"d_head": 8}, "mlp": {}}
+
+
+def numerical_rank(matrix: torch.Tensor) -> int:
+    """Rank up to what rounding of the weights in float32 adds."""
+    values = torch.linalg.svdvals(matrix.double())
+    return int((values > 1e-3 * values[0]).sum()) if values[0] > 0 else 0
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_factors_gradients_are_those_through_w_plus_b_a(tiny, name):
+    """By torch through the weight built by hand, with B at random, so that both factors have gradients."""
+    full, layout = f"blocks.1.{name}", LAYOUTS[name]
+    (kind,) = parts_of(full)[1]
+    config = replace(CONFIG, kinds=[kind], lora_rank=3)
+    tokens = torch.tensor([tiny.tokenizer.encode(TARGETS[0].prompt + TARGETS[0].answer)])
+    before = dict(tiny.named_parameters())[full].detach().clone()
+    with leaves_of(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
+        leaf = leaves[full]
+        noise = torch.Generator().manual_seed(4)
+        leaf.b.data = 0.1 * torch.randn(leaf.b.shape, generator=noise)
+        leaf.write()
+        a, b = (factor.detach().clone().requires_grad_() for factor in (leaf.a, leaf.b))
+        tiny(tokens, return_type="loss").backward()
+        leaf.take_gradient()
+        found = (leaf.a.grad, leaf.b.grad)
+        assert dict(tiny.named_parameters())[full].grad is None  # let go as soon as it is split
+    weight = before + rearrange(b @ a, layout, **SIZES[name.split(".")[0]])
+    loss = torch.func.functional_call(tiny, {full: weight}, (tokens,), {"return_type": "loss"})
+    expected = torch.autograd.grad(loss, (a, b))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert theirs.abs().max() > 1e-4
+        assert (mine - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_every_change_has_the_rank_asked_for(tiny, tiny_vectors, rank):
+    changes = changed(tiny, tiny_vectors, lora_rank=rank, max_steps=8)
+    assert {name.removeprefix("blocks.1.") for name in changes} == set(LAYOUTS)
+    for name, change in changes.items():
+        matrix = rearrange(change, " -> ".join(LAYOUTS[name.removeprefix("blocks.1.")].split(" -> ")[::-1]))
+        assert 1 <= numerical_rank(matrix) <= rank
+    whole = changed(tiny, tiny_vectors, max_steps=8)
+    assert numerical_rank(whole["blocks.1.mlp.W_in"]) > 3
+
+
+def test_the_first_step_moves_b_alone(tiny, tiny_vectors):
+    """B begins at zero, so A has no gradient: the first change lies in the rows of A as it began."""
+    config = replace(CONFIG, lora_rank=3, max_steps=1)
+    name = "blocks.1.mlp.W_in"
+    with leaves_of(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
+        rows = leaves[name].a.detach().clone()
+        assert not leaves[name].b.detach().any()
+        assert torch.equal(dict(tiny.named_parameters())[name], leaves[name].before)
+    change = tune(tiny, tiny_vectors, TARGETS, config, **RUN).changes[name].T
+    inside = change @ torch.linalg.pinv(rows) @ rows
+    assert change.abs().max() > 1e-4
+    assert (change - inside).abs().max() < 1e-3 * change.abs().max()
+    more = tune(tiny, tiny_vectors, TARGETS, replace(config, max_steps=8, learning_rate=0.01), **RUN).changes[name].T
+    assert (more - more @ torch.linalg.pinv(rows) @ rows).abs().max() > 0.01 * more.abs().max()
+
+
+def test_same_seed_same_bits_and_another_seed_other_factors(tiny, tiny_vectors):
+    first, again, other = (changed(tiny, tiny_vectors, lora_rank=2, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("kinds", [MATRICES, {"cosine": ["v"], "token": ["down"]}], ids=["shared", "separate"])
+def test_hooks_gradients_flags_and_memory_are_as_before(tiny, tiny_vectors, lora_rank, kinds):
+    parameters = list(tiny.parameters())
+    parameters[0].requires_grad_(False)
+    before = [(p.data_ptr(), p.requires_grad, p.detach().clone()) for p in parameters]
+    assert changed(tiny, tiny_vectors, lora_rank=lora_rank, kinds=kinds)
+    for parameter, (place, flag, values) in zip(parameters, before, strict=True):
+        assert (parameter.data_ptr(), parameter.requires_grad) == (place, flag)
+        assert torch.equal(parameter, values)
+        assert parameter.grad is None
+        assert not parameter._post_accumulate_grad_hooks
+
+
+def test_low_rank_factors_of_separate_losses_get_only_their_own(tiny, tiny_vectors):
+    """The same as whole matrices: one loss's factors do not change with the other's weight."""
+    kinds = {"cosine": ["v", "o"], "token": ["down"]}
+    light, heavy = (
+        changed(tiny, tiny_vectors, lora_rank=2, kinds=kinds, token_weight=weight, max_steps=1, max_grad_norm=1e9,
+                weight_decay=0.0)
+        for weight in (0.1, 10.0)
+    )  # fmt: skip
+    assert set(light) == {f"blocks.1.{name}" for name in ("attn._W_V", "attn.W_O", "mlp.W_out")}
+    assert torch.equal(light["blocks.1.attn._W_V"], heavy["blocks.1.attn._W_V"])
+    assert torch.equal(light["blocks.1.attn.W_O"], heavy["blocks.1.attn.W_O"])
+    assert light["blocks.1.attn.W_O"].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"lora_rank": 16}, r"lora_rank: 16 came; blocks\.1\.attn\._W_K is 16 x 32, so less than 16 is wanted"),
+        ({"lora_rank": 2, "kinds": ["q", "norm", "bias"]}, r"kinds: bias, norm has no low-rank factors.*lora_rank=0"),
+    ],
+)
+def test_what_has_no_low_rank_factors_is_refused_and_the_model_stays(tiny, tiny_vectors, settings, says):
+    before = [parameter.detach().clone() for parameter in tiny.parameters()]
+    with pytest.raises(ValueError, match=says):
+        changed(tiny, tiny_vectors, **settings)
+    assert all(torch.equal(now, then) for now, then in zip(tiny.parameters(), before, strict=True))
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in tiny.parameters())
+
+
+def test_a_bfloat16_model_moves_by_steps_that_bfloat16_would_round_away(make_tiny, tiny_vectors):
+    """Each step is below half of what separates two bfloat16 numbers here; float32 masters add the steps up."""
+    model = make_tiny(dtype=torch.bfloat16)
+    name = "blocks.1.mlp.W_in"
+    weight = dict(model.named_parameters())[name].detach()
+    large = weight.abs() > 2**-4  # neighbours are at least 2 ** -11 apart, so half of it is 2.4e-4
+    settings = {
+        "kinds": ["up"], "learning_rate": 1e-4, "weight_decay": 0.0, "warmup": 0.0, "token_weight": 0.0,
+        "cosine_weight": 1.0,
+    }  # fmt: skip
+    one = changed(model, tiny_vectors, **settings, max_steps=1)[name]
+    assert one.dtype == torch.bfloat16
+    assert large.float().mean() > 0.2
+    assert not one[large].any()
+    many = changed(model, tiny_vectors, **settings, max_steps=60, epochs=60, validate_every=60)[name]
+    assert (many[large] != 0).float().mean() > 0.5
+    assert dict(model.named_parameters())[name].dtype == torch.bfloat16
