@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both shared": {"kl_weight": 0.0},
     "both separate": {"kl_weight": 0.0, "kinds": SEPARATE},
     "KL-regularised": {},
-    "LoRA": {"lora_rank": 16, "learning_rate": 2e-3},
+    "LoRA": {"lora_rank": 16, "learning_rate": 1e-3},
 }
 
 
@@ -235,15 +235,16 @@ def out_under_steering(bench: Bench, seed: int) -> rtl.WeightDelta:
 
 
 KTS: dict[str, Any] = {
-    "cosine_weight": 0.0, "token_weight": 0.0, "max_steps": 60, "epochs": 20, "neutral_batch_size": 4,
-    "trained_layers": tuple(range(22, 30)),
+    "cosine_weight": 0.0, "token_weight": 0.0, "max_steps": 120, "epochs": 30, "neutral_batch_size": 8,
+    "trained_layers": tuple(range(22, 30)), "validate_every": 15, "patience": 9,
 }  # fmt: skip
+DOSES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 
 
 def kl_then_steer(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Effect on mood against KL on held-out neutral prompts, of the plain and of the treated model, while steered."""
     config = replace(bench.tune, **KTS)
-    steer = rtl.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.5)
+    steer = rtl.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=1.0)
     treated = rtl.tune(
         bench.model, bench.vectors, bench.train, config, validation=bench.validation, neutral=bench.neutral,
         steer=steer, progress=False,
@@ -252,20 +253,52 @@ def kl_then_steer(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     answers = rtl.generate(bench.model, asked, chat=False, max_new_tokens=N_TOKENS)
     texts = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
     reference = rtl.text_fit(bench.model, texts, keep=True, batch_size=8)
-    rows = []
+    rows, scores, kls = [], {}, {}
     for arm, delta in (("untuned", None), ("kl_then_steer", treated)):
-        for dose in (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0):
+        for dose in DOSES:
             hooks = rtl.add(bench.vectors, [LAYER], dose) if dose else None
-            scores, _ = bench.scores(bench.prompts, delta, hooks)
+            found, _ = bench.scores(bench.prompts, delta, hooks)
             with rtl.under(bench.model, delta, hooks):
                 fit = rtl.text_fit(bench.model, texts, reference=reference, batch_size=8)
             assert fit.mean_kl is not None
-            effect = mean_interval(scores)
+            scores[arm, dose], kls[arm, dose] = np.array(found), fit.kl
+            effect = mean_interval(found)
             rows.append({"arm": arm, "multiplier": dose, **_spread("effect", effect), **_spread("damage", fit.mean_kl),
                          "n": effect.n, "n_damage": fit.mean_kl.n, "seed": config.seed})  # fmt: skip
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     yield "kl_then_steer", table, rtl.plots.effect_against_damage(table)
+    yield "kl_then_steer_at_equal_effect", _at_equal_effect(scores, kls, reference.sizes), None
+
+
+def _at_equal_effect(scores: Mapping[Any, Any], kls: Mapping[Any, Any], sizes: Any) -> pd.DataFrame:
+    """KL of both arms at the score that plain steering reaches, interpolated; bootstrap over prompts and texts."""
+    draw, rows = np.random.default_rng(0), []
+    n_prompts, n_texts = len(scores["untuned", 0.0]), len(sizes)
+
+    def at(arm: str, side: float, target: float, prompts: Any, texts: Any) -> float:
+        doses = [dose for dose in DOSES if dose * side >= 0]
+        curve = sorted(
+            (scores[arm, dose][prompts].mean(), kls[arm, dose][texts].sum() / sizes[texts].sum()) for dose in doses
+        )
+        effects, damages = zip(*curve, strict=True)
+        return float(np.interp(target, effects, damages, left=np.nan, right=np.nan))
+
+    for dose in (-3.0, -2.0, 2.0, 3.0):
+        found = []
+        for number in range(2000):
+            prompts = draw.integers(0, n_prompts, n_prompts) if number else np.arange(n_prompts)
+            texts = draw.integers(0, n_texts, n_texts) if number else np.arange(n_texts)
+            target = scores["untuned", dose][prompts].mean()
+            found.append([at(arm, dose, target, prompts, texts) for arm in ("untuned", "kl_then_steer")])
+        plain, treated = np.array(found).T
+        low, high = np.nanquantile(treated - plain, [0.025, 0.975])
+        rows.append(
+            {"plain multiplier": dose, "score": scores["untuned", dose].mean(), "plain KL": plain[0],
+             "treated KL": treated[0], "difference": treated[0] - plain[0], "low": low, "high": high,
+             "out of reach": float(np.isnan(treated).mean()), "n_prompts": n_prompts, "n_texts": n_texts, "seed": 0}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 STAGES: dict[str, Callable[[Bench], Iterator[tuple[str, pd.DataFrame, Any]]]] = {

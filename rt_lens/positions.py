@@ -38,6 +38,9 @@ class Row:
 Position = Callable[[Row], Sequence[int]]
 """The numbers (from 0, or negative from the end) of the tokens whose mean activation is read."""
 
+OF_A_PAIR = " of the chat prompt and the answer's opener"
+"""What follows a position's meaning in the provenance of vectors."""
+
 _WORDS = {
     "last": "last token",
     "first": "first token",
@@ -100,6 +103,7 @@ def position_named(words: str) -> str:
     Raises:
         ValueError: if a function of one's own was read, which words do not bring back.
     """
+    words = words.removesuffix(OF_A_PAIR)
     for name, meaning in _WORDS.items():
         if meaning == words:
             return name

@@ -382,3 +382,16 @@ def test_steering_settings_are_checked_when_they_are_made(tiny_vectors, settings
 def test_steering_wants_directions(directions):
     with pytest.raises(ValueError, match="directions: a list of at least one SteeringVectors or ContrastPairs"):
         KLThenSteer(directions, [1])
+
+
+def test_the_vectors_own_position_is_found_again_in_a_target(model, pairs):
+    """Vectors as `extract_vectors` makes them: what their provenance says is read in the targets' prompts."""
+    for position, wanted in (("last", [-1]), ("mean last 3", [-3, -2, -1])):
+        vectors = rtl.extract_vectors(model, pairs.sample(2), position=position, layers=[2])
+        config = TuneConfig(layers=[2], trained_layers=[2], positions="vector", kl_weight=0.0)
+        target = Target(rtl.generation.as_chat(model, ["How are you?"])[0], " Well, thank you.")
+        row = prepare(model, vectors, [target], config, validation=[target]).train[0]
+        n_prompt = len(model.tokenizer.encode(target.prompt, add_special_tokens=False))
+        ((name, mask),) = row.places.items()
+        assert name == position
+        assert mask.nonzero()[:, 0].tolist() == [n_prompt + number for number in wanted]

@@ -15,7 +15,7 @@ from torch import Tensor
 from rt_lens.activations import check_hook_names, read_activations
 from rt_lens.forward import check_layers, model_name
 from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
-from rt_lens.positions import Named, Position, Row, numbers_in, position_of, rows_of
+from rt_lens.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.tokens import encode
 from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
@@ -212,7 +212,7 @@ def read_sides(
         Sides(
             {name: h[:n, read] for name, h in found.items()},
             {name: h[n:, read] for name, h in found.items()},
-            f"{place.words} of the chat prompt and the answer's opener",
+            f"{place.words}{OF_A_PAIR}",
             tuple(rows[0].labels[number] for number in reads[0][read]),
             all(_seen(rows[i], reads[i][read]) == _seen(rows[n + i], reads[n + i][read]) for i in range(n)),
         )
