@@ -215,7 +215,11 @@ def resistance(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
         arms[f"{direction}_tuned"] = bench.tuned(direction, bench.seeds[0])
     withstanding = {f"out_under_steering, seed {seed}": out_under_steering(bench, seed) for seed in bench.seeds}
     arms |= withstanding
-    found = rtl.resistance(bench.model, arms, bench.vectors, bench.prompts, layer=LAYER, progress=False)
+    by_seed = rtl.resistance(bench.model, arms, bench.vectors, bench.prompts, layer=LAYER, progress=False)
+    yield "resistance_by_seed", by_seed.moved, None
+    averaged = by_seed.scores.assign(arm=by_seed.scores["arm"].str.split(",").str[0])
+    averaged = averaged.groupby(["arm", "multiplier", "prompt"], sort=False, as_index=False)["score"].mean()
+    found = type(by_seed).of(averaged)
     yield "resistance", found.table, rtl.plots.resistance(found.table, found.moved)
     yield "resistance_moved", found.moved, None
     groups = {"untuned": [None], "out_tuned": [arms["out_tuned"]], "out_under_steering": list(withstanding.values())}

@@ -29,7 +29,8 @@ def under(model: Any, *arms: Arm) -> Iterator[Any]:
         ...     print(generate(model, ["Tell me about your weekend."]))
     """
     for arm in arms:
-        if arm is not None and not isinstance(arm, WeightDelta | Sequence):
+        hooks = isinstance(arm, Sequence) and all(isinstance(hook, tuple) and len(hook) == 2 for hook in arm)
+        if not (arm is None or isinstance(arm, WeightDelta) or hooks):
             raise ValueError(
                 f"arms: a {type(arm).__name__} came; a WeightDelta, a list of hooks as `add` gives, or None is wanted."
             )

@@ -34,6 +34,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 @contextmanager
 def _in_its_place(path: Path) -> Iterator[Path]:
     """A temporary name, renamed to `path` in the end; on any exception nothing is left."""
+    path = path.expanduser()
     with _folder_beside(path) as folder:
         temporary = folder / path.name
         yield temporary
@@ -93,6 +94,7 @@ def read_safetensors(path: Path, argument: str) -> tuple[dict[str, Tensor], dict
         FileNotFoundError: if there is none.
         ValueError: if it is truncated or no safetensors file.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}.")
     try:

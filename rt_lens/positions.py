@@ -105,7 +105,7 @@ def position_named(words: str) -> str:
     """
     words = words.removesuffix(OF_A_PAIR)
     for name, meaning in _WORDS.items():
-        if meaning == words:
+        if words in (meaning, name):  # other tools' files may hold the bare name
             return name
     patterns = {
         r"mean over the last (\d+) tokens": "mean last {}",

@@ -30,6 +30,23 @@ class Resistance:
     moved: pd.DataFrame
     scores: pd.DataFrame = field(repr=False)
 
+    @classmethod
+    def of(cls, scores: pd.DataFrame, seed: int = 0) -> Resistance:
+        """The tables of scores: a row per arm, multiplier and prompt, every arm with the same multipliers.
+
+        Scores of several tuning seeds can be averaged prompt by prompt first.
+        """
+        cells = [
+            {
+                "arm": arm,
+                "multiplier": dose,
+                **mean_interval(cell["score"].to_numpy(float), seed)._asdict(),
+                "seed": seed,
+            }
+            for (arm, dose), cell in scores.groupby(["arm", "multiplier"], sort=False)
+        ]
+        return cls(pd.DataFrame(cells), _moved(scores, seed), scores)
+
 
 def resistance(
     model: Any,
@@ -65,7 +82,7 @@ def resistance(
         >>> found = resistance(model, {"untuned": None, "out": delta}, vectors, prompts, layer=21)
         >>> plots.resistance(found.table, found.moved).show()
     """
-    if not arms:
+    if not isinstance(arms, Mapping) or not arms:
         raise ValueError("arms: none came. Give at least one, as in {'untuned': None, 'out': delta}.")
     most = max(abs(float(multiplier)) for multiplier in multipliers) if multipliers else 0.0
     if most == 0 or not {most, -most} <= {float(multiplier) for multiplier in multipliers}:
@@ -80,16 +97,12 @@ def resistance(
                 progress=progress,
             )  # fmt: skip
         parts.append(found.table.drop(columns="layer").assign(arm=name))
-    scores = pd.concat(parts, ignore_index=True)[["arm", "multiplier", "prompt", "score"]]
-    cells = [
-        {"arm": arm, "multiplier": dose, **mean_interval(cell["score"].to_numpy(float), seed)._asdict(), "seed": seed}
-        for (arm, dose), cell in scores.groupby(["arm", "multiplier"], sort=False)
-    ]
-    return Resistance(pd.DataFrame(cells), _moved(scores, most, seed), scores)
+    return Resistance.of(pd.concat(parts, ignore_index=True)[["arm", "multiplier", "prompt", "score"]], seed)
 
 
-def _moved(scores: pd.DataFrame, most: float, seed: int) -> pd.DataFrame:
+def _moved(scores: pd.DataFrame, seed: int) -> pd.DataFrame:
     grid = scores.pivot(index=["arm", "prompt"], columns="multiplier", values="score")
+    most = float(grid.columns.max())
     differences = (grid[most] - grid[-most]).unstack("prompt")
     names = list(dict.fromkeys(scores["arm"]))
     by_prompt = {name: differences.loc[name].to_numpy(float) for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -200,15 +201,15 @@ def batches_of(model, vectors, monkeypatch, config) -> tuple[list[list[str]], li
 
 
 def test_each_epoch_sees_each_row_once_in_an_order_of_the_seed(tiny, tiny_vectors, monkeypatch):
-    config = replace(QUICK, batch_size=3, epochs=2, max_steps=99, kl_weight=1.0, neutral_batch_size=3, patience=99)
+    config = replace(QUICK, batch_size=3, epochs=2, max_steps=99, kl_weight=1.0, neutral_batch_size=1, patience=99)
     rows, neutral = batches_of(tiny, tiny_vectors, monkeypatch, config)
     assert [len(step) for step in rows] == [3, 3, 2] * 2
     first, second = ([prompt for step in epoch for prompt in step] for epoch in (rows[:3], rows[3:]))
     everything = sorted(target.prompt for target in TARGETS)
     assert sorted(first) == sorted(second) == everything
     assert len({tuple(first), tuple(second), tuple(everything)}) == 3
-    assert all(len(set(step)) == 3 for step in neutral)
-    assert len(set(map(tuple, neutral))) > 1
+    assert all(len(step) == 1 for step in neutral)
+    assert len({prompt for step in neutral for prompt in step}) == 2  # the other half is kept for the validations
     assert batches_of(tiny, tiny_vectors, monkeypatch, config) == (rows, neutral)
     assert batches_of(tiny, tiny_vectors, monkeypatch, replace(config, seed=1))[0] != rows
     assert batches_of(tiny, tiny_vectors, monkeypatch, replace(config, max_steps=4))[0] == rows[:4]
@@ -313,3 +314,70 @@ def test_a_bridge_tunes_too(bridge, pairs):
     assert len(delta.changes) == 7
     assert found[-1] < found[0] - 0.01
     assert fingerprint(bridge) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"layers": 20}, "layers: 20 came; a list of blocks"),
+        ({"layers": "20"}, "layers: '20' came; a list of blocks"),
+        ({"layers": []}, "layers: the list is empty"),
+        ({"trained_layers": []}, "trained_layers: the list is empty"),
+        ({"layers": [1.5]}, "layers: 1.5 came; a whole number"),
+        ({"kinds": 5}, "kinds: 5 came; a list"),
+        ({"kinds": "v o"}, r"kinds: 'v o' came; a list is wanted, as in kinds=\['v', 'o'\]"),
+        ({"max_steps": 2.5}, "max_steps: 2.5 came; a whole number"),
+        ({"micro_batch_size": 1.5}, "micro_batch_size: 1.5 came; a whole number"),
+        ({"learning_rate": "1e-4"}, "learning_rate: '1e-4' came; a number"),
+        ({"seed": None}, "seed: None came; a whole number"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(settings, says, as_a_user):
+    with pytest.raises(ValueError, match=says):
+        TuneConfig(**settings)
+
+
+def test_numpys_numbers_are_as_good_as_pythons(tiny, tiny_vectors, tmp_path, as_a_user):
+    config = replace(QUICK, layers=np.array([1]), trained_layers=np.arange(1, 2), seed=np.int64(0), max_steps=1)
+    assert config == replace(QUICK, max_steps=1)
+    assert tune(tiny, tiny_vectors, TARGETS, config, progress=False).save(tmp_path / "delta.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"train": "a text"}, "train: ContrastPairs, or a list of Target"),
+        ({"train": [("a", "b")]}, "train: ContrastPairs, or a list of Target"),
+        ({"validation": ["a"]}, "validation: ContrastPairs, or a list of Target"),
+        ({"neutral": "Iron?"}, "neutral: a list of prompts"),
+        ({"neutral": [("a", "b")]}, "neutral: a list of prompts"),
+    ],
+)
+def test_texts_of_the_wrong_kind_are_named(tiny, tiny_vectors, changed, says, as_a_user):
+    request = {"train": TARGETS, "neutral": NEUTRAL, **changed}
+    with pytest.raises(ValueError, match=says):
+        tune(tiny, tiny_vectors, request.pop("train"), QUICK, progress=False, **request)
+
+
+def test_material_of_another_model_or_direction_is_refused(tiny, make_tiny, tiny_vectors):
+    material = prepare(tiny, tiny_vectors, TARGETS, QUICK, neutral=NEUTRAL)
+    other = make_tiny()
+    other.cfg.rt_lens_name = "another"
+    with pytest.raises(ValueError, match="train: this material was prepared with tiny, this model is another"):
+        tune(other, tiny_vectors, material, QUICK, progress=False)
+    written = replace(material, direction="toward")  # as `prepare` says of targets that the model wrote
+    with pytest.raises(ValueError, match="targets were written for 'toward', direction is 'away'"):
+        tune(tiny, tiny_vectors, written, QUICK, progress=False)
+    with pytest.raises(ValueError, match="they are part of prepared material"):
+        tune(tiny, tiny_vectors, material, QUICK, neutral=NEUTRAL, progress=False)
+
+
+def test_held_out_targets_share_no_prompt_with_the_others(tiny, tiny_vectors):
+    twice = [Target(target.prompt, answer) for target in TARGETS for answer in (" Yes.", " No.")]
+    parts = [prepare(tiny, tiny_vectors, twice, replace(QUICK, seed=seed)) for seed in (0, 0, 1)]
+    for part in parts:
+        train, held = ({row.prompt for row in rows} for rows in (part.train, part.held_out))
+        assert not train & held and len(train | held) == len(TARGETS)
+        assert len(part.held_out) == 2 * len(held)
+    first, again, other = ([row.prompt for row in part.held_out] for part in parts)
+    assert first == again != other

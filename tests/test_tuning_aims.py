@@ -270,7 +270,8 @@ def test_the_kl_is_that_under_steering_by_hand_wherever_the_steering_is(tiny, ti
     """Also below the first trained block: the remembered prefix then ends before the steering."""
     steer = KLThenSteer([tiny_vectors], layers=[at], share=1.0, strength=3.0)
     config = replace(STEERED, layers=[1], trained_layers=trained, max_steps=1, neutral_batch_size=len(NEUTRAL))
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, neutral=NEUTRAL, steer=steer)
+    both = [*NEUTRAL, *NEUTRAL]  # the first half is kept for the validations
+    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, neutral=both, steer=steer)
     assert material.first_block == 0
     untuned = [log_probabilities(tiny, target) for target in NEUTRAL]
     delta = tune(tiny, tiny_vectors, material, config, steer=steer, progress=False)

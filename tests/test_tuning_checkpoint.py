@@ -395,7 +395,6 @@ OTHERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "vectors": lambda v: {"vectors": SteeringVectors({n: 1.01 * x for n, x in v.vectors.items()}, v.provenance)},
     "steer": lambda v: {"steer": KLThenSteer([v], layers=[1])},
     "train": lambda v: {"train": [Target("Question 0: what was it?", TARGETS[0].answer), *TARGETS[1:]]},
-    "validation": lambda v: {"train": [*TARGETS[:-1], Target("Another?", " Yes.")]},
     "neutral": lambda v: {"neutral": NEUTRAL[1:]},
 }  # fmt: skip
 
@@ -417,6 +416,14 @@ def test_another_runs_checkpoint_is_refused_by_name_and_kept(run, tiny, tiny_vec
             run(**other(tiny_vectors))
     assert (tmp_path / "run.safetensors").read_bytes() == before
     assert run().changes  # and its own is not
+
+
+@pytest.mark.usefixtures("broken_off")
+def test_another_answer_to_a_held_out_prompt_is_refused(run, tiny, tiny_vectors):
+    held = prepare(tiny, tiny_vectors, TARGETS, CONFIG, neutral=NEUTRAL).held_out[0].prompt
+    other = [replace(target, answer=" Yes.") if target.prompt == held else target for target in TARGETS]
+    with pytest.raises(ValueError, match="checkpoint: .*belongs to a run with other validation[.,] "):
+        run(train=other)
 
 
 @pytest.mark.usefixtures("broken_off")

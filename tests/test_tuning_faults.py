@@ -31,11 +31,12 @@ class Fault:
         seen: training passes.
         weights: at each validation pass (the targets' and then the neutral texts'), the model's weights.
         last: the weights at the last training pass.
+        healthy: those at the last one before the fault.
     """
 
     def __init__(self, model: Any, what: Callable[[torch.Tensor], Any] | None = None, at: float = math.inf) -> None:
         self.model, self.what, self.at = model, what, at
-        self.seen, self.weights, self.last = 0, [], {}
+        self.seen, self.weights, self.last, self.healthy = 0, [], {}, {}
 
     def __call__(self, residual: torch.Tensor, hook: Any) -> torch.Tensor | None:
         now = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
@@ -44,6 +45,8 @@ class Fault:
                 self.weights.append(now)
             return None
         self.seen, self.last = self.seen + 1, now
+        if self.seen < self.at:
+            self.healthy = now
         return self.what(residual) if self.what and self.seen >= self.at else None
 
 
@@ -130,13 +133,33 @@ def test_nan_stops_with_the_best_weights_of_the_validations_before(as_before, ti
     assert not is_change_to(delta, broken.last, as_before)
 
 
-def test_before_any_validation_the_weights_of_the_step_before_are_kept(as_before, tiny_vectors):
+def test_before_any_validation_the_last_weights_with_finite_losses_are_kept(as_before, tiny_vectors):
     broken = fault(as_before, lambda residual: residual * math.nan, at=7)
     with pytest.raises(LossNotFinite, match="at step 4 ") as caught:
         tuned(as_before, tiny_vectors, replace(CONFIG, validate_every=8))
-    assert is_change_to(caught.value.delta, broken.last, as_before)
+    assert is_change_to(caught.value.delta, broken.healthy, as_before)
+    assert not is_change_to(caught.value.delta, broken.last, as_before)
     assert any(change.any() for change in caught.value.delta.changes.values())
     assert [row["step"] for row in caught.value.delta.history] == [1, 2, 3]
+
+
+def test_weights_that_a_step_has_ruined_are_not_the_last_good_ones(as_before, tiny_vectors):
+    with pytest.raises(LossNotFinite, match="is not finite") as caught:
+        tuned(as_before, tiny_vectors, replace(CONFIG, learning_rate=1e30, validate_every=8))
+    with caught.value.delta.applied(as_before), torch.no_grad():
+        assert as_before(torch.tensor([[1, 2, 3]])).isfinite().all()
+
+
+def test_gradients_that_a_caller_has_switched_off_or_gathered_are_no_matter(tiny, tiny_vectors):
+    expected = tuned(tiny, tiny_vectors).changes
+    mine = {name: torch.ones_like(parameter) for name, parameter in tiny.named_parameters()}
+    for name, parameter in tiny.named_parameters():
+        parameter.grad = mine[name]
+    for off in (torch.no_grad(), torch.inference_mode()):
+        with off:
+            found = tuned(tiny, tiny_vectors).changes
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(parameter.grad is mine[name] for name, parameter in tiny.named_parameters())
 
 
 def test_at_the_first_step_nothing_has_changed(as_before, tiny_vectors):
@@ -185,7 +208,7 @@ def test_an_infinite_gradient_of_a_finite_loss_stops_too(as_before, tiny_vectors
     broken = fault(as_before, bad_gradient, at=3)
     with pytest.raises(LossNotFinite, match="at step 2 the gradient is not finite") as caught:
         tuned(as_before, tiny_vectors)
-    assert is_change_to(caught.value.delta, broken.last, as_before)
+    assert is_change_to(caught.value.delta, broken.healthy, as_before)
     assert sum(repr(target.prompt) in str(caught.value) for target in [*TARGETS, *NEUTRAL]) == 4  # it may be of either
 
 

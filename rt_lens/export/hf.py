@@ -58,7 +58,7 @@ def export_hf(
         >>> export_hf(model, "mood_away", delta=delta, behaviour="mood")
         PosixPath('mood_away')
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     rows = check_measured(measured)
     found = as_huggingface(model, delta)
     check_free(path, found.n_bytes)

@@ -13,10 +13,10 @@ from torch import Tensor
 from rt_lens.extraction import extract_vectors
 from rt_lens.forward import check_layers
 from rt_lens.losses import Direction
-from rt_lens.positions import position_named
+from rt_lens.positions import position_named, position_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.steering import FwdHook, add
-from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.config import TuneConfig, whole_numbers
 from rt_lens.vectors import SteeringVectors, layer_of
 
 
@@ -42,6 +42,12 @@ class Aim:
     layers: Sequence[int] | None = None
     hook: str | None = None
     positions: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.vectors, SteeringVectors):
+            raise ValueError(f"vectors: a {type(self.vectors).__name__} came, SteeringVectors are wanted.")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def readings_of(model: Any, aims: SteeringVectors | Sequence[Aim], config: TuneC
     """
     if isinstance(aims, SteeringVectors):
         aims = [Aim(aims)]
-    if not aims or not all(isinstance(aim, Aim) for aim in aims):
+    if not isinstance(aims, Sequence) or not aims or not all(isinstance(aim, Aim) for aim in aims):
         raise ValueError("vectors: SteeringVectors, or a list of at least one Aim, is wanted.")
     if any(aim.weight <= 0 for aim in aims):
         raise ValueError(f"weight: {[aim.weight for aim in aims]} came; each aim wants more than 0. Leave others out.")
@@ -82,6 +88,13 @@ def readings_of(model: Any, aims: SteeringVectors | Sequence[Aim], config: TuneC
 
 
 def _reading(model: Any, aim: Aim, share: float, config: TuneConfig) -> Reading:
+    direction, positions = aim.direction or config.direction, aim.positions or config.positions
+    if direction not in ("toward", "away", "out"):
+        raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'out' is wanted.")
+    if positions == "vector":
+        positions = position_named(aim.vectors.provenance.position)
+    if positions != "response":
+        position_of(positions)  # refuses what it does not know
     aim.vectors.check_fits(model)
     found = aim.vectors.at_layers(config.layers if aim.layers is None else aim.layers, aim.hook or config.hook)
     for name, vector in found.items():
@@ -97,10 +110,7 @@ def _reading(model: Any, aim: Aim, share: float, config: TuneConfig) -> Reading:
                 f"{min(config.blocks_of('cosine'))}, so nothing can move it. Name later layers, or earlier "
                 "trained_layers."
             )
-    positions = aim.positions or config.positions
-    if positions == "vector":
-        positions = position_named(aim.vectors.provenance.position)
-    return Reading(found, aim.direction or config.direction, share, positions)
+    return Reading(found, direction, share, positions)
 
 
 def _moved(name: str, config: TuneConfig) -> bool:
@@ -119,7 +129,7 @@ class KLThenSteer:
     In each step, with probability `share`, one of the directions is added to every token with a multiplier drawn from
     `strength` * U(-1, 1), and all losses are computed under it. With the KL alone the model learns to keep its own
     answers while steered: KL(tuned and steered || untuned and unsteered). With the cosine of direction `out` it learns
-    to take the direction out again.
+    to take the direction out again. With a small share, the first steps of such a run have nothing to learn from.
 
     Attributes:
         directions: SteeringVectors, which stay as they are; or ContrastPairs, whose mean difference at the last token
@@ -142,9 +152,13 @@ class KLThenSteer:
     n_pairs: int = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
         kinds = (SteeringVectors, ContrastPairs)
-        if not self.directions or not all(isinstance(each, kinds) for each in self.directions):
+        if (
+            not isinstance(self.directions, Sequence)
+            or not self.directions
+            or not all(isinstance(each, kinds) for each in self.directions)
+        ):
             raise ValueError("directions: a list of at least one SteeringVectors or ContrastPairs is wanted.")
         if not self.strength > 0 or not 0 < self.share <= 1 or self.n_pairs < 1:
             raise ValueError(
@@ -196,3 +210,11 @@ class KLThenSteer:
             "layers": list(self.layers), "strength": self.strength, "share": self.share, "n_pairs": self.n_pairs,
             "directions": kept,
         }  # fmt: skip
+
+
+def described(aims: SteeringVectors | Sequence[Aim]) -> list[dict[str, Any]]:
+    """The aims as a delta's configuration keeps them."""
+    if isinstance(aims, SteeringVectors):
+        return [aims.described()]
+    own = ("weight", "direction", "layers", "hook", "positions")
+    return [{**{name: getattr(aim, name) for name in own}, **aim.vectors.described()} for aim in aims]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from rt_lens.losses import Direction
@@ -90,9 +92,10 @@ class TuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
         for name in ("trained_layers", "kinds"):
             object.__setattr__(self, name, _frozen(name, getattr(self, name)))
+        object.__setattr__(self, "seed", _whole("seed", self.seed))
         _check_words(self)
         _check_numbers(self)
 
@@ -134,10 +137,37 @@ def _frozen(name: str, value: Any) -> Any:
     if isinstance(value, str):
         raise ValueError(f"{name}: {value!r} came; a list is wanted, as in {name}={value.split()!r}.")
     if not isinstance(value, Mapping):
-        return tuple(value)
+        return _words(name, value) if name.startswith("kinds") else whole_numbers(name, value)
     if unknown := set(value) - set(LOSSES):
         raise ValueError(f"{name}: {', '.join(sorted(map(str, unknown)))} is no loss; {', '.join(LOSSES)} are.")
     return {loss: _frozen(f"{name}[{loss!r}]", each) for loss, each in value.items()}
+
+
+def _words(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name}: {value!r} came; a list is wanted, such as ['v', 'o'].")
+    return tuple(value)
+
+
+def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """A list of block indices as plain numbers, whatever kind of list and number came.
+
+    Raises:
+        ValueError: if it is no list of whole numbers, or empty.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ValueError(f"{name}: {value!r} came; a list of blocks is wanted, such as [20, 21] or range(20, 25).")
+    found = tuple(_whole(name, each) for each in value)
+    if not found:
+        raise ValueError(f"{name}: the list is empty. Name at least one block, such as [20, 21].")
+    return found
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: {value!r} came; a whole number is wanted.") from None
 
 
 def _check_words(config: TuneConfig) -> None:
@@ -167,6 +197,12 @@ def _check_numbers(config: TuneConfig) -> None:
     not_negative = ("cosine_weight", "token_weight", "kl_weight", "token_rest", "weight_decay", "target_temperature")
     positive = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens",
                 "validate_every", "patience", "learning_rate", "max_grad_norm")  # fmt: skip
+    whole = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens", "validate_every",
+             "patience", "lora_rank", "micro_batch_size")  # fmt: skip
+    for name in (*not_negative, *positive, *whole, "token_learning_rate", "warmup", "validation_share"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, Real) or (name in whole and value % 1 != 0)):
+            raise ValueError(f"{name}: {value!r} came; a {'whole ' if name in whole else ''}number is wanted.")
     for name in (*not_negative, "lora_rank"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name}: {getattr(config, name)} came; 0 or more is wanted.")

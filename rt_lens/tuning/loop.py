@@ -18,7 +18,7 @@ from rt_lens.delta import WeightDelta
 from rt_lens.forward import model_name
 from rt_lens.prompts import ContrastPairs
 from rt_lens.steering import FwdHook
-from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
+from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, described, readings_of
 from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.material import Material, Row, prepare
@@ -32,8 +32,8 @@ class LossNotFinite(FloatingPointError):
     """A loss or gradient that is not finite; the message names the step and the prompts of its batch.
 
     Attributes:
-        delta: the last good weights: those of the lowest validation loss, before any validation those of the step
-            before.
+        delta: the last good weights: those of the lowest validation loss; before any validation the last ones under
+            which the losses of a step were finite.
     """
 
     def __init__(self, message: str, delta: WeightDelta) -> None:
@@ -86,20 +86,36 @@ def tune(
     Example:
         >>> delta = tune(model, vectors, train, TuneConfig(direction="away"), neutral=["Name three metals."])
     """
-    config = config or TuneConfig()
+    # Gradients are wanted here, whatever the caller has switched off.
+    with torch.inference_mode(False), torch.enable_grad():
+        return _tuned(
+            model, vectors, train, config or TuneConfig(), validation, neutral, steer, checkpoint, checkpoint_every,
+            progress,
+        )  # fmt: skip
+
+
+def _tuned(
+    model: Any,
+    vectors: SteeringVectors | Sequence[Aim],
+    train: ContrastPairs | Sequence[Wanted] | Material,
+    config: TuneConfig,
+    validation: ContrastPairs | Sequence[Wanted] | None,
+    neutral: Sequence[str] | Sequence[Target],
+    steer: KLThenSteer | None,
+    checkpoint: str | Path | None,
+    every: int,
+    progress: bool,
+) -> WeightDelta:
     trained = trained_by(model, config)
     readings = readings_of(model, vectors, config)
-    _check_request(model, train, config, neutral, steer, checkpoint_every)
-    about = {
-        "vectors": [vectors.described()] if isinstance(vectors, SteeringVectors) else [_told(aim) for aim in vectors],
-        "steer": None if steer is None else steer.described(),
-    }
-    kept = None if checkpoint is None else Checkpoint(Path(checkpoint), run_of(config, model, about))
+    _check_request(model, train, config, validation, neutral, steer, every)
+    about = {"vectors": described(vectors), "steer": None if steer is None else steer.described()}
+    kept = None if checkpoint is None else Checkpoint(Path(checkpoint).expanduser(), run_of(config, model, about))
     if not isinstance(train, Material):
         train = prepare(
             model, vectors, train, config, validation=validation, neutral=neutral, steer=steer, progress=progress
         )
-    _check_material(train, readings, config, steer)
+    _check_material(model, train, readings, config, steer)
     union = {name: parameter for found in trained.values() for name, parameter in found.items()}
     if kept:
         kept.reads(train)
@@ -107,24 +123,28 @@ def tune(
     with leaves_of(model, union, config) as leaves:
         objective = Objective(model, readings, config, train, trained, steered=steer is not None)
         loop = _Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **about})
-        return loop.run(kept, checkpoint_every, progress)
-
-
-def _told(aim: Aim) -> dict[str, Any]:
-    said = {name: value for name, value in vars(aim).items() if name != "vectors"}
-    # A range is no JSON.
-    return {**said, "layers": None if aim.layers is None else list(aim.layers), **aim.vectors.described()}
+        return loop.run(kept, every, progress)
 
 
 def _check_request(
-    model: Any, train: Any, config: TuneConfig, neutral: Sequence[Any], steer: KLThenSteer | None, every: int
+    model: Any,
+    train: Any,
+    config: TuneConfig,
+    validation: Any,
+    neutral: Sequence[Any],
+    steer: KLThenSteer | None,
+    every: int,
 ) -> None:
     if config.cosine_weight == 0 and config.token_weight == 0 and steer is None:
         raise ValueError(
             "cosine_weight, token_weight: both are 0, so there is nothing to tune. Raise one, or give steer."
         )
-    if config.kl_weight > 0 and not (train.neutral if isinstance(train, Material) else neutral):
-        raise ValueError("neutral: the KL term needs neutral prompts. Give some, or set kl_weight=0.")
+    prepared = isinstance(train, Material)
+    if prepared and (validation is not None or len(neutral)):
+        raise ValueError("validation, neutral: they are part of prepared material. Give them to `prepare`.")
+    if config.kl_weight > 0 and not (train.neutral if prepared else neutral):
+        where = "Prepare the material with some" if prepared else "Give some"
+        raise ValueError(f"neutral: the KL term needs neutral prompts. {where}, or set kl_weight=0.")
     if steer is not None:
         steer.check_fits(model)
     if every < 1:
@@ -132,8 +152,15 @@ def _check_request(
 
 
 def _check_material(
-    material: Material, readings: Sequence[Reading], config: TuneConfig, steer: KLThenSteer | None
+    model: Any, material: Material, readings: Sequence[Reading], config: TuneConfig, steer: KLThenSteer | None
 ) -> None:
+    if material.model != model_name(model):
+        raise ValueError(f"train: this material was prepared with {material.model}, this model is {model_name(model)}.")
+    if config.token_weight and material.direction not in (None, config.direction):
+        raise ValueError(
+            f"train: this material's targets were written for {material.direction!r}, direction is "
+            f"{config.direction!r}. Prepare it anew, or set token_weight=0."
+        )
     latest = min([*config.blocks, *(steer.layers if steer else ())])
     wanted = {(reading.positions, name) for reading in readings for name in reading.names}
     unread = not {place for place, _ in wanted} <= set(material.train[0].places)
@@ -142,7 +169,8 @@ def _check_material(
         centres = sorted({f"{name} ({place})" for place, name in material.centres})
         raise ValueError(
             f"train: this material was prepared for blocks from {material.first_block} on and "
-            f"{', '.join(centres) or 'no centres'}. Prepare it with the same layers, positions and trained_layers."
+            f"{', '.join(centres) or 'no centres'}. Prepare it with the same layers, positions, trained_layers and "
+            "steer."
         )
 
 
@@ -164,7 +192,9 @@ class _Loop:
         self.model, self.objective, self.leaves, self.material = model, objective, leaves, material
         self.config, self.steer, self.before, self.about = config, steer, before, about
         self.tensors = named_tensors(leaves)
-        self.neutral = material.neutral if config.kl_weight else []
+        neutral = material.neutral if config.kl_weight else []
+        held = min(2 * config.neutral_batch_size, len(neutral) // 2)
+        self.held_neutral, self.neutral = neutral[:held] or neutral, neutral[held:]
         self.per_epoch = math.ceil(len(material.train) / config.batch_size)
         self.steps = min(config.max_steps, config.epochs * self.per_epoch)
         self.optimiser = _optimiser(leaves, trained, config)
@@ -192,19 +222,17 @@ class _Loop:
 
     def _learn(self, state: State, rows: list[Row], neutral: list[Row]) -> dict[str, float]:
         config, number = self.config, state.step + 1
-        for parameter in self.model.parameters():
-            parameter.grad = None
-        for tensor in self.tensors.values():
-            tensor.grad = None
+        for leaf in self.leaves.values():
+            leaf.forget_gradient()
         hooks = self.steer.drawn(self.model, f"{config.seed}-steer-{number}") if self.steer else []
         found = self.objective.gradients(rows, neutral, hooks)
         for leaf in self.leaves.values():
             leaf.take_gradient()
         norm = nn.utils.clip_grad_norm_(self.tensors.values(), config.max_grad_norm)
         if not math.isfinite(found["total"]) or not torch.isfinite(norm):
-            if not state.best_loss < math.inf and all(leaf.parameter.isfinite().all() for leaf in self.leaves.values()):
-                state.best = self._values()  # those of the step before
             self._stop(state, f"step {number}", found, rows, neutral)
+        if state.best_loss == math.inf:
+            state.best = self._values()  # with these the losses are finite; after the step they may not be
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * _rate(state.step, self.steps, config.warmup)
         self.optimiser.step()
@@ -228,8 +256,8 @@ class _Loop:
         return [self.material.train[number] for number in chosen], neutral
 
     def _validate(self, state: State) -> None:
-        """Losses over the held-out rows, with the KL over the same few neutral rows each time."""
-        neutral = self.neutral[: 2 * self.config.neutral_batch_size]
+        """Losses over the held-out rows, with the KL over the same few neutral rows, which no step reads."""
+        neutral = self.held_neutral
         each: list[list[FwdHook]] = self.steer.held_out(self.model) if self.steer else [[]]
         found = self.objective.values(self.material.held_out, neutral, each)
         if not math.isfinite(found["total"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 
-from rt_lens.forward import quick, unembed
+from rt_lens.forward import model_name, quick, unembed
+from rt_lens.losses import Direction
 from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.steering import FwdHook
@@ -102,6 +104,8 @@ class Material:
         neutral: rows for the KL term.
         centres: position and hook name -> the untuned model's mean activation there, over the training rows.
         first_block: the block that `prefix` stands before; 0 if the model runs from the beginning.
+        model: name of the model that it was prepared with.
+        direction: that the model wrote the targets for; None if they were given.
     """
 
     train: list[Row]
@@ -109,6 +113,8 @@ class Material:
     neutral: list[Row]
     centres: dict[tuple[str, str], Float[Tensor, "d_model"]]
     first_block: int
+    model: str
+    direction: Direction | None
 
 
 @torch.no_grad()
@@ -142,6 +148,7 @@ def prepare(
         ValueError: if there is nothing to train or validate on, or a position that a text has not.
     """
     readings = readings_of(model, vectors, config)
+    _check_texts(train, validation, neutral, config, {reading.direction for reading in readings})
     targets, held_out = _targets(model, train, validation, config, progress)
     anchors = _anchors(model, neutral, config)
     first = _first_block(model, config, steer)
@@ -153,6 +160,8 @@ def prepare(
         neutral=_rows(model, anchors, [], first, config, reference=True),
         centres=_centres(model, rows, readings, first, config),
         first_block=first,
+        model=model_name(model),
+        direction=config.direction if isinstance(train, ContrastPairs) else None,
     )
 
 
@@ -304,6 +313,22 @@ def _mask(model: Any, target: Wanted, place: str, tokens: Int[Tensor, "pos"]) ->
     return mask
 
 
+def _check_texts(train: Any, validation: Any, neutral: Any, config: TuneConfig, directions: set[Direction]) -> None:
+    """Refuses what is no text to learn from, and targets written one way for aims that all point another."""
+    for name, given in (("train", train), ("validation", validation)):
+        if given is None or isinstance(given, ContrastPairs):
+            continue
+        if not isinstance(given, Sequence) or not all(isinstance(each, Target | Choice) for each in given):
+            raise ValueError(f"{name}: ContrastPairs, or a list of Target and Choice, is wanted.")
+    if isinstance(neutral, str) or not all(isinstance(each, str | Target) for each in neutral):
+        raise ValueError("neutral: a list of prompts (strings) or Targets is wanted. Put a single text in brackets.")
+    if isinstance(train, ContrastPairs) and config.token_weight and config.direction not in directions:
+        raise ValueError(
+            f"direction: targets would be written for {config.direction!r}, and the aims point "
+            f"{', '.join(sorted(directions))}. Set the TuneConfig's direction, or give targets."
+        )
+
+
 def _targets(
     model: Any, train: Any, validation: Any, config: TuneConfig, progress: bool
 ) -> tuple[list[Wanted], list[Wanted]]:
@@ -312,14 +337,24 @@ def _targets(
             train, validation = train.split(1 - config.validation_share, seed=config.seed)
         train = write_targets(model, train, config.direction, config, progress=progress)
     elif validation is None:
-        cut = max(1, round(len(train) * (1 - config.validation_share)))
-        train, validation = list(train)[:cut], list(train)[cut:]
+        train, validation = _parted(train, config)
     if isinstance(validation, ContrastPairs):
         few = replace(config, n_targets=max(4, round(config.n_targets * config.validation_share)))
         validation = write_targets(model, validation, config.direction, few)
     if not train or not validation:
-        raise ValueError(f"train: {len(train)} targets and {len(validation)} for validation came; both need some.")
+        raise ValueError(
+            f"train: {len(train)} targets to learn from and {len(validation)} to validate on; both need some. Give "
+            "more prompts, or `validation`."
+        )
     return list(train), list(validation)
+
+
+def _parted(targets: Sequence[Wanted], config: TuneConfig) -> tuple[list[Wanted], list[Wanted]]:
+    """A seeded share of the prompts held out, with all their targets."""
+    prompts = list(dict.fromkeys(target.prompt for target in targets))
+    random.Random(config.seed).shuffle(prompts)
+    held = set(prompts[: min(max(1, round(len(prompts) * config.validation_share)), len(prompts) - 1)])
+    return [t for t in targets if t.prompt not in held], [t for t in targets if t.prompt in held]
 
 
 def _anchors(model: Any, neutral: Sequence[str] | Sequence[Target], config: TuneConfig) -> list[Target]:

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from rt_lens.files import write_atomically
 from rt_lens.prompts import ContrastPairs
 from rt_lens.statistics import mean_interval
-from rt_lens.tuning.aims import Aim
+from rt_lens.tuning.aims import Aim, described, readings_of
 from rt_lens.tuning.checkpoint import contents_of, run_of
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import Material, prepare
 from rt_lens.tuning.targets import Target, Wanted
+from rt_lens.tuning.weights import trained_by
 from rt_lens.vectors import SteeringVectors
 
 _ATTENTION = (("v", "o"), ("q", "k"), ("q", "k", "v", "o"))
@@ -81,6 +82,13 @@ def block_search(
         >>> plots.block_search(table).show()
     """
     _check_candidates(candidates)
+    if path is not None and "<lambda>" in getattr(measure, "__qualname__", ""):
+        raise ValueError(
+            "measure: a lambda cannot be told from others when the search goes on. Give it a name, or no path."
+        )
+    for candidate in candidates:
+        trained_by(model, candidate)
+        readings_of(model, vectors, candidate)
     if not isinstance(train, Material):
         lowest = min(candidates, key=lambda candidate: min(candidate.blocks))
         train = prepare(
@@ -97,6 +105,8 @@ def block_search(
 
 
 def _check_candidates(candidates: Sequence[TuneConfig]) -> None:
+    if isinstance(candidates, TuneConfig):
+        raise ValueError("candidates: one TuneConfig came, a list is wanted. `candidates_of(config)` gives some.")
     if not candidates:
         raise ValueError("candidates: none came. Give some, as `candidates_of(config)` does.")
     shared = [_without(candidate) for candidate in candidates]
@@ -146,9 +156,8 @@ def _settings(
     model: Any, vectors: Any, material: Material, candidate: TuneConfig, measure: Measure | None
 ) -> dict[str, Any]:
     """What makes two searches the same, beside the candidates' kinds and blocks."""
-    aims = [vectors] if isinstance(vectors, SteeringVectors) else [aim.vectors for aim in vectors]
     about = {
-        "vectors": [found.described() for found in aims],
+        "vectors": described(vectors),
         "measure": None if measure is None else getattr(measure, "__qualname__", type(measure).__qualname__),
     }
     run = {**run_of(candidate, model, about), **contents_of(material)}

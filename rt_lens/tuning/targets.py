@@ -44,9 +44,16 @@ class Choice:
     shares: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.options) < 2 or len(self.options) != len(self.shares):
-            raise ValueError(f"options, shares: {self.options} and {self.shares} came; two or more of each are wanted.")
-        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+        if (
+            isinstance(self.options, str)
+            or not self.prompt
+            or len(self.options) < 2
+            or len(self.options) != len(self.shares)
+        ):
+            raise ValueError(
+                f"options, shares: {self.options} and {self.shares} came; two or more of each are wanted, and a prompt."
+            )
+        if not (min(self.shares) >= 0 and abs(sum(self.shares) - 1) <= 1e-6):
             raise ValueError(f"shares: {self.shares} came; numbers from 0 with sum 1 are wanted.")
 
 

@@ -85,6 +85,13 @@ def _chosen(model: Any, config: TuneConfig, loss: str) -> dict[str, nn.Parameter
         )
     if config.lora_rank and (flat := sorted(kinds - set(MATRICES))):
         raise ValueError(f"kinds: {', '.join(flat)} has no low-rank factors. Leave it out, or set lora_rank=0.")
+    for name, parameter in found.items() if config.lora_rank else ():
+        out, into = as_matrix(name, parameter).shape
+        if config.lora_rank >= min(out, into):
+            raise ValueError(
+                f"lora_rank: {config.lora_rank} came; {name} is {out} x {into}, so less than {min(out, into)} is "
+                "wanted."
+            )
     return found
 
 
@@ -102,6 +109,10 @@ class Whole:
         self.tensors = {"whole": self.leaf}
         self.write()
 
+    def forget_gradient(self) -> None:
+        """Begins a step."""
+        self.parameter.grad = self.leaf.grad = None
+
     def take_gradient(self) -> None:
         """Gives the leaf the gradient that the parameter has gathered."""
         grad = self.parameter.grad
@@ -113,6 +124,15 @@ class Whole:
         self.parameter.data = self.leaf.detach().permute(self.back).to(self.parameter.dtype)
 
 
+def as_matrix(name: str, weight: Tensor) -> Float[Tensor, "out into"]:
+    """A weight as it maps a column, all heads together; Hugging Face's are so already."""
+    if not re.search(r"\._?W_\w+$", name):
+        return weight
+    if weight.ndim == 2:
+        return weight.T
+    return weight.flatten(0, 1).T if name.endswith("W_O") else weight.movedim(1, 2).flatten(0, 1)
+
+
 class LowRank:
     """A matrix plus B A of a low rank (Hu et al. 2021), B starting at zero.
 
@@ -122,11 +142,7 @@ class LowRank:
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, noise: torch.Generator) -> None:
         self.name, self.parameter, self.before = name, parameter, parameter.detach()
-        out, into = self._matrix(self.before).shape
-        if rank >= min(out, into):
-            raise ValueError(
-                f"lora_rank: {rank} came; {name} is {out} x {into}, so less than {min(out, into)} is wanted."
-            )
+        out, into = as_matrix(name, self.before).shape
         a = (torch.rand(rank, into, generator=noise) * 2 - 1) / into**0.5
         self.a = nn.Parameter(a.to(parameter.device))
         self.b = nn.Parameter(torch.zeros(out, rank, device=parameter.device))
@@ -134,16 +150,8 @@ class LowRank:
         self.write()
         self.hook = parameter.register_post_accumulate_grad_hook(self._split)
 
-    def _matrix(self, weight: Tensor) -> Float[Tensor, "out into"]:
-        """The weight as it maps a column: [out, in], all heads together."""
-        if not re.search(r"\._?W_\w+$", self.name):
-            return weight  # Hugging Face's own
-        if weight.ndim == 2:
-            return weight.T
-        return weight.flatten(0, 1).T if self.name.endswith("W_O") else weight.movedim(1, 2).flatten(0, 1)
-
     def _weight(self, matrix: Float[Tensor, "out into"]) -> Tensor:
-        """`_matrix` undone."""
+        """`as_matrix` undone."""
         shape = self.before.shape
         if not re.search(r"\._?W_\w+$", self.name):
             return matrix
@@ -156,10 +164,14 @@ class LowRank:
     @torch.no_grad()
     def _split(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = self._matrix(parameter.grad).float()
+        gradient = as_matrix(self.name, parameter.grad).float()
         for factor, part in ((self.a, self.b.T @ gradient), (self.b, gradient @ self.a.T)):
             factor.grad = part if factor.grad is None else factor.grad + part
         parameter.grad = None
+
+    def forget_gradient(self) -> None:
+        """Begins a step."""
+        self.parameter.grad = self.a.grad = self.b.grad = None
 
     def take_gradient(self) -> None:
         """Nothing left to do: the hook has."""
@@ -178,7 +190,7 @@ Leaf: TypeAlias = Whole | LowRank
 def leaves_of(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TuneConfig) -> Iterator[dict[str, Leaf]]:
     """Parameter name -> leaf; only these take gradients, and afterwards memory, values and flags are as before."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    memory = {parameter: parameter.data for parameter in trained.values()}
+    memory = {parameter: (parameter.data, parameter.grad) for parameter in trained.values()}
     leaves: dict[str, Leaf] = {}
     noise = torch.Generator().manual_seed(config.seed)
     try:
@@ -191,8 +203,8 @@ def leaves_of(model: nn.Module, trained: Mapping[str, nn.Parameter], config: Tun
         for leaf in leaves.values():
             if isinstance(leaf, LowRank):
                 leaf.hook.remove()
-        for parameter, kept in memory.items():
+        for parameter, (kept, grad) in memory.items():
             parameter.data = kept
-            parameter.grad = None
+            parameter.grad = grad
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
