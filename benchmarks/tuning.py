@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "both shared": {"kl_weight": 0.0},
     "both separate": {"kl_weight": 0.0, "kinds": SEPARATE},
     "KL-regularised": {},
+    # At 1e-3 its KL on validation texts is that of whole matrices; at 2e-3 seven times that.
     "LoRA": {"lora_rank": 16, "learning_rate": 1e-3},
 }
 

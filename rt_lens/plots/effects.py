@@ -98,8 +98,8 @@ def dose_response(
     """Score against the multiplier, one line per layer, over the perplexity that the dose costs.
 
     Args:
-        table: one row per layer and multiplier. Columns: layer (block index), multiplier (times the unit vector's
-            scale), n, mean, low, high (score), perplexity (per token), admissible (bool: within the damage bound). The
+        table: one row per layer and multiplier. Columns: layer (block index), multiplier (times the vector's own
+            length), n, mean, low, high (score), perplexity (per token), admissible (bool: within the damage bound). The
             row of multiplier 0 is the unsteered model; a single one, of any layer or none, serves every line.
         bound: largest admissible perplexity, as a ratio to the unsteered one.
         chosen: (layer, multiplier) of the points to mark with a star.

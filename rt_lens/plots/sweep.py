@@ -28,8 +28,8 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
     """Heat map of the shift of the mean score, over layers and multipliers; the scores stand in the cells if they fit.
 
     Args:
-        table: one row per layer and multiplier. Columns: layer (block index), multiplier (times the unit vector's
-            scale), n (scored responses), mean, low, high (score). The row of multiplier 0 is the unsteered model; a
+        table: one row per layer and multiplier. Columns: layer (block index), multiplier (times the vector's own
+            length), n (scored responses), mean, low, high (score). The row of multiplier 0 is the unsteered model; a
             single one, of any layer or none, serves every layer.
         title: heading of the figure.
 
@@ -87,8 +87,8 @@ def steerability(
     """Score against the multiplier: a thin line per prompt, those that move the wrong way apart, and their mean.
 
     Args:
-        table: one row per prompt and multiplier. Columns: prompt (text or number), multiplier (times the unit vector's
-            scale), score, wrong_way (bool: the prompt's score moves against the multiplier).
+        table: one row per prompt and multiplier. Columns: prompt (text or number), multiplier (times the vector's own
+            length), score, wrong_way (bool: the prompt's score moves against the multiplier).
         summary: one row per multiplier. Columns: multiplier, n (prompts), mean, low, high (score).
         note: sentence to add to the reading line, on the strength of the trend, say.
         title: heading of the figure.

@@ -21,7 +21,7 @@ def resistance(
 
     Args:
         table: one row per arm and multiplier, arms in the order in which to draw them. Columns: arm, multiplier (times
-            the unit vector's scale), n (scored responses), mean, low, high (score; 0 is neutral), seed.
+            the vector's own length), n (scored responses), mean, low, high (score; 0 is neutral), seed.
         moved: one row per arm, or none at all: no panel. Columns: arm, multiplier (m), n, mean, low, high (score at +m
             minus score at -m, on the same prompts).
         title: heading of the figure.
@@ -96,7 +96,7 @@ def effect_against_damage(
     Made for KL-then-steer (Stickland et al. 2024), whose claim is less damage at the same effect.
 
     Args:
-        table: one row per arm and multiplier. Columns: arm, multiplier (times the unit vector's scale), effect,
+        table: one row per arm and multiplier. Columns: arm, multiplier (times the vector's own length), effect,
             effect_low, effect_high (on n responses), damage, damage_low, damage_high (on n_damage prompts or tokens),
             n, n_damage, seed. NaN or None where nothing was measured; a line has a gap there.
         effect: title of the x axis, with its unit.
