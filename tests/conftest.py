@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jaxtyping
+import plotly
+import plotly.graph_objects
+import plotly.io
 import pytest
 import torch
 from transformer_lens import HookedTransformer
@@ -132,3 +135,18 @@ def as_a_user() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def only_returned(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
+    """A figure that is shown, or a file that is written, fails the test."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a figure function showed or wrote")
+
+    for effect in ("show", "write_html", "write_image", "write_json"):
+        monkeypatch.setattr(plotly.graph_objects.Figure, effect, forbidden)
+        monkeypatch.setattr(plotly.io, effect, forbidden)
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.iterdir())
