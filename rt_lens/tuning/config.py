@@ -178,7 +178,8 @@ def _check_words(config: TuneConfig) -> None:
     }
     for name, words in allowed.items():
         if getattr(config, name) not in words:
-            raise ValueError(f"{name}: {getattr(config, name)!r} came; {', '.join(map(repr, words))} is wanted.")
+            known = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
+            raise ValueError(f"{name}: {getattr(config, name)!r} came; {known} is wanted.")
     given = config.kinds.values() if isinstance(config.kinds, Mapping) else [config.kinds]
     for kind in (kind for each in given for kind in each):
         if kind not in KINDS:
