@@ -267,9 +267,9 @@ def test_pairs_give_targets_in_the_models_own_words_without_the_persona(model, p
     ("settings", "says"),
     [
         ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 0.0}, "all are 0, so there is nothing to tune"),
-        ({"direction": "up"}, "direction: 'up' came; 'toward', 'away', 'out' is wanted"),
-        ({"precision": "float16"}, "precision: 'float16' came; 'float32', 'bfloat16', 'auto' is wanted"),
-        ({"prefix_cache": "ram"}, "prefix_cache: 'ram' came; 'auto', 'memory', 'disk', 'off' is wanted"),
+        ({"direction": "up"}, "direction: 'up' came; 'toward', 'away' or 'out' is wanted"),
+        ({"precision": "float16"}, "precision: 'float16' came; 'float32', 'bfloat16' or 'auto' is wanted"),
+        ({"prefix_cache": "ram"}, "prefix_cache: 'ram' came; 'auto', 'memory', 'disk' or 'off' is wanted"),
         ({"kl_weight": -1.0}, "kl_weight: -1.0 came"),
         ({"kl_weight": float("nan")}, "kl_weight: nan came"),
         ({"token_rest": -0.1}, "token_rest: -0.1 came; 0 or more is wanted"),
