@@ -36,7 +36,7 @@ from rt_lens.statistics import Interval, mean_interval, paired_comparison, share
 from rt_lens.tokens import chat_text
 from rt_lens.tuning import Material, Target, prepare, write_neutral, write_targets
 
-LAYER, DOSE = 21, 3.0  # what the shipped mood experiment chooses on validation prompts
+LAYER, DOSE = 21, 3.0  # what the shipped mood experiment chooses on validation prompts, away from happy
 SEEDS = (0, 1, 2)
 N_PROMPTS, N_TOKENS = 60, 24
 
