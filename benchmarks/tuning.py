@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 import rt_lens as rtl
 from rt_lens.evaluation import TextFit, facts_kept, repetition
@@ -319,7 +318,6 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=N_PROMPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     arguments = parser.parse_args()
-    torch.set_grad_enabled(True)
     bench = Bench(arguments.n_prompts, arguments.seeds)
     for name, table, figure in STAGES[arguments.stage](bench):
         write_atomically(arguments.out / f"{name}.json", json.dumps(table.to_dict("records"), default=str).encode())

@@ -21,6 +21,7 @@ import torch
 from full_disk import full_disk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_tuning import CONFIG, NEUTRAL, TARGETS
 
 from rt_lens.delta import WeightDelta
 from rt_lens.extraction import extract_vectors
@@ -28,14 +29,6 @@ from rt_lens.tuning import Aim, Choice, KLThenSteer, Target, TuneConfig, prepare
 from rt_lens.tuning.checkpoint import Checkpoint, State
 from rt_lens.tuning.weights import Whole
 from rt_lens.vectors import SteeringVectors
-
-TARGETS = [Target(f"Question {i}: what is it?", f" It is thing {i}, I think.") for i in range(7)]
-NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}.") for i in range(4)]
-# 6 training rows by 2 are 3 steps an epoch, so that checkpoints after 3 and 6 lie on its border and others do not.
-CONFIG = TuneConfig(
-    layers=[1], trained_layers=[1], max_steps=8, epochs=20, batch_size=2, validate_every=2, patience=9,
-    learning_rate=3e-3,
-)  # fmt: skip
 
 
 class Stop(Exception):

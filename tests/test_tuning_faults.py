@@ -10,17 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_tuning import CONFIG, NEUTRAL, TARGETS
 
 from rt_lens.delta import WeightDelta
 from rt_lens.tuning import LossNotFinite, Target, TuneConfig, tune
 
-TARGETS = [Target(f"Question {i}: what is it?", f" It is thing {i}, I think.") for i in range(7)]
-NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}.") for i in range(4)]
-# A step is two training passes, the targets' and the neutral texts'; 6 training rows by 2 are 3 steps an epoch.
-CONFIG = TuneConfig(
-    layers=[1], trained_layers=[1], max_steps=8, epochs=20, batch_size=2, validate_every=2, patience=9,
-    learning_rate=3e-3,
-)  # fmt: skip
+# A step is two training passes, the targets' and the neutral texts'.
 POINT = "blocks.1.hook_resid_post"
 
 

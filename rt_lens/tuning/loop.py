@@ -41,6 +41,8 @@ class LossNotFinite(FloatingPointError):
         self.delta = delta
 
 
+@torch.inference_mode(mode=False)  # gradients are wanted here, whatever the caller has switched off
+@torch.enable_grad()
 def tune(
     model: Any,
     vectors: SteeringVectors | Sequence[Aim],
@@ -86,29 +88,10 @@ def tune(
     Example:
         >>> delta = tune(model, vectors, train, TuneConfig(direction="away"), neutral=["Name three metals."])
     """
-    # Gradients are wanted here, whatever the caller has switched off.
-    with torch.inference_mode(False), torch.enable_grad():
-        return _tuned(
-            model, vectors, train, config or TuneConfig(), validation, neutral, steer, checkpoint, checkpoint_every,
-            progress,
-        )  # fmt: skip
-
-
-def _tuned(
-    model: Any,
-    vectors: SteeringVectors | Sequence[Aim],
-    train: ContrastPairs | Sequence[Wanted] | Material,
-    config: TuneConfig,
-    validation: ContrastPairs | Sequence[Wanted] | None,
-    neutral: Sequence[str] | Sequence[Target],
-    steer: KLThenSteer | None,
-    checkpoint: str | Path | None,
-    every: int,
-    progress: bool,
-) -> WeightDelta:
+    config = config or TuneConfig()
     trained = trained_by(model, config)
     readings = readings_of(model, vectors, config)
-    _check_request(model, train, config, validation, neutral, steer, every)
+    _check_request(model, train, config, validation, neutral, steer, checkpoint_every)
     about = {"vectors": described(vectors), "steer": None if steer is None else steer.described()}
     kept = None if checkpoint is None else Checkpoint(Path(checkpoint).expanduser(), run_of(config, model, about))
     if not isinstance(train, Material):
@@ -123,7 +106,7 @@ def _tuned(
     with leaves_of(model, union, config) as leaves:
         objective = Objective(model, readings, config, train, trained, steered=steer is not None)
         loop = _Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **about})
-        return loop.run(kept, every, progress)
+        return loop.run(kept, checkpoint_every, progress)
 
 
 def _check_request(

@@ -1,0 +1,15 @@
+"""A tuning run in small, for the tests that break it off.
+
+6 training rows by 2 are 3 steps an epoch, so that checkpoints after 3 and 6 lie on its border and others do not.
+"""
+
+from __future__ import annotations
+
+from rt_lens.tuning import Target, TuneConfig
+
+TARGETS = [Target(f"Question {i}: what is it?", f" It is thing {i}, I think.") for i in range(7)]
+NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}.") for i in range(4)]
+CONFIG = TuneConfig(
+    layers=[1], trained_layers=[1], max_steps=8, epochs=20, batch_size=2, validate_every=2, patience=9,
+    learning_rate=3e-3,
+)  # fmt: skip
