@@ -20,12 +20,11 @@ import numpy as np
 import pandas as pd
 
 import rt_lens as rtl
-from rt_lens.evaluation import TextFit, facts_kept, repetition
+from rt_lens.evaluation import TextFit, repetition
 from rt_lens.experiment import load_experiment
 from rt_lens.files import write_atomically
+from rt_lens.questions import load_questions
 from rt_lens.shipped import (
-    arithmetic_facts,
-    capital_facts,
     held_out_neutral_prompts,
     neutral_paragraphs,
     neutral_prompts,
@@ -102,10 +101,11 @@ class Bench:
         for arm in arms:
             found, responses = self.scores(self.prompts, arm)
             scores.append(found)
-            repeats.append(repetition(responses))
+            repeats.append([repetition(response) for response in responses])
             with rtl.under(self.model, arm):
                 fits.append(rtl.text_fit(self.model, self.texts, reference=self.reference))
-                facts.append(facts_kept(self.model, capital_facts()[:25]))
+                asked = load_questions("capitals")[:25]
+                facts.append(rtl.evaluate(self.model, asked, "names_right", max_new_tokens=10).scores)
         pooled = TextFit.pooled(fits)
         assert pooled.mean_kl is not None
         right = np.mean(facts, axis=0)
@@ -199,7 +199,8 @@ def kinds(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
 
 def _sums_right(bench: Bench, arm: Any) -> list[float]:
     with rtl.under(bench.model, arm):
-        return [float(right) for right in facts_kept(bench.model, arithmetic_facts(), max_new_tokens=N_TOKENS)]
+        sums = load_questions("arithmetic")
+        return rtl.evaluate(bench.model, sums, "names_right", max_new_tokens=N_TOKENS).scores
 
 
 OUT: dict[str, Any] = {

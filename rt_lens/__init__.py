@@ -4,7 +4,19 @@ from rt_lens import plots
 from rt_lens.arms import under
 from rt_lens.baking import bake
 from rt_lens.delta import WeightDelta
-from rt_lens.evaluation import correct_only, evaluate, text_fit
+from rt_lens.evaluation import (
+    EndpointJudge,
+    LogitJudge,
+    ask,
+    calibration,
+    classifier_of,
+    correct_only,
+    evaluate,
+    harness_model,
+    likelihoods,
+    make_scorer,
+    text_fit,
+)
 from rt_lens.exchange import import_vectors, load_gguf, save_gguf
 from rt_lens.export import export_hf, export_peft
 from rt_lens.extraction import (
@@ -21,7 +33,10 @@ from rt_lens.generation import generate, stream
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.models import load_model
 from rt_lens.prompts import ContrastPairs, load_pairs
+from rt_lens.questions import Question, load_questions
 from rt_lens.resistance import resistance
+from rt_lens.results import compare_runs, load_results
+from rt_lens.scoreboard import Exam, compare_arms
 from rt_lens.steering import (
     Linear,
     ablate,
@@ -43,9 +58,13 @@ __all__ = [
     "Answers",
     "Choice",
     "ContrastPairs",
+    "EndpointJudge",
+    "Exam",
     "KLThenSteer",
     "Linear",
     "LogitDifference",
+    "LogitJudge",
+    "Question",
     "SteeringVectors",
     "Target",
     "TuneConfig",
@@ -53,9 +72,14 @@ __all__ = [
     "ablate",
     "add",
     "add_preserving_norm",
+    "ask",
     "bake",
     "block_search",
+    "calibration",
     "clamp",
+    "classifier_of",
+    "compare_arms",
+    "compare_runs",
     "conditional",
     "correct_only",
     "covariate_vectors",
@@ -67,11 +91,16 @@ __all__ = [
     "extract_vectors",
     "fit_condition",
     "generate",
+    "harness_model",
     "import_vectors",
+    "likelihoods",
     "load_gguf",
     "load_model",
     "load_pairs",
+    "load_questions",
+    "load_results",
     "logit_lens",
+    "make_scorer",
     "orthogonalised",
     "plots",
     "projection_changes",

@@ -65,6 +65,14 @@ class KeyValueCache:
             slot.append(*(part[:, : shared.length].expand(self.batch, -1, -1, -1) for part in shared.pair))
         self.mask = prefix.mask.expand(self.batch, -1)
 
+    def branch(self, model: HookedTransformer, rows: list[int], room: int) -> KeyValueCache:
+        """A cache in which row i goes on from what `rows[i]` has seen, with room for so many more tokens."""
+        found = KeyValueCache(model, len(rows), self.mask.shape[1] + room)
+        for slot, seen in zip(found.slots, self.slots, strict=True):
+            slot.append(*(part[rows, : seen.length] for part in seen.pair))
+        found.mask = self.mask[rows]
+        return found
+
     def append_attention_mask(self, mask: Int[Tensor, "batch new"]) -> Int[Tensor, "batch pos"]:
         self.mask = torch.cat([self.mask, mask], dim=1)
         return self.mask

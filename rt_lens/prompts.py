@@ -19,19 +19,33 @@ from rt_lens.tokens import chat_text
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One user message and one answer's opening, under two opposite personas.
+    """One user message and one answer's opening, under two opposite personas; or one that differs between the sides.
 
     Attributes:
         positive: persona that asks for the behaviour (system prompt).
         negative: persona that asks for its opposite.
         user: what the user says; also the pair's topic.
-        opener: first words of the answer, the same on both sides; may be empty.
+        opener: first words of the answer; may be empty.
+        negative_user: what the user says on the negative side, where that is something else.
+        negative_opener: first words of the negative side's answer, where they are others. Then personas may be empty.
+        group: pairs of one group stay together in a split; the user message where it is empty.
     """
 
     positive: str
     negative: str
     user: str
     opener: str = ""
+    negative_user: str = ""
+    negative_opener: str = ""
+    group: str = ""
+
+    @property
+    def sides(self) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
+        """Persona, user message and opener of the positive and of the negative side."""
+        return (
+            (self.positive, self.user, self.opener),
+            (self.negative, self.negative_user or self.user, self.negative_opener or self.opener),
+        )
 
 
 class PairTexts(NamedTuple):
@@ -66,7 +80,7 @@ class ContrastPairs:
         if not self.pairs:
             raise ValueError(f"pairs: {self.name!r} has none. Give at least one positive and one negative side.")
         for number, pair in enumerate(self.pairs):
-            for side in ("positive", "negative", "user"):
+            for side in ("user",) if pair.negative_user or pair.negative_opener else ("positive", "negative", "user"):
                 if not getattr(pair, side).strip():
                     raise ValueError(f"pairs: number {number} of {self.name!r} has an empty {side!r} side. Fill it in.")
 
@@ -81,14 +95,19 @@ class ContrastPairs:
     @property
     def sha256(self) -> str:
         """Checksum of the pairs' content and order."""
-        content = json.dumps([asdict(pair) for pair in self.pairs], ensure_ascii=False)
+        always = ("positive", "negative", "user", "opener")
+        kept = [{key: text for key, text in asdict(pair).items() if text or key in always} for pair in self.pairs]
+        content = json.dumps(kept, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def texts(self, model: Any) -> PairTexts:
         """The two sides through the model's chat template, special tokens included (tokenize with none added)."""
+        sides = zip(*(pair.sides for pair in self.pairs), strict=True)
         return PairTexts(
-            [chat_text(model, pair.user, system=pair.positive, opener=pair.opener) for pair in self.pairs],
-            [chat_text(model, pair.user, system=pair.negative, opener=pair.opener) for pair in self.pairs],
+            *(
+                [chat_text(model, user, system=persona, opener=opener) for persona, user, opener in side]
+                for side in sides
+            )
         )
 
     def sample(self, n: int, seed: int = 0) -> ContrastPairs:
@@ -121,9 +140,10 @@ class ContrastPairs:
             raise ValueError(f"shares: {shares} came; positive numbers with a sum below 1 are wanted, say 0.7.")
         bounds = list(itertools.accumulate(shares))
         keys = [
-            _parts([pair.user for pair in self.pairs], bounds, seed, needed=True),
+            _parts([pair.group or pair.user for pair in self.pairs], bounds, seed, needed=True),
             _parts([(pair.positive, pair.negative) for pair in self.pairs], bounds, seed),
-            _parts([pair.opener for pair in self.pairs], bounds, seed),
+            # Openers that differ between the sides are the answers themselves.
+            _parts(["" if pair.negative_opener else pair.opener for pair in self.pairs], bounds, seed),
         ]
         chosen: list[list[Pair]] = [[] for _ in range(len(shares) + 1)]
         for number, pair in enumerate(self.pairs):
@@ -156,7 +176,8 @@ def load_pairs(name_or_path: str | Path) -> ContrastPairs:
 
     A TOML file has a table `[pairs]` with lists `positive` and `negative` (personas, aligned), `topics` (user
     messages) and, if wanted, `openers`; every combination becomes a pair. Lines of JSONL and rows of CSV have the
-    fields `positive`, `negative`, `user` and, if wanted, `opener`, and each is one pair.
+    fields `positive`, `negative`, `user` and, if wanted, `opener`, and each is one pair; `negative_user` and
+    `negative_opener` are for pairs whose sides differ in what is said.
 
     Raises:
         ValueError: unknown behaviour or file type, or a side that is missing; the message says where.
@@ -194,7 +215,8 @@ def _parsed(line: str) -> Any:
 def _pair(row: Any, where: str) -> Pair:
     if not isinstance(row, dict):
         raise ValueError(f"pairs: {where} is no JSON object. Each needs positive, negative and user.")
-    for side in ("positive", "negative", "user"):
+    apart = row.get("negative_user") or row.get("negative_opener")
+    for side in ("user",) if apart else ("positive", "negative", "user"):
         if not isinstance(row.get(side), str) or not row[side].strip():
             raise ValueError(f"pairs: {where} lacks the side {side!r}. Each needs positive, negative and user.")
     return Pair(**{field.name: row.get(field.name) or "" for field in fields(Pair)})

@@ -78,27 +78,28 @@ def prompt_kinds() -> dict[str, list[str]]:
         ['stories', 'instructions', 'opinions', 'arithmetic']
     """
     kinds = {kind: _lines(f"kinds/{kind}.txt") for kind in ("stories", "instructions", "opinions")}
-    return {**kinds, "arithmetic": [fact["question"] for fact in arithmetic_facts()]}
+    return {**kinds, "arithmetic": [json.loads(line)["question"] for line in _lines("kinds/arithmetic.jsonl")]}
 
 
-def arithmetic_facts() -> list[dict]:
-    """Sums of small whole numbers: `{"question", "answers", "wrong"}`, `wrong` being empty (for measuring only).
+QUESTIONS = {
+    "capitals": "facts/capitals.jsonl",
+    "arithmetic": "kinds/arithmetic.jsonl",
+    "honesty": "honesty/questions.jsonl",
+    "misconceptions": "honesty/misconceptions.jsonl",
+    "instructions": "honesty/instructions.jsonl",
+}
+"""Shipped sets of questions: name -> file."""
 
-    Every answer has two or more digits and stands nowhere in its question, so that repeating the question is not taken
-    for an answer. A number is looked for as a string, though: 38 is also found in 138. Give `facts_kept` 24 new tokens
-    for these; in 10 a model that begins with "To add 20 and 18" has not come to its answer.
+
+def question_file(name_or_path: str | Path) -> Path:
+    """The file of a shipped set of questions, or the path itself.
+
+    Every answer of `arithmetic` has two or more digits and stands nowhere in its question, so that repeating the
+    question is not taken for an answer.
     """
-    return _facts("kinds/arithmetic.jsonl")
-
-
-def capital_facts() -> list[dict]:
-    """Questions on capitals: `{"question", "answers", "wrong"}` (to check that plain facts survive)."""
-    return _facts("facts/capitals.jsonl")
+    known = QUESTIONS.get(str(name_or_path))
+    return Path(name_or_path) if known is None else data_path(known)
 
 
 def _lines(relative: str) -> list[str]:
     return [line for line in data_path(relative).read_text().splitlines() if line.strip()]
-
-
-def _facts(relative: str) -> list[dict]:
-    return [json.loads(line) for line in _lines(relative)]

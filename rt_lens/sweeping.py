@@ -18,10 +18,11 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from rt_lens.evaluation import Scorer, make_scorer
+from rt_lens.evaluation import ScorerLike, ask, make_scorer
 from rt_lens.files import write_atomically
 from rt_lens.forward import logits_where, model_name
-from rt_lens.generation import as_chat, generate
+from rt_lens.generation import as_chat
+from rt_lens.questions import as_questions
 from rt_lens.statistics import Interval, mean_interval, share_interval
 from rt_lens.steering import FwdHook, add, steered
 from rt_lens.tokens import batches, tokenizer_of
@@ -37,19 +38,21 @@ class Answers:
     """Metric: a score of each prompt's answer.
 
     Attributes:
-        scorer: `vader`, a `[scorer]` table, or a function from answer to number.
+        scorer: a name, a `[scorer]` table, a function from answer to number, or a Scorer.
         max_new_tokens: length of an answer.
         batch_size: answers per batch.
     """
 
-    scorer: str | Mapping[str, Any] | Scorer = "vader"
+    scorer: ScorerLike = "vader"
     max_new_tokens: int = 24
     batch_size: int = 64
 
     def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
-        _, score = make_scorer(self.scorer)
-        answers = generate(model, prompts, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-        return [float(score(answer)) for answer in answers]
+        score, asked = make_scorer(self.scorer), as_questions(prompts)
+        answers = ask(
+            model, asked, {score.reads}, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
+        )  # fmt: skip
+        return [float(value) for value in score(answers)]
 
 
 @dataclass(frozen=True)
@@ -328,7 +331,7 @@ def _described(value: Any) -> Any:
 
 def _metric_name(measure: Any) -> str:
     if isinstance(measure, Answers):
-        return make_scorer(measure.scorer)[0]
+        return make_scorer(measure.scorer).name
     return getattr(measure, "__name__", type(measure).__name__)
 
 

@@ -56,6 +56,7 @@ seeds = { toward = [0], away = [0, 1] }
 n_prompts = 4
 max_new_tokens = 6
 n_facts = 4
+n_instructions = 2
 """
 ROWS = [("untuned", "none"), *((arm, d) for arm in ("steered", "token_tuned", "rep_tuned") for d in ("toward", "away"))]
 
@@ -100,7 +101,7 @@ def test_each_mean_is_the_mean_of_its_responses(run):
     results = json.loads((run / "results.json").read_text())
     answers = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
     for row in results["arms"]:
-        mine = [a["score"] for a in answers if all(a[k] == row[k] for k in ("arm", "direction", "seed"))]
+        mine = [a["score"] for a in answers if all(a[k] == row[k] for k in ("arm", "direction", "seed", "set"))]
         assert row["mean"] == pytest.approx(sum(mine) / len(mine))
 
 
@@ -108,7 +109,7 @@ def test_test_prompts_were_seen_by_nothing_else(run):
     experiment = load_experiment(run.parent / "sweetness.toml")
     train, validation, test = experiment.pairs.split(0.4, 0.2, seed=0)
     answers = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
-    asked = {answer["prompt"] for answer in answers}
+    asked = {answer["prompt"] for answer in answers if answer["set"] == "test"}
     assert asked == set(test.topics)
     assert not asked & (set(train.topics) | set(validation.topics))
 
@@ -147,7 +148,7 @@ def test_extract_steer_and_tune_by_command(run, tmp_path):
 def test_models_lists_licence_and_behaviours():
     said = command("models")
     assert "Apache-2.0" in said
-    assert "formality, language, mood, refusal" in said
+    assert "formality, honesty, honesty_paper, language, mood, refusal" in said
 
 
 @pytest.mark.parametrize(
@@ -182,12 +183,14 @@ def test_vectors_go_from_extraction_through_a_sweep_to_another_tool(tmp_path):
     assert "at hook_resid_post" in said and not Path(gguf).exists()
 
 
-@pytest.mark.parametrize("name", ["run", "extract", "vectors", "sweep", "steer", "tune", "models"])
+@pytest.mark.parametrize(
+    "name", ["run", "extract", "vectors", "sweep", "steer", "tune", "evaluate", "compare", "models"]
+)
 def test_help_shows_an_example(name):
     assert f"Example: rt-lens {name}" in command(name, "--help")
 
 
-@pytest.mark.parametrize("name", behaviours())
+@pytest.mark.parametrize("name", [name for name in behaviours() if not name.startswith("honesty")])
 def test_shipped_behaviours_are_whole(name):
     experiment = load_experiment(name)
     pairs = load_pairs(name)
@@ -242,7 +245,7 @@ def test_the_wheel_carries_the_data(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert str(installed) in done.stdout
-    assert "['formality', 'language', 'mood', 'refusal'] 24" in done.stdout
+    assert "['formality', 'honesty', 'honesty_paper', 'language', 'mood', 'refusal'] 24" in done.stdout
 
 
 def test_neutral_text_is_about_three_thousand_tokens(model):

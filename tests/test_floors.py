@@ -12,13 +12,16 @@ PACKAGE = Path(__file__).parent.parent / "rt_lens"
 FLOORS: dict[float, tuple[str, ...]] = {
     0: ("files", "shipped", "tokens", "losses", "operators", "methods", "statistics", "forward", "whereabouts"),
     0.5: ("prompts", "positions", "vectors"),
+    0.75: ("questions",),
+    0.9: ("honesty",),
     1: ("models", "activations", "steering", "generation", "delta", "exchange", "plots"),
     1.5: ("arms",),
     2: ("extraction", "baking", "evaluation", "export"),
     2.25: ("tuning",),
     2.5: ("sweeping", "inspection"),
-    2.75: ("resistance",),
-    3: ("experiment",),
+    2.75: ("resistance", "scoreboard"),
+    3: ("results",),
+    3.5: ("experiment",),
     4: ("report",),
     5: ("cli",),
 }

@@ -234,7 +234,8 @@ def test_steering_moves_the_projection_at_its_layer_by_the_multiple_and_below_by
     length = float(tiny_vectors[L1].norm())
     assert rows.loc[("steered", 1), "mean"] == pytest.approx(-2.5 * length, rel=1e-4)
     assert rows.loc[("steered", 0), "mean"] == 0
-    assert (rows.loc["untuned", ["mean", "low", "high"]].to_numpy() == 0).all()
+    assert (rows.loc["untuned", "mean"] == 0).all()
+    assert rows.loc["untuned", ["low", "high"]].isna().all(axis=None)  # without spread there is nothing to infer from
     assert set(table["n"]) == {3}
     assert set(table["seed"]) == {7}
 

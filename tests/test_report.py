@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from full_disk import full_disk
 
 from rt_lens import report
 
@@ -25,7 +26,7 @@ _MEANS = {
 
 
 def make_results() -> dict[str, Any]:
-    """Made-up numbers of a believable run on three seeds and two sets of prompts."""
+    """Made-up numbers of a believable run on three seeds and two sets of prompts, as older versions wrote them."""
     names = ("mean", "perplexity", "kl", "facts")
     summary: list[dict[str, Any]] = [
         {
@@ -134,6 +135,48 @@ def make_results() -> dict[str, Any]:
     }
 
 
+SETS = ("same categories", "held-out categories", "misconceptions", "role-plays", "true or false", "situations")
+SCORERS = ("likelihood_accuracy", "likelihood_share")
+
+
+def make_honesty() -> dict[str, Any]:
+    """The same as it is written now: six sets with two scorers each, side effects, a protocol, Holm's p."""
+    old = make_results()
+    calm = {"perplexity": None, "facts": None, "n_facts": None, "perplexity_low": None, "facts_low": None}
+    summary, arms = (
+        [
+            {**row, **calm, "set": name, "scorer": scorer}
+            | {key: round(row[key] + place / 100, 3) + 0.0 for key in ("mean", "low", "high")}
+            for place, (name, scorer) in enumerate((name, scorer) for name in SETS for scorer in SCORERS)
+            for row in old[key]
+            if row["set"] == "test"
+        ]
+        for key in ("summary", "arms")
+    )
+    wanted = ("arm", "direction", "n", "mean", "low", "high", "seeds")
+    side_effects = [
+        {**{key: row[key] for key in wanted}, "set": name, "scorer": scorer, "mean": 0.9}
+        for name, scorer in (("talk", "repetition"), ("talk", "loop"), (f"instructions {HOSTILE[0]}", "obeys"))
+        for row in old["summary"]
+        if row["set"] == "test"
+    ]
+    comparisons = [
+        {
+            **{key: row[key] for key in ("a", "b", "n", "difference", "low", "high", "p", "test", "seeds")},
+            **{"a_direction": row["direction"], "b_direction": row["direction"], "set": name, "scorer": scorer},
+            "p_holm": min(1.0, 30 * row["p"]),
+        }
+        for name in SETS
+        for scorer in SCORERS
+        for row in old["comparisons"]
+    ]
+    why = "The model judges statements: 0.51 [0.38, 0.64], chance 0.50, n = 60: not shown (seed 0). So likelihood."
+    told = {"task": "judges statements", "n": 60, "mean": 0.512, "low": 0.381, "high": 0.64, "chance": 0.5, "seed": 0}
+    protocol = {"name": "likelihood", "why": why, "calibration": [told, {**told, "task": "prefers right answers"}]}
+    new = {"summary": summary, "arms": arms, "side_effects": side_effects, "comparisons": comparisons}
+    return {**old, **new, "behaviour": "honesty", "protocol": protocol}
+
+
 def make_responses() -> list[dict]:
     prompts = [*(f"Hostile prompt {text}" for text in HOSTILE), *(f"Tell me about day {day}." for day in range(12))]
     return [
@@ -190,6 +233,14 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def html(tmp_path_factory) -> str:
     return report.write_report(write_run(tmp_path_factory.mktemp("run"))).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def honesty(tmp_path_factory) -> Page:
+    run = write_run(tmp_path_factory.mktemp("honesty"), make_honesty())
+    rows = [{"set": name, **row} for name in SETS for row in make_responses()]
+    (run / "responses.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return Page(report.write_report(run).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -263,10 +314,9 @@ def test_responses_show_twelve_prompts_of_the_first_seed(page):
 def test_summary_sentences_carry_numbers_n_interval_and_seeds():
     *sentences, brackets = report.summary_sentences(make_results())
     assert sentences[0] == (
-        "Untuned, SmolLM2-135M-Instruct scores 0.31 [0.25, 0.37] "
-        "(mood, test prompts, scored by vader; n = 216, seeds 0, 1, 2)."
+        "Untuned, SmolLM2-135M-Instruct scores 0.31 [0.25, 0.37] (mood, test, scored by vader; n = 216, seeds 0, 1, 2)."
     )
-    assert sentences[1].startswith("Toward, test prompts: steered 0.62 [0.56, 0.68]; token_tuned")
+    assert sentences[1].startswith("Toward, test: steered 0.62 [0.56, 0.68]; token_tuned")
     assert sentences[1].endswith("(each n = 216, seeds 0, 1, 2).")
     assert any("rep_tuned minus token_tuned -0.230 [-0.280, -0.180], p < 0.001" in sentence for sentence in sentences)
     assert any("1.08 times the untuned" in sentence and "within the bound of 1.1" in sentence for sentence in sentences)
@@ -315,21 +365,15 @@ def test_another_schema_and_broken_json_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"responses\.jsonl: no key direction, seed"):
         report.write_report(run)
     (run / "responses.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="run_dir: .*responses.jsonl is not there"):
+    with pytest.raises(FileNotFoundError, match="run: .*responses.jsonl is not there"):
         report.write_report(run)
 
 
-def test_a_failure_keeps_the_old_report(tmp_path, monkeypatch):
+def test_a_failure_keeps_the_old_report(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "report.html").write_text("old")
-
-    def full_disk(*_):
-        raise OSError("no space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(report.os, "replace", full_disk)
-        with pytest.raises(OSError, match="no space"):
-            report.write_report(run)
+    with full_disk(100_000), pytest.raises(OSError, match=r"."):
+        report.write_report(run)
     assert (run / "report.html").read_text() == "old"
     assert not list(run.glob(".report*"))
 
@@ -343,4 +387,67 @@ def test_a_run_without_tuning_still_has_a_page(tmp_path):
     results = {**make_results(), "history": [], "comparisons": [], "logit_lens": []}
     results["summary"] = [row for row in results["summary"] if "tuned" not in row["arm"] or row["arm"] == "untuned"]
     page = report.write_report(write_run(tmp_path / "run", results)).read_text(encoding="utf-8")
-    assert page.count("None in this run.") == 2
+    assert page.count("None in this run.") == 3  # comparisons, losses, logit lens
+
+
+def test_a_page_of_six_sets_has_a_heading_for_each_and_one_figure(honesty):
+    text = "".join(honesty.texts)
+    headings = [attributes["id"] for tag, attributes in honesty.elements if tag == "h3" and "id" in attributes]
+    assert len(headings) == len(SETS) < len(SETS) * len(SCORERS)
+    links = [attributes["href"][1:] for tag, attributes in honesty.elements if tag == "a"]
+    assert set(headings) <= set(links)
+    figures = [attributes.get("id", "") for _, attributes in honesty.elements]
+    for kind in ("arms", "pareto"):
+        assert sum(name.startswith(f"figure-{kind}-") for name in figures) == len(SETS)
+    for name in SETS:
+        assert f"{name} (n = 216)" in text
+
+
+def test_a_page_of_six_sets_holds_every_number(honesty):
+    text = "".join(honesty.texts)
+    for row in make_honesty()["summary"]:
+        assert f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in text
+    for row in make_honesty()["side_effects"]:
+        assert f"0.900 [{row['low']:.3f}, {row['high']:.3f}]" in text
+    assert f"instructions {HOSTILE[0]}" in text
+    assert text.count("0.512 [0.381, 0.640]") == 2, "the calibration"
+    assert "0.360" in text and "0.012" in text, "Holm's p beside p"
+    assert f"Of {len(make_honesty()['comparisons'])} comparisons" in text
+
+
+def test_hostile_names_of_a_new_run_are_inert(honesty):
+    scripts = sum("Plotly.newPlot(" in script for script in honesty.scripts)
+    drawn = [tag for tag, _ in honesty.elements]
+    assert drawn.count("script") == scripts + 1 and "img" not in drawn
+    assert not [attributes for _, attributes in honesty.elements if any(name.startswith("on") for name in attributes)]
+
+
+def test_the_sentences_of_a_new_run_tell_the_protocol_and_what_was_shown_after_the_correction():
+    protocol, *sentences = report.summary_sentences(make_honesty())
+    assert protocol == make_honesty()["protocol"]["why"]
+    (toward,) = [line for line in sentences if line.startswith("Toward, role-plays, paired")]
+    assert "rep_tuned minus token_tuned 0.230 [0.180, 0.280], p = 0.006" in toward
+    assert "no difference shown between rep_tuned and steered (n = 216, seeds 0, 1, 2)" in toward
+    assert "p is Holm's, over all 48 comparisons of this run." in sentences
+    assert not any(SCORERS[1] in line for line in sentences), "the first scorer speaks for a set"
+
+
+def test_the_protocol_and_side_effects_are_told_only_where_there_are_any(html, honesty):
+    told = [attributes.get("id") for _, attributes in honesty.elements]
+    assert "protocol" in told and "side-effects" in told
+    assert 'id="protocol"' not in html and 'id="side-effects"' in html
+    assert "–" in "".join(honesty.texts), "perplexity was not measured"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"side_effects": [{"arm": "untuned"}]}, "side_effects: no key direction"),
+        ({"protocol": {"name": "likelihood"}}, "protocol: no key why, calibration"),
+        ({"summary": "damaged"}, "summary: a str came"),
+        ({"arms": ["damaged"]}, "arms: a str came, an object is wanted"),
+    ],
+)
+def test_a_damaged_key_of_a_new_run_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        report.summary_sentences({**make_honesty(), **change})

@@ -10,11 +10,10 @@ import pytest
 
 from rt_lens.evaluation import make_scorer, vader
 from rt_lens.prompts import read_toml
+from rt_lens.questions import Answer, Question, load_questions
 from rt_lens.shipped import (
-    arithmetic_facts,
     behaviour_file,
     behaviours,
-    capital_facts,
     data_path,
     held_out_neutral_prompts,
     neutral_paragraphs,
@@ -22,13 +21,16 @@ from rt_lens.shipped import (
     prompt_kinds,
 )
 
+ASKED = [name for name in behaviours() if "pairs" in read_toml(behaviour_file(name))]
+"""Behaviours with personas and topics of their own; those of honesty follow from its facts."""
+
 
 def topics_of(name: str) -> list[str]:
     return read_toml(behaviour_file(name))["pairs"]["topics"]
 
 
 def test_the_behaviours_are_listed_and_each_has_its_file():
-    assert {"formality", "language", "mood", "refusal"} <= set(behaviours())
+    assert {"formality", "honesty", "language", "mood", "refusal"} <= set(behaviours())
     assert behaviours() == sorted(behaviours())
     assert all(behaviour_file(name).is_file() for name in behaviours())
 
@@ -52,7 +54,7 @@ def test_a_missing_file_says_how_to_mend_it():
         data_path("no/such.txt")
 
 
-@pytest.mark.parametrize("name", behaviours())
+@pytest.mark.parametrize("name", ASKED)
 def test_a_behaviours_lists_repeat_nothing_and_its_sides_align(name):
     table = read_toml(behaviour_file(name))["pairs"]
     for texts in table.values():
@@ -65,7 +67,7 @@ def test_a_behaviours_lists_repeat_nothing_and_its_sides_align(name):
 
 def every_list() -> dict[str, list[str]]:
     """All shipped prompts by where they come from."""
-    topics = {name: topics_of(name) for name in behaviours()}
+    topics = {name: topics_of(name) for name in ASKED}
     return {**topics, "neutral": neutral_prompts(), "held out": held_out_neutral_prompts(), **prompt_kinds()}
 
 
@@ -77,7 +79,7 @@ def normalised(prompt: str) -> str:
 def test_no_prompt_occurs_twice_in_whatever_lists():
     assert normalised("What is  a Tale?") == normalised("what is a tale") != normalised("What is a tail?")
     lists = {name: [normalised(prompt) for prompt in prompts] for name, prompts in every_list().items()}
-    assert len(lists) == len(behaviours()) + 6
+    assert len(lists) == len(ASKED) + 6
     for name, prompts in lists.items():
         assert len(set(prompts)) == len(prompts), name
     for one, other in combinations(lists, 2):
@@ -106,7 +108,11 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_lexicon_tells_the_two_sides_apart(name):
-    _, score = make_scorer(read_toml(behaviour_file(name))["scorer"])
+    scorer = make_scorer(read_toml(behaviour_file(name))["scorer"])
+
+    def score(answer: str) -> float:
+        return scorer([Answer(Question("?"), answer)])[0]
+
     positive, negative = ANSWERS[name]
     assert [score(answer) > 0 for answer in positive] == [True] * len(positive)
     assert [score(answer) < 0 for answer in negative] == [True] * len(negative)
@@ -175,29 +181,20 @@ def test_the_kinds_differ_in_their_form():
 
 def test_the_answers_of_the_arithmetic_are_right_and_cannot_be_had_by_repeating_the_question():
     signs = {"+": operator.add, "-": operator.sub, "x": operator.mul}
-    facts = arithmetic_facts()
+    facts = load_questions("arithmetic")
     for fact in facts:
-        left, sign, right = fact["question"].removeprefix("What is ").removesuffix("?").split()
-        assert fact["answers"] == [str(signs[sign](int(left), int(right)))]
-        assert len(fact["answers"][0]) >= 2
-        assert fact["answers"][0] not in fact["question"]
-        assert fact["wrong"] == []
-        assert vader(fact["answers"][0]) == 0  # its lexicon has a few numbers, 143 for "I love you"
-    assert len({fact["answers"][0] for fact in facts}) == len(facts)
-    assert {sign: sum(f" {sign} " in fact["question"] for fact in facts) for sign in signs} == {
-        "+": 16,
-        "-": 10,
-        "x": 14,
-    }
+        left, sign, right = fact.prompt.removeprefix("What is ").removesuffix("?").split()
+        assert fact.right == (str(signs[sign](int(left), int(right))),)
+        assert len(fact.right[0]) >= 2
+        assert fact.right[0] not in fact.prompt
+        assert fact.wrong == ()
+        assert vader(fact.right[0]) == 0  # its lexicon has a few numbers, 143 for "I love you"
+    assert len({fact.right[0] for fact in facts}) == len(facts)
+    assert {sign: sum(f" {sign} " in fact.prompt for fact in facts) for sign in signs} == {"+": 16, "-": 10, "x": 14}
 
 
-def test_no_fact_counts_a_wrong_answer_as_right():
-    facts = capital_facts()
-    assert len(facts) >= 20
-    assert len({fact["question"] for fact in facts}) == len(facts)
-    for fact in facts:
-        assert fact["question"].strip()
-        assert fact["answers"]
-        assert fact["wrong"]
-        wrong = [fact["wrong"]] if isinstance(fact["wrong"], str) else fact["wrong"]
-        assert not {text.lower() for text in fact["answers"]} & {text.lower() for text in wrong}
+@pytest.mark.parametrize("name", ["capitals", "honesty", "misconceptions"])
+def test_no_question_counts_a_wrong_answer_as_right(name):
+    for asked in load_questions(name):
+        assert asked.right and len(asked.wrong) >= 2
+        assert not {text.lower() for text in asked.right} & {text.lower() for text in asked.wrong}

@@ -1,11 +1,33 @@
-"""Intervals and tests against published and hand-worked cases, and by simulation."""
+"""Intervals against published and hand-worked cases, and their algebra."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
+import math
 
-from rt_lens.statistics import mean_interval, paired_comparison, share_interval
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from statsmodels.regression.mixed_linear_model import MixedLM
+
+from rt_lens.statistics import (
+    crossed_interval,
+    mean_interval,
+    ratio_interval,
+    share_interval,
+)
+
+algebra = settings(deadline=None, max_examples=25)
+SCORES = st.lists(st.integers(-100, 100).map(lambda x: x / 100), min_size=4, max_size=12)
+
+
+def no_bounds(found) -> bool:
+    return math.isnan(found.low) and math.isnan(found.high)
+
+
+# Shares
 
 
 @pytest.mark.parametrize(
@@ -15,6 +37,7 @@ from rt_lens.statistics import mean_interval, paired_comparison, share_interval
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),
+        (10, 100, 0.0552, 0.1744),  # (p + z2/2n +- z sqrt(p q/n + z2/4n2)) / (1 + z2/n) with z2 = 3.8415
     ],
 )
 def test_wilson_interval_as_published(hits, n, low, high):
@@ -24,9 +47,38 @@ def test_wilson_interval_as_published(hits, n, low, high):
     assert interval.high == pytest.approx(high, abs=5e-5)
 
 
-def test_wilson_interval_mirrors():
-    some, rest = share_interval(3, 20), share_interval(17, 20)
-    assert (some.low, some.high) == pytest.approx((1 - rest.high, 1 - rest.low))
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [
+        (81, 263, 0.2527, 0.3676),  # Newcombe 1998, table I, method 5
+        (15, 148, 0.0578, 0.1617),
+        (0, 20, 0.0, 0.1684),  # 1 - 0.025 ** (1 / 20)
+        (1, 29, 0.0009, 0.1776),
+        (10, 100, 0.0490, 0.1762),
+    ],
+)
+def test_exact_interval_as_published(hits, n, low, high):
+    interval = share_interval(hits, n, method="exact")
+    assert interval.low == pytest.approx(low, abs=5e-5)
+    assert interval.high == pytest.approx(high, abs=5e-5)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(3, 20), (10, 100)])
+def test_exact_bounds_leave_a_tail_of_one_fortieth_each(hits, n):
+    interval = share_interval(hits, n, method="exact")
+    assert stats.binom.sf(hits - 1, n, interval.low) == pytest.approx(0.025)
+    assert stats.binom.cdf(hits, n, interval.high) == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("method", ["wilson", "exact"])
+@algebra
+@given(n=st.integers(1, 60), share=st.floats(0, 1))
+def test_share_interval_mirrors_and_lies_within_0_and_1(method, n, share):
+    hits = round(share * n)
+    some, rest = share_interval(hits, n, method), share_interval(n - hits, n, method)
+    assert (some.low, some.high) == pytest.approx((1 - rest.high, 1 - rest.low), abs=1e-9)
+    assert 0 <= some.low <= some.mean <= some.high <= 1
+    assert some.high - some.low > 0.01  # even none or all of n is not certain
 
 
 @pytest.mark.parametrize(("hits", "n"), [(5, 4), (-1, 4), (0, 0)])
@@ -35,15 +87,12 @@ def test_impossible_counts_are_refused(hits, n):
         share_interval(hits, n)
 
 
-@pytest.mark.parametrize("skewed", [False, True])
-def test_bootstrap_interval_covers_the_mean_about_as_often_as_it_says(skewed):
-    draws = np.random.default_rng(0)
-    covered = []
-    for seed in range(200):
-        sample = draws.exponential(2.0, 40) if skewed else draws.normal(2.0, 1.0, 40)
-        interval = mean_interval(sample.tolist(), seed=seed, resamples=600)
-        covered.append(interval.low <= 2.0 <= interval.high)
-    assert 0.88 <= np.mean(covered) <= 0.985
+def test_an_unknown_method_is_refused(as_a_user):
+    with pytest.raises(ValueError, match="method: 'wald' came; 'wilson' or 'exact' is wanted"):
+        share_interval(1, 4, method="wald")
+
+
+# Means
 
 
 def test_mean_interval_narrows_with_more_observations_like_the_root():
@@ -51,6 +100,14 @@ def test_mean_interval_narrows_with_more_observations_like_the_root():
     few, many = (mean_interval(draws.normal(0, 1, n).tolist()) for n in (50, 800))
     assert 3 < (few.high - few.low) / (many.high - many.low) < 5.5
     assert many.high - many.low == pytest.approx(2 * 1.96 / np.sqrt(800), rel=0.15)
+
+
+def test_mean_interval_of_few_symmetric_values_is_as_wide_as_students():
+    quantiles = stats.norm.ppf((np.arange(20) + 0.5) / 20)
+    found, half = mean_interval(quantiles), stats.t.ppf(0.975, 19) * quantiles.std(ddof=1) / np.sqrt(20)
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.04)
+    plain = stats.bootstrap((quantiles,), np.mean, n_resamples=4000, rng=0).confidence_interval
+    assert plain.high - plain.low < 0.93 * 2 * half  # what the widening makes up for
 
 
 def test_mean_interval_holds_its_mean_and_repeats_with_its_seed():
@@ -62,16 +119,18 @@ def test_mean_interval_holds_its_mean_and_repeats_with_its_seed():
     assert mean_interval(values, seed=4) != first
 
 
-@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3, 0.3]])
-def test_no_spread_gives_an_interval_of_no_width(values):
+@pytest.mark.parametrize("values", [[0.3], [0.3, 0.3, 0.3], [0.3, 0.1 + 0.2, 0.3]])
+def test_no_spread_gives_no_bounds_rather_than_certainty(values):
     interval = mean_interval(values)
-    assert (interval.n, interval.low, interval.high) == (len(values), interval.mean, interval.mean)
+    assert interval.n == len(values)
     assert interval.mean == pytest.approx(0.3)
+    assert no_bounds(interval)
 
 
-def test_two_values_give_a_finite_interval():
-    interval = mean_interval([0.0, 1.0])
-    assert 0 <= interval.low <= 0.5 <= interval.high <= 1
+@pytest.mark.parametrize("values", [[0.0, 1.0], [0.0, 0.0, 1.0]])
+def test_very_few_values_give_their_own_range(values):
+    interval = mean_interval(values)
+    assert (interval.low, interval.high) == (0.0, 1.0)
 
 
 def test_no_observation_is_refused():
@@ -79,69 +138,128 @@ def test_no_observation_is_refused():
         mean_interval([])
 
 
-def test_a_value_that_is_no_number_is_not_hidden():
-    assert np.isnan(mean_interval([0.1, float("nan"), 0.3])[1:]).all()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_and_counted(bad):
+    with pytest.raises(ValueError, match=r"values: 2 of 4 are NaN or infinite; .* Leave those prompts out"):
+        mean_interval([0.1, bad, 0.3, bad])
+
+
+@algebra
+@given(values=SCORES, seed=st.integers(0, 100))
+def test_the_order_of_prompts_changes_no_interval(values, seed):
+    shuffled = np.random.default_rng(seed).permutation(values)
+    assert mean_interval(shuffled, resamples=200) == pytest.approx(mean_interval(values, resamples=200), nan_ok=True)
+    sizes = np.arange(1, len(values) + 1)
+    order = np.random.default_rng(seed).permutation(len(values))
+    found = ratio_interval(np.asarray(values)[order], sizes[order], resamples=200)
+    assert found == pytest.approx(ratio_interval(values, sizes, resamples=200), nan_ok=True)
+
+
+# Ratios
+
+
+def test_ratio_is_of_the_sums_and_not_the_mean_of_the_ratios():
+    found = ratio_interval([10.0, 30.0], [5, 10])
+    assert found.mean == pytest.approx(40 / 15)
+    assert (found.low, found.high) == pytest.approx((2.0, 3.0))  # one text alone, or the other
+
+
+def test_ratio_of_texts_of_one_size_is_their_mean():
+    totals = np.random.default_rng(0).normal(3, 1, 40)
+    ratio, mean = ratio_interval(totals * 7, np.full(40, 7)), mean_interval(totals)
+    assert ratio.mean == pytest.approx(mean.mean)
+    assert (ratio.low, ratio.high) == pytest.approx((mean.low, mean.high), abs=0.05)
+
+
+def test_a_text_without_tokens_counts_for_nothing():
+    assert ratio_interval([10.0, 0.0, 30.0, 7.0], [5, 0, 10, 4]) == ratio_interval([10.0, 30.0, 7.0], [5, 10, 4])
+
+
+@pytest.mark.parametrize(("totals", "sizes"), [([3.0], [2]), ([0.0, 0.0, 0.0], [2, 3, 4])])
+def test_ratio_without_spread_has_no_bounds(totals, sizes):
+    assert no_bounds(ratio_interval(totals, sizes))
+
+
+def test_ratio_over_seeds_is_the_crossed_interval_of_its_seeds():
+    sizes = np.full(30, 10)
+    rates = np.random.default_rng(0).normal(3, 0.5, (3, 30)) + np.array([[-0.3], [0.0], [0.3]])
+    assert ratio_interval(rates * 10, sizes) == pytest.approx(crossed_interval(rates))
+    uneven = np.arange(5, 35)
+    found = ratio_interval(rates * uneven, uneven)
+    assert found.mean == pytest.approx((rates * uneven).sum() / (3 * uneven.sum()))
+    assert found.high - found.low > 2 * np.ptp(ratio_interval((rates * uneven).mean(0), uneven)[2:])
 
 
 @pytest.mark.parametrize(
-    ("differences", "p"),
-    [
-        ([1.0, 2.0, 3.0, 4.0], 2 / 16),  # the most extreme of 16 sign patterns, on either side
-        ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2 / 64),
-        ([1.0, -1.0], 1.0),
-        ([3.0, 2.0, -1.0], 4 / 8),  # sums 6 4 2 0 and their mirrors; 4 or more is reached by 2 of 8 on each side
-    ],
+    ("sizes", "message"),
+    [([1.0], "sizes: 1 came for 2 texts"), ([1.0, -1.0], "sizes: one is negative"), ([0.0, 0.0], "none is above 0")],
 )
-def test_permutation_p_by_hand(differences, p):
-    base = [0.5 * i for i in range(len(differences))]
-    found = paired_comparison([b + d for b, d in zip(base, differences, strict=True)], base)
-    assert found.p == pytest.approx(p)
-    assert found.difference == pytest.approx(np.mean(differences))
+def test_sizes_that_fit_no_texts_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        ratio_interval([1.0, 2.0], sizes)
 
 
-def test_permutation_p_of_darwins_maize_as_fisher_gave_it():
-    differences = [
-        float(x) for x in (49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48)
-    ]  # The Design of Experiments, 1935
-    found = paired_comparison(differences, [0.0] * 15)
-    assert found.p == pytest.approx(1726 / 32768, abs=0.008)
-    assert found.low < 20.93 < found.high
-    assert paired_comparison([0.0] * 15, differences).difference == pytest.approx(-found.difference)
+# Seeds x prompts
 
 
-def test_nothing_different_gives_p_1_and_a_clear_difference_a_small_p():
-    a = np.random.default_rng(3).normal(size=40)
-    assert paired_comparison(a.tolist(), a.tolist()).p == 1.0
-    clear = paired_comparison((a + 1).tolist(), (a + 0.01 * np.arange(40)).tolist())
-    assert clear.p <= 0.0003
-    assert clear.low > 0
+def test_crossed_interval_by_hand():
+    # Mean 3; seeds 1.5 and 4.5, so MS_seed = 2 (1.5^2 + 1.5^2) / 1 = 9; prompts 2 and 4, so MS_prompt = 2 (1 + 1) / 1
+    # = 4; residuals +-0.5, so MS_rest = 1. Variance (9 + 4 - 1) / 4 = 3; 1/d = (9/12) / 1 + (3/12) / 1, so d = 1.
+    found = crossed_interval([[1.0, 2.0], [3.0, 6.0]])
+    assert (found.n, found.mean) == (2, 3.0)
+    assert found.high - 3 == pytest.approx(12.7062 * math.sqrt(3), rel=1e-5)
+    assert found.high + found.low == pytest.approx(6)
 
 
-def test_a_small_but_constant_difference_of_large_numbers_is_found():
-    base = np.random.default_rng(4).normal(1000, 1, 20)
-    found = paired_comparison((base + 0.005).tolist(), base.tolist())
-    assert found.low > 0
-    assert found.p < 0.001
+def test_its_variance_is_that_of_a_mixed_model():
+    draws = np.random.default_rng(2)
+    grid = draws.normal(size=(5, 1)) * 0.5 + draws.normal(size=(1, 14)) + 0.6 * draws.normal(size=(5, 14))
+    seeds, prompts = np.indices(grid.shape)
+    frame = pd.DataFrame({"y": grid.ravel(), "tuned": seeds.ravel(), "prompt": prompts.ravel()})
+    fit = MixedLM.from_formula(
+        "y ~ 1", frame, groups=np.ones(len(frame)), re_formula="0",
+        vc_formula={"tuned": "0 + C(tuned)", "prompt": "0 + C(prompt)"},
+    ).fit(reml=True)  # fmt: skip
+    ms_seed, ms_prompt = 14 * grid.mean(1).var(ddof=1), 5 * grid.mean(0).var(ddof=1)
+    rest = grid - grid.mean(1, keepdims=True) - grid.mean(0) + grid.mean()
+    ms_rest = (rest**2).sum() / 52
+    assert min(ms_seed, ms_prompt) > ms_rest  # where REML and moments agree
+    parts, found = (ms_seed, ms_prompt - ms_rest), crossed_interval(grid)
+    d = sum(parts) / (parts[0] / 4 + parts[1] / 13)
+    assert found.mean == pytest.approx(fit.params["Intercept"])
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, d) * fit.bse["Intercept"], rel=2e-3)
 
 
-def test_one_pair_proves_nothing():
-    found = paired_comparison([2.0], [1.0])
-    assert (found.n, found.difference, found.p) == (1, 1.0, 1.0)
+def test_seeds_that_agree_add_nothing_and_seeds_that_do_not_widen():
+    row = np.random.default_rng(3).normal(size=40)
+    same = crossed_interval(np.stack([row, row, row]))
+    assert same.high - same.mean == pytest.approx(stats.t.ppf(0.975, 39) * row.std(ddof=1) / math.sqrt(40))
+    apart = crossed_interval(np.stack([row - 1, row, row + 1]))
+    assert apart.high - apart.low > 5 * (same.high - same.low)
 
 
-def test_p_is_right_about_as_often_as_it_says_when_there_is_nothing():
-    draws = np.random.default_rng(5)
-    ps = [paired_comparison(draws.normal(size=8).tolist(), draws.normal(size=8).tolist()).p for _ in range(150)]
-    assert np.mean(np.array(ps) <= 0.2) == pytest.approx(0.2, abs=0.1)
+def test_one_seed_is_an_interval_over_prompts():
+    row = np.random.default_rng(4).normal(size=(1, 20))
+    assert crossed_interval(row, seed=5) == mean_interval(row[0], seed=5)
 
 
-def test_a_comparison_repeats_with_its_seed():
-    draws = np.random.default_rng(6)
-    a, b = draws.normal(size=30).tolist(), draws.normal(0.3, 1, size=30).tolist()
-    assert paired_comparison(a, b, seed=1) == paired_comparison(a, b, seed=1)
-    assert paired_comparison(a, b, seed=1) != paired_comparison(a, b, seed=2)
+@pytest.mark.parametrize("grid", [[[1.0], [2.0]], [[1.0, 1.0], [1.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]])
+def test_one_prompt_or_no_spread_gives_no_bounds(grid):
+    assert no_bounds(crossed_interval(grid))
 
 
-def test_lists_of_unlike_length_are_refused():
-    with pytest.raises(ValueError, match=r"second: 2 values came for 3 in first. The comparison is paired"):
-        paired_comparison([1.0, 2.0, 3.0], [1.0, 2.0])
+@algebra
+@given(seed=st.integers(0, 1000))
+def test_the_order_of_seeds_and_prompts_changes_nothing(seed):
+    draws = np.random.default_rng(seed)
+    grid = draws.normal(size=(3, 10)) + draws.normal(size=(3, 1))
+    assert crossed_interval(grid[draws.permutation(3)][:, draws.permutation(10)]) == pytest.approx(
+        crossed_interval(grid)
+    )
+
+
+def test_a_grid_that_is_none_is_refused(as_a_user):
+    with pytest.raises(ValueError, match=r"values: an array of shape \(2,\) came; one number per seed and prompt"):
+        crossed_interval([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"values: no array of numbers came .* every seed the same prompts"):
+        crossed_interval([[1.0, 2.0], [1.0]])

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from rt_lens.evaluation import EndpointJudge
+from rt_lens.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.losses import Direction
 from rt_lens.models import DEFAULT_MODEL
 from rt_lens.prompts import ContrastPairs, pairs_from_table, read_toml
+from rt_lens.questions import Question, load_questions
 from rt_lens.shipped import behaviour_file
 from rt_lens.tuning import TuneConfig
 
 DIRECTIONS: tuple[Direction, ...] = ("toward", "away")
 T = TypeVar("T")
+Categorised = TypeVar("Categorised", Question, Fact)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,36 @@ class ExtractConfig:
     """How many pairs the vectors are made from, and measured on (one held-out pair per validation topic)."""
 
     n_pairs: int = 96
+
+
+@dataclass(frozen=True)
+class HonestyConfig:
+    """Which honesty protocol to run, and on what.
+
+    Attributes:
+        protocol: `persona` (true or false, by letters, under personas: Ackerman 2024), `likelihood` (right answers
+            against wrong ones), or `auto`: the first of them that the model is shown to be above chance at.
+        held_out: categories that no vector, weight or choice may see.
+        n_calibration: facts, and questions, on which it is measured what the model can do.
+        n_items: at most so many items in each set of the test.
+        opener: words that each answer to a question begins with (likelihood protocol).
+        correct_only: keep the pairs that the model itself answers as both personas ask (persona protocol).
+        soft: targets of the persona protocol are half and half, and only hold the output's form.
+    """
+
+    protocol: Literal["auto", "persona", "likelihood"] = "auto"
+    held_out: tuple[str, ...] = ("animals", "language", "physics")
+    n_calibration: int = 60
+    n_items: int = 60
+    opener: str = ""
+    correct_only: bool = True
+    soft: bool = False
+
+    def __post_init__(self) -> None:
+        if self.protocol not in ("auto", "persona", "likelihood"):
+            raise ValueError(f"protocol: {self.protocol!r} came; 'auto', 'persona' or 'likelihood' is wanted.")
+        if not self.held_out or min(self.n_calibration, self.n_items) < 4:
+            raise ValueError("held_out, n_calibration, n_items: a category, and at least 4 of each, are wanted.")
 
 
 @dataclass(frozen=True)
@@ -53,6 +87,7 @@ class TestConfig:
     n_prompts: int = 60
     max_new_tokens: int = 24
     n_facts: int = 25
+    n_instructions: int = 20
     seed: int = 0
 
 
@@ -68,6 +103,9 @@ class Experiment:
         tune: settings of the rep-tuned arm; the token-tuned arm is the same without the cosine loss.
         tune_seeds: direction -> seeds; each tuned arm is tuned once per seed.
         model: name or path for `load_model`.
+        dtype: of its weights.
+        honesty: set for the honesty experiment, whose pairs follow from facts.
+        judge: a `[judge]` table: an `EndpointJudge`'s settings, who then judges the persona protocol's role-plays too.
     """
 
     name: str
@@ -77,6 +115,9 @@ class Experiment:
     tune: TuneConfig
     tune_seeds: Mapping[str, tuple[int, ...]]
     model: str = DEFAULT_MODEL
+    dtype: str = "float32"
+    honesty: HonestyConfig | None = None
+    judge: Mapping[str, Any] | None = None
     split: SplitConfig = field(default_factory=SplitConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     choose: ChooseConfig = field(default_factory=ChooseConfig)
@@ -95,24 +136,59 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
     """
     path = behaviour_file(name_or_path)
     content = read_toml(path)
-    tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test"}
+    tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test", "honesty", "judge"}
     _refuse_unknown(path.name, content, {"name", "description"} | tables)
     name = content.get("name", path.stem)
     tuning = dict(content.get("tune", {}))
     seeds = _seeds(tuning.pop("seeds", [0, 1, 2]))
+    honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
+    if honesty is None:
+        pairs = pairs_from_table(name, content.get("pairs", {}), source=path.name)
+    else:
+        pairs = honesty_pairs(honesty)
+    _refuse_unknown("[judge]", content.get("judge", {}), {entry.name for entry in fields(EndpointJudge)})
+    _refuse_unknown("[model]", content.get("model", {}), {"name", "dtype"})
     return Experiment(
         name=name,
         description=content.get("description", ""),
-        pairs=pairs_from_table(name, content.get("pairs", {}), source=path.name),
+        pairs=pairs,
         scorer=content.get("scorer", "vader"),
         tune=_table(TuneConfig, "tune", tuning),
         tune_seeds=seeds,
         model=model or content.get("model", {}).get("name", DEFAULT_MODEL),
+        dtype=content.get("model", {}).get("dtype", "float32"),
+        honesty=honesty,
+        judge=content.get("judge"),
         split=_table(SplitConfig, "split", content.get("split", {})),
         extract=_table(ExtractConfig, "extract", content.get("extract", {})),
         choose=_table(ChooseConfig, "choose", content.get("choose", {})),
         test=_table(TestConfig, "test", content.get("test", {})),
     )
+
+
+def honesty_pairs(config: HonestyConfig) -> ContrastPairs:
+    """The pairs that vectors of the honesty experiment are made from, of the categories that are not held out."""
+    if config.protocol == "persona":
+        return persona_pairs(seen(load_facts(), config))
+    return answer_pairs(seen(questions_of(config), config))
+
+
+def questions_of(config: HonestyConfig) -> list[Question]:
+    """The shipped questions, with the opener of this experiment, and one way to say each option."""
+    asked = load_questions("honesty")
+    return [replace(question, opener=config.opener, right=question.right[:1]) for question in asked]
+
+
+def seen(items: Sequence[Categorised], config: HonestyConfig, *, held_out: bool = False) -> list[Categorised]:
+    """The items of the categories that may be seen, or of those held out.
+
+    Raises:
+        ValueError: for a category held out that there is none of.
+    """
+    known = {item.category for item in items}
+    if unknown := sorted(set(config.held_out) - known):
+        raise ValueError(f"held_out: {', '.join(unknown)} came; categories are {', '.join(sorted(known))}.")
+    return [item for item in items if (item.category in config.held_out) == held_out]
 
 
 def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:

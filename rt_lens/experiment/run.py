@@ -6,13 +6,11 @@ topics, every choice sees the validation topics, and the test topics are asked o
 
 from __future__ import annotations
 
-import json
-import math
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rt_lens.evaluation import Evaluation, TextFit, evaluate, facts_kept, make_scorer, repetition, text_fit
+from rt_lens.arms import Arm, under
+from rt_lens.evaluation import ask, repetition, text_fit
 from rt_lens.experiment.config import DIRECTIONS, Experiment
+from rt_lens.experiment.protocols import protocol_of
 from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
 from rt_lens.files import write_atomically
 from rt_lens.forward import check_layers, model_name
-from rt_lens.generation import as_chat, generate_tokens
+from rt_lens.generation import as_chat
 from rt_lens.models import load_model
-from rt_lens.shipped import capital_facts, neutral_paragraphs, neutral_prompts
-from rt_lens.statistics import mean_interval, paired_comparison, share_interval
-from rt_lens.steering import add
-from rt_lens.tokens import encode, tokenizer_of
+from rt_lens.results import plain, tables_of, write_results
+from rt_lens.scoreboard import Board, Scoreboard
+from rt_lens.shipped import neutral_paragraphs, neutral_prompts
+from rt_lens.statistics import mean_interval
+from rt_lens.steering import FwdHook, add
 from rt_lens.tuning import prepare, tune, write_neutral
 from rt_lens.vectors import SteeringVectors
 
@@ -70,18 +71,6 @@ def run_experiment(experiment: Experiment, out: Path, *, progress: bool = True) 
     return _Run(experiment, out, progress).run()
 
 
-@dataclass(frozen=True)
-class _Arm:
-    """One arm in one direction, with one seed, measured on the test prompts."""
-
-    arm: str
-    direction: str
-    seed: int
-    evaluation: Evaluation
-    fit: TextFit
-    facts: list[bool]
-
-
 class _Run:
     """The experiment's stages, in order; each is timed."""
 
@@ -90,18 +79,10 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self.projections: dict[str, list[list[float]]] = {}
-        self.scorer_name, self.score = make_scorer(experiment.scorer)
-        split = experiment.split
-        self.train, self.validation, test = experiment.pairs.split(split.train, split.validation, seed=split.seed)
-        self.test_prompts = test.topics[: experiment.test.n_prompts]
-        if len(self.test_prompts) < experiment.test.n_prompts:
-            raise ValueError(
-                f"test.n_prompts: {experiment.test.n_prompts} asked for, {len(self.test_prompts)} topics fall to the "
-                "test part. Give more topics, or smaller shares to train and validation."
-            )
+        if experiment.honesty is None:
+            protocol_of(experiment, None)  # refuses too few topics before anything is loaded
         paragraphs, chosen = neutral_paragraphs(), experiment.choose.n_paragraphs
         self.choice_texts, self.test_texts = paragraphs[:chosen], paragraphs[chosen:]
-        self.facts = capital_facts()[: experiment.test.n_facts]
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -112,43 +93,33 @@ class _Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> dict[str, Any]:
-        experiment = self.experiment
+        experiment, seed = self.experiment, self.experiment.split.seed
         with self._stage("load"):
-            self.model = load_model(experiment.model)
+            self.model = load_model(experiment.model, dtype=experiment.dtype)
             check_layers(self.model, experiment.choose.layers)
             check_layers(self.model, experiment.tune.layers)
             check_layers(self.model, experiment.tune.blocks)
+        with self._stage("calibrate"):
+            self.protocol = protocol_of(experiment, self.model)
+            if self.progress and self.protocol.why:
+                print(self.protocol.why, flush=True)
         with self._stage("extract"):
-            pairs = self.train.sample(experiment.extract.n_pairs, seed=experiment.split.seed)
-            vectors = extract_vectors(self.model, pairs, seed=experiment.split.seed)
+            vectors = extract_vectors(
+                self.model, self.protocol.train.sample(experiment.extract.n_pairs, seed), seed=seed
+            )
             vectors.save(self.out / "vectors.safetensors")
-            # One pair per held-out topic: pairs of one topic are not independent.
-            held_out = self.validation.sample(len(self.validation.topics), seed=experiment.split.seed)
-            separated = separability(self.model, vectors, held_out)
+            separated = separability(self.model, vectors, self.protocol.unseen)
         with self._stage("choose"):
             doses = self._dose_response(vectors)
             choices: dict[str, Any] = {direction: self._choice(doses, direction) for direction in DIRECTIONS}
         with self._stage("evaluate"):
-            reference = text_fit(self.model, self.test_texts, keep=True, seed=experiment.test.seed)
-            arms = [self._measure("untuned", "none", experiment.test.seed, nullcontext(), reference)]
-            self.shown_text = as_chat(self.model, self.test_prompts[:1])[0] + arms[0].evaluation.responses[0]
-            self._project("untuned", vectors, nullcontext())
+            board = self._measured_untuned(vectors)
             for direction in DIRECTIONS:
-                steered = self._steered(vectors, choices[direction])
-                arms.append(self._measure("steered", direction, experiment.test.seed, steered, reference))
-            self._project("steered away", vectors, self._steered(vectors, choices["away"]))
-        arms += self._tuned_arms(vectors, reference)
-        results = {
-            "schema": 1,
-            "behaviour": experiment.name,
-            "description": experiment.description,
-            "model": model_name(self.model),
-            "versions": _versions(),
-            "seed": experiment.split.seed,
+                board.measure("steered", self._steering(vectors, choices[direction]), direction=direction)
+            self._project("steered away", vectors, self._steering(vectors, choices["away"]))
+        self._tuned_arms(vectors, board)
+        results = self._results(board.scoreboard()) | {
             "choices": {**choices, "rule": self._rule()},
-            "arms": [self._row([arm]) | {"seed": arm.seed} for arm in arms],
-            "summary": [self._row(group) | {"seeds": [arm.seed for arm in group]} for group in _grouped(arms)],
-            "comparisons": self._comparisons(arms),
             "separability": separated.to_dict("records"),
             "dose_response": doses.to_dict("records"),
             "bound": experiment.choose.bound,
@@ -156,40 +127,64 @@ class _Run:
             "logit_lens": logit_lens(self.model, vectors).to_dict("records"),
             "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
         }
-        responses = [json.dumps(line, ensure_ascii=False) for arm in arms for line in _answers(arm)]
-        write_atomically(self.out / "responses.jsonl", "\n".join(responses).encode())
-        projections = {
-            "prompt": self.test_prompts[0],
-            "tokens": self.shown_tokens,
-            "layers": [int(name.split(".")[1]) for name in vectors.hook_names],
-            "arms": self.projections,
-        }
-        write_atomically(self.out / "projections.json", json.dumps(projections, ensure_ascii=False).encode())
-        write_atomically(self.out / "results.json", json.dumps(_plain(results), ensure_ascii=False, indent=1).encode())
-        return _plain(results)
+        write_results(self.out, results, board.scoreboard(), self._projections(vectors))
+        return plain(results)
+
+    def _results(self, board: Scoreboard) -> dict[str, Any]:
+        """What the arms scored: the behaviour's own sets, and side effects apart."""
+        experiment = self.experiment
+        tables = tables_of(board, exams=list(self.protocol.exams), writing=self.protocol.writing)
+        return {
+            "schema": 1,
+            "behaviour": experiment.name,
+            "description": experiment.description,
+            "model": model_name(self.model),
+            "versions": _versions(),
+            "seed": experiment.split.seed,
+            "protocol": {
+                "name": self.protocol.name, "why": self.protocol.why, "calibration": self.protocol.calibration
+            },
+            **tables,
+            # By the score that counts in each set: every further row would cost all others significance.
+            "comparisons": board.comparisons(
+                _pairs(), [(name, exam.made[0].name) for name, exam in self.protocol.exams.items()]
+            ).to_dict("records"),
+        }  # fmt: skip
+
+    def _measured_untuned(self, vectors: SteeringVectors) -> Board:
+        protocol = self.protocol
+        board = Board(
+            self.model, {**protocol.exams, **protocol.checks}, self.test_texts, seed=self.experiment.test.seed
+        )
+        board.measure("untuned")
+        first = board.scoreboard().answers[0]
+        self.shown = first["prompt"] if protocol.shown is None else protocol.unseen.pairs[0].user
+        self.shown_text = protocol.shown or as_chat(self.model, [first["prompt"]])[0] + first["response"]
+        self._project("untuned", vectors)
+        return board
 
     def _dose_response(self, vectors: SteeringVectors) -> pd.DataFrame:
         """Score and perplexity over layers and multipliers, on validation prompts; one batch per layer."""
-        choose = self.experiment.choose
+        choose, exam = self.experiment.choose, self.protocol.choosing
         multipliers = sorted({0.0, *choose.multipliers, *(-m for m in choose.multipliers)})
-        prompts = self.validation.topics[: choose.n_prompts]
-        encoded = [encode(self.model, text) for text in as_chat(self.model, prompts)]
-        tokenizer, rows = tokenizer_of(self.model), []
+        asked, (score, *_), rows = list(exam.asked), exam.made, []
         untuned = text_fit(self.model, self.choice_texts).perplexity.mean
         for layer in choose.layers:
-            each = torch.tensor([m for m in multipliers for _ in prompts])
+            each = torch.tensor([m for m in multipliers for _ in asked])
             with self.model.hooks(fwd_hooks=add(vectors, [layer], each)):
-                new = generate_tokens(self.model, encoded * len(multipliers), choose.max_new_tokens)
-            answers = tokenizer.batch_decode(new, skip_special_tokens=True)
+                said = ask(
+                    self.model, asked * len(multipliers), {score.reads}, max_new_tokens=exam.max_new_tokens,
+                    batch_size=128,
+                )  # fmt: skip
             for place, multiplier in enumerate(multipliers):
-                mine = answers[place * len(prompts) : (place + 1) * len(prompts)]
+                mine = said[place * len(asked) : (place + 1) * len(asked)]
                 with self.model.hooks(fwd_hooks=add(vectors, [layer], multiplier)):
                     perplexity = text_fit(self.model, self.choice_texts).perplexity.mean if multiplier else untuned
-                found = mean_interval([self.score(answer) for answer in mine], self.experiment.split.seed)
-                admissible = perplexity <= choose.bound * untuned
+                found = mean_interval(score(mine), self.experiment.split.seed)
                 rows.append(
                     {"layer": layer, "multiplier": multiplier, **found._asdict(), "perplexity": perplexity,
-                     "repetition": float(np.mean(repetition(mine))), "admissible": admissible}
+                     "repetition": float(np.mean([repetition(answer.text) for answer in mine])),
+                     "admissible": perplexity <= choose.bound * untuned}
                 )  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -197,8 +192,9 @@ class _Run:
         choose = self.experiment.choose
         return (
             f"Of the layers and multipliers whose perplexity on {len(self.choice_texts)} neutral paragraphs is at most "
-            f"{choose.bound:g} times the untuned model's, the one that moves the mean score of {choose.n_prompts} "
-            "validation prompts furthest in the direction; of equals, the smaller multiplier."
+            f"{choose.bound:g} times the untuned model's, the one that moves the mean score of "
+            f"{len(self.protocol.choosing.asked)} validation prompts furthest in the direction; of equals, the smaller "
+            "multiplier."
         )
 
     def _choice(self, doses: pd.DataFrame, direction: str) -> dict[str, Any]:
@@ -219,12 +215,12 @@ class _Run:
         )
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
 
-    def _tuned_arms(self, vectors: SteeringVectors, reference: TextFit) -> list[_Arm]:
+    def _tuned_arms(self, vectors: SteeringVectors, board: Board) -> None:
         """Both tuned arms in both directions, once per seed, on the same targets, neutral prompts and settings.
 
         Each is measured as soon as it is tuned, so that one delta at a time is held.
         """
-        base, arms = self.experiment.tune, []
+        base = self.experiment.tune
         with self._stage("tune"):
             # As many neutral prompts as one run's steps can read.
             enough = neutral_prompts()[: base.max_steps * base.neutral_batch_size]
@@ -232,89 +228,40 @@ class _Run:
         for direction in DIRECTIONS:
             aimed, seeds = replace(base, direction=direction), self.experiment.tune_seeds[direction]
             with self._stage("tune"):
-                material = prepare(self.model, vectors, self.train, aimed, validation=self.validation, neutral=neutral)
+                train, validation = self.protocol.targets(direction)
+                material = prepare(self.model, vectors, train, aimed, validation=validation, neutral=neutral)
             for arm, cosine_weight in (("token_tuned", 0.0), ("rep_tuned", base.cosine_weight)):
                 for seed in seeds:
                     config = replace(aimed, seed=seed, cosine_weight=cosine_weight)
                     with self._stage("tune"):
                         delta = tune(self.model, vectors, material, config, progress=self.progress)
                     with self._stage("evaluate"):
-                        arms.append(self._measure(arm, direction, seed, delta.applied(self.model), reference))
+                        board.measure(arm, delta, direction=direction, seed=seed)
                     named = {"arm": arm, "direction": direction, "seed": seed}
                     self.history += [{**named, **row} for row in delta.history]
                     if arm == "rep_tuned" and seed == seeds[0]:
                         delta.save(self.out / f"rep_tuned_{direction}.safetensors")
-                        self._project(f"rep_tuned {direction}", vectors, delta.applied(self.model))
-        return arms
+                        self._project(f"rep_tuned {direction}", vectors, delta)
 
-    def _steered(self, vectors: SteeringVectors, choice: Mapping[str, Any]) -> AbstractContextManager[Any]:
-        return self.model.hooks(fwd_hooks=add(vectors, [choice["layer"]], choice["multiplier"]))
+    def _steering(self, vectors: SteeringVectors, choice: Mapping[str, Any]) -> list[FwdHook]:
+        return add(vectors, [choice["layer"]], choice["multiplier"])
 
-    def _measure(
-        self, arm: str, direction: str, seed: int, context: AbstractContextManager[Any], reference: TextFit
-    ) -> _Arm:
-        test = self.experiment.test
-        with context:
-            evaluation = evaluate(
-                self.model, self.test_prompts, self.score, max_new_tokens=test.max_new_tokens, seed=test.seed
-            )
-            fit = text_fit(self.model, self.test_texts, reference=reference, seed=test.seed)
-            facts = facts_kept(self.model, self.facts)
-        return _Arm(arm, direction, seed, evaluation, fit, facts)
-
-    def _row(self, group: Sequence[_Arm]) -> dict[str, Any]:
-        """One row of results, averaged over the seeds in the group; intervals are over prompts, texts and questions."""
-        first, seed = group[0], self.experiment.test.seed
-        scores = mean_interval(np.mean([arm.evaluation.scores for arm in group], axis=0), seed)
-        fit = TextFit.pooled([arm.fit for arm in group])
-        right = np.mean([arm.facts for arm in group], axis=0)
-        share = share_interval(int(right.sum()), len(right)) if len(group) == 1 else mean_interval(right, seed)
-        repeats = mean_interval(np.mean([repetition(arm.evaluation.responses) for arm in group], axis=0), seed)
-        assert fit.mean_kl is not None
-        return {
-            "arm": first.arm, "direction": first.direction, "set": "test", "scorer": self.scorer_name,
-            "n": scores.n, "mean": scores.mean, "low": scores.low, "high": scores.high,
-            "perplexity": fit.perplexity.mean, "perplexity_low": fit.perplexity.low,
-            "perplexity_high": fit.perplexity.high, "n_texts": fit.perplexity.n,
-            "kl": fit.mean_kl.mean, "kl_low": fit.mean_kl.low, "kl_high": fit.mean_kl.high,
-            "facts": share.mean, "facts_low": share.low, "facts_high": share.high, "n_facts": share.n,
-            "repetition": repeats.mean, "repetition_low": repeats.low, "repetition_high": repeats.high,
-        }  # fmt: skip
-
-    def _comparisons(self, arms: Sequence[_Arm]) -> list[dict[str, Any]]:
-        """Paired over prompts; scores of tuned arms are averaged over seeds first."""
-        mean_scores, seeds = {}, {}
-        for group in _grouped(arms):
-            for direction in DIRECTIONS if group[0].arm == "untuned" else (group[0].direction,):
-                mean_scores[group[0].arm, direction] = np.mean([arm.evaluation.scores for arm in group], axis=0)
-                seeds[group[0].arm, direction] = [arm.seed for arm in group]
-        rows = []
-        for direction in DIRECTIONS:
-            for a, b in _PAIRED:
-                first, second = mean_scores[a, direction], mean_scores[b, direction]
-                found = paired_comparison(first, second, self.experiment.test.seed)
-                rows.append({"direction": direction, "a": a, "b": b, **found._asdict(), "seeds": seeds[a, direction]})
-        return rows
-
-    def _project(self, name: str, vectors: SteeringVectors, context: AbstractContextManager[Any]) -> None:
-        """Layer x token projections of the first test prompt with the untuned model's answer, the same for all arms."""
-        with context:
+    def _project(self, name: str, vectors: SteeringVectors, worn: Arm = None) -> None:
+        """Layer x token projections of one text, the same for all arms."""
+        with under(self.model, worn):
             self.shown_tokens, values = token_projections(self.model, vectors, self.shown_text)
         self.projections[name] = [[round(value, 3) for value in row] for row in values.tolist()]
 
-
-def _grouped(arms: Sequence[_Arm]) -> list[list[_Arm]]:
-    groups: dict[tuple[str, str], list[_Arm]] = {}
-    for arm in arms:
-        groups.setdefault((arm.arm, arm.direction), []).append(arm)
-    return list(groups.values())
+    def _projections(self, vectors: SteeringVectors) -> dict[str, Any]:
+        layers = [int(name.split(".")[1]) for name in vectors.hook_names]
+        return {"prompt": self.shown, "tokens": self.shown_tokens, "layers": layers, "arms": self.projections}
 
 
-def _answers(arm: _Arm) -> Iterator[dict[str, Any]]:
-    found = arm.evaluation
-    for prompt, response, score in zip(found.prompts, found.responses, found.scores, strict=True):
-        yield {"arm": arm.arm, "direction": arm.direction, "seed": arm.seed, "prompt": prompt, "response": response,
-               "score": score}  # fmt: skip
+def _pairs() -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """What is compared with what, in each direction."""
+    return [
+        ((a, direction), (b, "none" if b == "untuned" else direction)) for direction in DIRECTIONS for a, b in _PAIRED
+    ]
 
 
 def _versions() -> dict[str, str]:
@@ -325,16 +272,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "source"
     return found
-
-
-def _plain(value: Any) -> Any:
-    """Numbers and containers that JSON knows; what is not a number becomes null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

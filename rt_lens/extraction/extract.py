@@ -200,7 +200,8 @@ def read_sides(
     check_hook_names(model, names)
     texts = pairs.texts(model)
     both = texts.positive + texts.negative
-    ends = [len(text) - len(pair.opener) for text, pair in zip(both, [*pairs.pairs, *pairs.pairs], strict=True)]
+    openers = [pair.sides[side][2] for side in (0, 1) for pair in pairs.pairs]
+    ends = [len(text) - len(opener) for text, opener in zip(both, openers, strict=True)]
     rows = rows_of(model, both, ends)
     n = len(pairs)
     reads = [

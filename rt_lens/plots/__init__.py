@@ -9,6 +9,7 @@ from rt_lens.plots.effects import arms, dose_response, side_effects
 from rt_lens.plots.inside import projection_changes, residual_shifts, weight_changes
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
 from rt_lens.plots.look import ARM_COLOURS
+from rt_lens.plots.pareto import pareto
 from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.training import losses
 from rt_lens.plots.trust import trust
@@ -24,6 +25,7 @@ __all__ = [
     "kinds",
     "logit_lens",
     "losses",
+    "pareto",
     "projection_by_layer",
     "projection_changes",
     "projection_heatmap",

@@ -271,7 +271,7 @@ def _row(model: Any, target: Wanted, places: Sequence[str]) -> Row:
     tokenizer = tokenizer_of(model)
     if isinstance(target, Choice):
         tokens, start = torch.tensor(prompt), len(prompt) - 1
-        choices = torch.tensor([[_single(tokenizer, option) for option in target.options]])
+        choices = torch.tensor([[_single(model, target.prompt, option) for option in target.options]])
         shares = torch.tensor([target.shares], dtype=torch.float32)
     else:
         answer = tokenizer.encode(target.answer, add_special_tokens=False)  # it follows, so no start token
@@ -287,14 +287,16 @@ def _row(model: Any, target: Wanted, places: Sequence[str]) -> Row:
     return Row(target.prompt, tokens, predicts, choices, shares, masks)
 
 
-def _single(tokenizer: Any, option: str) -> int:
-    ids = tokenizer.encode(option, add_special_tokens=False)
-    if len(ids) != 1:
+def _single(model: Any, prompt: str, option: str) -> int:
+    # Where it follows: some tokenizers give " A" alone a token for its beginning more.
+    before, after = encode(model, prompt), encode(model, prompt + option)
+    if len(after) != len(before) + 1 or after[:-1] != before:
+        n = max(len(after) - len(before), 0)
         raise ValueError(
-            f"options: {option!r} is {len(ids)} tokens of this model; one is wanted. Give a shorter one, or mind its "
-            "leading space."
+            f"options: {option!r} is {n} tokens of this model after {prompt[-20:]!r}; one is wanted. Give a shorter "
+            "one, or mind its leading space."
         )
-    return int(ids[0])
+    return int(after[-1])
 
 
 def _mask(model: Any, target: Wanted, place: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:

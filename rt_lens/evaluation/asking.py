@@ -1,0 +1,207 @@
+"""Asking a model, under whatever it carries, and scoring what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rt_lens.evaluation.choices import likelihoods
+from rt_lens.evaluation.making import ScorerLike, make_scorer
+from rt_lens.evaluation.scorers import Reads, Scorer, is_share
+from rt_lens.generation import as_chat, generate
+from rt_lens.prompts import ContrastPairs
+from rt_lens.questions import Answer, Asked, Question, as_questions
+from rt_lens.statistics import Interval, mean_interval, share_interval
+from rt_lens.tokens import chat_text
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scored answers.
+
+    Attributes:
+        scorer: its name.
+        prompts: what was asked.
+        responses: what the model answered.
+        scores: one for each answer.
+        interval: mean with n and its 95 % interval over prompts: Wilson's for shares, else a bootstrap.
+        seed: of generation and bootstrap.
+    """
+
+    scorer: str
+    prompts: list[str] = field(repr=False)
+    responses: list[str] = field(repr=False)
+    scores: list[float] = field(repr=False)
+    interval: Interval
+    seed: int
+
+
+def ask(
+    model: Any,
+    questions: Sequence[Question],
+    reads: Iterable[Reads] = ("text",),
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[Answer]:
+    """What a model says to each question: only what scorers read is measured, once for all of them.
+
+    Args:
+        model: whatever it carries (hooks, a delta) is what is measured.
+        questions: prompts with their personas, openers and options.
+        reads: `text` has it write, `answers` and `letters` measure the options' likelihoods.
+        max_new_tokens: length of what it writes.
+        temperature: 0 for greedy.
+        seed: of sampling.
+        batch_size: texts per batch; options run a quarter as many questions at once.
+        progress: show a bar.
+    """
+    wanted, texts = set(reads), [""] * len(questions)
+    if "text" in wanted:
+        texts = generate(
+            model, _texts(model, questions), chat=False, max_new_tokens=max_new_tokens, temperature=temperature,
+            seed=seed, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    found = {
+        form: likelihoods(model, questions, form=form, batch_size=max(1, batch_size // 4))
+        for form in ("answers", "letters")
+        if form in wanted
+    }
+    return [
+        Answer(question, text, {form: measured[row] for form, measured in found.items()})
+        for row, (question, text) in enumerate(zip(questions, texts, strict=True))
+    ]
+
+
+def _texts(model: Any, questions: Sequence[Question]) -> list[str]:
+    """Questions as the model reads them; a text that went through the chat template already stays as it is."""
+    plain = as_chat(model, [question.prompt for question in questions])
+    return [
+        chat_text(model, asked.prompt, system=asked.system, opener=asked.opener)
+        if asked.system or asked.opener
+        else text
+        for asked, text in zip(questions, plain, strict=True)
+    ]
+
+
+def evaluate(
+    model: Any,
+    test: Asked,
+    scorer: ScorerLike = "vader",
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Evaluation:
+    """Answers to prompts, scored.
+
+    Args:
+        model: whatever it carries (hooks, a delta) is what is measured. A scorer that asks a model itself should be
+            given another one, or used in `compare_arms`, which scores when the arm is off again.
+        test: prompts or questions, or pairs, of which each topic is asked once with no persona.
+        scorer: `vader`, a `[scorer]` table, a function from answer to number, or a Scorer.
+        max_new_tokens: length of an answer.
+        temperature: 0 for greedy.
+        seed: of sampling and bootstrap.
+        batch_size: prompts per batch.
+        progress: show a bar.
+
+    Raises:
+        ValueError: unknown scorer, no prompt, or a question without what its scorer reads.
+
+    Example:
+        >>> with delta.applied(model):
+        ...     print(evaluate(model, test).interval)
+    """
+    score, questions = make_scorer(scorer), as_questions(test)
+    answers = ask(
+        model, questions, {score.reads}, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    scores = [float(value) for value in score(answers)]
+    return Evaluation(
+        score.name, [each.prompt for each in questions], [said(answer) for answer in answers], scores,
+        _interval(score, scores, seed), seed,
+    )  # fmt: skip
+
+
+def _interval(scorer: Scorer, scores: Sequence[float], seed: int) -> Interval:
+    if is_share(scorer) and set(scores) <= {0.0, 1.0}:
+        return share_interval(int(sum(scores)), len(scores))
+    return mean_interval(scores, seed)
+
+
+def said(answer: Answer) -> str:
+    """An answer in words: what was written, or else the option found likeliest."""
+    if answer.text or not answer.options:
+        return answer.text
+    totals = next(iter(answer.options.values())).totals
+    return answer.question.options[totals.index(max(totals))]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pairs in which the model itself behaves as its personas ask.
+
+    Attributes:
+        pairs: those kept.
+        share: kept of those asked, with a Wilson 95 % interval (pairs of one topic are not independent).
+        scorer: its name.
+    """
+
+    pairs: ContrastPairs
+    share: Interval
+    scorer: str
+
+
+def correct_only(
+    model: Any,
+    pairs: ContrastPairs,
+    scorer: ScorerLike = "vader",
+    *,
+    threshold: float = 0.0,
+    max_new_tokens: int = 24,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Kept:
+    """Keeps the pairs whose greedy answer scores above a threshold under the positive persona, below under the other.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        pairs: asked with their personas and openers.
+        scorer: `vader`, a `[scorer]` table, or a function from answer to number.
+        threshold: between the two sides.
+        max_new_tokens: length of an answer.
+        batch_size: texts per batch.
+        progress: show a bar.
+
+    Raises:
+        ValueError: if no pair is left; the message says how the sides scored.
+
+    Example:
+        >>> kept = correct_only(model, train.sample(128), "vader")
+        >>> vectors = extract_vectors(model, kept.pairs)
+    """
+    score, texts = make_scorer(scorer), pairs.texts(model)
+    answers = ask(
+        model, as_questions(texts.positive + texts.negative), {score.reads}, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    scores = [float(value) for value in score(answers)]
+    positive, negative = scores[: len(pairs)], scores[len(pairs) :]
+    correct = [high > threshold > low for high, low in zip(positive, negative, strict=True)]
+    if not any(correct):
+        raise ValueError(
+            f"pairs: of {len(pairs)} none is answered as both personas ask ({score.name} {np.mean(positive):.2f} and "
+            f"{np.mean(negative):.2f} in the mean, threshold {threshold:g}). Use another threshold, or all pairs."
+        )
+    kept = tuple(pair for pair, right in zip(pairs.pairs, correct, strict=True) if right)
+    return Kept(ContrastPairs(pairs.name, kept), share_interval(len(kept), len(pairs)), score.name)

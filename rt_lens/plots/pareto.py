@@ -1,0 +1,188 @@
+"""Effect against side effect: which arms no other beats on both."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from rt_lens.plots.look import FAINT, INK, SYMBOLS, Table, arm_colours, dressed, number, ordered, sample, tidy
+
+_HARMS = {"kl": "KL from the untuned model (nats per token)", "perplexity": "perplexity on neutral texts"}
+_PANEL = (900.0, 330.0)  # pixels of a page's panel, by which labels are kept apart
+_LABEL_HEIGHT, _LETTER = 19.0, 7.6
+
+
+class _Box(NamedTuple):
+    """What a label should not cover, in pixels of the panel, and how bad it would be."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    weight: float = 1.0
+
+    def covers(self, other: _Box) -> bool:
+        return self.left < other.right and other.left < self.right and self.low < other.high and other.low < self.high
+
+
+def pareto(
+    table: Table, *, against: Literal["kl", "perplexity"] = "kl", title: str = "Effect against side effect"
+) -> go.Figure:
+    """A mark per arm and direction: its score over what it costs; those that none beats on both are filled and joined.
+
+    Args:
+        table: one row per arm and direction, of one set and one scorer. Columns: arm, direction, set, scorer, n, mean,
+            low, high (score), seeds (list of int), n_texts, efficient (bool), kl or perplexity and, if measured, their
+            intervals kl_low, kl_high and so on: what `Scoreboard.pareto` and `rt_lens.results.efficient` give.
+        against: the side effect on the x axis.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column or all rows are missing, an arm and direction come twice, or `against` is neither.
+
+    Example:
+        >>> row = {"arm": "steered", "direction": "toward", "set": "test", "scorer": "vader", "n": 60, "seeds": [0]}
+        >>> row |= {"mean": 0.6, "low": 0.5, "high": 0.7, "kl": 0.15, "kl_low": 0.1, "kl_high": 0.2, "n_texts": 18}
+        >>> figure = pareto([row | {"efficient": True}])
+    """
+    if against not in _HARMS:
+        raise ValueError(f"against: {against!r} came, 'kl' or 'perplexity' is wanted.")
+    words = ("arm", "direction", "set", "scorer", "seeds", "efficient")
+    frame = tidy(table, words=words, numbers=("n", "mean", "low", "high", against, "n_texts"))
+    if len(repeated := frame[frame.duplicated(["arm", "direction"])]):
+        arm, direction = repeated.iloc[0][["arm", "direction"]]
+        raise ValueError(
+            f"table: {arm}, {direction} came more than once, one row for each arm and direction is wanted. "
+            "Keep one set and one scorer, pooled over seeds."
+        )
+    for end in ("_low", "_high"):
+        frame[f"harm{end}"] = frame.get(f"{against}{end}", pd.Series(np.nan, frame.index)).astype(float)
+    frame = frame.assign(harm=frame[against]).dropna(subset=["harm", "mean"]).reset_index(drop=True)
+    if frame.empty:
+        raise ValueError(f"table: {against} was measured for no row. Measure the arms with texts.")
+    frame["label"] = [
+        arm if direction == "none" else f"{arm}, {direction}"
+        for arm, direction in zip(frame["arm"], frame["direction"], strict=True)
+    ]
+    spans = [_span(frame[["harm", "harm_low", "harm_high"]]), _span(frame[["mean", "low", "high"]])]
+    figure = go.Figure([*_fronts(frame), *_marks(frame, against)])
+    _add_labels(figure, frame, spans)
+    figure.update_xaxes(title_text=f"{_HARMS[against]}: less is better", range=spans[0], zeroline=False)
+    scorers = ", ".join(ordered(frame["scorer"]))
+    figure.update_yaxes(title_text=f"mean score ({scorers})", range=spans[1], zerolinecolor=FAINT)
+    reading = (
+        "Filled and joined: no arm of that direction has at least as good a score at no more cost. Best is left, and "
+        "high (low for away). Whiskers: 95 % intervals; the choice of filled marks ignores them."
+    )
+    texts = sample(frame[["n_texts"]].rename(columns={"n_texts": "n"})).replace(".", " texts.")
+    facts = f"Score: {sample(frame)} Cost: {texts}"
+    return dressed(figure, title, reading, facts, height=520, showlegend=False)
+
+
+def _fronts(frame: pd.DataFrame) -> list[go.Scatter]:
+    """For each direction a line through the marks that none beats, from the arms of no direction on."""
+    best = frame[frame["efficient"].astype(bool)]
+    wanted = [each for each in ordered(best["direction"]) if each != "none"] or ["none"]
+    lines = []
+    for direction in wanted:
+        own = best[best["direction"].isin([direction, "none"])].sort_values("harm")
+        line = {"color": FAINT, "width": 1.5, "dash": "dot"}
+        lines.append(go.Scatter(x=own["harm"], y=own["mean"], mode="lines", line=line, hoverinfo="skip"))
+    return lines
+
+
+def _marks(frame: pd.DataFrame, against: str) -> list[go.Scatter]:
+    colours, marks = arm_colours(frame["arm"]), []
+    for _, row in frame.iterrows():
+        colour, symbol = colours[row["arm"]], SYMBOLS.get(row["direction"], "square")
+        hollow = not row["efficient"]
+        marks.append(
+            go.Scatter(
+                x=[row["harm"]],
+                y=[row["mean"]],
+                error_x=_whisker(row, "harm", "harm_low", "harm_high", colour),
+                error_y=_whisker(row, "mean", "low", "high", colour),
+                mode="markers",
+                marker={
+                    "color": "white" if hollow else colour,
+                    "symbol": symbol,
+                    "size": 13,
+                    "line": {"width": 2.5, "color": colour},
+                },
+                name=row["label"],
+                hovertext=(
+                    f"{row['label']}{'' if hollow else ' (none beats it)'}<br>"
+                    f"{row['set']}, {row['scorer']} {_stated(row, 'mean', 'low', 'high')}, n = {row['n']:g}<br>"
+                    f"{against} {_stated(row, 'harm', 'harm_low', 'harm_high')}, n = {number(row['n_texts'], 0)} texts"
+                    f"<br>seeds {', '.join(map(str, row['seeds']))}"
+                ),
+                hoverinfo="text",
+            )
+        )
+    return marks
+
+
+def _whisker(row: pd.Series, centre: str, low: str, high: str, colour: str) -> dict[str, Any]:
+    up, down = row[high] - row[centre], row[centre] - row[low]
+    look = {"type": "data", "color": colour, "thickness": 1.5, "width": 4}
+    return {**look, "array": [float(up)], "arrayminus": [float(down)], "visible": bool(np.isfinite([up, down]).all())}
+
+
+def _stated(row: pd.Series, centre: str, low: str, high: str) -> str:
+    return f"{number(row[centre])} [{number(row[low])}, {number(row[high])}]"
+
+
+def _span(values: pd.DataFrame) -> list[float]:
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    margin = 0.12 * (high - low) if high > low else 0.05 * max(abs(high), 1.0)
+    return [low - margin, high + margin]
+
+
+def _add_labels(figure: go.Figure, frame: pd.DataFrame, spans: list[list[float]]) -> None:
+    """Labels beside their marks where there is room, else farther off with a line to the mark."""
+    pixels = {
+        column: ((frame[column] - spans[axis][0]) / (spans[axis][1] - spans[axis][0]) * _PANEL[axis]).tolist()
+        for axis, column in [(0, "harm"), (0, "harm_low"), (0, "harm_high"), (1, "mean"), (1, "low"), (1, "high")]
+    }
+    taken: list[_Box] = []
+    for x, left, right, y, low, high in zip(*pixels.values(), strict=True):
+        taken.append(_Box(x - 9, x + 9, y - 9, y + 9, 3.0))
+        if math.isfinite(left + right):
+            taken.append(_Box(left, right, y - 3, y + 3))
+        if math.isfinite(low + high):
+            taken.append(_Box(x - 3, x + 3, low, high))
+    rows = frame[["harm", "mean", "label"]].itertuples(index=False, name=None)
+    for (harm, mean, label), x, y in zip(rows, pixels["harm"], pixels["mean"], strict=True):
+        found, (right, up) = _free_place(x, y, _LETTER * len(label) + 6, taken)
+        taken.append(found._replace(weight=10.0))
+        figure.add_annotation(
+            x=harm, y=mean, ax=right, ay=-up, text=label, showarrow=True, arrowhead=0, arrowwidth=1, standoff=8,
+            arrowcolor=FAINT if abs(up) > 20 else "rgba(0,0,0,0)", font_color=INK, bgcolor="rgba(255,255,255,0.75)",
+        )  # fmt: skip
+
+
+def _free_place(x: float, y: float, width: float, taken: list[_Box]) -> tuple[_Box, tuple[float, float]]:
+    """The box of a label near a mark that covers least, and how far its centre lies from the mark."""
+    shifts = [
+        (side * (width / 2 + 12), lift)
+        for lift in (0.0, 18.0, -18.0, 36.0, -36.0, 60.0, -60.0, 90.0, -90.0)
+        for side in (1.0, -1.0)
+    ]
+    shifts += [(0.0, lift) for lift in (22.0, -22.0, 44.0, -44.0)]
+    boxes = [
+        _Box(x + dx - width / 2, x + dx + width / 2, y + dy - _LABEL_HEIGHT / 2, y + dy + _LABEL_HEIGHT / 2)
+        for dx, dy in shifts
+    ]
+
+    def cost(place: int) -> float:
+        box = boxes[place]
+        outside = box.left < 0 or box.right > _PANEL[0] or box.low < 0 or box.high > _PANEL[1]
+        distance = abs(shifts[place][1]) / 100
+        return 5 * outside + distance + sum(other.weight for other in taken if box.covers(other))
+
+    best = min(range(len(boxes)), key=cost)
+    return boxes[best], shifts[best]

@@ -1,0 +1,11 @@
+"""A finished run's folder -> one HTML page that opens anywhere, offline. This room reads files; it never meets a model.
+
+What the page says comes from results.json, responses.jsonl and projections.json alone. Text in them was written by a
+model or a user, so it is escaped on every road into the page: `html.escape` for markup, and the same for figures, whose
+labels Plotly would otherwise read as HTML.
+"""
+
+from rt_lens.report.page import write_report
+from rt_lens.report.sentences import summary_sentences
+
+__all__ = ["summary_sentences", "write_report"]

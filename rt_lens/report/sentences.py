@@ -1,0 +1,105 @@
+"""What a run found, in plain sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rt_lens.report.words import Row, brief, estimate, grouped, listed, of_first_scorer, p_value, sample, seeds
+from rt_lens.results import checked
+
+_ALPHA = 0.05
+
+
+def summary_sentences(results: Mapping[str, Any]) -> list[str]:
+    """What the run found, in plain text: scores, paired differences, damage; each with n, 95 % interval and seeds.
+
+    Of a set with several scorers the first is told; the page's tables hold the others.
+
+    Args:
+        results: the content of results.json.
+
+    Raises:
+        ValueError: if a key is missing.
+
+    Example:
+        >>> print(*summary_sentences(load_results("runs/mood").content), sep="\\n")
+    """
+    told = findings(results)
+    return [*told.opening, *(sentence for own in told.sets.values() for sentence in own), *told.closing]
+
+
+class Findings(NamedTuple):
+    """The same sentences in their parts: of the protocol, of each set, and of the damage done to all."""
+
+    opening: list[str]
+    sets: dict[str, list[str]]
+    closing: list[str]
+
+
+def findings(results: Mapping[str, Any]) -> Findings:
+    """What `summary_sentences` says, set by set."""
+    results = checked(results)
+    compared, sets = of_first_scorer(results["comparisons"]), {}
+    for name, rows in of_first_scorer(results["summary"]).items():
+        untuned = [row for row in rows if row["arm"] == "untuned"]
+        where = f"{results['behaviour']}, {name}, scored by {rows[0]['scorer']}"
+        sentences = [f"Untuned, {results['model']} scores {brief(row)} ({where}; {sample(row)})." for row in untuned]
+        for (direction,), moved in grouped([row for row in rows if row["arm"] != "untuned"], "direction").items():
+            means = listed(moved, lambda row: f"{row['arm']} {brief(row)}")
+            sentences.append(f"{_begin(direction)}{name}: {means}.")
+        for (direction,), pairs in grouped(compared.get(name, []), "a_direction").items():
+            sentences.append(f"{_begin(direction)}{name}, paired: {_differences(pairs)}.")
+        sets[name] = sentences
+    n, counted = len(results["comparisons"]), any(row["p_holm"] is not None for row in results["comparisons"])
+    holm = [f"p is Holm's, over all {n} comparisons of this run."] if counted else []
+    opening = [results["protocol"]["why"]] if results["protocol"]["why"] else []
+    return Findings(opening, sets, [*_damage_sentences(results), *holm, "Brackets hold 95 % intervals."])
+
+
+def _begin(direction: str) -> str:
+    return "" if direction == "none" else f"{direction.capitalize()}, "
+
+
+def _differences(rows: Sequence[Row]) -> str:
+    """Where p is corrected: the differences that were shown, and how many were not. Else all of them."""
+
+    def say(row: Row) -> str:
+        p = row["p"] if row["p_holm"] is None else row["p_holm"]
+        return f"{row['a']} minus {row['b']} {estimate(row, 'difference')}, p {p_value(p)}"
+
+    shown = [row for row in rows if row["p_holm"] is None or row["p_holm"] < _ALPHA]
+    quiet = [f"{row['a']} and {row['b']}" for row in rows if row not in shown]
+    parts = [listed(shown, say)] if shown else []
+    parts += [f"no difference shown between {', '.join(quiet)} ({sample(rows[0])})"] if quiet else []
+    return "; ".join(parts)
+
+
+def _damage_sentences(results: Mapping[str, Any]) -> list[str]:
+    """The worst perplexity, the fewest facts kept and the most repetition, each against the untuned model's."""
+    untuned = next((row for row in results["summary"] if row["arm"] == "untuned"), None)
+    moved = [row for row in results["summary"] if row["arm"] != "untuned"]
+    sentences = []
+    priced = [row for row in moved if row["perplexity"] is not None]
+    if untuned and untuned["perplexity"] and priced:
+        worst = max(priced, key=lambda row: row["perplexity"])
+        ratio, bound = worst["perplexity"] / untuned["perplexity"], results["bound"]
+        verdict = "" if bound is None else f", {'within' if ratio <= bound else 'over'} the bound of {bound:g}"
+        measured = f"{worst['arm']} {worst['direction']} {brief(worst, 'perplexity')}, {ratio:.2f} times the untuned"
+        against = f"{brief(untuned, 'perplexity')}{verdict}"
+        texts = f"n = {worst['n_texts']} texts, {seeds(worst)}"
+        sentences.append(f"Highest perplexity: {measured} {against} ({texts}).")
+    asked = [row for row in moved if row["facts"] is not None]
+    if untuned and untuned["facts"] is not None and asked:
+        least = min(asked, key=lambda row: row["facts"])
+        measured = f"{least['arm']} {least['direction']} {brief(least, 'facts')}"
+        sentences.append(
+            f"Fewest facts kept: {measured}, untuned {brief(untuned, 'facts')} "
+            f"(n = {least['n_facts']}, {seeds(least)})."
+        )
+    wrote = [row for row in moved if row["repetition"] is not None]
+    if untuned and untuned["repetition"] is not None and wrote:
+        most = max(wrote, key=lambda row: row["repetition"])
+        measured = f"{most['arm']} {most['direction']} {brief(most, 'repetition')}"
+        sentences.append(f"Most repetition: {measured}, untuned {brief(untuned, 'repetition')} ({sample(most)}).")
+    return sentences

@@ -1,0 +1,258 @@
+"""Estimates with 95 % intervals: shares, means, ratios of sums, and means over tuning seeds x prompts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from jaxtyping import Shaped
+from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
+
+Values: TypeAlias = Sequence[float] | Shaped[np.ndarray, " prompt"]  # the space is for linters
+Grid: TypeAlias = Sequence[Sequence[float]] | Shaped[np.ndarray, "seed prompt"]
+
+_NO_BOUNDS = (float("nan"), float("nan"))
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval.
+
+    Attributes:
+        n: number of independent observations: prompts, texts or questions, never prompts times tuning seeds.
+        mean: the estimate.
+        low: lower bound; NaN (as is `high`) where the observations have no spread to judge by: a single one, or all
+            alike. No width would claim certainty, and infinite bounds would stretch every axis.
+        high: upper bound.
+    """
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+def share_interval(hits: int, n: int, method: Literal["wilson", "exact"] = "wilson") -> Interval:
+    """Share with Wilson's score interval (1927), or Clopper and Pearson's exact one (1934).
+
+    Wilson's covers 95 % on average over shares and n, the exact one 95 % or more whatever they are, and is wider.
+
+    Args:
+        hits: how many.
+        n: of how many.
+        method: `wilson` or `exact`.
+
+    Raises:
+        ValueError: hits below 0 or above n, n of 0, or an unknown method.
+
+    Example:
+        >>> share_interval(10, 100)  # 0.10 [0.055, 0.174]
+    """
+    if not 0 <= hits <= n or n == 0:
+        raise ValueError(f"hits: {hits} of {n} came; a count between 0 and n, with n above 0, is wanted.")
+    methods = {"wilson": "wilson", "exact": "beta"}
+    if method not in methods:
+        raise ValueError(f"method: {method!r} came; 'wilson' or 'exact' is wanted.")
+    low, high = proportion_confint(hits, n, method=methods[method])
+    share = hits / n
+    return Interval(n, share, min(float(low), share), max(float(high), share))  # Wilson's 0 of n ends at 3e-17
+
+
+def mean_interval(values: Values, seed: int = 0, resamples: int = 4000) -> Interval:
+    """Mean with a bias-corrected accelerated bootstrap interval (Efron 1987), widened for small n (Hesterberg 2015).
+
+    A plain bootstrap is too narrow, by the factor sqrt((n - 1) / n) and for want of Student's t: of 95 % it covers 92 %
+    at n = 16. Widened, it covers 93 to 97 % in simulations from n = 16 on for normal and for bounded skewed values
+    such as VADER's, and from n = 24 on for exponential values and values in two heaps. With fewer it covers less: 77
+    to 96 % at 8, and at 3 no more than 75 %, for no bootstrap leaves the range of its sample.
+
+    Args:
+        values: one number per prompt. For shares use `share_interval`, which also knows what none or all of n says.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+
+    Returns:
+        Bounds are NaN for one value, or values that are all alike.
+
+    Raises:
+        ValueError: no value, or one that is NaN or infinite.
+
+    Example:
+        >>> mean_interval([0.1, 0.4, 0.3, 0.8])
+    """
+    sample = numbers("values", values)
+    return bootstrapped(sample, np.mean, seed, resamples)
+
+
+def ratio_interval(totals: Values | Grid, sizes: Values, seed: int = 0, resamples: int = 4000) -> Interval:
+    """Ratio of sums, such as nats per token or a weighted mean: whole texts are resampled.
+
+    Percentile bootstrap, widened as in `mean_interval`: in simulations of texts of unequal length it covers 94 % at 18
+    and 95 % at 24 texts for log-likelihoods, 93 % and 94 % for KL (skewed); BCa covers 1 to 2 points less. Totals of
+    several tuning seeds get `crossed_interval`, of the ratio's linear approximation (94 to 96 % for 3 seeds, 24 texts).
+
+    Args:
+        totals: each text's sum, [text] or [seed, text].
+        sizes: what each text counts, [text]: its tokens, or its weight. A text of size 0 is left out.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+
+    Raises:
+        ValueError: unlike lengths, a negative size, no text with a size, or a value that is NaN or infinite.
+
+    Example:
+        >>> ratio_interval(nll, sizes)  # nats per token
+    """
+    above, below = numbers("totals", totals, most=2), numbers("sizes", sizes)
+    if above.shape[-1] != below.size:
+        raise ValueError(f"sizes: {below.size} came for {above.shape[-1]} texts. One for each is wanted.")
+    if below.min() < 0 or below.max() == 0:
+        raise ValueError("sizes: one is negative, or none is above 0. Give each text's number of tokens.")
+    above, below = above[..., below > 0], below[below > 0]
+    grid = np.atleast_2d(above)
+    n, ratio = below.size, float(grid.mean(0).sum() / below.sum())
+    if len(grid) > 1:
+        return crossed_interval(ratio + (grid - ratio * below) / below.mean())
+    order = np.lexsort((grid[0], below))  # the order of texts changes nothing
+    drawn = order[np.random.default_rng(seed).integers(0, n, (resamples, n))]
+    ratios = grid[0][drawn].sum(1) / below[drawn].sum(1)
+    if all_alike(ratios):
+        return Interval(n, ratio, *_NO_BOUNDS)
+    low, high = np.quantile(ratios, [_tail(n), 1 - _tail(n)])
+    return Interval(n, ratio, float(low), float(high))
+
+
+def crossed_interval(values: Grid, seed: int = 0) -> Interval:
+    """Mean over tuning seeds x prompts; the interval holds what other seeds and other prompts would change.
+
+    Two-way random effects by the method of moments: the mean's variance is (MS_seed + max(MS_prompt - MS_rest, 0)) /
+    (seeds x prompts). Its degrees of freedom d weigh those of its two parts by the parts' shares: 1/d = share_seed /
+    (seeds - 1) + share_prompt / (prompts - 1). Satterthwaite's, with the shares squared, are too many for so few seeds:
+    with 3 seeds x 60 prompts they cover down to 92 % where these cover 94 to 96.5 %, at every ratio of the variances
+    (simulated; 4 seeds and more: 95 to 96.5 %; 2 seeds: 91 to 96.5 %). Seeds averaged prompt by prompt, with an
+    interval over prompts alone, cover anything from 7 to 95 %.
+
+    Args:
+        values: one number per seed and prompt, the same prompts for every seed.
+        seed: of the bootstrap, which a single tuning seed gets (`mean_interval`, over prompts alone).
+
+    Returns:
+        n is the number of prompts; say the seeds beside it. Bounds are NaN for one prompt, or no spread.
+
+    Raises:
+        ValueError: no value, or one that is NaN or infinite.
+
+    Example:
+        >>> crossed_interval([[0.1, 0.4, 0.3], [0.2, 0.4, 0.5]])  # two seeds, three prompts
+    """
+    grid = numbers("values", values, least=2, most=2)
+    if len(grid) == 1:
+        return mean_interval(grid[0], seed)
+    return Interval(grid.shape[1], *moments(grid).interval())
+
+
+class Moments(NamedTuple):
+    """A mean as a t-test sees it.
+
+    Attributes:
+        mean: the estimate.
+        variance: of the mean; 0 if there is no spread to judge by.
+        df: degrees of freedom of that variance.
+    """
+
+    mean: float
+    variance: float
+    df: float
+
+    def interval(self) -> tuple[float, float, float]:
+        """Mean and its 95 % t-interval; NaN bounds without a variance."""
+        if self.variance <= 0:
+            return (self.mean, *_NO_BOUNDS)
+        half = float(stats.t.ppf(0.975, self.df) * np.sqrt(self.variance))
+        return self.mean, self.mean - half, self.mean + half
+
+    @property
+    def p(self) -> float:
+        """Two-sided, of a mean of 0; for a variance above 0."""
+        return float(2 * stats.t.sf(abs(self.mean) / np.sqrt(self.variance), self.df))
+
+
+def moments(values: Shaped[np.ndarray, "*seed prompt"]) -> Moments:
+    """Mean, its variance and degrees of freedom: of [prompt] Student's, of [seed, prompt] as in `crossed_interval`.
+
+    Args:
+        values: finite numbers.
+
+    Example:
+        >>> moments(np.array([0.1, 0.4, 0.3])).interval()
+    """
+    mean, n_prompts = float(values.mean()), values.shape[-1]
+    if n_prompts == 1 or all_alike(values):
+        return Moments(mean, 0.0, 1.0)
+    if values.ndim == 1 or len(values) == 1:
+        return Moments(mean, float(values.var(ddof=1)) / n_prompts, n_prompts - 1)
+    n_seeds = len(values)
+    of_seed, of_prompt = values.mean(1) - mean, values.mean(0) - mean
+    rest = values - mean - of_seed[:, None] - of_prompt
+    ms_seed = n_prompts * float((of_seed**2).sum()) / (n_seeds - 1)
+    ms_prompt = n_seeds * float((of_prompt**2).sum()) / (n_prompts - 1)
+    ms_rest = float((rest**2).sum()) / ((n_seeds - 1) * (n_prompts - 1))
+    ms_prompt = max(ms_prompt - ms_rest, 0.0)
+    total = ms_seed + ms_prompt
+    if total == 0:
+        return Moments(mean, 0.0, 1.0)
+    df = total / (ms_seed / (n_seeds - 1) + ms_prompt / (n_prompts - 1))
+    return Moments(mean, total / (n_seeds * n_prompts), df)
+
+
+def numbers(argument: str, values: Any, least: int = 1, most: int = 1) -> Shaped[np.ndarray, "..."]:
+    """The values as an array of floats of this many axes, or a message that names the argument."""
+    try:
+        found = np.asarray(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument}: no array of numbers came ({error}). Give every seed the same prompts.") from None
+    if not least <= found.ndim <= most:
+        wanted = "one number per seed and prompt is" if least == 2 else "one number per prompt is"
+        mend = "" if least == 2 else " Average over seeds first."
+        raise ValueError(f"{argument}: an array of shape {found.shape} came; {wanted} wanted.{mend}")
+    if found.size == 0:
+        raise ValueError(f"{argument}: the list is empty; at least one observation is wanted.")
+    if bad := int((~np.isfinite(found)).sum()):
+        raise ValueError(
+            f"{argument}: {bad} of {found.size} are NaN or infinite; finite numbers are wanted. "
+            "Leave those prompts out, in every arm alike."
+        )
+    return found
+
+
+def all_alike(values: Shaped[np.ndarray, "..."]) -> bool:
+    """But for rounding: 0.9 - 0.4 and 0.8 - 0.3 are no spread."""
+    return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
+
+
+def bootstrapped(
+    sample: Shaped[np.ndarray, " prompt"], statistic: Callable[..., Any], seed: int, resamples: int
+) -> Interval:
+    """BCa, or percentile where that is undefined; widened."""
+    sample = np.sort(sample)  # the order of prompts changes nothing
+    n, estimate = sample.size, float(statistic(sample))
+    if all_alike(sample):
+        return Interval(n, estimate, *_NO_BOUNDS)
+    level = min(1 - 2 * _tail(n), 1 - 1e-12)  # scipy's BCa knows no level of 1
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # a statistic may be infinite on a resample
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        for method in ("BCa", "percentile"):
+            result = stats.bootstrap(
+                (sample,), statistic, n_resamples=resamples, method=method, rng=seed, batch=500, confidence_level=level
+            )
+            low, high = (float(bound) for bound in result.confidence_interval)
+            if np.isfinite([low, high]).all():
+                return Interval(n, estimate, low, high)
+    return Interval(n, estimate, *_NO_BOUNDS)
+
+
+def _tail(n: int) -> float:
+    """Share of the bootstrap to leave out at either end: the normal tail beyond sqrt(n / (n - 1)) times Student's t."""
+    return float(stats.norm.sf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)))

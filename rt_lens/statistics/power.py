@@ -1,0 +1,79 @@
+"""How many prompts a difference needs, and how small a difference a number of prompts can show (paired t-test)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from statsmodels.stats.power import TTestPower
+
+from rt_lens.statistics.intervals import Values, numbers
+
+
+def prompts_needed(differences: Values, power: float = 0.8, alpha: float = 0.05) -> int | None:
+    """How many prompts a new run needs to show a difference as large as the one seen here.
+
+    For planning the next run. It says nothing about the run it came from: "observed power" is the p-value told once
+    more (Hoenig and Heisey 2001), and a difference that was picked because it looked large was partly luck, so plan
+    with the lower bound of its interval. More prompts do not make up for too few tuning seeds.
+
+    Args:
+        differences: first minus second, one number per prompt (averaged over seeds).
+        power: chance to find the difference (two-sided test).
+        alpha: level of the test.
+
+    Returns:
+        None if the mean difference is 0, which no number of prompts can show.
+
+    Raises:
+        ValueError: fewer than two differences, no spread, or a power or alpha outside (0, 1).
+
+    Example:
+        >>> prompts_needed([0.4, -0.1, 0.3, 0.0, 0.2])
+    """
+    _check(power, alpha)
+    sample = numbers("differences", differences)
+    if sample.size < 2 or np.ptp(sample) == 0:
+        raise ValueError("differences: they have no spread to plan by. Give at least two that differ.")
+    effect = abs(float(sample.mean())) / float(sample.std(ddof=1))
+    if effect == 0:
+        return None
+    few = 16  # above it statsmodels' solver converges whatever the effect; below it one looks
+    for n in range(2, few):
+        if _power(effect, n, alpha) >= power:
+            return n
+    return math.ceil(float(TTestPower().solve_power(effect_size=effect, power=power, alpha=alpha)))
+
+
+def detectable(n: int, sd: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest mean difference that n prompts show with this power, in the differences' own unit.
+
+    Args:
+        n: prompts.
+        sd: standard deviation of the differences over prompts.
+        power: chance to find it (two-sided paired t-test).
+        alpha: level of the test.
+
+    Raises:
+        ValueError: n below 2, a negative sd, or a power or alpha outside (0, 1).
+
+    Example:
+        >>> detectable(60, 0.5)  # 0.18
+    """
+    _check(power, alpha)
+    if n < 2 or not sd >= 0:
+        raise ValueError(f"n, sd: {n} and {sd} came; at least 2 prompts and an sd of 0 or more are wanted.")
+    return sd * float(TTestPower().solve_power(nobs=n, power=power, alpha=alpha))
+
+
+def _power(effect: float, n: int, alpha: float) -> float:
+    # A noncentral t far out is NaN in scipy, and there the power is 1.
+    found = float(TTestPower().power(effect, n, alpha))
+    return 1.0 if math.isnan(found) else found
+
+
+def _check(power: float, alpha: float) -> None:
+    if not (0 < alpha < power < 1):
+        raise ValueError(
+            f"power, alpha: {power} and {alpha} came; 0 < alpha < power < 1 is wanted, as in 0.8 and 0.05."
+        )

@@ -1,0 +1,102 @@
+"""Finished runs in small, made of drawn scores: what the results room reads and writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rt_lens.results import tables_of, write_results
+from rt_lens.scoreboard import Scoreboard
+
+ARMS = (("untuned", "none"), ("steered", "away"), ("rep_tuned", "toward"), ("rep_tuned", "away"))
+SETS = {"test": ("vader", "repetition"), "facts": ("names_right",), "talk": ("repetition", "obeys")}
+
+
+def make_board(
+    draw: int,
+    *,
+    shift: float = 0.0,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    prompts: tuple[int, ...] = tuple(range(24)),
+    asked: str = "Question",
+    n_texts: int = 8,
+    spread: float = 0.2,
+) -> Scoreboard:
+    """Prompts differ from one another and so do seeds; `shift` is added to rep_tuned's vader scores.
+
+    Two draws share the prompts' own levels and nothing else: they are two runs of one experiment. With one seed there
+    is no noise of seeds, which nothing could tell from a change.
+    """
+    noise = np.random.default_rng(draw)
+    scores: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    answers: list[dict[str, Any]] = []
+    for arm, direction in ARMS:
+        tuned = arm == "rep_tuned"
+        for seed in seeds if tuned else (0,):
+            label = {"arm": arm, "direction": direction, "seed": seed}
+            for name, scorers in SETS.items():
+                jitter = spread / 2 if tuned and len(seeds) > 1 else 0.0
+                found = {
+                    scorer: _drawn(noise, scorer, prompts, spread)
+                    + (shift if tuned and scorer == "vader" else 0.0)
+                    + (noise.normal(0, jitter) if scorer in ("vader", "repetition") else 0.0)
+                    for scorer in scorers
+                }
+                for item, number in enumerate(prompts):
+                    own = {scorer: float(values[item]) for scorer, values in found.items()}
+                    about = {**label, "set": name}
+                    answers.append({**about, "prompt": f"{asked} {number}, {name}?", "response": "Well.", **own})
+                    scores += [
+                        {**about, "item": item, "category": "", "scorer": scorer, "score": score}
+                        for scorer, score in own.items()
+                    ]
+            for text in range(n_texts):
+                tokens = 40 + 5 * text
+                nll, kl = tokens * (3 + noise.normal(0, 0.05)), tokens * abs(noise.normal(0.1, 0.02))
+                texts.append(
+                    {**label, "text": text, "tokens": tokens, "nll": nll, "kl": kl if arm != "untuned" else 0.0}
+                )
+    columns = ["arm", "direction", "seed", "text", "tokens", "nll", "kl"]
+    return Scoreboard(pd.DataFrame(scores), pd.DataFrame(texts, columns=columns), answers, 0)
+
+
+def _drawn(noise: np.random.Generator, scorer: str, prompts: tuple[int, ...], spread: float) -> Any:
+    if scorer in ("names_right", "obeys"):
+        return (noise.random(len(prompts)) < 0.7).astype(float)
+    levels = np.random.default_rng(99).normal(0.2, 0.5, 1000)[[number % 1000 for number in prompts]]
+    return levels + noise.normal(0, spread, len(prompts))
+
+
+def make_content(board: Scoreboard, **changes: Any) -> dict[str, Any]:
+    """The content of results.json for a board; keywords replace keys."""
+    content = {
+        "schema": 1,
+        "behaviour": "mood",
+        "description": "Cheerful or gloomy?",
+        "model": "tiny",
+        "versions": {"rt_lens": "0.1.0", "torch": "2.9.0"},
+        "seed": 0,
+        "protocol": {"name": "answers", "why": "", "calibration": []},
+        "choices": {"away": {"layer": 1, "multiplier": -2.0, "why": "Furthest."}, "rule": "The furthest."},
+        **tables_of(board, exams=["test"], writing="test"),
+        "comparisons": board.comparisons().to_dict("records"),
+        "separability": [],
+        "dose_response": [],
+        "bound": 1.1,
+        "history": [],
+        "logit_lens": [],
+        "seconds": {"tune": 1.0},
+    }
+    return {**content, **changes}
+
+
+PROJECTIONS = {"prompt": "Hello", "tokens": ["Hel", "lo"], "layers": [0], "arms": {"untuned": [[0.1, 0.2]]}}
+
+
+def write_run(folder: Path, board: Scoreboard, **changes: Any) -> Path:
+    """A finished run's folder."""
+    return write_results(folder, make_content(board, **changes), board, PROJECTIONS).parent

@@ -1,0 +1,151 @@
+"""Scorers by hand: what each reads of an answer, and what it makes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+import rt_lens as rtl
+from rt_lens.evaluation import Lexicon, NamesRight, Obeys, OfText, Scorer, ask, evaluate, make_scorer, said, vader
+from rt_lens.questions import Answer, Likelihoods, Question, load_questions
+
+
+def test_vader_orders_moods():
+    assert vader("I am so happy, this is wonderful!") > 0.5 > -0.5 > vader("I am miserable, this is terrible.")
+
+
+def test_lexicon_counts_whole_words_and_phrases():
+    score = Lexicon(("therefore", "I am"), ("i'm", "kind of", "yeah"))
+    assert score("Therefore I am here.") == 1.0
+    assert score("Yeah, I’m kind of tired.") == -1.0
+    assert score("Therefore, yeah.") == 0.0
+    assert score("Yeahs and thereforeness") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("scorer", "says"),
+    [
+        ("vadr", "'vadr' came; one of 'vader'"),
+        ({"kind": "lexicon", "positive": ["a"]}, "needs words in both lists"),
+        ({}, "None came"),
+        ({"kind": "vader", "lang": "de"}, "'vader' came with lang"),
+        ({"kind": "likelihood", "measure": "odds"}, "measure 'odds'"),
+        ({"kind": "pattern", "pattern": "("}, "no regular expression"),
+        ({"kind": "pattern"}, "'pattern' came with nothing else"),
+    ],
+)
+@pytest.mark.usefixtures("as_a_user")
+def test_bad_scorers_are_named(scorer, says):
+    with pytest.raises(ValueError, match="scorer: ") as caught:
+        make_scorer(scorer)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["vader", "repetition", {"kind": "lexicon", "positive": ["a"], "negative": ["b"]}, len, NamesRight(), "likelihood",
+     {"kind": "pattern", "pattern": "^sorry"}, "obeys"],
+)  # fmt: skip
+def test_whatever_is_given_becomes_one_callable_type(given):
+    scorer = make_scorer(given)
+    assert isinstance(scorer, Scorer)
+    assert make_scorer(scorer) is scorer
+    assert scorer.name
+    assert scorer.reads in ("text", "answers", "letters")
+
+
+def test_a_pattern_is_found_anywhere_in_any_case():
+    score = make_scorer({"kind": "pattern", "pattern": r"\bsorry\b"})
+    said = [Answer(Question("?"), text) for text in ("I am SORRY.", "sorrynot")]
+    assert score(said) == [1.0, 0.0]
+
+
+def test_names_right_takes_whole_words_and_refuses_wrong_ones():
+    asked = Question("What is 20 + 18?", ("38",), ("40",))
+    said = [Answer(asked, text) for text in ("It is 38.", "It is 138.", "38 or 40", "None.")]
+    assert NamesRight()(said) == [1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="has no right option"):
+        NamesRight()([Answer(Question("Hi."), "x")])
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad"),
+    [
+        ({"kind": "one_word"}, "Green.", "It is green."),
+        ({"kind": "max_words", "n": 3}, "one two three", "one two three four"),
+        ({"kind": "contains", "words": ["Oak", "ash"]}, "An ash, an oak.", "An oak."),
+        ({"kind": "starts_with", "text": "Dear"}, "dear Sir", "My dear"),
+        ({"kind": "ends_with", "text": "the end."}, "And so, The End.", "The end of it all"),
+        ({"kind": "upper"}, "LOUD, 3!", "Loud"),
+        ({"kind": "upper"}, "A", "123"),
+        ({"kind": "list", "n": 2}, "Here:\n1. a\n2. b", "1. a\n2. b\n3. c"),
+        ({"kind": "list", "n": 2}, "- a\n- b", "a, b"),
+        ({"kind": "no_letter", "letter": "e"}, "A cat sat.", "The cat"),
+    ],
+)
+def test_obeys_by_hand(check, good, bad):
+    asked = Question("Do it.", check=check)
+    assert Obeys()([Answer(asked, good), Answer(asked, bad), Answer(asked, "")])[:2] == [1.0, 0.0]
+
+
+def test_every_shipped_instruction_has_a_check_that_an_answer_can_fail():
+    asked = load_questions("instructions")
+    assert {question.check["kind"] for question in asked} == {
+        "one_word", "max_words", "contains", "starts_with", "upper", "list", "ends_with", "no_letter",
+    }  # fmt: skip
+    assert sum(Obeys()([Answer(question, "") for question in asked])) == 0
+
+
+def test_an_instruction_without_a_check_is_named():
+    with pytest.raises(ValueError, match="'Hi.' has no check"):
+        Obeys()([Answer(Question("Hi."), "x")])
+
+
+def test_evaluate_scores_what_the_model_says_and_batches_do_not_matter(model):
+    prompts = ["How do you take your tea?", "Hello.", "What do you think of trains, and of long journeys by train?"]
+    found = evaluate(model, prompts, max_new_tokens=8)
+    assert found.responses == rtl.generate(model, prompts, max_new_tokens=8, batch_size=1)
+    assert found.scores == [vader(response) for response in found.responses]
+    assert found.interval.n == 3
+    assert evaluate(model, prompts, len, max_new_tokens=8).scores == [len(r) for r in found.responses]
+
+
+def test_questions_are_asked_with_their_persona_and_opener(tiny):
+    asked = [Question("Hi.", system="Be brief.", opener="Well,"), Question("Hi.")]
+    found = ask(tiny, asked, {"text"}, max_new_tokens=4)
+    texts = [
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nWell,",
+        "Hi.",
+    ]
+    assert [answer.text for answer in found] == rtl.generate(tiny, texts, max_new_tokens=4)
+    assert found[0].text != found[1].text
+
+
+def test_only_what_is_read_is_measured_and_an_option_is_said_in_words(tiny):
+    asked = [Question("Is ice cold?", ("Yes",), ("No",))]
+    (answer,) = ask(tiny, asked, {"answers"})
+    assert answer.text == "" and set(answer.options) == {"answers"}
+    best = max(range(2), key=lambda i: answer.options["answers"].totals[i])
+    assert said(answer) == asked[0].options[best]
+    (written,) = ask(tiny, asked, {"text"}, max_new_tokens=2)
+    assert written.options == {}
+
+
+def test_evaluate_by_likelihood_gives_shares_and_the_options_preferred(model):
+    asked = [Question("What is the capital of France?", ("Paris",), ("Lyon",), opener="Answer:")]
+    found = evaluate(model, asked, {"kind": "likelihood", "measure": "share"})
+    assert found.responses == ["Paris"]
+    assert 0.5 < found.scores[0] < 1
+
+
+def test_a_scorer_of_ones_own_sees_the_whole_answer(tiny):
+    class Longest:
+        name, reads = "longest", "answers"
+
+        def __call__(self, answers):
+            return [float(max(each.options["answers"].sizes)) for each in answers]
+
+    asked = [Question("Is ice cold?", ("Yes, it is very cold indeed",), ("No",))]
+    assert evaluate(tiny, asked, Longest()).scores[0] >= 5
+    assert isinstance(make_scorer(Longest()), Longest)
+    assert OfText("len", len)([Answer(asked[0], "abc")]) == [3.0]
+    assert Likelihoods((0.0,), (1,), 0.0).other == 0

@@ -1,0 +1,424 @@
+"""Tests, effect sizes, power and calibration against published and hand-worked cases, and their algebra."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from sklearn.metrics import brier_score_loss
+from statsmodels.stats.power import TTestPower
+
+from rt_lens.statistics import (
+    Interval,
+    brier_score,
+    calibration_curve,
+    calibration_error,
+    cliffs_delta,
+    crossed_interval,
+    detectable,
+    holm,
+    mcnemar,
+    paired_comparison,
+    prompts_needed,
+    share_interval,
+    standardised_difference,
+    unpaired_comparison,
+    wilcoxon,
+)
+
+algebra = settings(deadline=None, max_examples=25)
+SCORES = st.lists(st.integers(-100, 100).map(lambda x: x / 100), min_size=4, max_size=12)
+# Heights of crossed minus self-fertilised maize, in eighths of an inch: Darwin 1876, as in Fisher's Design of
+# Experiments, 1935.
+DARWIN = [49.0, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+# Extra hours of sleep under two drugs, ten patients: Student 1908.
+DRUG_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+DRUG_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+
+
+def no_bounds(found) -> bool:
+    return math.isnan(found.low) and math.isnan(found.high)
+
+
+# Paired comparisons
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([1.0, 2.0, 3.0, 4.0], 2 / 16),  # the most extreme of 16 sign patterns, on either side
+        ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 2 / 64),
+        ([1.0, -1.0], 1.0),
+        ([3.0, 2.0, -1.0], 4 / 8),  # sums 6 4 2 0 and their mirrors; 4 or more is reached by 2 of 8 on each side
+    ],
+)
+def test_permutation_p_by_hand(differences, p):
+    base = [0.5 * i for i in range(len(differences))]
+    found = paired_comparison([b + d for b, d in zip(base, differences, strict=True)], base)
+    assert found.p == pytest.approx(p)
+    assert found.difference == pytest.approx(np.mean(differences))
+
+
+def test_permutation_p_of_darwins_maize_as_fisher_gave_it():
+    found = paired_comparison(DARWIN, [0.0] * 15)
+    assert found.p == pytest.approx(1726 / 32768, abs=0.008)
+    assert found.low < 20.93 < found.high
+    assert paired_comparison([0.0] * 15, DARWIN).difference == pytest.approx(-found.difference)
+
+
+def test_nothing_different_gives_p_1_and_a_clear_difference_a_small_p():
+    a = np.random.default_rng(3).normal(size=40)
+    same = paired_comparison(a.tolist(), a.tolist())
+    assert (same.difference, same.p) == (0.0, 1.0)
+    assert no_bounds(same)
+    clear = paired_comparison((a + 1).tolist(), (a + 0.01 * np.arange(40)).tolist())
+    assert clear.p <= 0.0003
+    assert clear.low > 0
+
+
+def test_a_small_but_constant_difference_of_large_numbers_is_found():
+    base = np.random.default_rng(4).normal(1000, 1, 20)
+    found = paired_comparison((base + 0.005).tolist(), base.tolist())
+    assert found.difference == pytest.approx(0.005)
+    assert found.p < 0.001
+
+
+@pytest.mark.parametrize("compare", [paired_comparison, unpaired_comparison, wilcoxon])
+def test_one_pair_proves_nothing(compare):
+    found = compare([2.0], [1.0])
+    assert (found.difference, found.p) == (1.0, 1.0)
+    assert no_bounds(found)
+
+
+def test_a_comparison_repeats_with_its_seed():
+    draws = np.random.default_rng(6)
+    a, b = draws.normal(size=30).tolist(), draws.normal(0.3, 1, size=30).tolist()
+    assert paired_comparison(a, b, seed=1) == paired_comparison(a, b, seed=1)
+    assert paired_comparison(a, b, seed=1) != paired_comparison(a, b, seed=2)
+
+
+def test_lists_of_unlike_length_are_refused():
+    for compare in (paired_comparison, mcnemar, wilcoxon, standardised_difference, cliffs_delta):
+        with pytest.raises(ValueError, match=r"second: 2 values came for 3 in first. The comparison is paired"):
+            compare([1.0, 0.0, 1.0], [1.0, 0.0])
+
+
+@settings(deadline=None, max_examples=10)
+@given(first=SCORES.map(lambda scores: scores[:8]), seed=st.integers(0, 100))
+def test_swapped_sides_negate_the_difference_and_keep_p(first, seed):
+    draws = np.random.default_rng(seed)
+    second = draws.permutation(first)
+    order = draws.permutation(len(first))
+    for compare in (paired_comparison, unpaired_comparison, wilcoxon):
+        found, swapped, shuffled = compare(first, second), compare(second, first), compare(np.array(first)[order],
+                                                                                           second[order])  # fmt: skip
+        assert swapped.difference == pytest.approx(-found.difference)
+        assert swapped.p == pytest.approx(found.p)
+        assert shuffled[1:5] == pytest.approx(found[1:5], nan_ok=True)
+
+
+def test_with_seeds_p_and_interval_are_of_one_t_test():
+    draws = np.random.default_rng(7)
+    first, second = draws.normal(0.5, 1, (3, 30)) + draws.normal(0, 0.2, (3, 1)), draws.normal(0, 1, (3, 30))
+    found = paired_comparison(first, second)
+    assert found[:4] == crossed_interval(first - second)
+    # The bound is where p crosses 5 %: with the bound taken away, p is 0.05.
+    assert paired_comparison(first - found.low, second).p == pytest.approx(0.05)
+    assert found.test == "crossed t, 3 seeds x 30 prompts"
+    assert paired_comparison(second, first).p == pytest.approx(found.p)
+
+
+def test_a_side_without_seeds_is_set_against_every_seed():
+    draws = np.random.default_rng(8)
+    tuned, untuned = draws.normal(size=(3, 20)), draws.normal(size=20)
+    found = paired_comparison(tuned, untuned)
+    assert found == paired_comparison(tuned, np.stack([untuned] * 3)) == paired_comparison(tuned, untuned[None])
+    assert paired_comparison(untuned, tuned).difference == pytest.approx(-found.difference)
+
+
+def test_one_seed_gets_the_permutation_test():
+    draws = np.random.default_rng(9)
+    a, b = draws.normal(size=(1, 12)), draws.normal(size=12)
+    assert paired_comparison(a, b) == paired_comparison(a[0], b)
+    assert "permutation" in paired_comparison(a, b).test
+
+
+def test_a_difference_that_never_varies_has_a_p_but_no_bounds():
+    found = paired_comparison(np.ones((3, 20)), np.zeros(20))
+    assert (found.n, found.difference) == (20, 1.0)
+    assert found.p < 0.001 and no_bounds(found)
+
+
+def test_unlike_numbers_of_seeds_are_refused(as_a_user):
+    with pytest.raises(ValueError, match=r"second: 3 seeds came for 2 in first. Give as many, or average"):
+        paired_comparison(np.ones((2, 5)), np.ones((3, 5)))
+
+
+def test_tests_that_know_no_seeds_say_so(as_a_user):
+    with pytest.raises(ValueError, match=r"first: an array of shape \(2, 5\) came; .* Average over seeds first"):
+        wilcoxon(np.ones((2, 5)), np.ones((2, 5)))
+
+
+# Shares compared
+
+
+def table_as_outcomes(both, only_first, only_second, neither):
+    first = [1] * (both + only_first) + [0] * (only_second + neither)
+    second = [1] * both + [0] * only_first + [1] * only_second + [0] * neither
+    return first, second
+
+
+@pytest.mark.parametrize(
+    ("table", "p", "low", "high"),
+    [
+        # Airway reactivity before and after transplantation (Fagerland, Lydersen and Laake 2014): of 8 pairs that
+        # differ 1 does so one way, 2 (1 + 8) / 2^8; Newcombe's interval as given there.
+        ((1, 1, 7, 12), 18 / 256, -0.507, -0.026),
+        ((20, 12, 2, 16), 2 * (1 + 14 + 91) / 2**14, 0.056, 0.329),  # Newcombe 1998 (paired data), method 10
+    ],
+)
+def test_mcnemar_as_published(table, p, low, high):
+    found = mcnemar(*table_as_outcomes(*table))
+    assert found.n == sum(table)
+    assert found.difference == pytest.approx((table[1] - table[2]) / sum(table))
+    assert found.p == pytest.approx(p)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-4)
+
+
+@pytest.mark.parametrize("outcome", [0, 1])
+def test_shares_without_any_difference_still_have_a_width(outcome):
+    found = mcnemar([outcome] * 30, [outcome] * 30)
+    assert (found.difference, found.p) == (0.0, 1.0)
+    assert -0.2 < found.low < -0.05 and 0.05 < found.high < 0.2
+
+
+@algebra
+@given(table=st.tuples(*[st.integers(0, 12)] * 4).filter(any))
+def test_mcnemar_mirrors_and_its_interval_lies_within_minus_1_and_1(table):
+    first, second = table_as_outcomes(*table)
+    found, swapped = mcnemar(first, second), mcnemar(second, first)
+    assert swapped[1:5] == pytest.approx((-found.difference, -found.high, -found.low, found.p), abs=1e-9)
+    assert -1 - 1e-9 <= found.low <= found.difference <= found.high <= 1 + 1e-9
+
+
+def test_what_is_no_outcome_is_refused():
+    with pytest.raises(ValueError, match=r"second: others than 0 and 1 came. .* or use paired_comparison"):
+        mcnemar([0.0, 1.0], [0.5, 1.0])
+
+
+# Ranks, and other prompts
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        (DARWIN, 1352 / 32768),  # rank sum 96 of 120: 676 of 2^15 sign patterns reach 96 (counted below)
+        # Hollander and Wolfe's table 3.1: Hamilton depression factor before and after a tranquillizer. Signed ranks
+        # against: 1 and 4, so 5 of 45; of 2^9 patterns 10 have a sum of 5 or less.
+        ([0.952, -0.147, 1.022, 0.430, 0.620, 0.590, 0.490, -0.080, 0.010], 20 / 512),
+    ],
+)
+def test_wilcoxon_as_published(differences, p):
+    ranks = stats.rankdata(np.abs(differences))
+    against = ranks[np.array(differences) < 0].sum()
+    sums = np.zeros(int(ranks.sum()) + 1, dtype=int)  # how many sign patterns have which sum
+    sums[0] = 1
+    for rank in range(1, len(differences) + 1):
+        sums[rank:] += sums[:-rank].copy()
+    assert 2 * sums[: int(against) + 1].sum() / 2 ** len(differences) == pytest.approx(p, abs=1e-9)
+    found = wilcoxon(differences, [0.0] * len(differences))
+    assert found.p == pytest.approx(p)
+    assert found[:4] == paired_comparison(differences, [0.0] * len(differences))[:4]
+
+
+def test_ranks_do_not_see_rounding():
+    first, second = [0.9, 0.8, 0.7, 0.6, 0.3], [0.8, 0.7, 0.6, 0.5, 0.4]  # up by a tenth four times, down once: ties
+    assert len({abs(a - b) for a, b in zip(first, second, strict=True)}) > 1
+    assert wilcoxon(first, second).p == pytest.approx(2 * (1 + 5) / 32)
+
+
+def test_an_outlier_carries_the_mean_but_not_the_ranks():
+    differences = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, 50.0]
+    found = wilcoxon(differences, [0.0] * 8)
+    assert found.difference > 5
+    assert found.p > 0.1
+
+
+def test_welch_on_students_sleep_data():
+    found = unpaired_comparison(DRUG_1, DRUG_2)  # t = -1.8608, 17.776 degrees of freedom (R's help on t.test)
+    assert found.p == pytest.approx(0.07939, abs=5e-6)
+    assert (found.low, found.high) == pytest.approx((-3.3654832, 0.2054832), abs=5e-7)
+    assert (found.n, found.difference) == (20, pytest.approx(-1.58))
+    assert paired_comparison(DRUG_1, DRUG_2).p < 0.01  # what pairing sees
+
+
+def test_unpaired_seeds_widen_the_interval():
+    draws = np.random.default_rng(10)
+    apart = draws.normal(size=(3, 30)) + np.array([[-1.0], [0.0], [1.0]])
+    other = draws.normal(size=25)
+    wide, narrow = unpaired_comparison(apart, other), unpaired_comparison(apart.mean(0), other)
+    assert wide.difference == pytest.approx(narrow.difference)
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_unpaired_sides_without_spread_are_permuted():
+    found = unpaired_comparison([1.0] * 3, [0.0] * 4)
+    assert found.p == pytest.approx(2 / math.comb(7, 3))
+    assert no_bounds(found)
+    assert unpaired_comparison([1.0] * 3, [1.0] * 4).p == 1.0
+
+
+# Many comparisons
+
+
+def test_holm_by_hand():
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 gives 0.02, 0.03, 0.06, 0.04; the last may not be below 0.06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+@settings(deadline=None, max_examples=8)
+@given(raw=st.lists(st.floats(0, 1), min_size=1, max_size=10))
+def test_holm_keeps_the_order_and_lowers_no_p(raw):
+    adjusted = holm(raw)
+    assert (adjusted >= np.array(raw)).all() and (adjusted <= 1).all()
+    for (a, x), (b, y) in itertools.combinations(zip(raw, adjusted, strict=True), 2):
+        assert (a - b) * (x - y) >= 0
+    assert min(adjusted) == pytest.approx(min(1.0, len(raw) * min(raw)))  # Bonferroni's for the smallest
+
+
+def test_holm_refuses_what_is_no_p():
+    with pytest.raises(ValueError, match=r"p_values: 0.2 to 1.3 came; 0 to 1 is wanted"):
+        holm([0.2, 1.3])
+
+
+# Effect sizes
+
+
+def test_standardised_difference_on_students_sleep_data():
+    found = standardised_difference(DRUG_2, DRUG_1)  # 1.58 / 1.229995, that is t = 4.0621 over sqrt(10)
+    assert found.mean == pytest.approx(1.2846, abs=5e-5)
+    assert 0 < found.low < found.mean < found.high
+
+
+def test_standardised_difference_needs_a_spread():
+    found = standardised_difference([1.0, 2.0], [0.0, 1.0])
+    assert math.isnan(found.mean) and no_bounds(found)
+
+
+def test_cliffs_delta_by_hand():
+    found = cliffs_delta([3.0, 2.0, 2.0, 0.0, 5.0], [1.0, 1.0, 2.0, 1.0, 1.0])  # up, up, same, down, up
+    assert (found.n, found.mean) == (5, pytest.approx(3 / 5 - 1 / 5))
+    every = cliffs_delta([1.0] * 20, [0.0] * 20)
+    assert every.mean == 1.0
+    assert 0.5 < every.low < 1
+
+
+@algebra
+@given(first=SCORES, scale=st.floats(0.5, 10))
+def test_cliffs_delta_knows_no_unit_and_mirrors(first, scale):
+    second = first[::-1]
+    found = cliffs_delta(first, second)
+    scaled = cliffs_delta([scale * x**3 for x in first], [scale * x**3 for x in second])
+    assert scaled == pytest.approx(found)
+    assert cliffs_delta(second, first).mean == pytest.approx(-found.mean)
+
+
+# Power
+
+
+@pytest.mark.parametrize(("effect", "n"), [(0.2, 199), (0.5, 34), (0.8, 15)])  # as G*Power gives them
+def test_prompts_needed_for_cohens_small_medium_and_large(effect, n):
+    unit = np.array([-1.0, 1.0, -1.0, 1.0])
+    assert prompts_needed(unit / unit.std(ddof=1) + effect) == n
+
+
+@pytest.mark.parametrize("effect", [0.01, 0.3, 0.7, 0.9, 1.5, 4.0, 50.0])
+def test_prompts_needed_are_enough_and_one_less_is_not(effect):
+    unit = np.array([-1.0, 1.0, -1.0, 1.0])
+    n = prompts_needed(unit / unit.std(ddof=1) - effect)
+    assert n is not None and n >= 2
+    assert effect > 10 or TTestPower().power(effect, n, 0.05) >= 0.8
+    assert n == 2 or TTestPower().power(effect, n - 1, 0.05) < 0.8
+
+
+def test_detectable_is_what_needs_so_many_prompts():
+    found = detectable(34, 2.0)
+    assert found == pytest.approx(2 * 0.4953, abs=1e-3)  # with n = 33.37 it would be 2 x 0.5
+    assert TTestPower().power(found / 2.0, 34, 0.05) == pytest.approx(0.8, abs=1e-5)
+    assert detectable(136, 2.0) < 0.52 * found
+
+
+def test_no_difference_and_no_spread_have_no_number_of_prompts():
+    assert prompts_needed([1.0, -1.0, 0.5, -0.5]) is None
+    with pytest.raises(ValueError, match="differences: they have no spread to plan by"):
+        prompts_needed([0.5, 0.5, 0.5])
+
+
+def test_impossible_plans_are_refused():
+    with pytest.raises(ValueError, match=r"power, alpha: 0.01 and 0.05 came; 0 < alpha < power < 1"):
+        prompts_needed([0.1, 0.2], power=0.01)
+    with pytest.raises(ValueError, match=r"n, sd: 1 and 0.5 came; at least 2 prompts"):
+        detectable(1, 0.5)
+
+
+# Calibration
+
+
+def test_calibration_curve_by_hand():
+    table = calibration_curve([0.1, 0.2, 0.5, 0.8, 1.0], [0, 1, 1, 1, 1], bins=2)
+    assert table["bin_low"].tolist() == [0.0, 0.5] and table["bin_high"].tolist() == [0.5, 1.0]
+    assert table["n"].tolist() == [2, 3]
+    assert table["predicted"].tolist() == pytest.approx([0.15, 2.3 / 3])
+    assert table["right"].tolist() == [0.5, 1.0]
+    assert (table["low"][0], table["high"][0]) == share_interval(1, 2)[2:]
+
+
+def test_edges_belong_above_and_empty_bins_are_left_out():
+    edges = [k / 10 for k in range(11)]
+    table = calibration_curve(edges, [0] * 11)
+    assert table["bin_low"].tolist() == pytest.approx([k / 10 for k in range(10)])
+    assert table["n"].tolist() == [1] * 9 + [2]
+    assert len(calibration_curve([0.05, 0.95], [0, 1])) == 2
+
+
+def test_calibration_error_by_hand():
+    found = calibration_error([0.1, 0.2, 0.5, 0.8, 1.0], [0, 1, 1, 1, 1], bins=2)
+    assert found.error == pytest.approx(2 / 5 * abs(0.5 - 0.15) + 3 / 5 * abs(1 - 2.3 / 3))
+
+
+def test_perfect_probabilities_stay_in_chances_range_and_boasts_leave_it():
+    draws = np.random.default_rng(11)
+    stated = draws.random(400)
+    fair, boasting = (draws.random(400) < stated).astype(int), (draws.random(400) < 0.5).astype(int)
+    inside, outside = calibration_error(stated, fair), calibration_error(stated, boasting)
+    assert 0 < inside.chance_low < inside.error < inside.chance_high < 0.15
+    assert outside.error > 0.2 > outside.chance_high
+    assert inside == calibration_error(stated, fair, seed=0) != calibration_error(stated, fair, seed=1)
+
+
+def test_brier_score_is_scikit_learns():
+    draws = np.random.default_rng(12)
+    stated, came = draws.random(50), draws.integers(0, 2, 50)
+    found = brier_score(stated, came)
+    assert found.mean == pytest.approx(brier_score_loss(came, stated))
+    assert isinstance(found, Interval) and found.low < found.mean < found.high
+    assert brier_score([0.1, 0.8, 0.9], [0, 1, 1]).mean == pytest.approx((0.01 + 0.04 + 0.01) / 3)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "outcomes", "bins", "message"),
+    [
+        ([0.1, 1.2], [0, 1], 10, "probabilities: 0.1 to 1.2 came; 0 to 1 is wanted"),
+        ([0.1, 0.2], [0, 2], 10, "outcomes: others than 0 and 1 came"),
+        ([0.1, 0.2], [0], 10, "outcomes: 1 came for 2 probabilities"),
+        ([0.1, 0.2], [0, 1], 0, "bins: 0 came; at least 1"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(probabilities, outcomes, bins, message):
+    with pytest.raises(ValueError, match=message):
+        calibration_curve(probabilities, outcomes, bins)
