@@ -96,7 +96,7 @@ def persona_pairs(facts: Sequence[Fact], seed: int = 0) -> ContrastPairs:
                     f"{OPENER} {letter}",
                     negative_user=lettered(_ASK + lie, words),
                     group=fact.true,
-                )  # fmt: skip
+                )
             )
     return ContrastPairs("honesty", tuple(pairs))
 

@@ -25,6 +25,7 @@ Worn: TypeAlias = Arm | tuple[Arm, ...] | Mapping[int, Arm | tuple[Arm, ...]]
 """What an arm puts on: a WeightDelta, hooks, None, several of them in a tuple, or one of these for each tuning seed."""
 
 _LABEL = ["arm", "direction"]
+_ABOUT = (*_LABEL, "seed", "set", "prompt", "response")
 _CELL = [*_LABEL, "set", "scorer"]
 
 
@@ -51,8 +52,10 @@ class Exam:
         object.__setattr__(self, "questions", tuple(as_questions(self.questions)))
         object.__setattr__(self, "scorers", tuple(make_scorer(scorer) for scorer in self.scorers))
         names = [scorer.name for scorer in self.made]
-        if len(set(names)) < len(names):
-            raise ValueError(f"scorers: {', '.join(names)} came; each wants a name of its own.")
+        if len({*names, *_ABOUT}) < len(names) + len(_ABOUT):
+            raise ValueError(
+                f"scorers: {', '.join(names)} came; each wants a name of its own, and none of {', '.join(_ABOUT)}."
+            )
 
     @property
     def made(self) -> tuple[Scorer, ...]:
@@ -209,7 +212,8 @@ class Scoreboard:
     ) -> pd.DataFrame:
         """Paired differences, first arm minus second; p as it is, and by Holm over all rows of this table.
 
-        Where both arms have several tuning seeds, seed stands against the same seed.
+        Holm's starts from p-values that are careful with few tuning seeds (`paired_comparison`, cautious). Where both
+        arms have several tuning seeds, seed stands against the same seed.
 
         Args:
             pairs: of (arm, direction); every arm against the first one for None.
@@ -222,17 +226,19 @@ class Scoreboard:
         if pairs is None:
             first, *others = self.scores[_LABEL].drop_duplicates().itertuples(index=False, name=None)
             pairs = [(other, first) for other in others]
-        rows, wanted = [], None if of is None else set(of)
+        rows, careful, wanted = [], [], None if of is None else set(of)
         for a, b in pairs:
             for (name, scorer), scores in self.scores.groupby(["set", "scorer"], sort=False):
                 mine, theirs = (self._cell(scores, label) for label in (a, b))
                 if not len(mine) or not len(theirs) or (wanted is not None and (name, scorer) not in wanted):
                     continue
-                found = paired_comparison(*_matched(mine, theirs), seed=self.seed)
+                one, other = _matched(mine, theirs)
+                found = paired_comparison(one, other, seed=self.seed)
+                careful.append(paired_comparison(one, other, seed=self.seed, cautious=True).p)
                 about = {"a": a[0], "a_direction": a[1], "b": b[0], "b_direction": b[1], "set": name, "scorer": scorer}
                 rows.append({**about, **found._asdict(), "seeds": sorted(mine["seed"].unique().tolist())})
         table = pd.DataFrame(rows)
-        return table.assign(p_holm=holm(table["p"].to_numpy(float))) if len(table) else table
+        return table.assign(p_holm=holm(careful)) if len(table) else table
 
     def pareto(self, name: str, scorer: str, *, higher: bool = True) -> pd.DataFrame:
         """Effect against side effect: summary rows of one set and scorer, and whether no arm beats a row on both.

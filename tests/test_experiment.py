@@ -39,7 +39,7 @@ n_pairs = 4
 layers = [18]
 multipliers = [0.5]
 n_prompts = 2
-n_paragraphs = 20
+n_paragraphs = 3
 max_new_tokens = 6
 bound = 1.5
 [tune]
@@ -57,6 +57,7 @@ n_prompts = 4
 max_new_tokens = 6
 n_facts = 4
 n_instructions = 2
+n_texts = 3
 """
 ROWS = [("untuned", "none"), *((arm, d) for arm in ("steered", "token_tuned", "rep_tuned") for d in ("toward", "away"))]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rt_lens.evaluation import evaluate
 from rt_lens.experiment import load_experiment, protocol_of, run_experiment
 from rt_lens.experiment.protocols import calibrate
-from rt_lens.evaluation import evaluate
 from rt_lens.honesty import (
     OPENER,
     Fact,
@@ -48,7 +48,7 @@ n_pairs = 8
 layers = [15]
 multipliers = [0.5]
 n_prompts = 4
-n_paragraphs = 21
+n_paragraphs = 3
 bound = 2.0
 [tune]
 layers = [27]
@@ -64,6 +64,7 @@ seeds = [0]
 n_prompts = 2
 max_new_tokens = 4
 n_instructions = 2
+n_texts = 3
 """
 
 

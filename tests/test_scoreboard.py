@@ -146,8 +146,8 @@ def test_a_scorer_runs_when_the_arm_is_off_and_sees_the_first_arms_words(tiny, t
             )
             return [0.0] * len(answers)
 
-    compare_arms(tiny, {"untuned": None, "steered": rtl.add(tiny_vectors, [0], 4.0)}, {"talk": Exam(PROMPTS, [Judge()], 4)},
-                 progress=False)  # fmt: skip
+    arms = {"untuned": None, "steered": rtl.add(tiny_vectors, [0], 4.0)}
+    compare_arms(tiny, arms, {"talk": Exam(PROMPTS, [Judge()], 4)}, progress=False)
     (first, own, words), (second, baseline, others) = seen
     assert first == second  # the judge's own model is untouched both times
     assert own == words and baseline == words and others != words
@@ -188,6 +188,7 @@ def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, exams):
         (lambda m: Board(m, {"a": Exam(PROMPTS)}).scoreboard(), "none was measured yet"),
         (lambda m: Exam(PROMPTS, "vader"), "scorers: 'vader' came; a list"),
         (lambda m: Exam(PROMPTS, ["vader", "vader"]), "each wants a name of its own"),
+        (lambda m: Exam(PROMPTS, [rtl.evaluation.OfText("prompt", len)]), "none of arm, direction"),
         (lambda m: Exam([]), "prompts: a list of at least one"),
     ],
 )

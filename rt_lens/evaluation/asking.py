@@ -190,10 +190,14 @@ def correct_only(
         >>> kept = correct_only(model, train.sample(128), "vader")
         >>> vectors = extract_vectors(model, kept.pairs)
     """
-    score, texts = make_scorer(scorer), pairs.texts(model)
+    score = make_scorer(scorer)
+    asked = [
+        Question(user, system=persona, opener=opener)
+        for side in zip(*(pair.sides for pair in pairs.pairs), strict=True)
+        for persona, user, opener in side
+    ]
     answers = ask(
-        model, as_questions(texts.positive + texts.negative), {score.reads}, max_new_tokens=max_new_tokens,
-        batch_size=batch_size, progress=progress,
+        model, asked, {score.reads}, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )  # fmt: skip
     scores = [float(value) for value in score(answers)]
     positive, negative = scores[: len(pairs)], scores[len(pairs) :]

@@ -88,6 +88,7 @@ class TestConfig:
     max_new_tokens: int = 24
     n_facts: int = 25
     n_instructions: int = 20
+    n_texts: int = 18
     seed: int = 0
 
 

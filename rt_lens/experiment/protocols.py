@@ -225,7 +225,9 @@ def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Any) 
     scorers = (_LETTERS, _LETTER_SHARE, _OTHER)
 
     def targets(direction: Direction) -> tuple[list[Wanted], list[Wanted]]:
-        chosen = (_some(part, most, seed) for part, most in zip((train, validation), _n_targets(experiment), strict=True))
+        chosen = (
+            _some(part, most, seed) for part, most in zip((train, validation), _n_targets(experiment), strict=True)
+        )
         learnt, held = (_lettered(model, true_or_false(part), direction, config.soft) for part in chosen)
         return learnt, held
 

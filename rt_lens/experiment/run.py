@@ -82,7 +82,8 @@ class _Run:
         if experiment.honesty is None:
             protocol_of(experiment, None)  # refuses too few topics before anything is loaded
         paragraphs, chosen = neutral_paragraphs(), experiment.choose.n_paragraphs
-        self.choice_texts, self.test_texts = paragraphs[:chosen], paragraphs[chosen:]
+        self.choice_texts = paragraphs[:chosen]
+        self.test_texts = paragraphs[chosen : chosen + experiment.test.n_texts]
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

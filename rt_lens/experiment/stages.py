@@ -40,7 +40,10 @@ class Planner:
         self.shape, self.costs = shape, Costs(shape, BYTES[experiment.dtype])
         self.pairs = protocol.train.sample(experiment.extract.n_pairs, experiment.split.seed)
         paragraphs, chosen = neutral_paragraphs(), experiment.choose.n_paragraphs
-        self.choice_texts, self.test_texts = self._sizes(paragraphs[:chosen]), self._sizes(paragraphs[chosen:])
+        self.choice_texts, self.test_texts = (
+            self._sizes(paragraphs[:chosen]),
+            self._sizes(paragraphs[chosen : chosen + self.experiment.test.n_texts]),
+        )
         self.tests = {**protocol.exams, **protocol.checks}
         config = experiment.tune
         both = max(map(self._targets, DIRECTIONS), key=lambda parts: sum(map(sum, parts[0])))

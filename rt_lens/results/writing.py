@@ -17,8 +17,8 @@ from rt_lens.files import write_atomically
 from rt_lens.results.tables import to_latex, to_markdown
 from rt_lens.scoreboard import Scoreboard
 
-# How an answer is written, whatever it says: a side effect on every set.
-_OF_WRITING = ("repetition", "distinct_2", "loop", "length")
+# How an answer is written, whatever it says, and what is not said: side effects on every set.
+_OF_WRITING = ("repetition", "distinct_2", "loop", "length", "other", "other_letters")
 _DAMAGE = [f"{name}{end}" for name in ("perplexity", "kl") for end in ("", "_low", "_high")] + ["n_texts"]
 _CELL = ["arm", "direction", "set", "scorer", "n", "mean", "low", "high"]
 

@@ -173,6 +173,10 @@ class Moments(NamedTuple):
         half = float(stats.t.ppf(0.975, self.df) * np.sqrt(self.variance))
         return self.mean, self.mean - half, self.mean + half
 
+    def capped(self, df: float) -> Moments:
+        """The same with no more degrees of freedom than these."""
+        return self._replace(df=min(self.df, df))
+
     @property
     def p(self) -> float:
         """Two-sided, of a mean of 0; for a variance above 0."""

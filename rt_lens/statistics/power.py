@@ -42,7 +42,7 @@ def prompts_needed(differences: Values, power: float = 0.8, alpha: float = 0.05)
     for n in range(2, few):
         if _power(effect, n, alpha) >= power:
             return n
-    return math.ceil(float(TTestPower().solve_power(effect_size=effect, power=power, alpha=alpha)))
+    return math.ceil(float(np.ravel(TTestPower().solve_power(effect_size=effect, power=power, alpha=alpha))[0]))
 
 
 def detectable(n: int, sd: float, power: float = 0.8, alpha: float = 0.05) -> float:
@@ -63,7 +63,7 @@ def detectable(n: int, sd: float, power: float = 0.8, alpha: float = 0.05) -> fl
     _check(power, alpha)
     if n < 2 or not sd >= 0:
         raise ValueError(f"n, sd: {n} and {sd} came; at least 2 prompts and an sd of 0 or more are wanted.")
-    return sd * float(TTestPower().solve_power(nobs=n, power=power, alpha=alpha))
+    return sd * float(np.ravel(TTestPower().solve_power(nobs=n, power=power, alpha=alpha))[0])  # at times an array
 
 
 def _power(effect: float, n: int, alpha: float) -> float:
