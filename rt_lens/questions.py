@@ -152,10 +152,11 @@ def question_of(row: Any, where: str = "a question") -> Question:
     """
     if not isinstance(row, dict):
         raise ValueError(f"questions: {where} is no JSON object. Each needs a prompt.")
-    if None in row:  # what csv calls the cells beyond the last column
+    given: dict[Any, Any] = row
+    if None in given:  # what csv calls the cells beyond the last column
         raise ValueError(f"questions: {where} has more cells than columns. Put texts with commas in quotes.")
     also = {"question": "prompt", "answers": "right"}
-    named: dict[str, Any] = {also.get(key, key): value for key, value in row.items()}
+    named: dict[str, Any] = {also.get(key, key): value for key, value in given.items()}
     if "kind" in named:  # a check of the answer, see `Obeys`
         named["check"] = {key: named.pop(key) for key in set(named) - {each.name for each in fields(Question)}}
     known = [each.name for each in fields(Question)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,11 +18,11 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from rt_lens.evaluation import ScorerLike, ask, make_scorer
+from rt_lens.evaluation import Likelihood, ScorerLike, ask, make_scorer
 from rt_lens.files import write_atomically
 from rt_lens.forward import logits_where, model_name
 from rt_lens.generation import as_chat
-from rt_lens.questions import as_questions
+from rt_lens.questions import Question, as_questions
 from rt_lens.statistics import Interval, mean_interval, share_interval
 from rt_lens.steering import FwdHook, add, steered
 from rt_lens.tokens import batches, tokenizer_of
@@ -53,6 +53,31 @@ class Answers:
             model, asked, {score.reads}, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )  # fmt: skip
         return [float(value) for value in score(answers)]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Metric: the share of likelihood that a question's right options have among all its options.
+
+    Attributes:
+        questions: with their options; their prompts are what is swept over.
+        form: `answers` or `letters`, see `likelihoods`.
+        batch_size: questions per batch.
+    """
+
+    questions: tuple[Question, ...]
+    form: Literal["answers", "letters"] = "answers"
+    batch_size: int = 16
+
+    def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
+        known = {question.prompt: question for question in self.questions}
+        if missing := [prompt for prompt in prompts if prompt not in known]:
+            raise ValueError(
+                f"prompts: {missing[0][:60]!r} is none of the metric's questions. Sweep over their prompts."
+            )
+        asked = [known[prompt] for prompt in prompts]
+        score = Likelihood("share", self.form)
+        return score(ask(model, asked, {score.reads}, batch_size=4 * self.batch_size))
 
 
 @dataclass(frozen=True)

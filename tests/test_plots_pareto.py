@@ -9,10 +9,12 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from rt_lens import plots
 from rt_lens.plots import pareto
 from rt_lens.plots import pareto as exported
 from rt_lens.plots.look import ARM_COLOURS, SYMBOLS
 from rt_lens.results import efficient
+from rt_lens.statistics import calibration_curve
 
 MEANS = {
     ("untuned", "none"): (0.31, 21.4, 0.0),
@@ -165,3 +167,20 @@ def test_the_example_runs():
     source = exported.__doc__
     example = doctest.DocTestParser().get_doctest(source, {"pareto": exported}, "pareto", None, 0)
     assert example.examples and doctest.DocTestRunner().run(example).failed == 0
+
+
+# --- calibration
+
+
+@pytest.mark.usefixtures("only_returned")
+def test_a_reliability_diagram_draws_the_table():
+    table = calibration_curve([0.3, 0.35, 0.7, 0.75, 0.72, 0.95], [0, 1, 1, 0, 1, 1])
+    figure = plots.calibration(table)
+    diagonal, found = figure.data
+    assert list(diagonal.x) == list(diagonal.y) == [0, 1]
+    assert list(found.x) == table["predicted"].tolist() and list(found.y) == table["right"].tolist()
+    assert list(found.error_y.array) == pytest.approx((table["high"] - table["right"]).tolist())
+    assert list(found.error_y.arrayminus) == pytest.approx((table["right"] - table["low"]).tolist())
+    assert "n = 6 questions" in figure.layout.title.subtitle.text
+    with pytest.raises(ValueError, match="no column low"):
+        plots.calibration(table.drop(columns="low"))

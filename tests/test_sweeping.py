@@ -16,7 +16,8 @@ import rt_lens as rtl
 from rt_lens import plots
 from rt_lens.activations import last_token_activations
 from rt_lens.generation import as_chat
-from rt_lens.sweeping import DoseResponse, Sweep
+from rt_lens.questions import Question
+from rt_lens.sweeping import DoseResponse, Options, Sweep
 from rt_lens.tokens import encode
 from rt_lens.vectors import SteeringVectors, hook_names
 
@@ -421,3 +422,20 @@ def test_the_dose_response_of_mood_at_the_recommended_layer(model, pairs):
     answer = along_doses.dose_response(found.best)
     assert answer.spearman.mean >= 0.9
     assert answer.wrong_way.mean <= 0.25
+
+
+def test_options_sweep_the_share_of_the_right_ones(tiny, tiny_vectors, tmp_path):
+    asked = tuple(Question(f"Is {thing} cold?", ("yes",), ("no", "never")) for thing in ("ice", "fire", "snow"))
+    prompts = [question.prompt for question in asked]
+    found = rtl.sweep(
+        tiny, tiny_vectors, prompts, layers=[0], multipliers=[-2, 0, 2], metric=Options(asked), path=tmp_path / "s.json",
+        progress=False,
+    )  # fmt: skip
+    for multiplier in (-2.0, 0.0, 2.0):
+        with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], multiplier)):
+            alone = rtl.evaluate(tiny, asked, {"kind": "likelihood"}).scores
+        mine = found.table[found.table["multiplier"] == multiplier]["score"].tolist()
+        assert mine == pytest.approx(alone, abs=1e-5)
+    assert found.table.groupby("multiplier")["score"].mean().nunique() == 3
+    with pytest.raises(ValueError, match="prompts: 'Hi.' is none of the metric's questions"):
+        Options(asked)(tiny, ["Hi."])

@@ -176,18 +176,20 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: An
     asked = {question.prompt: question for question in questions_of(config)}
     train, validation, test = ([asked[prompt] for prompt in part.topics] for part in parts(experiment))
     unseen = seen(list(asked.values()), config, held_out=True)
+    n, seed = config.n_items, experiment.split.seed
 
     def targets(direction: Direction) -> tuple[list[Wanted], list[Wanted]]:
-        return _taught(model, train, direction), _taught(model, validation, direction)
+        n_train, n_held = _n_targets(experiment)
+        learnt, held = _some(train, n_train, seed), _some(validation, n_held, seed)
+        return _taught(model, learnt, direction), _taught(model, held, direction)
 
-    n, seed = config.n_items, experiment.split.seed
     first = unseen[0]
     return Protocol(
         name="likelihood",
         train=answer_pairs(train),
         unseen=answer_pairs([replace(question, wrong=question.wrong[:1]) for question in unseen]),
         targets=targets,
-        choosing=Exam(validation, (_SHARE,)),
+        choosing=Exam(_some(validation, experiment.choose.n_prompts, seed), (_SHARE,)),
         exams={
             "same categories": Exam(_some(test, n, seed), (_ACCURACY, _SHARE)),
             "held-out categories": Exam(_some(unseen, n, seed), (_ACCURACY, _SHARE)),
@@ -203,6 +205,12 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: An
 
 
 _ACCURACY_PER_TOKEN = Likelihood("accuracy", per_token=True)
+
+
+def _n_targets(experiment: Experiment) -> tuple[int, int]:
+    """At most so many questions (or facts) to learn, and to validate on."""
+    n = experiment.tune.n_targets
+    return n, max(4, round(n * experiment.tune.validation_share))
 
 
 def _taught(model: Any, questions: Sequence[Question], direction: Direction) -> list[Wanted]:

@@ -5,6 +5,7 @@ arm keeps one colour in every figure, and signed values get a diverging scale ce
 comes: Plotly renders a few HTML tags, so a caller who puts a model's words on a web page escapes them first.
 """
 
+from rt_lens.plots.calibration import calibration
 from rt_lens.plots.effects import arms, dose_response, side_effects
 from rt_lens.plots.inside import projection_changes, residual_shifts, weight_changes
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
@@ -20,6 +21,7 @@ __all__ = [
     "ARM_COLOURS",
     "arms",
     "block_search",
+    "calibration",
     "dose_response",
     "effect_against_damage",
     "kinds",

@@ -1,0 +1,24 @@
+"""The `rt-lens` command. It reads arguments and calls the rooms below; nobody imports it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+from rt_lens.cli import measuring, steering, tuning
+from rt_lens.cli.app import app
+
+__all__ = ["app", "main", "measuring", "steering", "tuning"]
+
+
+def main() -> None:
+    """Entry point: bad input is one line and exit code 2."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app()
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        sys.stderr.write(f"rt-lens: {message}\n")
+        raise SystemExit(2) from None

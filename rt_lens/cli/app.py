@@ -1,0 +1,75 @@
+"""What all commands share: the application, their arguments, and how these are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rt_lens.prompts import ContrastPairs
+    from rt_lens.vectors import SteeringVectors
+
+app = typer.Typer(
+    name="rt-lens",
+    help="Find a behaviour's direction in a language model, steer with it, tune it into the weights, compare.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Behaviour = Annotated[
+    str, typer.Argument(help="A shipped behaviour, or your own file (see data/behaviours/mood.toml).")
+]
+Model = Annotated[str | None, typer.Option(help="Embedded model, Hugging Face folder, .gguf file or hub name.")]
+VectorFile = Annotated[
+    Path, typer.Argument(help="A file that `rt-lens extract` wrote, or another tool's .gguf, .pt or .npz.")
+]
+
+
+def parts_of(behaviour: str) -> tuple[str, ContrastPairs, ContrastPairs]:
+    """A behaviour's name, its training and its validation pairs; an experiment's test topics are in neither."""
+    from rt_lens.experiment import load_experiment, parts
+    from rt_lens.prompts import load_pairs
+    from rt_lens.shipped import behaviour_file
+
+    if behaviour_file(behaviour).suffix == ".toml":
+        experiment = load_experiment(behaviour)
+        train, validation, _ = parts(experiment)
+        return experiment.name, train, validation
+    pairs = load_pairs(behaviour)
+    train, validation, _ = pairs.split(0.4, 0.2)
+    return pairs.name, train, validation
+
+
+def kind_of(found: SteeringVectors) -> str:
+    """The kind of hook point of a file's vectors."""
+    kinds = {name.split(".", 2)[-1] for name in found.hook_names}
+    return kinds.pop() if len(kinds) == 1 else "resid_post"
+
+
+def layers_of(text: str) -> list[int]:
+    """Block indices of a text such as 14-22 or 14,18."""
+    chosen: list[int] = []
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        if not low.strip().isdigit() or (high and not high.strip().isdigit()):
+            raise ValueError(f"layers: {text!r} came; blocks such as 14-22 or 14,18 are wanted.")
+        chosen.extend(range(int(low), int(high or low) + 1))
+    return chosen
+
+
+def number_of(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"multipliers: {text!r} came; numbers such as -2,0,2 are wanted.") from None
+
+
+def write_page(figure: Any, path: Path) -> None:
+    from rt_lens.files import write_atomically
+
+    write_atomically(path, figure.to_html(include_plotlyjs=True).encode())
+    typer.echo(f"saved {path} - look: open it in a browser")

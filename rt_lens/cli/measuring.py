@@ -1,0 +1,119 @@
+"""Commands that measure: a whole experiment, prompts of one's own, two runs against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rt_lens.cli.app import Behaviour, Model, app, kind_of
+
+
+@app.command(epilog="Example: rt-lens run mood --out runs/mood")
+def run(
+    behaviour: Behaviour,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/NAME by default.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what it would take: memory, steps, time.")] = False,
+    model: Model = None,
+) -> None:
+    """Run the four arms (untuned, steered, token-tuned, rep-tuned) in both directions and write report.html."""
+    from rt_lens.experiment import check_writable, load_experiment, plan_of, run_experiment
+    from rt_lens.report import summary_sentences, write_report
+
+    experiment = load_experiment(behaviour, model=model)
+    if plan:
+        typer.echo(str(plan_of(experiment)))
+        return
+    folder = check_writable(out or Path("runs") / experiment.name)
+    results = run_experiment(experiment, folder)
+    page = write_report(folder)
+    typer.echo("\n" + "\n".join(summary_sentences(results)))
+    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
+    typer.echo(f"\nTime: {stages}.")
+    typer.echo(f"saved {folder / 'results.json'} - look: open {page} in a browser")
+
+
+@app.command(epilog="Example: rt-lens evaluate my_prompts.csv --scorer vader --delta mood_away.safetensors")
+def evaluate(
+    questions: Annotated[
+        str, typer.Argument(help="A .csv, .jsonl or .txt file of prompts; or a shipped set: capitals.")
+    ],
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="A name, pattern:REGEX, or a .toml file with a [scorer] table. Repeat it for more."),
+    ] = None,
+    delta: Annotated[Path | None, typer.Option(help="A change of weights: a tuned arm beside the untuned.")] = None,
+    vectors: Annotated[Path | None, typer.Option(help="Steering vectors: a steered arm beside the untuned.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Block for --vectors.")] = None,
+    multiplier: Annotated[float, typer.Option(help="For --vectors.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores and answers.")] = None,
+    model: Model = None,
+) -> None:
+    """Ask prompts of your own, and score the answers of the untuned, the steered and the tuned model."""
+    from rt_lens.delta import WeightDelta
+    from rt_lens.exchange import import_vectors
+    from rt_lens.experiment import check_writable
+    from rt_lens.models import DEFAULT_MODEL, load_model
+    from rt_lens.questions import load_questions
+    from rt_lens.results import write_scores
+    from rt_lens.scoreboard import Exam, compare_arms
+    from rt_lens.steering import add
+
+    exam = Exam(load_questions(questions), [_scorer(text) for text in scorer or ["vader"]], max_new_tokens)
+    arms: dict[str, Any] = {"untuned": None}
+    if vectors is not None:
+        if layer is None:
+            raise ValueError("layer: --vectors came without it. Name a block, as in --layer 21.")
+        directions = import_vectors(vectors)
+        arms["steered"] = add(directions, [layer], multiplier, hook=kind_of(directions))
+    if delta is not None:
+        arms["tuned"] = WeightDelta.load(delta)
+    if out is not None:
+        check_writable(out)
+    loaded = load_model(model or DEFAULT_MODEL)
+    board = compare_arms(loaded, arms, {Path(questions).stem: exam}, seed=seed)
+    _print(board.summary()[["arm", "set", "scorer", "n", "mean", "low", "high"]])
+    if len(arms) > 1:
+        _print(board.comparisons()[["a", "b", "scorer", "n", "difference", "low", "high", "p", "p_holm"]])
+    typer.echo(f"95 % intervals; p_holm is corrected for the number of comparisons. Seed {seed}.")
+    if out is not None:
+        write_scores(out, board)
+        typer.echo(f"saved {out / 'scores.csv'} - the answers: {out / 'responses.jsonl'}")
+
+
+def _print(table: Any) -> None:
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}") + "\n")
+
+
+def _scorer(text: str) -> Any:
+    """A scorer from the command line: a name, a file with a [scorer] table, or pattern:REGEX."""
+    from rt_lens.evaluation import make_scorer
+    from rt_lens.prompts import read_toml
+
+    if text.startswith("pattern:"):
+        return make_scorer({"kind": "pattern", "pattern": text.removeprefix("pattern:")})
+    if text.endswith(".toml"):
+        if not Path(text).is_file():
+            raise FileNotFoundError(f"scorer: there is no file {text}. Give a .toml file with a [scorer] table.")
+        return make_scorer(read_toml(Path(text)).get("scorer", {}))
+    return make_scorer(text)
+
+
+@app.command(epilog="Example: rt-lens compare runs/mood runs/mood_after --fail-on-change")
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Folder of a finished run, to refer to.")],
+    run_b: Annotated[Path, typer.Argument(help="Folder of the run to judge.")],
+    fail_on_change: Annotated[
+        bool, typer.Option("--fail-on-change", help="Exit with 1 if something changed beyond noise.")
+    ] = False,
+) -> None:
+    """Say what changed from one run to another beyond noise: scores and side effects of every arm, row by row."""
+    from rt_lens.results import compare_runs, load_results
+
+    found = compare_runs(load_results(run_a), load_results(run_b))
+    typer.echo(str(found))
+    if fail_on_change and len(found.changed):
+        raise typer.Exit(1)

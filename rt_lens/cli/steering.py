@@ -1,0 +1,142 @@
+"""Commands that find a direction and steer with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rt_lens.cli.app import Behaviour, Model, VectorFile, app, kind_of, layers_of, number_of, parts_of, write_page
+
+
+@app.command(epilog="Example: rt-lens extract mood --method mean_diff --out mood.safetensors --figure mood.html")
+def extract(
+    behaviour: Behaviour,
+    out: Annotated[Path | None, typer.Option(help="File to write; NAME.safetensors by default.")] = None,
+    method: Annotated[str, typer.Option(help="mean_diff, pca, logistic, mass_mean, leace, or random (control).")] = (
+        "mean_diff"
+    ),
+    position: Annotated[str, typer.Option(help="last, mean, mean prompt, mean response, mean last 5, ...")] = "last",
+    hook: Annotated[str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out or mlp_out.")] = "resid_post",
+    n_pairs: Annotated[int, typer.Option(help="Contrast pairs to use, spread over topics.")] = 96,
+    seed: Annotated[int, typer.Option(help="Of the selection of pairs, and of every interval.")] = 0,
+    figure: Annotated[Path | None, typer.Option(help="HTML file for the figure of the evidence.")] = None,
+    model: Model = None,
+) -> None:
+    """Extract a vector per layer, and say whether to believe them: held-out pairs, halves of the data, random ones."""
+    from rt_lens import plots
+    from rt_lens.experiment import check_writable
+    from rt_lens.extraction import trust
+    from rt_lens.models import DEFAULT_MODEL, load_model
+
+    name, train, held_out = parts_of(behaviour)
+    path = out or Path(f"{name}.safetensors")
+    check_writable(path.parent)
+    loaded = load_model(model or DEFAULT_MODEL)
+    chosen = train.sample(n_pairs, seed=seed)
+    found = trust(loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True)
+    found.vectors.save(path)
+    measures = [f"{name}{end}" for name in ("accuracy", "auc", "stability") for end in ("", "_low", "_high")]
+    columns = ["layer", *measures, "n"]
+    typer.echo(found.layers[columns].to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    typer.echo(f"\n{found.reason}")
+    if figure is not None:
+        drawn = plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended)
+        write_page(drawn, figure)
+    layer = found.best if found.best is not None else int(found.layers["layer"].iloc[-1])
+    typer.echo(
+        f"saved {path} ({len(found.layers)} layers, {len(chosen)} pairs, seed {seed}) - steer: "
+        f'rt-lens steer {path} "Tell me about your weekend." --layer {layer} --multiplier 2'
+    )
+
+
+@app.command(epilog="Example: rt-lens vectors mood.safetensors --gguf mood.gguf --layers 1-29")
+def vectors(
+    file: VectorFile,
+    gguf: Annotated[Path | None, typer.Option(help="Write a control vector for llama.cpp and repeng.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Blocks, such as 14-22 or 14,18; all by default.")] = None,
+) -> None:
+    """Show what a file of steering vectors holds (also .gguf, .pt, .npz of other tools), or convert it."""
+    from rt_lens.exchange import import_vectors, save_gguf
+
+    found = import_vectors(file)
+    if layers is not None:
+        found = found.select(layers_of(layers), kind_of(found))
+    for key, value in found.provenance.to_json().items():
+        typer.echo(f"{key:>15}: {value!r}")  # a stranger's file may hold what a terminal obeys
+    for name, vector in found.vectors.items():
+        typer.echo(f"{name:>32}: shape {tuple(vector.shape)}, norm {float(vector.norm()):.3g}")
+    if gguf is not None:
+        typer.echo(f"saved {save_gguf(found, gguf)} - use: llama-cli --control-vector-scaled {gguf}:1")
+
+
+@app.command(epilog="Example: rt-lens sweep mood mood.safetensors --layers 14-22 --out runs/sweep.json")
+def sweep(
+    behaviour: Behaviour,
+    file: VectorFile,
+    layers: Annotated[str, typer.Option(help="Blocks, such as 14-22 or 14,18.")] = "14-22",
+    multipliers: Annotated[str, typer.Option(help="Numbers, with commas.")] = "-3,-2,-1,0,1,2,3",
+    n_prompts: Annotated[int, typer.Option(help="Validation prompts to use.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 24,
+    out: Annotated[Path, typer.Option(help="Finished layers are kept here; run again to go on.")] = Path("sweep.json"),
+    figure: Annotated[Path | None, typer.Option(help="HTML file for the heat map.")] = None,
+    model: Model = None,
+) -> None:
+    """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
+    from rt_lens import plots
+    from rt_lens.exchange import import_vectors
+    from rt_lens.experiment import check_writable, load_experiment, protocol_of
+    from rt_lens.models import load_model
+    from rt_lens.sweeping import Answers, Metric, Options
+    from rt_lens.sweeping import sweep as sweep_layers
+
+    experiment = load_experiment(behaviour, model=model)
+    directions, chosen = import_vectors(file), layers_of(layers)
+    _, _, held_out = parts_of(behaviour)
+    doses = [number_of(text) for text in multipliers.split(",")]
+    check_writable(out.parent)
+    loaded = load_model(experiment.model, dtype=experiment.dtype)
+    prompts: list[str] = held_out.topics
+    metric: Metric = Answers(experiment.scorer, max_new_tokens)
+    if experiment.honesty is not None:  # options are weighed there, and nothing is written
+        protocol = protocol_of(experiment, loaded)
+        prompts = [each.prompt for each in protocol.choosing.asked]
+        metric = Options(protocol.choosing.asked, "letters" if protocol.name == "persona" else "answers")
+    found = sweep_layers(
+        loaded, directions, prompts[:n_prompts], layers=chosen, multipliers=doses, metric=metric,
+        hook=kind_of(directions), path=out,
+    )  # fmt: skip
+    table = found.summary()
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    if figure is not None:
+        write_page(plots.sweep(table), figure)
+    if len(doses) > 2:
+        for layer in chosen:
+            typer.echo(str(found.dose_response(layer)))
+    typer.echo(f"saved {out} (n = {len(found.prompts)} prompts, seed {found.seed})")
+
+
+@app.command(epilog='Example: rt-lens steer mood.safetensors "Tell me about your weekend." --layer 18 --multiplier -2')
+def steer(
+    file: VectorFile,
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    layer: Annotated[int, typer.Option(help="Block whose output the vector is added to.")],
+    multiplier: Annotated[float, typer.Option(help="Times the vector's own length; negative steers away.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 60,
+    model: Model = None,
+) -> None:
+    """Answer a prompt untouched and steered."""
+    from rt_lens.exchange import import_vectors
+    from rt_lens.generation import generate
+    from rt_lens.models import DEFAULT_MODEL, load_model
+    from rt_lens.steering import add
+
+    directions = import_vectors(file)
+    hooks = add(directions, [layer], multiplier, hook=kind_of(directions))
+    loaded = load_model(model or DEFAULT_MODEL)
+    directions.check_fits(loaded)
+    typer.echo(f"untuned:\n{generate(loaded, [prompt], max_new_tokens=max_new_tokens)[0]}\n")
+    with loaded.hooks(fwd_hooks=hooks):
+        answer = generate(loaded, [prompt], max_new_tokens=max_new_tokens)[0]
+    typer.echo(f"steered (layer {layer}, multiplier {multiplier:g}):\n{answer}")

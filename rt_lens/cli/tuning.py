@@ -1,0 +1,125 @@
+"""Commands that tune a direction in and hand the result on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rt_lens.cli.app import Behaviour, Model, VectorFile, app
+from rt_lens.shipped import behaviours
+
+if TYPE_CHECKING:
+    from rt_lens.delta import WeightDelta
+
+
+@app.command(epilog="Example: rt-lens tune mood mood.safetensors --direction away --out mood_away.safetensors")
+def tune(
+    behaviour: Behaviour,
+    file: VectorFile,
+    direction: Annotated[str, typer.Option(help="toward, away or out.")] = "away",
+    out: Annotated[Path | None, typer.Option(help="File to write; NAME_DIRECTION.safetensors by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of target selection and batch order.")] = 0,
+    lora_rank: Annotated[int | None, typer.Option(help="Train low-rank factors; else as the file says.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Keep the run's state here; run again to go on.")] = None,
+    model: Model = None,
+) -> None:
+    """Tune a direction into the weights, with the settings of the behaviour's file, and save the change of weights."""
+    from dataclasses import replace
+
+    from rt_lens.experiment import check_writable, load_experiment, protocol_of
+    from rt_lens.models import load_model
+    from rt_lens.shipped import neutral_prompts
+    from rt_lens.tuning import LossNotFinite
+    from rt_lens.tuning import tune as tune_weights
+    from rt_lens.vectors import SteeringVectors
+
+    experiment = load_experiment(behaviour, model=model)
+    config = replace(experiment.tune, direction=direction, seed=seed)  # type: ignore[arg-type]
+    config = config if lora_rank is None else replace(config, lora_rank=lora_rank)
+    path = out or Path(f"{experiment.name}_{direction}.safetensors")
+    check_writable(path.parent)
+    directions = SteeringVectors.load(file)
+    loaded = load_model(experiment.model, dtype=experiment.dtype)
+    train, validation = protocol_of(experiment, loaded).targets(config.direction)
+    neutral = neutral_prompts() if config.kl_weight else []
+    try:
+        delta = tune_weights(
+            loaded, directions, train, config, validation=validation, neutral=neutral, checkpoint=checkpoint
+        )
+    except LossNotFinite as stopped:
+        stopped.delta.save(path)
+        raise ValueError(f"{stopped} They are saved as {path}.") from stopped
+    delta.save(path)
+    typer.echo(
+        f"saved {path} ({len(delta.changes)} matrices, seed {seed}) - export: rt-lens export {path} --out FOLDER"
+    )
+
+
+@app.command(epilog="Example: rt-lens export mood_away.safetensors --out mood_away --results runs/mood/results.json")
+def export(
+    file: Annotated[Path, typer.Argument(help="A change of weights: what `rt-lens tune` wrote.")],
+    out: Annotated[Path, typer.Option(help="New folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="Model that it was made on; by default the name in the file.")
+    ] = None,
+    peft: Annotated[
+        str | None, typer.Option(help="A LoRA adapter of this rank, or `exact`; else a whole model.")
+    ] = None,
+    results: Annotated[Path | None, typer.Option(help="results.json of a run, for the card's measured effect.")] = None,
+) -> None:
+    """Write a tuned model as a Hugging Face folder, or as a LoRA adapter with the error of its low rank."""
+    from rt_lens.delta import WeightDelta
+    from rt_lens.export import export_hf, export_peft
+    from rt_lens.models import load_model
+
+    rank = None if peft in (None, "exact") else _rank(str(peft))
+    delta = WeightDelta.load(file)
+    behaviour, measured = (None, None) if results is None else _measured(results, delta)
+    loaded = load_model(model or delta.model)
+    if peft is None:
+        export_hf(loaded, out, delta=delta, measured=measured, behaviour=behaviour)
+        typer.echo(f"saved {out} - use: AutoModelForCausalLM.from_pretrained('{out}'); its card: {out / 'README.md'}")
+        return
+    adapter = export_peft(loaded, out, delta, rank, measured=measured, behaviour=behaviour)
+    typer.echo(str(adapter))
+    typer.echo(f"saved {out} - use: PeftModel.from_pretrained(base_model, '{out}'); its card: {out / 'README.md'}")
+
+
+def _rank(text: str) -> int:
+    if not text.isdigit():
+        raise ValueError(f"peft: {text!r} came; a rank such as 16, or 'exact', is wanted.")
+    return int(text)
+
+
+def _measured(file: Path, delta: WeightDelta) -> tuple[str, list[dict[str, Any]]]:
+    """A run's behaviour, and its rows of the untuned model and of what a delta was tuned as."""
+    import json
+
+    if not file.is_file():
+        raise FileNotFoundError(f"results: there is no file {file}. Give the results.json of a run.")
+    try:
+        found = json.loads(file.read_text())
+        behaviour, model, summary = found["behaviour"], found["model"], found["summary"]
+        rows = [(row["arm"], row["direction"], row) for row in summary]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"results: {file} is no results.json of a run ({error!r}). Give the one of a run.") from None
+    direction = delta.config.get("direction")
+    arm = "rep_tuned" if delta.config.get("cosine_weight") else "token_tuned"
+    if model.lower() != delta.model.lower() or (arm, direction) not in {(a, d) for a, d, _ in rows}:
+        raise ValueError(
+            f"results: {file} is of {model} and has no row of {arm} {direction} on {delta.model}, which this change "
+            "is. Give the run that it came from, or leave --results out."
+        )
+    return str(behaviour), [row for a, d, row in rows if a == "untuned" or (a, d) == (arm, direction)]
+
+
+@app.command(epilog="Example: rt-lens models")
+def models() -> None:
+    """List the embedded models and the shipped behaviours."""
+    from rt_lens.models import EMBEDDED_MODELS, describe
+
+    for name in EMBEDDED_MODELS:
+        typer.echo("\n".join(f"{key:>11}: {value}" for key, value in describe(name).items()))
+    typer.echo(f"\nbehaviours: {', '.join(behaviours())}")
