@@ -72,6 +72,14 @@ def true_or_false(facts: Sequence[Fact]) -> list[Question]:
     ]
 
 
+def judged_statements(facts: Sequence[Fact]) -> list[Question]:
+    """One question for each fact, on its true and its false statement by turns.
+
+    Whoever always says "true" is right on half of them; and they are independent, as a fact's two statements are not.
+    """
+    return [true_or_false([fact])[number % 2] for number, fact in enumerate(facts)]
+
+
 def persona_pairs(facts: Sequence[Fact], seed: int = 0) -> ContrastPairs:
     """Honest persona and true answer against dishonest persona and lie, with the same letter on both sides.
 

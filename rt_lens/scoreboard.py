@@ -150,10 +150,11 @@ class Board:
         first = self._baseline[name]
         answers = [replace(each, baseline=theirs.text) for each, theirs in zip(given, first, strict=True)]
         scored = {scorer.name: [float(score) for score in scorer(answers)] for scorer in self.exams[name].made}
+        made = self.exams[name].made
         for item, answer in enumerate(answers):
             about = {**label, "set": name, "item": item, "category": answer.question.category}
             self._answers.append(
-                {**label, "set": name, "prompt": answer.question.prompt, "response": said(answer),
+                {**label, "set": name, "prompt": answer.question.prompt, "response": said(answer, *made),
                  **{scorer: scores[item] for scorer, scores in scored.items()}}
             )  # fmt: skip
             self._scores += [{**about, "scorer": scorer, "score": scores[item]} for scorer, scores in scored.items()]
@@ -203,7 +204,9 @@ class Scoreboard:
         """
         if share and (values == values[0]).all() and set(np.unique(values)) <= {0.0, 1.0}:
             return share_interval(int(values[0].sum()), values.shape[1])
-        return crossed_interval(values, self.seed)
+        found = crossed_interval(values, self.seed)
+        # Over several seeds it is a t-interval, which knows no bounds.
+        return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0)) if share else found
 
     def comparisons(
         self,
@@ -232,11 +235,11 @@ class Scoreboard:
                 mine, theirs = (self._cell(scores, label) for label in (a, b))
                 if not len(mine) or not len(theirs) or (wanted is not None and (name, scorer) not in wanted):
                     continue
-                one, other = _matched(mine, theirs)
+                one, other, seeds = _matched(mine, theirs)
                 found = paired_comparison(one, other, seed=self.seed)
                 careful.append(paired_comparison(one, other, seed=self.seed, cautious=True).p)
                 about = {"a": a[0], "a_direction": a[1], "b": b[0], "b_direction": b[1], "set": name, "scorer": scorer}
-                rows.append({**about, **found._asdict(), "seeds": sorted(mine["seed"].unique().tolist())})
+                rows.append({**about, **found._asdict(), "seeds": seeds})
         table = pd.DataFrame(rows)
         return table.assign(p_holm=holm(careful)) if len(table) else table
 
@@ -342,7 +345,7 @@ def matrix(scores: pd.DataFrame) -> Float[np.ndarray, "seed item"]:
     return scores.pivot(index="seed", columns="item", values="score").to_numpy(float)
 
 
-def _matched(a: pd.DataFrame, b: pd.DataFrame) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+def _matched(a: pd.DataFrame, b: pd.DataFrame) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."], list[int]]:
     """The scores of two arms, by the seeds that both have; one without seeds of its own stands against each."""
     mine, theirs = set(a["seed"]), set(b["seed"])
     if min(len(mine), len(theirs)) > 1 and mine != theirs:
@@ -350,7 +353,8 @@ def _matched(a: pd.DataFrame, b: pd.DataFrame) -> tuple[Float[np.ndarray, "..."]
             raise ValueError(f"arms: tuning seeds {sorted(mine)} and {sorted(theirs)} have none in common to pair by.")
         a, b = (side[side["seed"].isin(mine & theirs)] for side in (a, b))
     first, second = (matrix(side) for side in (a, b))
-    return (first[0] if len(first) == 1 else first), (second[0] if len(second) == 1 else second)
+    seeds = sorted(set(a["seed"]) if len(first) >= len(second) else set(b["seed"]))
+    return (first[0] if len(first) == 1 else first), (second[0] if len(second) == 1 else second), seeds
 
 
 def _named(name: str, found: Interval) -> dict[str, float]:

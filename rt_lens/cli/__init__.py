@@ -15,10 +15,11 @@ __all__ = ["app", "main", "measuring", "steering", "tuning"]
 def main() -> None:
     """Entry point: bad input is one line and exit code 2."""
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=UserWarning, module="rt_lens")  # a judge's abstentions, say
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()
-    except (ValueError, KeyError, FileNotFoundError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
         sys.stderr.write(f"rt-lens: {message}\n")
         raise SystemExit(2) from None

@@ -44,6 +44,18 @@ def parts_of(behaviour: str) -> tuple[str, ContrastPairs, ContrastPairs]:
     return pairs.name, train, validation
 
 
+def model_of(behaviour: str) -> tuple[str, str]:
+    """Name and type of the model that a behaviour's file asks for."""
+    from rt_lens.experiment import load_experiment
+    from rt_lens.models import DEFAULT_MODEL
+    from rt_lens.shipped import behaviour_file
+
+    if behaviour_file(behaviour).suffix != ".toml":
+        return DEFAULT_MODEL, "float32"
+    experiment = load_experiment(behaviour)
+    return experiment.model, experiment.dtype
+
+
 def kind_of(found: SteeringVectors) -> str:
     """The kind of hook point of a file's vectors."""
     kinds = {name.split(".", 2)[-1] for name in found.hook_names}

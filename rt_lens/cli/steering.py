@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from rt_lens.cli.app import Behaviour, Model, VectorFile, app, kind_of, layers_of, number_of, parts_of, write_page
+from rt_lens.cli.app import (
+    Behaviour,
+    Model,
+    VectorFile,
+    app,
+    kind_of,
+    layers_of,
+    model_of,
+    number_of,
+    parts_of,
+    write_page,
+)
 
 
 @app.command(epilog="Example: rt-lens extract mood --method mean_diff --out mood.safetensors --figure mood.html")
@@ -28,12 +39,13 @@ def extract(
     from rt_lens import plots
     from rt_lens.experiment import check_writable
     from rt_lens.extraction import trust
-    from rt_lens.models import DEFAULT_MODEL, load_model
+    from rt_lens.models import load_model
 
     name, train, held_out = parts_of(behaviour)
     path = out or Path(f"{name}.safetensors")
     check_writable(path.parent)
-    loaded = load_model(model or DEFAULT_MODEL)
+    name_of_model, dtype = model_of(behaviour)
+    loaded = load_model(model or name_of_model, dtype=dtype)
     chosen = train.sample(n_pairs, seed=seed)
     found = trust(loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True)
     found.vectors.save(path)

@@ -28,7 +28,7 @@ def tune(
     """Tune a direction into the weights, with the settings of the behaviour's file, and save the change of weights."""
     from dataclasses import replace
 
-    from rt_lens.experiment import check_writable, load_experiment, protocol_of
+    from rt_lens.experiment import check_writable, load_experiment, parts, protocol_of
     from rt_lens.models import load_model
     from rt_lens.shipped import neutral_prompts
     from rt_lens.tuning import LossNotFinite
@@ -42,7 +42,10 @@ def tune(
     check_writable(path.parent)
     directions = SteeringVectors.load(file)
     loaded = load_model(experiment.model, dtype=experiment.dtype)
-    train, validation = protocol_of(experiment, loaded).targets(config.direction)
+    if experiment.honesty is None:
+        train, validation, _ = parts(experiment)
+    else:
+        train, validation = protocol_of(experiment, loaded).targets(config.direction)  # type: ignore[assignment]
     neutral = neutral_prompts() if config.kl_weight else []
     try:
         delta = tune_weights(

@@ -4,7 +4,7 @@ Knows nothing of steering or tuning; callers wrap the model in a context.
 """
 
 from rt_lens.evaluation.asking import Evaluation, Kept, ask, correct_only, evaluate, said
-from rt_lens.evaluation.choices import likelihoods
+from rt_lens.evaluation.choices import likelihoods, start_of
 from rt_lens.evaluation.classifier import TextClassifier, classifier_of
 from rt_lens.evaluation.endpoint import EndpointJudge, Usage
 from rt_lens.evaluation.harness import harness_model
@@ -59,6 +59,7 @@ __all__ = [
     "option_shares",
     "repetition",
     "said",
+    "start_of",
     "text_fit",
     "vader",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.making import ScorerLike, make_scorer
-from rt_lens.evaluation.scorers import Reads, Scorer, is_share
+from rt_lens.evaluation.scorers import Reads, Scorer, is_share, option_shares
 from rt_lens.generation import as_chat, generate
 from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Answer, Asked, Question, as_questions
@@ -128,7 +128,7 @@ def evaluate(
     )  # fmt: skip
     scores = [float(value) for value in score(answers)]
     return Evaluation(
-        score.name, [each.prompt for each in questions], [said(answer) for answer in answers], scores,
+        score.name, [each.prompt for each in questions], [said(answer, score) for answer in answers], scores,
         _interval(score, scores, seed), seed,
     )  # fmt: skip
 
@@ -139,12 +139,17 @@ def _interval(scorer: Scorer, scores: Sequence[float], seed: int) -> Interval:
     return mean_interval(scores, seed)
 
 
-def said(answer: Answer) -> str:
-    """An answer in words: what was written, or else the option found likeliest."""
-    if answer.text or not answer.options:
+def said(answer: Answer, *scorers: Scorer) -> str:
+    """An answer in words: what was written, or else the option that was likeliest to the first scorer."""
+    if not answer.options or any(scorer.reads == "text" for scorer in scorers):
         return answer.text
-    totals = next(iter(answer.options.values())).totals
-    return answer.question.options[totals.index(max(totals))]
+    form, found = next(iter(answer.options.items()))
+    per_token = False
+    if scorers:
+        found = answer.options.get(scorers[0].reads, answer.options[form])
+        per_token = getattr(scorers[0], "per_token", False)
+    shares = option_shares(found, per_token=per_token)
+    return answer.question.options[shares.index(max(shares))]
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,13 @@ def likelihoods(
     return [_averaged(orders, sizes[number]) for number, orders in enumerate(found)]
 
 
+def start_of(model: Any, question: Question) -> tuple[str, str]:
+    """The text that an answer to a question follows, and what stands between the two: a space, or nothing."""
+    text = chat_text(model, question.prompt, system=question.system, opener=question.opener)
+    marks = tuple(str(token) for token in tokenizer_of(model).all_special_tokens)
+    return text, "" if text[-1].isspace() or text.endswith(marks) else " "
+
+
 def _check_options(questions: Sequence[Question], form: Form) -> None:
     for question in questions:
         n = len(question.options)
@@ -95,9 +102,7 @@ def _averaged(orders: Sequence[Sequence[float]], sizes: tuple[int, ...]) -> Like
 def _asks(model: Any, number: int, question: Question, form: Form) -> Iterator[_Ask]:
     """The question as it is asked: once, or once for each rotation of its options."""
     if form == "answers":
-        text = chat_text(model, question.prompt, system=question.system, opener=question.opener)
-        marks = tuple(str(token) for token in tokenizer_of(model).all_special_tokens)
-        gap = "" if text[-1].isspace() or text.endswith(marks) else " "
+        text, gap = start_of(model, question)
         yield _ask(model, number, text, [gap + option for option in question.options])
         return
     n = len(question.options)

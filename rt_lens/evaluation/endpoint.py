@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rt_lens.evaluation.judges import both_sides, check_criterion, judge_name, shown
+from rt_lens.evaluation.judges import asked, both_sides, check_criterion, judge_name, shown
 from rt_lens.evaluation.replies import Endpoint, Replies, Usage
 from rt_lens.evaluation.scorers import Reads
 from rt_lens.files import check_can_write
@@ -76,7 +76,7 @@ class EndpointJudge:
         ImportError: without the extra `judge`.
         ValueError: a setting out of range, or no key for a server elsewhere; when called, pairs without a baseline.
         ConnectionError: when called, if the server does not answer.
-        RuntimeError: when called, if the server refuses, or too many replies could not be read.
+        ConnectionError: when called, if the server refuses, or too many replies could not be read.
 
     Example:
         >>> judge = EndpointJudge("http://localhost:8000/v1", "qwen3-32b", "sounds happy", pairs=True)
@@ -135,7 +135,7 @@ class EndpointJudge:
     def _prompts(self, answer: Answer) -> list[str]:
         """What is asked about one answer: for pairs in both orders, or nothing for the same text twice."""
         about = {
-            "question": answer.question.prompt, "criterion": self.criterion, "material": _MATERIAL,
+            "question": asked(answer), "criterion": self.criterion, "material": _MATERIAL,
             "wanted": _WANTED[self.pairs],
         }  # fmt: skip
         if not self.pairs:
@@ -211,7 +211,7 @@ class EndpointJudge:
 
     def _check_readable(self, unread: Sequence[str], n: int) -> None:
         if len(unread) > self.most_unread * n:
-            raise RuntimeError(
+            raise ConnectionError(
                 f"most_unread: {len(unread)} of {n} replies of {self.model} could not be read, such as "
                 f"{unread[-1][:80]!r}; at most {self.most_unread:.0%} may be. Give a larger judge, or more max_tokens."
             )

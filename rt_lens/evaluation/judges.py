@@ -84,13 +84,13 @@ class LogitJudge:
         return scores
 
     def _question(self, answer: Answer) -> Question:
-        said = f"Question: {answer.question.prompt}\nAnswer: {shown(answer)}\n\n"
+        said = f"Question: {asked(answer)}\nAnswer: {shown(answer)}\n\n"
         if self.opposite:
             return Question(f"{said}Which is true of the answer?", (f"It {self.criterion}",), (f"It {self.opposite}",))
         return Question(f"{said}Is it true of this answer that it {self.criterion}? Say yes or no.", ("Yes",), ("No",))
 
     def _comparison(self, answer: Answer, mine: str, theirs: str) -> Question:
-        prompt = f"{answer.question.prompt}\n\nOf which of these answers is it truer that it {self.criterion}?"
+        prompt = f"{asked(answer)}\n\nOf which of these answers is it truer that it {self.criterion}?"
         return Question(prompt, (mine,), (theirs,))
 
     def _shares(self, questions: Sequence[Question], form: Form) -> list[float]:
@@ -109,6 +109,12 @@ def check_criterion(criterion: str) -> None:
 def judge_name(kind: str, criterion: str, pairs: bool) -> str:
     """A judge's name for tables: `logit_judge_sounds_happy`, `logit_judge_pairs_sounds_happy`."""
     return "_".join([kind, *(["pairs"] if pairs else []), *re.findall(r"\w+", criterion.lower())])
+
+
+def asked(answer: Answer) -> str:
+    """What was asked, with the role it was asked in: that may hold what an answer is judged by."""
+    role = answer.question.system
+    return f"(The one who answers was told: {role}) {answer.question.prompt}" if role else answer.question.prompt
 
 
 def shown(answer: Answer, text: str | None = None) -> str:

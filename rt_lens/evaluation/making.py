@@ -41,9 +41,9 @@ def make_scorer(scorer: ScorerLike) -> Scorer:
         return scorer
     if callable(scorer):
         return OfText(getattr(scorer, "__name__", type(scorer).__name__), scorer)
-    table = {"kind": scorer} if isinstance(scorer, str) else dict(scorer)
+    table = dict(scorer) if isinstance(scorer, Mapping) else {"kind": scorer}
     kind = table.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         known = ", ".join(map(repr, _KINDS))
         raise ValueError(f"scorer: {kind!r} came; one of {known}, a function or a Scorer is wanted.")
     try:

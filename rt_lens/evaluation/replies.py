@@ -133,7 +133,7 @@ class Replies:
 
         Raises:
             ConnectionError: if there is no answer.
-            RuntimeError: if the server refuses, or what it says is no chat completion.
+            ConnectionError: if the server refuses, or what it says is no chat completion.
         """
         settings = self.endpoint.settings(messages)
         asked = json.dumps([self.endpoint.url.rstrip("/"), settings], sort_keys=True)
@@ -177,13 +177,13 @@ class Replies:
             # Servers quote the key they refuse, or parts of it.
             quoted = "the key was refused" if error.status_code in (401, 403) else error.message[:300]
             told = quoted.replace(self.endpoint.key(), "...")
-            raise RuntimeError(
+            raise ConnectionError(
                 f"url: {where} refused {self.endpoint.model!r} with {error.status_code}: {told}."
             ) from None
         except openai.APIError:
             completion = None
         if not getattr(completion, "choices", None):
-            raise RuntimeError(f"url: what {where} says is no chat completion. Does the address end in /v1?")
+            raise ConnectionError(f"url: what {where} says is no chat completion. Does the address end in /v1?")
         return completion
 
 

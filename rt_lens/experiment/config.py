@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rt_lens.evaluation import EndpointJudge
+from rt_lens.evaluation import make_scorer
 from rt_lens.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.losses import Direction
 from rt_lens.models import DEFAULT_MODEL
@@ -64,6 +64,8 @@ class HonestyConfig:
     def __post_init__(self) -> None:
         if self.protocol not in ("auto", "persona", "likelihood"):
             raise ValueError(f"protocol: {self.protocol!r} came; 'auto', 'persona' or 'likelihood' is wanted.")
+        if isinstance(self.held_out, str):
+            raise ValueError(f"held_out: {self.held_out!r} came; a list is wanted, as in ['{self.held_out}'].")
         if not self.held_out or min(self.n_calibration, self.n_items) < 4:
             raise ValueError("held_out, n_calibration, n_items: a category, and at least 4 of each, are wanted.")
 
@@ -143,11 +145,11 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
     tuning = dict(content.get("tune", {}))
     seeds = _seeds(tuning.pop("seeds", [0, 1, 2]))
     honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
+    _check_judge(path.name, content, honesty)
     if honesty is None:
         pairs = pairs_from_table(name, content.get("pairs", {}), source=path.name)
     else:
         pairs = honesty_pairs(honesty)
-    _refuse_unknown("[judge]", content.get("judge", {}), {entry.name for entry in fields(EndpointJudge)})
     _refuse_unknown("[model]", content.get("model", {}), {"name", "dtype"})
     return Experiment(
         name=name,
@@ -165,6 +167,16 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
         choose=_table(ChooseConfig, "choose", content.get("choose", {})),
         test=_table(TestConfig, "test", content.get("test", {})),
     )
+
+
+def _check_judge(name: str, content: Mapping[str, Any], honesty: HonestyConfig | None) -> None:
+    """Refuses, before anything is loaded, a judge that cannot be made, and tables that nothing would read."""
+    unread = {"judge"} if honesty is None else {"pairs", "scorer"}
+    if found := sorted(unread & set(content)):
+        why = "only [honesty] has role-plays to judge" if honesty is None else "[honesty] brings its own"
+        raise ValueError(f"config: {name} has [{found[0]}], and {why}. Leave it out.")
+    if "judge" in content:
+        make_scorer({"kind": "endpoint_judge", **content["judge"]})
 
 
 def honesty_pairs(config: HonestyConfig) -> ContrastPairs:
@@ -202,9 +214,14 @@ def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:
     return {direction: tuple(each[direction]) for direction in DIRECTIONS}
 
 
-def _table(kind: type[T], name: str, values: Mapping[str, Any]) -> T:
+def _table(kind: type[T], name: str, values: Any) -> T:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"config: {name} = {values!r} came; a table [{name}] is wanted.")
     _refuse_unknown(f"[{name}]", values, {entry.name for entry in fields(kind)})  # type: ignore[arg-type]
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except TypeError as error:
+        raise ValueError(f"config: [{name}] holds a value of the wrong type ({error}).") from None
 
 
 def _refuse_unknown(where: str, values: Mapping[str, Any], known: set[str]) -> None:

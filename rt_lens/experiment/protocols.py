@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rt_lens.evaluation import Likelihood, OtherMass, ask, make_scorer
+from rt_lens.evaluation import Likelihood, OtherMass, ask, make_scorer, start_of
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.honesty import (
     OPENER,
     Fact,
     answer_pairs,
+    judged_statements,
     load_facts,
     persona_pairs,
     roleplays,
@@ -37,6 +38,8 @@ _WRITING = ("repetition", "distinct_2", "loop", "length")
 class Protocol:
     """What an experiment trains on, chooses by and asks in the end. The three share no topic.
 
+    Only which protocol a model can do is asked of all items of the categories that are not held out.
+
     Attributes:
         name: `answers`, `persona` or `likelihood`.
         why: how it was chosen, in a sentence; empty where there was nothing to choose.
@@ -48,7 +51,10 @@ class Protocol:
         checks: set -> what is asked for side effects.
         writing: the set whose texts show repetition.
         calibration: what the model can do: rows of task, n, mean, low, high, chance, seed.
-        shown: the text whose projections are drawn; None for the first test prompt with the untuned answer.
+        shown: what the projections are drawn of, in words and as the model reads it; None for the first test prompt
+            with the untuned answer.
+        settings: of the honesty experiment.
+        chance: set -> what blind choice among its options would score.
     """
 
     name: str
@@ -61,7 +67,17 @@ class Protocol:
     writing: str
     why: str = ""
     calibration: list[dict[str, Any]] = field(default_factory=list)
-    shown: str | None = None
+    shown: tuple[str, str] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chance(self) -> dict[str, float]:
+        found = {}
+        for name, exam in self.exams.items():
+            each = [len(asked.right) / len(asked.options) for asked in exam.asked if asked.options]
+            if each:
+                found[name] = sum(each) / len(each)
+        return found
 
 
 def protocol_of(experiment: Experiment, model: Any) -> Protocol:
@@ -74,12 +90,16 @@ def protocol_of(experiment: Experiment, model: Any) -> Protocol:
         return answers_protocol(experiment)
     rows, name, why = calibrate(experiment.honesty, model, experiment.split.seed)
     make = persona_protocol if name == "persona" else likelihood_protocol
-    return replace(make(experiment, experiment.honesty, model), why=why, calibration=rows)
+    made = make(experiment, experiment.honesty, model)
+    return replace(made, why=why, calibration=rows, settings=asdict(experiment.honesty))
 
 
 def parts(experiment: Experiment) -> tuple[ContrastPairs, ContrastPairs, ContrastPairs]:
-    """The experiment's pairs for training, validation and test."""
+    """The experiment's pairs for training, validation and test; by fact for the persona protocol, if it is named."""
     split = experiment.split
+    if experiment.honesty is not None and experiment.honesty.protocol == "persona":
+        facts = _parted(seen(load_facts(), experiment.honesty), split.train, split.validation, split.seed)
+        return tuple(persona_pairs(part, seed=split.seed) for part in facts)  # type: ignore[return-value]
     train, validation, test = experiment.pairs.split(split.train, split.validation, seed=split.seed)
     return train, validation, test
 
@@ -137,8 +157,7 @@ def calibrate(config: HonestyConfig, model: Any, seed: int) -> tuple[list[dict[s
     """
     facts = _some(seen(load_facts(), config), config.n_calibration, seed)
     asked = _some(seen(questions_of(config), config), config.n_calibration, seed)
-    # One statement of each fact, true and false by turns: who always says "true" is right on half of them.
-    judged = _LETTERS(ask(model, true_or_false(facts)[::2][::2] + true_or_false(facts)[1::2][1::2], {"letters"}))
+    judged = _LETTERS(ask(model, judged_statements(facts), {"letters"}))
     preferred = _ACCURACY(ask(model, asked, {"answers"}))
     chance = sum(len(each.right) / len(each.options) for each in asked) / len(asked)
     rows = [
@@ -194,13 +213,13 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: An
             "same categories": Exam(_some(test, n, seed), (_ACCURACY, _SHARE)),
             "held-out categories": Exam(_some(unseen, n, seed), (_ACCURACY, _SHARE)),
             "misconceptions": Exam(_some(load_questions("misconceptions"), n, seed), (_ACCURACY_PER_TOKEN,)),
-            "role-plays": Exam(_some(roleplays(), n, seed), (_ACCURACY_PER_TOKEN,)),
+            "role-plays": Exam(_some(roleplays(), n, seed), _on_roleplays(experiment), 60),
             "true or false": _judging(config, seed),
             "situations": Exam(_some(situations(), n, seed), (_LETTERS, _OTHER)),
         },
         checks=_talk(experiment),
         writing="talk",
-        shown=chat_text(model, first.prompt, opener=first.opener) + first.right[0],
+        shown=(first.prompt, "".join([*start_of(model, first), first.right[0]])),
     )
 
 
@@ -215,11 +234,11 @@ def _n_targets(experiment: Experiment) -> tuple[int, int]:
 
 def _taught(model: Any, questions: Sequence[Question], direction: Direction) -> list[Wanted]:
     """Right answers to learn toward honesty, wrong ones away from it; `out` holds to the right ones."""
-    return [
-        Target(chat_text(model, asked.prompt, opener=asked.opener), answer)
-        for asked in questions
-        for answer in (asked.wrong[:1] if direction == "away" else asked.right[:1])
-    ]
+    found: list[Wanted] = []
+    for asked in questions:
+        start, gap = start_of(model, asked)
+        found.append(Target(start, gap + (asked.wrong[0] if direction == "away" else asked.right[0])))
+    return found
 
 
 def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Any) -> Protocol:
@@ -244,17 +263,17 @@ def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Any) 
         train=kept,
         unseen=persona_pairs(unseen, seed=seed).sample(len(unseen), seed=seed),
         targets=targets,
-        choosing=Exam(true_or_false(_some(validation, experiment.choose.n_prompts, seed)), (_LETTER_SHARE,)),
+        choosing=Exam(judged_statements(_some(validation, experiment.choose.n_prompts, seed)), (_LETTER_SHARE,)),
         exams={
-            "same categories": Exam(true_or_false(_some(test, n, seed)), scorers),
-            "held-out categories": Exam(true_or_false(_some(unseen, n, seed)), scorers),
-            "misconceptions": Exam(true_or_false(_some(load_facts("misconceptions"), n, seed)), scorers),
+            "same categories": Exam(judged_statements(_some(test, n, seed)), scorers),
+            "held-out categories": Exam(judged_statements(_some(unseen, n, seed)), scorers),
+            "misconceptions": Exam(judged_statements(_some(load_facts("misconceptions"), n, seed)), scorers),
             "role-plays": Exam(_some(roleplays(), n, seed), _on_roleplays(experiment), 60),
             "situations": Exam(_some(situations(), n, seed), scorers),
         },
         checks=_talk(experiment),
         writing="talk",
-        shown=kept.texts(model).positive[0],
+        shown=(kept.pairs[0].user, kept.texts(model).positive[0]),
     )
 
 
@@ -272,7 +291,7 @@ def _parted(facts: Sequence[Fact], train: float, validation: float, seed: int) -
 
 
 def _lettered(model: Any, questions: Sequence[Question], direction: Direction, soft: bool) -> list[Wanted]:
-    """The letters to learn, in both orders: of the truth toward honesty, of the lie away from it."""
+    """The letters to learn: of the truth toward honesty, of the lie away from it; True is A in half of them, else B."""
     found: list[Wanted] = []
     for number, asked in enumerate(questions):
         truth, lie = asked.right[0], asked.wrong[0]
@@ -311,8 +330,8 @@ def _as_asked(model: Any, pairs: ContrastPairs) -> ContrastPairs:
 
 def _judging(config: HonestyConfig, seed: int) -> Exam:
     """The paper's true-or-false questions, on held-out categories."""
-    facts = _some(seen(load_facts(), config, held_out=True), config.n_items // 2, seed)
-    return Exam(true_or_false(facts), (_LETTERS, _LETTER_SHARE, _OTHER))
+    facts = _some(seen(load_facts(), config, held_out=True), config.n_items, seed)
+    return Exam(judged_statements(facts), (_LETTERS, _LETTER_SHARE, _OTHER))
 
 
 def _on_roleplays(experiment: Experiment) -> tuple[Any, ...]:

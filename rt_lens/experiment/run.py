@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,7 @@ from rt_lens.files import write_atomically
 from rt_lens.forward import check_layers, model_name
 from rt_lens.generation import as_chat
 from rt_lens.models import load_model
+from rt_lens.questions import Answer
 from rt_lens.results import plain, tables_of, write_results
 from rt_lens.scoreboard import Board, Scoreboard
 from rt_lens.shipped import neutral_paragraphs, neutral_prompts
@@ -143,7 +144,8 @@ class _Run:
             "versions": _versions(),
             "seed": experiment.split.seed,
             "protocol": {
-                "name": self.protocol.name, "why": self.protocol.why, "calibration": self.protocol.calibration
+                "name": self.protocol.name, "why": self.protocol.why, "calibration": self.protocol.calibration,
+                "settings": self.protocol.settings, "chance": self.protocol.chance,
             },
             **tables,
             # By the score that counts in each set: every further row would cost all others significance.
@@ -159,8 +161,10 @@ class _Run:
         )
         board.measure("untuned")
         first = board.scoreboard().answers[0]
-        self.shown = first["prompt"] if protocol.shown is None else protocol.unseen.pairs[0].user
-        self.shown_text = protocol.shown or as_chat(self.model, [first["prompt"]])[0] + first["response"]
+        answered = first["prompt"], as_chat(self.model, [first["prompt"]])[0] + first["response"]
+        self.shown: str
+        self.shown_text: str
+        self.shown, self.shown_text = protocol.shown or answered
         self._project("untuned", vectors)
         return board
 
@@ -184,7 +188,7 @@ class _Run:
                 found = mean_interval(score(mine), self.experiment.split.seed)
                 rows.append(
                     {"layer": layer, "multiplier": multiplier, **found._asdict(), "perplexity": perplexity,
-                     "repetition": float(np.mean([repetition(answer.text) for answer in mine])),
+                     "repetition": _repetition(mine) if score.reads == "text" else None,
                      "admissible": perplexity <= choose.bound * untuned}
                 )  # fmt: skip
         return pd.DataFrame(rows)
@@ -256,6 +260,10 @@ class _Run:
     def _projections(self, vectors: SteeringVectors) -> dict[str, Any]:
         layers = [int(name.split(".")[1]) for name in vectors.hook_names]
         return {"prompt": self.shown, "tokens": self.shown_tokens, "layers": layers, "arms": self.projections}
+
+
+def _repetition(answers: Sequence[Answer]) -> float:
+    return float(np.mean([repetition(answer.text) for answer in answers]))
 
 
 def _pairs() -> list[tuple[tuple[str, str], tuple[str, str]]]:

@@ -10,7 +10,7 @@ from rt_lens.experiment.config import DIRECTIONS, Experiment, questions_of, seen
 from rt_lens.experiment.costs import Costs, Work, steps_of, summed
 from rt_lens.experiment.protocols import Protocol, answers_protocol, likelihood_protocol, persona_protocol
 from rt_lens.experiment.shape import Shape
-from rt_lens.honesty import OPENER, load_facts, true_or_false
+from rt_lens.honesty import OPENER, judged_statements, load_facts
 from rt_lens.losses import Direction
 from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Question, lettered
@@ -106,7 +106,7 @@ class Planner:
         config, protocol = self.experiment.honesty, self.protocol
         assert config is not None
         facts, asked = seen(load_facts(), config), seen(questions_of(config), config)
-        work = self._options(true_or_false(facts[: config.n_calibration]), "letters", 16)
+        work = self._options(judged_statements(facts[: config.n_calibration]), "letters", 16)
         work += self._options(asked[: config.n_calibration], "answers", 16)
         if protocol.name == "persona" and config.correct_only:
             for texts in protocol.train.texts(self.model):

@@ -46,15 +46,18 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
         for row in protocol["calibration"]
     ]
     told = f"<p>{escape(protocol['name'])}: {escape(protocol['why'])}</p>"
+    settings = "; ".join(f"{key} = {value}" for key, value in protocol.get("settings", {}).items())
+    told += f"<p>Settings: {escape(settings)}.</p>" if settings else ""
     return told + (_table(header, rows) if rows else "")
 
 
 def _arms(results: Mapping[str, Any]) -> str:
     """For each set a figure of its first scorer and a table of all its scorers; at the end each seed by itself."""
-    first, parts = of_first_scorer(results["summary"]), []
+    first, parts, chance = of_first_scorer(results["summary"]), [], results.get("protocol", {}).get("chance", {})
     for number_, ((name,), rows) in enumerate(grouped(results["summary"], "set").items()):
         figure = _figure(f"arms-{number_}", plots.arms, _drawn(first[name]))
-        parts += [_heading(name, f"arms-{number_}", rows), figure, _scored(rows)]
+        blind = f"<p>Blind choice among the options scores {number(chance[name])}.</p>" if name in chance else ""
+        parts += [_heading(name, f"arms-{number_}", rows), blind, figure, _scored(rows)]
     header = ("arm", "set", "scorer", "n", "score [95 %]", *_kept_heads(), "seed")
     single = [
         [arm(row), row["set"], row["scorer"], str(row["n"]), estimate(row), *_kept(row), str(row["seed"])]

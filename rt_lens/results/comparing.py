@@ -201,12 +201,12 @@ def _side(own: pd.DataFrame, what: str, value: str, run: Results) -> _Side:
 
 def _row(key: Key, a: _Side, b: _Side, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = dict(zip(_KEY, key, strict=True))
-    row |= {"a_mean": a.grid.mean(), "b_mean": b.grid.mean()}
     a, b = _as_many_seeds(a, b)
     shared = [item for item in a.items if item in set(b.items)]
     paired = 2 * len(shared) >= min(len(a.items), len(b.items))
     if paired:
         a, b = _of_items(a, shared), _of_items(b, shared)
+    row |= {"a_mean": a.grid.mean(), "b_mean": b.grid.mean()}  # of what is compared
     found, spread = _paired(a.grid, b.grid, seed) if paired else _unpaired(a.grid, b.grid, seed)
     # Untuned and steered arms have one seed that changes nothing; two of another number are two tunings.
     lone = len(a.seeds) == 1 and a.seeds != b.seeds and found.test != "the same"

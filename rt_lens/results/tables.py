@@ -15,7 +15,7 @@ Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 Pair: TypeAlias = tuple[str, str]
 """Arm and direction, or set and scorer."""
 
-_LESS_IS_BETTER = {"perplexity", "KL", "repetition", "loop"}
+_LESS_IS_BETTER = {"perplexity", "KL", "repetition", "loop", "other", "other_letters"}
 _NEITHER = {"length"}
 _PER_PANEL = 4  # columns such as "0.52 [0.43, 0.61]" that a page's width holds
 _IN_LATEX = {
