@@ -173,6 +173,7 @@ def test_more_seeds_in_one_run_are_left_out_those_in_common_kept():
     a = np.random.default_rng(0).normal(size=(3, 20))
     found = _row(KEY, side(a, seeds=[0, 1, 2]), side(a[[1, 2]], seeds=[1, 2]), 0)
     assert found["test"] == "the same" and found["a_seeds"] == found["b_seeds"] == [1, 2]
+    assert found["a_mean"] == found["b_mean"] == pytest.approx(a[[1, 2]].mean())  # of the seeds compared
 
 
 def test_single_seeds_that_differ_are_not_judged(tmp_path):

@@ -93,7 +93,7 @@ def test_the_embedded_model_abstains_from_grading_and_is_counted(served, judge, 
         found = evaluate(model, ["Tell me of the sea."], patient, max_new_tokens=4)
     assert found.scores == [0.5] and found.scorer == "endpoint_judge_sounds_happy"
     assert patient.usage.requests == 2 and patient.usage.unread == 1  # asked, and reminded
-    with pytest.raises(RuntimeError, match="most_unread: 1 of 1 replies of .* could not be read"):
+    with pytest.raises(ConnectionError, match="most_unread: 1 of 1 replies of .* could not be read"):
         evaluate(model, ["Tell me of the sea."], judge(url, model=name, pairs=False), max_new_tokens=4)
 
 
@@ -131,7 +131,7 @@ def test_grades_are_scaled_and_keep_their_order_under_many_workers(serve, judge)
 @pytest.mark.parametrize("pairs", [True, False])
 def test_a_reply_is_read_strictly_asked_for_once_more_and_then_an_error(serve, judge, reply, pairs):
     came = serve(lambda _: reply)
-    with pytest.raises(RuntimeError, match=f"most_unread: 1 of . replies of someone .*{re.escape(repr(reply))}"):
+    with pytest.raises(ConnectionError, match=f"most_unread: 1 of . replies of someone .*{re.escape(repr(reply))}"):
         judge(came.url, pairs=pairs, workers=1)(against(HAPPY[:1], SAD[:1]))
     assert [len(body["messages"]) for body in came[:2]] == [1, 3]
     assert (
@@ -154,7 +154,7 @@ def test_abstentions_are_ties_that_are_counted_and_warned_of(serve, judge):
 
 def test_replies_that_cannot_be_read_stop_the_asking(serve, judge):
     came = serve(lambda _: "?")
-    with pytest.raises(RuntimeError, match="most_unread: 1[01] of 100"):
+    with pytest.raises(ConnectionError, match="most_unread: 1[01] of 100"):
         judge(came.url, pairs=False, workers=1)(alone([str(n) for n in range(100)]))
     before = len(came)
     assert before < 100  # of 200, had it gone on

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from rt_lens.evaluation import evaluate
-from rt_lens.experiment import load_experiment, protocol_of, run_experiment
+from rt_lens.evaluation.choices import _asks
+from rt_lens.experiment import load_experiment, parts, protocol_of, run_experiment
+from rt_lens.experiment.config import questions_of
 from rt_lens.experiment.protocols import calibrate
 from rt_lens.honesty import (
     OPENER,
     Fact,
     answer_pairs,
+    judged_statements,
     load_facts,
     persona_pairs,
     personas,
@@ -27,7 +30,9 @@ from rt_lens.honesty import (
 from rt_lens.questions import Question, load_questions
 from rt_lens.report import write_report
 from rt_lens.results import load_results
+from rt_lens.tokens import encode
 from rt_lens.tuning import Choice, Target
+from rt_lens.tuning.material import _row
 
 CATEGORIES = {
     "capitals", "elements", "arithmetic", "animals", "opposites", "inventions", "geography", "physics", "language",
@@ -188,7 +193,42 @@ def test_targets_teach_truth_toward_and_lies_away(model):
     for direction, side in (("toward", "right"), ("away", "wrong"), ("out", "right")):
         for target in protocol.targets(direction)[0]:
             (question,) = (q for prompt, q in asked.items() if prompt in target.prompt)
-            assert target.answer in getattr(question, side)
+            assert target.answer.strip() in getattr(question, side)
+
+
+def test_what_is_learnt_is_what_is_scored_token_by_token(model):
+    experiment = load_experiment("honesty")
+    assert experiment.honesty is not None
+    asked = {q.prompt: q for q in questions_of(experiment.honesty)}
+    protocol = protocol_of(
+        replace(experiment, honesty=replace(experiment.honesty, protocol="likelihood", n_calibration=4)), model
+    )
+    for target in protocol.targets("away")[0]:
+        (number,) = (n for n, prompt in enumerate(asked) if prompt in target.prompt)
+        question = asked[[*asked][number]]
+        (ask,) = _asks(model, number, question, "answers")
+        learnt = _row(model, target, []).tokens.tolist()
+        assert learnt == [*ask.start, *ask.options[1]]  # the first wrong answer
+    assert protocol.shown is not None
+    assert encode(model, protocol.shown[1])[-1] in {
+        ids[-1] for q in load_questions("honesty") for ids in [encode(model, " " + q.right[0])]
+    }
+
+
+def test_the_commands_split_facts_as_the_persona_run_does(small, model):
+    experiment = load_experiment(small("persona"))
+    train, validation, test = ({pair.group for pair in part.pairs} for part in parts(experiment))
+    assert not train & validation and not train & test and not validation & test
+    protocol = protocol_of(experiment, model)
+    assert {pair.group for pair in protocol.train.pairs} <= train
+    tested = " ".join(q.prompt for name in ("same categories",) for q in protocol.exams[name].asked)
+    assert not [fact for fact in train | validation if fact in tested]
+
+
+def test_one_statement_of_each_fact_is_judged_and_always_true_is_half_right():
+    asked = judged_statements(load_facts()[:40])
+    assert len(asked) == 40
+    assert Counter(question.right[0] for question in asked) == {"True": 20, "False": 20}
 
 
 def test_the_model_is_asked_what_it_can_do_and_the_run_says_so(model):
@@ -266,6 +306,10 @@ def test_correct_only_keeps_pairs_that_both_personas_get_their_way_in(small, mod
         ("n_items = 4", "n_items = 1", "held_out, n_calibration, n_items"),
         ("n_items = 4", "n_itmes = 4", "Did you mean 'n_items'"),
         ('"likelihood"', '"honest"', "protocol: 'honest' came"),
+        ('["animals"]', '"animals"', "held_out: 'animals' came; a list is wanted"),
+        ("n_items = 4", 'n_items = "four"', "config: [honesty] holds a value of the wrong type"),
+        ("[extract]", "[judge]\nurl = 'http://127.0.0.1:1/v1'\n[extract]", "scorer: 'endpoint_judge' came with url"),
+        ("[extract]", "[scorer]\nkind = 'vader'\n[extract]", "has [scorer], and [honesty] brings its own"),
     ],
 )
 def test_bad_settings_are_named(small, old, new, says):

@@ -42,10 +42,10 @@ def test_failing_twice_is_no_failure(serve, judge):
 
 def test_failing_for_good_names_the_url_and_what_was_said(serve, judge):
     came = serve(lambda _: (404, {"error": {"message": "no model someone"}}))
-    with pytest.raises(RuntimeError, match=rf"url: {came.url} refused 'someone' with 404: .*no model someone"):
+    with pytest.raises(ConnectionError, match=rf"url: {came.url} refused 'someone' with 404: .*no model someone"):
         judge(came.url)(against(HAPPY, SAD))
     page = serve(lambda _: (200, "<html>welcome</html>"))
-    with pytest.raises(RuntimeError, match=rf"url: what {page.url} says is no chat completion"):
+    with pytest.raises(ConnectionError, match=rf"url: what {page.url} says is no chat completion"):
         judge(page.url)(against(HAPPY, SAD))
 
 
@@ -118,7 +118,7 @@ def test_the_key_is_sent_and_written_nowhere(serve, judge, tmp_path, monkeypatch
     with caplog.at_level(logging.DEBUG):
         messages = []
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="refused") as refusal:
+            with pytest.raises(ConnectionError, match="refused") as refusal:
                 asked(against(HAPPY, SAD))
             messages.append(str(refusal.value))
     assert [body["key"] for body in came] == [f"Bearer {KEY}"] * 3

@@ -173,6 +173,7 @@ def make_honesty() -> dict[str, Any]:
     why = "The model judges statements: 0.51 [0.38, 0.64], chance 0.50, n = 60: not shown (seed 0). So likelihood."
     told = {"task": "judges statements", "n": 60, "mean": 0.512, "low": 0.381, "high": 0.64, "chance": 0.5, "seed": 0}
     protocol = {"name": "likelihood", "why": why, "calibration": [told, {**told, "task": "prefers right answers"}]}
+    protocol |= {"settings": {"held_out": ["animals", "<b>"]}, "chance": {"misconceptions": 0.5}}
     new = {"summary": summary, "arms": arms, "side_effects": side_effects, "comparisons": comparisons}
     return {**old, **new, "behaviour": "honesty", "protocol": protocol}
 
@@ -434,6 +435,9 @@ def test_the_sentences_of_a_new_run_tell_the_protocol_and_what_was_shown_after_t
 
 def test_the_protocol_and_side_effects_are_told_only_where_there_are_any(html, honesty):
     told = [attributes.get("id") for _, attributes in honesty.elements]
+    words = "".join(honesty.texts)
+    assert "held_out = ['animals', '<b>']" in words
+    assert words.count("Blind choice among the options scores 0.500") == 1
     assert "protocol" in told and "side-effects" in told
     assert 'id="protocol"' not in html and 'id="side-effects"' in html
     assert "–" in "".join(honesty.texts), "perplexity was not measured"

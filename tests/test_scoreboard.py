@@ -82,7 +82,8 @@ def test_the_summary_follows_from_the_scores(board):
         ]
         assert row.mean == pytest.approx(cell["score"].mean())
         assert row.n == (len(PROMPTS) if row.set == "talk" else len(CHOICES))
-        assert row.low <= row.mean <= row.high
+        # Answers that all repeat nothing have no spread, and so no interval.
+        assert row.low <= row.mean <= row.high or (np.isnan(row.low) and cell["score"].nunique() == 1)
         assert row.seeds == ([0, 1, 2] if row.arm == "tuned" else [0])
     untuned = table[table["arm"] == "untuned"]
     assert (untuned["kl"] == 0).all() and (table[table["arm"] != "untuned"]["kl"] > 1e-4).all()
@@ -99,6 +100,21 @@ def test_shares_get_wilson_and_seeds_the_crossed_interval(board):
     grid = cell.pivot(index="seed", columns="item", values="score").to_numpy()
     wanted = crossed_interval(grid, 0)
     assert table.loc[("tuned", "likelihood_share"), ["low", "high"]].tolist() == [wanted.low, wanted.high]
+
+
+def test_shares_over_several_seeds_stay_between_0_and_1(board):
+    grid = np.ones((3, 60))
+    grid[0, 0] = grid[2, :3] = 0.0
+    assert crossed_interval(grid).high > 1
+    found = board.interval(grid, share=True)
+    assert found.high == 1.0 and found.low == crossed_interval(grid).low
+    same = np.tile(grid[2], (3, 1))
+    assert board.interval(same, share=True) == share_interval(57, 60)
+
+
+def test_a_comparisons_seeds_are_those_that_were_compared(board):
+    table = board.comparisons([(("untuned", "none"), ("tuned", "none"))])
+    assert all(seeds == [0, 1, 2] for seeds in table["seeds"])
 
 
 def test_summaries_by_category_hold_that_categorys_items(board):

@@ -428,8 +428,8 @@ def test_options_sweep_the_share_of_the_right_ones(tiny, tiny_vectors, tmp_path)
     asked = tuple(Question(f"Is {thing} cold?", ("yes",), ("no", "never")) for thing in ("ice", "fire", "snow"))
     prompts = [question.prompt for question in asked]
     found = rtl.sweep(
-        tiny, tiny_vectors, prompts, layers=[0], multipliers=[-2, 0, 2], metric=Options(asked), path=tmp_path / "s.json",
-        progress=False,
+        tiny, tiny_vectors, prompts, layers=[0], multipliers=[-2, 0, 2], metric=Options(asked), progress=False,
+        path=tmp_path / "s.json",
     )  # fmt: skip
     for multiplier in (-2.0, 0.0, 2.0):
         with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], multiplier)):
