@@ -17,7 +17,8 @@ results.json, schema 1. Intervals are of 95 %; null is what was not measured.
 | schema | 1 |
 | behaviour, description, model, seed | names, and the seed of the splits |
 | versions | package -> version |
-| protocol | name; why it was chosen; calibration: rows of task, n, mean, low, high, chance, seed; settings; chance: set -> score of blind choice |
+| protocol | name; why it was chosen; calibration: rows of task, n, mean, low, high, chance, seed |
+| protocol, more | settings: of the honesty experiment; chance: set -> what blind choice scores |
 | choices | direction -> layer, multiplier, why; rule: how they were chosen |
 | arms | a row per arm, direction, seed, set and scorer, see the columns below; with `seed` |
 | summary | the same pooled over seeds, with `seeds` |
