@@ -252,3 +252,32 @@ def test_the_wheel_carries_the_data(tmp_path):
 def test_neutral_text_is_about_three_thousand_tokens(model):
     text = data_path("neutral/text.txt").read_text()
     assert math.isclose(len(model.tokenizer.encode(text)), 3000, rel_tol=0.15)
+
+
+def test_prompts_of_ones_own_are_scored_by_command(run, tmp_path):
+    rows = 'prompt,right,wrong\n"Is ice cold, would you say?",yes|Yes,no\nIs fire cold?,no,yes\n'
+    (tmp_path / "mine.csv").write_text(rows)
+    (tmp_path / "scorer.toml").write_text('[scorer]\nkind = "lexicon"\npositive = ["ice"]\nnegative = ["fire"]\n')
+    names = ("repetition", "pattern:ice|fire", str(tmp_path / "scorer.toml"), "likelihood")
+    said = command(
+        "evaluate", str(tmp_path / "mine.csv"), *(part for name in names for part in ("--scorer", name)),
+        "--delta", str(run / "rep_tuned_away.safetensors"), "--vectors", str(run / "vectors.safetensors"),
+        "--layer", "18", "--multiplier", "0.5", "--max-new-tokens", "3", "--out", str(tmp_path / "out"),
+    )  # fmt: skip
+    for word in ("untuned", "steered", "tuned", "pattern", "lexicon", "likelihood_share", "p_holm", "Seed 0"):
+        assert word in said
+    scores = (tmp_path / "out" / "scores.csv").read_text().splitlines()
+    assert len(scores) == 1 + 3 * 4 * 2  # arms x scorers x prompts
+    assert "ice cold, would you say?" in (tmp_path / "out" / "responses.jsonl").read_text()
+    assert "layer: --vectors came without it" in command(
+        "evaluate", str(tmp_path / "mine.csv"), "--vectors", str(run / "vectors.safetensors"), code=2
+    )
+
+
+def test_a_run_against_itself_has_not_changed(run):
+    assert "Nothing changed" in command("compare", str(run), str(run), "--fail-on-change")
+
+
+def test_a_plan_runs_nothing(run):
+    said = command("run", str(run.parent / "sweetness.toml"), "--out", str(run.parent / "planned"), "--plan")
+    assert "Nothing was run" in said and not (run.parent / "planned").exists()

@@ -85,7 +85,7 @@ def evaluate(
 
 
 def _print(table: Any) -> None:
-    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}") + "\n")
+    typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="–") + "\n")
 
 
 def _scorer(text: str) -> Any:
