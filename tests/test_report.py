@@ -423,13 +423,17 @@ def test_hostile_names_of_a_new_run_are_inert(honesty):
     assert not [attributes for _, attributes in honesty.elements if any(name.startswith("on") for name in attributes)]
 
 
-def test_the_sentences_of_a_new_run_tell_the_protocol_and_what_was_shown_after_the_correction():
-    protocol, *sentences = report.summary_sentences(make_honesty())
-    assert protocol == make_honesty()["protocol"]["why"]
+def test_the_sentences_of_a_new_run_tell_the_protocol_and_p_before_and_after_the_correction():
+    results = make_honesty()
+    for row in results["comparisons"]:
+        if row["b"] == "steered":
+            row["p"], row["p_holm"] = 0.2, 1.0
+    protocol, *sentences = report.summary_sentences(results)
+    assert protocol == results["protocol"]["why"]
     (toward,) = [line for line in sentences if line.startswith("Toward, role-plays, paired")]
-    assert "rep_tuned minus token_tuned 0.230 [0.180, 0.280], p = 0.006" in toward
+    assert "rep_tuned minus token_tuned 0.230 [0.180, 0.280], p < 0.001 (by Holm = 0.006)" in toward
     assert "no difference shown between rep_tuned and steered (n = 216, seeds 0, 1, 2)" in toward
-    assert "p is Holm's, over all 48 comparisons of this run." in sentences
+    assert "By Holm: corrected for all 48 comparisons of this run." in sentences
     assert not any(SCORERS[1] in line for line in sentences), "the first scorer speaks for a set"
 
 

@@ -52,7 +52,7 @@ def findings(results: Mapping[str, Any]) -> Findings:
             sentences.append(f"{_begin(direction)}{name}, paired: {_differences(pairs)}.")
         sets[name] = sentences
     n, counted = len(results["comparisons"]), any(row["p_holm"] is not None for row in results["comparisons"])
-    holm = [f"p is Holm's, over all {n} comparisons of this run."] if counted else []
+    holm = [f"By Holm: corrected for all {n} comparisons of this run."] if counted else []
     opening = [results["protocol"]["why"]] if results["protocol"]["why"] else []
     return Findings(opening, sets, [*_damage_sentences(results), *holm, "Brackets hold 95 % intervals."])
 
@@ -62,17 +62,21 @@ def _begin(direction: str) -> str:
 
 
 def _differences(rows: Sequence[Row]) -> str:
-    """Where p is corrected: the differences that were shown, and how many were not. Else all of them."""
+    """Where p is corrected: the differences with a p below 0.05 before that, and which have none. Else all of them."""
 
     def say(row: Row) -> str:
-        p = row["p"] if row["p_holm"] is None else row["p_holm"]
-        return f"{row['a']} minus {row['b']} {estimate(row, 'difference')}, p {p_value(p)}"
+        corrected = "" if row["p_holm"] is None else f" (by Holm {p_value(row['p_holm'])})"
+        return f"{row['a']} minus {row['b']} {estimate(row, 'difference')}, p {p_value(row['p'])}{corrected}"
 
-    shown = [row for row in rows if row["p_holm"] is None or row["p_holm"] < _ALPHA]
-    quiet = [f"{row['a']} and {row['b']}" for row in rows if row not in shown]
-    parts = [listed(shown, say)] if shown else []
-    parts += [f"no difference shown between {', '.join(quiet)} ({sample(rows[0])})"] if quiet else []
+    told = [row for row in rows if row["p_holm"] is None or row["p"] < _ALPHA]
+    quiet = [row for row in rows if row not in told]
+    parts = [listed(told, say)] if told else []
+    parts += [f"no difference shown between {listed(quiet, _pair)}"] if quiet else []
     return "; ".join(parts)
+
+
+def _pair(row: Row) -> str:
+    return f"{row['a']} and {row['b']}"
 
 
 def _damage_sentences(results: Mapping[str, Any]) -> list[str]:
