@@ -123,7 +123,7 @@ def test_the_embedded_model_puts_happy_answers_above_sad_ones(model):
     told = cliffs_delta(scores[: len(happy)], scores[len(happy) :])
     assert told.low > 0.5  # 0 is chance
     turned = LogitJudge(model, "sounds sad", "sounds happy")(happy[:4])  # the two shares of the same question
-    assert turned == pytest.approx([1 - score for score in scores[:4]], abs=1e-6)
+    assert turned == pytest.approx([1 - score for score in scores[:4]], abs=1e-5)
 
 
 def test_by_yes_and_no_the_score_is_the_share_of_yes(tiny):
