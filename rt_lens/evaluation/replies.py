@@ -132,8 +132,7 @@ class Replies:
         """The reply, from disk or over the wire.
 
         Raises:
-            ConnectionError: if there is no answer.
-            ConnectionError: if the server refuses, or what it says is no chat completion.
+            ConnectionError: if there is no answer, if the server refuses, or if what it says is no chat completion.
         """
         settings = self.endpoint.settings(messages)
         asked = json.dumps([self.endpoint.url.rstrip("/"), settings], sort_keys=True)
