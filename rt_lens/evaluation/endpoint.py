@@ -75,8 +75,7 @@ class EndpointJudge:
     Raises:
         ImportError: without the extra `judge`.
         ValueError: a setting out of range, or no key for a server elsewhere; when called, pairs without a baseline.
-        ConnectionError: when called, if the server does not answer.
-        ConnectionError: when called, if the server refuses, or too many replies could not be read.
+        ConnectionError: when called, if the server does not answer or refuses, or too many replies could not be read.
 
     Example:
         >>> judge = EndpointJudge("http://localhost:8000/v1", "qwen3-32b", "sounds happy", pairs=True)
