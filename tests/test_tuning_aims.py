@@ -197,7 +197,7 @@ def test_choices_that_make_no_sense_are_refused(options, shares, says):
 def test_an_option_of_several_tokens_is_refused_by_name(tiny, tiny_vectors):
     choice = Choice("Which?", (" A", " quintessential whales"), (0.5, 0.5))
     with pytest.raises(
-        ValueError, match=r"options: ' quintessential whales' is \d tokens of this model; one is wanted"
+        ValueError, match=r"options: ' quintessential whales' is \d tokens of this model after 'Which\?'; one is wanted"
     ):
         tune(tiny, tiny_vectors, [choice], CONFIG, validation=TARGETS, progress=False)
 
