@@ -237,7 +237,8 @@ class Scoreboard:
                     continue
                 one, other, seeds = _matched(mine, theirs)
                 found = paired_comparison(one, other, seed=self.seed)
-                careful.append(paired_comparison(one, other, seed=self.seed, cautious=True).p)
+                seeded = one.ndim + other.ndim > 2  # else there are no degrees of freedom to be careful with
+                careful.append(paired_comparison(one, other, self.seed, cautious=True).p if seeded else found.p)
                 about = {"a": a[0], "a_direction": a[1], "b": b[0], "b_direction": b[1], "set": name, "scorer": scorer}
                 rows.append({**about, **found._asdict(), "seeds": seeds})
         table = pd.DataFrame(rows)
@@ -265,12 +266,8 @@ class Scoreboard:
             raise ValueError(f"set, scorer: {name!r}, {scorer!r} came; measured were {known}.")
         if "kl" not in rows:
             raise ValueError("texts: none were measured, so there is no side effect to draw. Give compare_arms texts.")
-        good = rows["mean"].to_numpy(float) * (1 if higher else -1)
-        harm = rows["kl"].to_numpy(float)
-        beaten = [
-            any(((good >= good[i]) & (harm <= harm[i])) & ((good > good[i]) | (harm < harm[i])))
-            for i in range(len(rows))
-        ]
+        sign, each = 1 if higher else -1, list(zip(rows["mean"], rows["kl"], strict=True))
+        beaten = [any(beats(sign * (other - mine), kl - less) for other, less in each) for mine, kl in each]
         return rows.assign(efficient=~np.asarray(beaten)).reset_index(drop=True)
 
     def _cell(self, scores: pd.DataFrame, label: tuple[str, str]) -> pd.DataFrame:
@@ -288,6 +285,11 @@ class Scoreboard:
             perplexity = Interval(loss.n, *(math.exp(value) for value in loss[1:]))
             found[label] = {**_named("perplexity", perplexity), **_named("kl", divergence), "n_texts": loss.n}
         return found
+
+
+def beats(gain: float, saved: float) -> bool:
+    """Whether so much more score at so much less harm is at least as good on both, and better on one."""
+    return gain >= 0 and saved >= 0 and (gain > 0 or saved > 0)
 
 
 def compare_arms(

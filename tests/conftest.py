@@ -12,6 +12,9 @@ install_import_hook("rt_lens", f"{__name__}.typechecker")  # before the first im
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -20,11 +23,13 @@ import plotly.graph_objects
 import plotly.io
 import pytest
 import torch
+from chat_server import Requests, make_judge, serving
 from transformer_lens import HookedTransformer
 from transformer_lens.config import HookedTransformerConfig
 from transformers import AutoTokenizer
 
 import rt_lens
+from rt_lens.evaluation.endpoint import EndpointJudge
 from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.prompts import ContrastPairs
@@ -150,3 +155,16 @@ def only_returned(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[No
     monkeypatch.chdir(tmp_path)
     yield
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Requests]]:
+    """Starts servers that reply by a rule."""
+    with ExitStack() as servers:
+        yield lambda rule, usage=True: servers.enter_context(serving(rule, usage))
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Callable[..., EndpointJudge]:
+    """Makes judges of the same cache."""
+    return partial(make_judge, tmp_path)

@@ -10,34 +10,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from chat_server import HAPPY, SAD, Requests, against, alone, by_sense, make_judge, serving
+from chat_server import HAPPY, SAD, Requests, against, alone, by_sense
 
 import rt_lens as rtl
 from rt_lens.evaluation import Scorer, evaluate
-from rt_lens.evaluation.endpoint import EndpointJudge
 from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.tokens import chat_text, encode
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Requests]]:
-    """Starts servers that reply by a rule."""
-    with ExitStack() as servers:
-        yield lambda rule, usage=True: servers.enter_context(serving(rule, usage))
-
-
-@pytest.fixture
-def judge(tmp_path: Path) -> Callable[..., EndpointJudge]:
-    """Makes judges of the same cache."""
-    return partial(make_judge, tmp_path)
-
 
 # The embedded model behind a server
 

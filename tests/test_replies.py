@@ -6,31 +6,12 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import HAPPY, SAD, Requests, against, alone, by_sense, make_judge, serving
-
-from rt_lens.evaluation.endpoint import EndpointJudge
+from chat_server import HAPPY, SAD, Requests, against, alone, by_sense
 
 KEY = "sk-secret-0123456789"
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Requests]]:
-    """Starts servers that reply by a rule."""
-    with ExitStack() as servers:
-        yield lambda rule, usage=True: servers.enter_context(serving(rule, usage))
-
-
-@pytest.fixture
-def judge(tmp_path: Path) -> Callable[..., EndpointJudge]:
-    """Makes judges of the same cache."""
-    return partial(make_judge, tmp_path)
 
 
 def test_failing_twice_is_no_failure(serve, judge):

@@ -98,14 +98,14 @@ def sweep(
     """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
     from rt_lens import plots
     from rt_lens.exchange import import_vectors
-    from rt_lens.experiment import check_writable, load_experiment, protocol_of
+    from rt_lens.experiment import check_writable, load_experiment, parts, protocol_of
     from rt_lens.models import load_model
     from rt_lens.sweeping import Answers, Metric, Options
     from rt_lens.sweeping import sweep as sweep_layers
 
     experiment = load_experiment(behaviour, model=model)
     directions, chosen = import_vectors(file), layers_of(layers)
-    _, _, held_out = parts_of(behaviour)
+    _, held_out, _ = parts(experiment)
     doses = [number_of(text) for text in multipliers.split(",")]
     check_writable(out.parent)
     loaded = load_model(experiment.model, dtype=experiment.dtype)

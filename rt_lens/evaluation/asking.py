@@ -143,12 +143,9 @@ def said(answer: Answer, *scorers: Scorer) -> str:
     """An answer in words: what was written, or else the option that was likeliest to the first scorer."""
     if not answer.options or any(scorer.reads == "text" for scorer in scorers):
         return answer.text
-    form, found = next(iter(answer.options.items()))
-    per_token = False
-    if scorers:
-        found = answer.options.get(scorers[0].reads, answer.options[form])
-        per_token = getattr(scorers[0], "per_token", False)
-    shares = option_shares(found, per_token=per_token)
+    first = scorers[0] if scorers else None
+    found = answer.options[first.reads] if first else next(iter(answer.options.values()))
+    shares = option_shares(found, per_token=getattr(first, "per_token", False))
     return answer.question.options[shares.index(max(shares))]
 
 

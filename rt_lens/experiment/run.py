@@ -22,7 +22,7 @@ import torch
 from rt_lens.arms import Arm, under
 from rt_lens.evaluation import ask, repetition, text_fit
 from rt_lens.experiment.config import DIRECTIONS, Experiment
-from rt_lens.experiment.protocols import protocol_of
+from rt_lens.experiment.protocols import answers_protocol, protocol_of
 from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
 from rt_lens.files import write_atomically
 from rt_lens.forward import check_layers, model_name
@@ -81,7 +81,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.projections: dict[str, list[list[float]]] = {}
         if experiment.honesty is None:
-            protocol_of(experiment, None)  # refuses too few topics before anything is loaded
+            self.protocol = answers_protocol(experiment)  # refuses too few topics before anything is loaded
         paragraphs, chosen = neutral_paragraphs(), experiment.choose.n_paragraphs
         self.choice_texts = paragraphs[:chosen]
         self.test_texts = paragraphs[chosen : chosen + experiment.test.n_texts]
@@ -101,9 +101,10 @@ class _Run:
             check_layers(self.model, experiment.choose.layers)
             check_layers(self.model, experiment.tune.layers)
             check_layers(self.model, experiment.tune.blocks)
-        with self._stage("calibrate"):
-            self.protocol = protocol_of(experiment, self.model)
-            if self.progress and self.protocol.why:
+        if experiment.honesty is not None:
+            with self._stage("calibrate"):
+                self.protocol = protocol_of(experiment, self.model)
+            if self.progress:
                 print(self.protocol.why, flush=True)
         with self._stage("extract"):
             vectors = extract_vectors(

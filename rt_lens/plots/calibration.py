@@ -42,5 +42,5 @@ def calibration(table: Table, *, title: str = "Does it know what it knows?") -> 
     figure.update_yaxes(title="share of such questions answered right", range=[-0.02, 1.04])
     reading = "Below the dotted line the model is surer than it is right. Bars are 95 % intervals (Wilson)."
     figure.update_layout(showlegend=False)
-    figure.add_annotation(x=0.97, y=0.9, text="agreement", showarrow=False, font_color=INK, textangle=-22)
+    figure.add_annotation(x=0.08, y=0.2, text="agreement", showarrow=False, font_color=INK)
     return dressed(figure, title, reading, f"n = {frame['n'].sum():.0f} questions in {len(frame)} bins.")

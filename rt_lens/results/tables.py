@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from rt_lens.scoreboard import beats
+
 Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 Pair: TypeAlias = tuple[str, str]
 """Arm and direction, or set and scorer."""
@@ -103,15 +105,14 @@ def efficient(rows: Rows, *, harm: str = "kl") -> list[dict[str, Any]]:
     if len({(row["set"], row["scorer"]) for row in table}) > 1:
         raise ValueError("rows: of several sets or scorers. Keep one of each; their scores share no axis.")
 
-    def beats(other: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    def beaten(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         gain = (other["mean"] - row["mean"]) * (-1 if row["direction"] == "away" else 1)
-        saved = row[harm] - other[harm]
-        return gain >= 0 and saved >= 0 and (gain > 0 or saved > 0)
+        return beats(gain, row[harm] - other[harm])
 
     measured = [row for row in table if _there(row[harm]) and _there(row["mean"])]
     return [
         {**row, "efficient": row in measured and not any(
-            beats(other, row) for other in measured if other["direction"] in (row["direction"], "none")
+            beaten(row, other) for other in measured if other["direction"] in (row["direction"], "none")
         )}
         for row in table
     ]  # fmt: skip
