@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from rt_lens.forward import quick
+from rt_lens.progress import Bar
 from rt_lens.tokens import TokenBatch, batches, encode, pad, pad_id_of, tokenizer_of
 from rt_lens.whereabouts import whereabouts
 
@@ -62,7 +62,7 @@ def read_activations(
     """
     check_hook_names(model, hook_names)
     found: dict[str, Tensor] = {}
-    with quick(model), tqdm(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
+    with quick(model), Bar(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
         for batch in batches(model, texts, batch_size, padding):
             weights = _weights(batch, [reads[row] for row in batch.rows])
             cache = _run(model, batch, hook_names, len(texts))

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from rt_lens.forward import KeyValueCache, can_be_quick, final_residual, quick, unembed
+from rt_lens.progress import Bar, breathe
 from rt_lens.tokens import TokenBatch, chat_text, encode, has_chat_template, pad, pad_id_of, tokenizer_of
 from rt_lens.vectors import SteeringVectors
 from rt_lens.whereabouts import whereabouts
@@ -146,7 +146,7 @@ def generate(
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i])) if len(encoded) > batch_size else None
     rows_left = order or list(range(len(encoded)))
     answers = [""] * len(encoded)
-    with tqdm(total=len(encoded), desc="generating", unit="answer", disable=not progress) as bar:
+    with Bar(total=len(encoded), desc="generating", unit="answer", disable=not progress) as bar:
         for start in range(0, len(rows_left), batch_size):
             rows = rows_left[start : start + batch_size]
             new = generate_tokens(
@@ -297,6 +297,7 @@ class _Run:
             logits = self.step(None if column is None else column[:, None])
             column = sampling.choose(logits, draws[:, place].to(logits.device)).cpu()
             yield column
+            breathe()
             done |= torch.isin(column, ends)
             if done.all():
                 return

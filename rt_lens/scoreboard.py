@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from tqdm import tqdm
 
 from rt_lens.arms import Arm, under
 from rt_lens.evaluation import Scorer, ScorerLike, TextFit, ask, is_share, make_scorer, said, text_fit
+from rt_lens.progress import Bar
 from rt_lens.questions import Answer, Asked, Question, as_questions
 from rt_lens.statistics import Interval, crossed_interval, holm, paired_comparison, ratio_interval, share_interval
 
@@ -330,7 +330,7 @@ def compare_arms(
         for name, worn in arms.items()
         for tuning_seed, one in (worn.items() if isinstance(worn, Mapping) else [(0, worn)])
     ]
-    with tqdm(each, desc="arms", disable=not progress) as bar:
+    with Bar(each, desc="arms", disable=not progress) as bar:
         for name, tuning_seed, one in bar:
             bar.set_postfix(arm=name, seed=tuning_seed)
             board.measure(name, *(one if _several(one) else (one,)), seed=tuning_seed)  # type: ignore[misc]

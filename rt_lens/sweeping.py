@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
-from tqdm import tqdm
 
 from rt_lens.evaluation import Likelihood, ScorerLike, ask, make_scorer
 from rt_lens.files import write_atomically
 from rt_lens.forward import logits_where, model_name
 from rt_lens.generation import as_chat
+from rt_lens.progress import Bar
 from rt_lens.questions import Question, as_questions
 from rt_lens.statistics import Interval, mean_interval, share_interval
 from rt_lens.steering import FwdHook, add, steered
@@ -257,7 +257,7 @@ def sweep(
     vectors.select(chosen, hook).check_fits(model)
     bound = partial(steer, hook=hook)
     done = _Done() if path is None else _Kept(Path(path), _settings(model, vectors, prompts, doses, measure, bound))
-    with tqdm(chosen, desc="sweep", unit="layer", disable=not progress) as bar:
+    with Bar(chosen, desc="sweep", unit="layer", disable=not progress) as bar:
         for layer in bar:
             if done.has(layer):
                 continue

@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rt_lens"
 
 FLOORS: dict[float, tuple[str, ...]] = {
-    0: ("files", "shipped", "tokens", "losses", "operators", "methods", "statistics", "forward", "whereabouts"),
+    0: (
+        "files",
+        "shipped",
+        "tokens",
+        "losses",
+        "operators",
+        "methods",
+        "statistics",
+        "forward",
+        "whereabouts",
+        "progress",
+        "printing",
+    ),
     0.5: ("prompts", "positions", "vectors"),
     0.75: ("questions",),
     0.9: ("honesty",),
@@ -23,6 +35,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
     3: ("results",),
     3.5: ("experiment",),
     4: ("report",),
+    4.5: ("dashboard",),
     5: ("cli",),
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from rt_lens.extraction.extract import Sides, method_of, provenance_of, read_sides, vectors_of
 from rt_lens.forward import check_layers
 from rt_lens.methods import Method, winsorise
 from rt_lens.positions import Position, position_of
+from rt_lens.progress import Bar
 from rt_lens.prompts import ContrastPairs
 from rt_lens.statistics import share_interval
 from rt_lens.vectors import SteeringVectors, hook_names, layer_of
@@ -119,7 +119,7 @@ def trust(
     vectors = vectors_of(sides, find, provenance, winsorised)
     refit = _Refit(sides, find, winsorised, names[0], _by_topic(train), label == "random")
     rows = []
-    for name in tqdm(names, desc="trust", unit="layer", disable=not progress):
+    for name in Bar(names, desc="trust", unit="layer", disable=not progress):
         again = replace(refit, name=name)
         rows.append(
             {"layer": layer_of(name), **_evidence(vectors[name], unseen, name, seed), **_stability(again, splits, seed)}

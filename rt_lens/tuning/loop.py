@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rt_lens.delta import WeightDelta
 from rt_lens.forward import model_name
+from rt_lens.progress import Bar
 from rt_lens.prompts import ContrastPairs
 from rt_lens.steering import FwdHook
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, described, readings_of
@@ -185,7 +185,7 @@ class _Loop:
     def run(self, kept: Checkpoint | None, every: int, progress: bool) -> WeightDelta:
         state = kept.load(self.leaves, self.optimiser) if kept else None
         state = state or State(best=self._values())
-        with tqdm(
+        with Bar(
             total=self.steps, initial=state.step, desc=f"tuning {self.config.direction}", unit="step",
             disable=not progress,
         ) as bar:  # fmt: skip

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from rt_lens.files import write_atomically
+from rt_lens.progress import Bar
 from rt_lens.prompts import ContrastPairs
 from rt_lens.statistics import mean_interval
 from rt_lens.tuning.aims import Aim, described, readings_of
@@ -95,7 +95,7 @@ def block_search(
             model, vectors, train, lowest, validation=validation, neutral=neutral, progress=progress
         )  # fmt: skip
     done = _Done(path, _settings(model, vectors, train, candidates[0], measure))
-    with tqdm(candidates, desc="block search", unit="candidate", disable=not progress) as bar:
+    with Bar(candidates, desc="block search", unit="candidate", disable=not progress) as bar:
         for candidate in bar:
             named = _named(candidate)
             bar.set_postfix(named)
