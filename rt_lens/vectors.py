@@ -344,7 +344,9 @@ class SteeringVectors:
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             raise ValueError(f"vectors: {path} is not a file of steering vectors of schema {_SCHEMA}.") from None
         check_stored_names(tensors, path)
-        return cls(tensors, provenance, erasers)
+        # safetensors gives names in the order of letters, block 10 before block 2.
+        forward = {name: tensors[name] for name in sorted(tensors, key=forward_order)}
+        return cls(forward, provenance, erasers)
 
 
 def project_out(vector: Float[Tensor, "*heads d"], nuisances: Float[Tensor, "*heads k d"]) -> Float[Tensor, "*heads d"]:

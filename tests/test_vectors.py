@@ -359,3 +359,12 @@ def test_a_file_that_holds_nan_is_refused(tmp_path, provenance):
     save_file({POST.format(0): torch.full((4,), float("nan"))}, path, metadata=header)
     with pytest.raises(ValueError, match=r"vectors: blocks\.0\.hook_resid_post holds NaN"):
         SteeringVectors.load(path)
+
+
+def test_vectors_come_back_in_the_order_of_the_forward_pass(provenance, tmp_path):
+    names = [f"blocks.{layer}.hook_{kind}" for layer in (2, 10) for kind in ("attn_out", "mlp_out", "resid_post")]
+    saved = SteeringVectors({name: torch.ones(4) * place for place, name in enumerate(names)}, provenance)
+    saved.save(tmp_path / "v.safetensors")
+    found = SteeringVectors.load(tmp_path / "v.safetensors")
+    assert found.hook_names == names
+    assert all(torch.equal(found[name], saved[name]) for name in names)
