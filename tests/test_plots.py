@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -189,6 +190,97 @@ def test_arms_draws_the_table():
     assert any("perplexity 23.100" in text and "KL 0.240" in text for text in figure.data[2].hovertext)
 
 
+def compared_rows(scorer: str = "vader") -> list[dict]:
+    """Brackets of all kinds: side by side, one over the other, upside down, and across panels."""
+    pairs = [
+        ("rep_tuned", "toward", "token_tuned", "toward", 0.23, 0.0002, 0.0016),
+        ("rep_tuned", "toward", "steered", "toward", 0.09, 0.012, 0.07),
+        ("token_tuned", "toward", "steered", "toward", -0.14, 0.3, 1.0),
+        ("steered", "toward", "untuned", "none", 0.31, 0.001, 0.0216),
+        ("steered", "away", "rep_tuned", "away", 0.19, 0.04, None),
+    ]
+    names = ("a", "a_direction", "b", "b_direction", "difference", "p", "p_holm")
+    return [
+        {**dict(zip(names, pair, strict=True)), "low": pair[4] - 0.05, "high": pair[4] + 0.05, "n": 60, "seeds": [0, 1]}
+        | {"scorer": scorer}
+        for pair in pairs
+    ]
+
+
+def test_arms_joins_compared_bars_of_a_panel_and_tells_the_p():
+    figure = plots.arms(arm_rows(), comparisons=compared_rows())
+    lines = {(*line.x[::3], line.xaxis): line for line in figure.data if line.type == "scatter"}
+    labels = [note for note in figure.layout.annotations if note.name == "p"]
+    drawn = {
+        ("token_tuned", "rep_tuned", "x2"): ("p &lt; 0.001; Holm 0.002", "rep_tuned minus token_tuned: 0.230 [0.180"),
+        ("steered", "rep_tuned", "x2"): ("p = 0.012; Holm 0.070", "rep_tuned minus steered: 0.090 [0.040, 0.140]"),
+        ("steered", "token_tuned", "x2"): ("p = 0.300; Holm 1.000", "token_tuned minus steered: -0.140 [-0.190"),
+        ("steered", "rep_tuned", "x3"): ("p = 0.040", "steered minus rep_tuned: 0.190 [0.140, 0.240]"),
+    }
+    assert set(lines) == set(drawn) and len(labels) == len(drawn)
+    for (*arms, axis), (text, told) in drawn.items():
+        line = lines[*arms, axis]
+        assert told in line.hovertext and "n = 60, seeds 0, 1" in line.hovertext
+        (label,) = [note for note in labels if note.y == line.y[1] and note.xref == axis]
+        assert label.text == text and label.hovertext == line.hovertext
+    across = figure.data[1].hovertext[0]
+    assert "steered minus untuned: 0.310 [0.260, 0.360]<br>p = 0.001; Holm 0.022<br>n = 60, seeds 0, 1" in across
+    assert "Holm" in reading(figure) and "Holm" not in reading(plots.arms(arm_rows()))
+
+
+def test_no_bracket_touches_a_bar_or_another_bracket():
+    figure = plots.arms(arm_rows(), comparisons=compared_rows())
+    low, high = figure.layout.yaxis.range
+    plot = figure.layout.height - figure.layout.margin.t - figure.layout.margin.b
+    per_pixel = (high - low) / plot
+    for axis, place in (("x2", 1), ("x3", 2)):
+        bars = figure.data[[trace.type for trace in figure.data].index("bar") :]
+        (panel,) = [trace for trace in bars if trace.type == "bar" and trace.xaxis == axis]
+        order = list(panel.x)
+        tops = {arm: max(mean + up, 0.0) for arm, mean, up in zip(order, panel.y, panel.error_y.array, strict=True)}
+        brackets = [trace for trace in figure.data if trace.type == "scatter" and trace.xaxis == axis]
+        assert brackets, place
+        spans = [(order.index(line.x[0]), order.index(line.x[3]), line.y[0], line.y[1]) for line in brackets]
+        for left, right, foot, top in spans:
+            assert all(tops[arm] + 20 * per_pixel < foot for arm in order[left : right + 1]), "above bars and labels"
+            assert top + 20 * per_pixel <= high, "with its label inside the panel"
+        for one, other in itertools.combinations(spans, 2):
+            if one[0] <= other[1] and other[0] <= one[1]:
+                assert abs(one[3] - other[3]) >= 24 * per_pixel, "one above the other, labels between"
+
+
+def test_arms_grows_for_brackets_and_keeps_its_bars():
+    plain, joined = plots.arms(arm_rows()), plots.arms(arm_rows(), comparisons=compared_rows())
+    heights = [
+        (each.layout.height - each.layout.margin.t - each.layout.margin.b) / -np.subtract(*each.layout.yaxis.range)
+        for each in (plain, joined)
+    ]
+    assert heights[0] == pytest.approx(heights[1], rel=0.01), "pixels to a unit of score"
+    assert joined.layout.height > plain.layout.height
+
+
+def test_arms_leaves_out_comparisons_of_other_sets_and_scorers():
+    rows = [{**row, "set": "test"} for row in arm_rows()]
+    other = [{**row, "set": "talk"} for row in compared_rows()] + [
+        {**row, "set": "test"} for row in compared_rows("length")
+    ]
+    assert plots.arms(rows, comparisons=other).to_json() == plots.arms(rows).to_json()
+    assert plots.arms(rows, comparisons=[]).to_json() == plots.arms(rows).to_json()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{**compared_rows()[0], "b": "ablated"}], "comparisons: ablated, toward came, which is no arm"),
+        (compared_rows()[:1] * 2, "comparisons: rep_tuned toward token_tuned toward came more than once"),
+        ([{"a": "rep_tuned"}], r"comparisons: no column a_direction.* \(came: a\)"),
+    ],
+)
+def test_arms_refuses_comparisons_that_it_cannot_draw(rows, message):
+    with pytest.raises(ValueError, match=message):
+        plots.arms(arm_rows(), comparisons=rows)
+
+
 def test_arms_takes_an_unmeasured_damage_and_an_unknown_arm():
     figure = plots.arms([*arm_rows(), {**arm_rows()[1], "arm": "ablated", "kl": None}])
     assert len({colour for bars in figure.data for colour in bars.marker.color}) == 5
@@ -256,6 +348,10 @@ def test_projection_by_layer_averages_positions(make):
         assert floats(trace.y) == pytest.approx(floats(values.mean(axis=1)), rel=1e-5)
     one_dimensional = plots.projection_by_layer({name: values[:, 1] for name, values in arrays.items()})
     assert floats(one_dimensional.data[0].y) == floats(arrays["untuned"][:, 1])
+    assert figure.data[0].hovertext[0].startswith("untuned<br>layer 1<br>projection ")
+    assert figure.data[0].hovertext[0].endswith(" activation units")
+    assert "Mean over n = 11 tokens; one text, so no interval." in reading(figure)
+    assert "Mean" not in reading(one_dimensional)
 
 
 def test_projection_heatmap_draws_each_and_the_differences():
@@ -269,6 +365,11 @@ def test_projection_heatmap_draws_each_and_the_differences():
     assert [trace.coloraxis for trace in figure.data] == ["coloraxis"] * 3 + ["coloraxis2"] * 2
     assert figure.layout.coloraxis.cmax < 90, "the first token's huge activations would hide the rest"
     assert "off the scale" in reading(figure)
+    value, less = arrays["untuned"][7, 4], arrays["rep_tuned away"][7, 4] - arrays["untuned"][7, 4]
+    assert figure.data[0].hovertext[7][4] == (
+        f"untuned<br>layer 7<br>·me, position 4<br>projection {value:.3f} activation units"
+    )
+    assert f"difference {less:.3f} activation units" in figure.data[3].hovertext[7][4]
 
 
 @pytest.mark.parametrize("tokens", [1, 11, 40, 200])
@@ -314,6 +415,7 @@ def test_losses_draws_every_used_part_once_for_each_run():
     drawn = [trace for trace in figure.data if trace.name == "rep_tuned, validation"]
     assert len(drawn) == 4 * 2 * 3
     toward = next(trace for trace in drawn if "cosine" in trace.hovertemplate and "seed 1" in trace.hovertemplate)
+    assert toward.hovertemplate.startswith(f"{toward.name}<br>step")
     assert floats(toward.y) == pytest.approx(floats(curve))
     assert toward.line.dash == "dash" and toward.line.color == plots.ARM_COLOURS["rep_tuned"]
     assert sum(bool(trace.showlegend) for trace in figure.data) == 4

@@ -70,6 +70,7 @@ FIGURES = {
     "weights": lambda: inside.weight_changes([*weight_rows(), new_bias()]),
     "weights alone": lambda: inside.weight_changes(weight_rows(aligned=False)),
     "projections": lambda: inside.projection_changes(projection_rows()),
+    "curves": lambda: inside.projection_curves(projection_rows()),
     "shifts": lambda: inside.residual_shifts(along_rows(), between_rows()),
     "shifts of one arm": lambda: inside.residual_shifts(along_rows(("steered",)), []),
 }
@@ -182,8 +183,12 @@ def test_what_lies_outside_the_blocks_has_a_row_of_its_own():
     assert heats(figure)[0].z[0][3] == pytest.approx(50)
 
 
-def test_lines_and_bands_of_projections_are_the_tables():
-    figure = inside.projection_changes(projection_rows())
+@pytest.mark.parametrize(
+    ("draw", "measured"),
+    [(inside.projection_changes, "change of projection"), (inside.projection_curves, "projection")],
+)
+def test_lines_and_bands_of_projections_are_the_tables(draw, measured):
+    figure = draw(projection_rows())
     frame = pd.DataFrame(projection_rows())
     for arm in ("steered", "rep_tuned", "my own"):
         own, line = frame[frame["arm"] == arm], named(figure, arm)
@@ -194,6 +199,8 @@ def test_lines_and_bands_of_projections_are_the_tables():
         assert list(low.y) == pytest.approx(list(own["low"]))
         assert list(high.y) == pytest.approx(list(own["high"]))
         assert high.fill == "tonexty"
+        assert f"<br>layer 3<br>{measured} " in line.hovertext[3]
+        assert line.hovertext[3].endswith("] activation units<br>n = 24")
     assert named(figure, "steered").line.color == inside.arm_colours([])["steered"]
     assert "n = 24; seed 0." in reading(figure)
     assert "activation units" in figure.layout.yaxis.title.text
@@ -240,6 +247,7 @@ def test_one_arm_has_no_panel_of_pairs():
         (inside.weight_changes, weight_rows, "table", "relative"),
         (inside.weight_changes, weight_rows, "table", "chance"),
         (inside.projection_changes, projection_rows, "table", "low"),
+        (inside.projection_curves, projection_rows, "table", "high"),
         (lambda rows: inside.residual_shifts(rows, between_rows()), along_rows, "along", "cosine_mean"),
         (lambda rows: inside.residual_shifts(along_rows(), rows), between_rows, "between", "mean"),
     ],

@@ -8,16 +8,21 @@ from rt_lens.extraction.extract import (
     extract_vectors,
     package_version,
 )
+from rt_lens.extraction.maps import activation_map, cosines, mean_projections, norms
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
 
 __all__ = [
     "FittedCondition",
     "Trust",
+    "activation_map",
+    "cosines",
     "covariate_vectors",
     "extract_offsets",
     "extract_vectors",
     "fit_condition",
     "logit_lens",
+    "mean_projections",
+    "norms",
     "package_version",
     "separability",
     "token_projections",

@@ -6,12 +6,14 @@ comes: Plotly renders a few HTML tags, so a caller who puts a model's words on a
 """
 
 from rt_lens.plots.calibration import calibration
+from rt_lens.plots.directions import activation_map, cosines, norms
 from rt_lens.plots.effects import arms, dose_response, side_effects
-from rt_lens.plots.inside import projection_changes, residual_shifts, weight_changes
+from rt_lens.plots.inside import projection_changes, projection_curves, residual_shifts, weight_changes
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
 from rt_lens.plots.look import ARM_COLOURS
 from rt_lens.plots.pareto import pareto
 from rt_lens.plots.sweep import steerability, sweep
+from rt_lens.plots.text import coloured_tokens, trace
 from rt_lens.plots.training import losses
 from rt_lens.plots.trust import trust
 from rt_lens.plots.tuned import block_search, kinds, variants
@@ -19,17 +21,22 @@ from rt_lens.plots.tuned_steered import effect_against_damage, resistance
 
 __all__ = [
     "ARM_COLOURS",
+    "activation_map",
     "arms",
     "block_search",
     "calibration",
+    "coloured_tokens",
+    "cosines",
     "dose_response",
     "effect_against_damage",
     "kinds",
     "logit_lens",
     "losses",
+    "norms",
     "pareto",
     "projection_by_layer",
     "projection_changes",
+    "projection_curves",
     "projection_heatmap",
     "residual_shifts",
     "resistance",
@@ -37,6 +44,7 @@ __all__ = [
     "side_effects",
     "steerability",
     "sweep",
+    "trace",
     "trust",
     "variants",
     "weight_changes",

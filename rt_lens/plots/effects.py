@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from rt_lens.plots.brackets import LABEL, compared, difference, drawn, stacked
 from rt_lens.plots.look import (
     ARM_COLOURS,
     DIRECTIONS,
@@ -32,19 +33,31 @@ from rt_lens.plots.look import (
     unsteered,
 )
 
+_PANEL = 328  # px: the height of the panels of `arms` without brackets
 
-def arms(table: Table, *, title: str = "Score of every arm") -> go.Figure:
+
+def arms(table: Table, *, comparisons: Table | None = None, title: str = "Score of every arm") -> go.Figure:
     """Bars of the arms' mean scores, one panel per direction, against the untuned mean.
 
     Args:
         table: one row per arm and direction, of one set of prompts and one scorer. Columns: arm, direction, n (scored
             responses), mean, low, high (score), perplexity, kl (nats per token), scorer, seeds (list of int).
+        comparisons: a row per pair of arms: a, a_direction, b, b_direction, scorer, n, difference (a minus b), low,
+            high, p, p_holm (p corrected for all comparisons), seeds. A pair of one panel gets a bracket with its p; one
+            across panels, as with the untuned arm, is told where the mouse rests on a's bar. Rows of other scorers, and
+            of other sets if both tables have a column set, are left out.
         title: heading of the figure.
 
     Raises:
-        ValueError: if a column, all rows or the untuned arm is missing, or an arm and direction come twice.
+        ValueError: if a column, all rows or the untuned arm is missing, an arm and direction come twice, or a
+            comparison is not of two arms of the table.
+
+    Example:
+        >>> results = load_results("runs/mood").content
+        >>> arms(results["summary"], comparisons=results["comparisons"]).show()
     """
     frame = _arm_rows(table)
+    pairs = compared(comparisons, frame)
     untuned = _untuned(frame)["mean"]
     directions = ordered(frame["direction"], DIRECTIONS)
     panels = [_sorted_by_arm(frame[frame["direction"] == direction]) for direction in directions]
@@ -53,39 +66,47 @@ def arms(table: Table, *, title: str = "Score of every arm") -> go.Figure:
         shared_yaxes=True,
         horizontal_spacing=0.03,
         column_widths=[len(panel) for panel in panels],
-        subplot_titles=[f"direction: {direction}" for direction in directions],
+        subplot_titles=["" if direction == "none" else f"direction: {direction}" for direction in directions],
     )
     colours = arm_colours(frame["arm"])
+    low, high = _padded(np.r_[frame[["mean", "low", "high"]].to_numpy(float).ravel(), 0.0], 0.12)
+    per_pixel, tallest = (high - low) / _PANEL, 0.0
     for column, panel in enumerate(panels, start=1):
         bars = go.Bar(
             x=panel["arm"],
             y=panel["mean"],
             error_y=_interval(panel, INK),
             marker_color=[colours[arm] for arm in panel["arm"]],
-            hovertext=[_arm_hover(row) for _, row in panel.iterrows()],
+            hovertext=[_arm_hover(row, pairs) for _, row in panel.iterrows()],
             hoverinfo="text",
             width=0.7,
         )
         figure.add_trace(bars, row=1, col=column)
-        for _, row in panel.dropna(subset=["mean"]).iterrows():
-            up = row["mean"] >= 0
-            figure.add_annotation(
-                x=row["arm"],
-                y=np.nanmax([row["mean"], row["high"]]) if up else np.nanmin([row["mean"], row["low"]]),
-                text=f"{round(row['mean'], 2) + 0.0:.2f}".replace("-", "−"),
-                showarrow=False,
-                yshift=14 if up else -14,
-                bgcolor="rgba(255,255,255,0.85)",
-                row=1,
-                col=column,
-            )
+        names, ends = list(panel["arm"]), [_end(row) for _, row in panel.iterrows()]
+        for name, mean, end in zip(names, panel["mean"], ends, strict=True):
+            label = f"{round(mean, 2) + 0.0:.2f}".replace("-", "−")
+            if not np.isnan(mean):
+                figure.add_annotation(x=name, y=end, text=label, yshift=14 if mean >= 0 else -14, row=1, col=column)
+        own = pairs[
+            (pairs["a_direction"] == panel["direction"].iloc[0]) & (pairs["a_direction"] == pairs["b_direction"])
+        ]
+        tops = [(max(end, high, 0.0) - low) / per_pixel + LABEL for end, high in zip(ends, panel["high"], strict=True)]
+        for bracket in stacked(own, names, tops):
+            line, note = drawn(bracket, names, low, per_pixel)
+            figure.add_trace(line, row=1, col=column)
+            figure.add_annotation(**note, row=1, col=column)
+            tallest = max(tallest, bracket.y + LABEL)
+        figure.update_xaxes(range=[-0.5, len(names) - 0.5], row=1, col=column)
+    figure.update_annotations(showarrow=False, bgcolor="rgba(255,255,255,0.85)")
     figure.add_hline(y=untuned, line={"dash": "dash", "color": INK, "width": 1.5})
-    low, high = _padded(np.r_[frame[["mean", "low", "high"]].to_numpy(float).ravel(), 0.0], 0.12)
-    figure.update_yaxes(range=[low, high], zeroline=True, zerolinecolor=FAINT)
-    scorers = ", ".join(ordered(frame["scorer"]))
-    figure.update_yaxes(title_text=f"mean score ({scorers})", col=1)
-    reading = "Compare each bar with the dashed line (untuned mean); whiskers are 95 % intervals."
-    return dressed(figure, title, reading, sample(frame), showlegend=False).update_layout(margin_b=40)
+    taller = max(0.0, tallest - _PANEL)
+    figure.update_yaxes(range=[low, high + taller * per_pixel], zeroline=True, zerolinecolor=FAINT)
+    figure.update_yaxes(title_text=f"mean score ({', '.join(ordered(frame['scorer']))})", col=1)
+    reading = "Compare each bar with the dashed line (untuned mean); whiskers: 95 % intervals."
+    reading += " Brackets: paired p, Holm’s corrected." if tallest else ""
+    dressed(figure, title, reading, sample(frame), height=470 + round(taller), showlegend=False)
+    figure.update_annotations(font_size=12, borderpad=0, selector={"name": "p"})
+    return figure.update_layout(margin_b=40)
 
 
 def dose_response(
@@ -269,11 +290,21 @@ def _interval(frame: pd.DataFrame, colour: str, centre: str = "mean") -> dict[st
     }
 
 
-def _arm_hover(row: pd.Series) -> str:
-    return (
+def _arm_hover(row: pd.Series, pairs: pd.DataFrame) -> str:
+    """What the bar stands for, and how it compares with arms of other panels."""
+    mine = pairs[(pairs["a"] == row["arm"]) & (pairs["a_direction"] == row["direction"])]
+    across = [difference(pair) for _, pair in mine[mine["b_direction"] != row["direction"]].iterrows()]
+    own = (
         f"{row['arm']}, {row['direction']}<br>score {estimate(row)}<br>perplexity {number(row['perplexity'])}"
         f"<br>KL {number(row['kl'])} nats per token<br>n = {row['n']:g}, seeds {', '.join(map(str, row['seeds']))}"
     )
+    return "<br><br>".join([own, *across])
+
+
+def _end(row: pd.Series) -> float:
+    """Where the whisker ends on the bar's outer side."""
+    reach = np.nanmax if row["mean"] >= 0 else np.nanmin
+    return float(reach([row["mean"], row["high" if row["mean"] >= 0 else "low"], 0.0]))
 
 
 def _sorted_by_arm(frame: pd.DataFrame) -> pd.DataFrame:

@@ -90,11 +90,31 @@ def projection_changes(table: Table, *, title: str = "How far along the vector e
         ValueError: if a column or all rows are missing.
     """
     frame = tidy(table, words=("arm", "seed"), numbers=("layer", "n", "mean", "low", "high"))
-    figure = go.Figure(_lines(frame, "change of projection"))
+    figure = go.Figure(_lines(frame, "change of projection", units=" activation units"))
     figure.add_hline(y=0, line={"color": FAINT, "width": 1})
     figure.update_xaxes(title_text="layer (block index)")
     figure.update_yaxes(title_text="change of mean projection<br>on unit vector (activation units)")
     reading = "Above zero the arm moves texts towards the vector's side, below to the other; band: 95 % interval."
+    return dressed(figure, title, reading, sample(frame), showlegend=True, legend_traceorder="normal")
+
+
+def projection_curves(table: Table, *, title: str = "Where each arm's texts lie on the vector") -> go.Figure:
+    """A line with its band per arm: the mean projection of texts on the unit vector, layer by layer.
+
+    Args:
+        table: one row per arm and layer. Columns: arm, layer (block index), n (texts), mean, low, high (95 % interval;
+            activation units), seed.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column or all rows are missing.
+    """
+    frame = tidy(table, words=("arm", "seed"), numbers=("layer", "n", "mean", "low", "high"))
+    figure = go.Figure(_lines(frame, "projection", units=" activation units"))
+    figure.add_hline(y=0, line={"color": FAINT, "width": 1})
+    figure.update_xaxes(title_text="layer (block index)")
+    figure.update_yaxes(title_text="mean projection on unit vector<br>(activation units)")
+    reading = "Above zero an arm's texts lie on the vector's side, below on the other. Band: 95 % interval over texts."
     return dressed(figure, title, reading, sample(frame), showlegend=True, legend_traceorder="normal")
 
 
@@ -226,6 +246,7 @@ def _lines(
     measured: str,
     looks: dict[str, tuple[str, str]] | None = None,
     legend: str = "legend",
+    units: str = "",
 ) -> list[go.Scatter]:
     """A band and a line for each arm, over the layers where it has a number."""
     names = ordered(frame["arm"])
@@ -236,7 +257,8 @@ def _lines(
         there = own.dropna(subset=["mean", "low", "high"])
         colour, dash = looks[name]
         hover = [
-            f"{name}<br>layer {row['layer']:g}<br>{measured} {estimate(row)}{_size(row)}" for _, row in own.iterrows()
+            f"{name}<br>layer {row['layer']:g}<br>{measured} {estimate(row)}{units}{_size(row)}"
+            for _, row in own.iterrows()
         ]
         line = go.Scatter(
             x=own["layer"],

@@ -23,6 +23,7 @@ from rt_lens.plots.look import (
     number,
     ordered,
     sample,
+    shown,
     tidy,
 )
 
@@ -68,7 +69,9 @@ def projection_by_layer(
     layers: Sequence[int] | None = None,
     title: str = "Projection on the vector, by layer",
 ) -> go.Figure:
-    """Mean projection of each arm's residual stream on the unit vector, layer by layer.
+    """Mean projection of each arm's residual stream on the unit vector, layer by layer, of one text.
+
+    For the mean over texts with its interval see `projection_curves`.
 
     Args:
         projections: name ("rep_tuned away") -> "layer" or "layer pos", in activation units; positions are averaged. The
@@ -88,14 +91,17 @@ def projection_by_layer(
         blocks = list(layers) if layers is not None else list(range(len(mean)))
         look = {"color": colours[name.split()[0]], "dash": _dash(name), "width": 2.5}
         hover = [
-            f"{name}<br>layer {block}<br>projection {number(value)}" for block, value in zip(blocks, mean, strict=True)
+            f"{name}<br>layer {block}<br>projection {number(value)} activation units"
+            for block, value in zip(blocks, mean, strict=True)
         ]
         figure.add_trace(go.Scatter(x=blocks, y=mean, name=name, line=look, hovertext=hover, hoverinfo="text"))
     figure.add_hline(y=0, line={"color": FAINT, "width": 1})
     figure.update_xaxes(title_text="layer (block index)")
     figure.update_yaxes(title_text="mean projection on unit vector<br>(activation units)")
-    averaged = f" Mean over {len(tokens)} tokens, “{_shown(tokens[0])}” to “{_shown(tokens[-1])}”." if tokens else ""
-    return dressed(figure, title, f"Above zero the arm lies on the vector's side, below on the other.{averaged}")
+    sizes = sorted({values.shape[1] for values in arrays.values() if values.ndim == 2})
+    ends = f", “{shown(tokens[0])}” to “{shown(tokens[-1])}”" if tokens else ""
+    facts = f"Mean over n = {' or '.join(map(str, sizes))} tokens{ends}; one text, so no interval." if sizes else ""
+    return dressed(figure, title, "Above zero the arm lies on the vector's side, below on the other.", facts)
 
 
 def projection_heatmap(
@@ -125,7 +131,7 @@ def projection_heatmap(
     panels += [(f"{name} minus {first}", arrays[name] - arrays[first], "coloraxis2") for name in later]
     beside = len(panels) * len(tokens) <= 48
     rows, columns = (1, len(panels)) if beside else (len(panels), 1)
-    labels = [_shown(token) for token in tokens]
+    labels = [shown(token) for token in tokens]
     longest = min(max(map(len, labels)), 30)  # the labels stand upright and would eat into the panels
     height = (480 if beside else 150 + 230 * rows) + 7 * longest
     gap = 60 / height  # in shares of the height, so that every panel's name keeps its own line
@@ -139,9 +145,10 @@ def projection_heatmap(
         subplot_titles=[name for name, _, _ in panels],
     )
     for index, (name, values, scale) in enumerate(panels):
+        words = "projection" if scale == "coloraxis" else "difference"
         hover = [
             [
-                f"{name}<br>layer {layer}<br>{label}, position {pos}<br>{values[row, pos]:.3f}"
+                f"{name}<br>layer {layer}<br>{label}, position {pos}<br>{words} {values[row, pos]:.3f} activation units"
                 for pos, label in enumerate(labels)
             ]
             for row, layer in enumerate(layers)
@@ -150,10 +157,10 @@ def projection_heatmap(
         place = (1, index + 1) if beside else (index + 1, 1)
         figure.add_trace(heat, row=place[0], col=place[1])
     step = -(-len(tokens) // 80)  # beyond 80 tokens even the smallest font needs gaps; hover still names each
-    shown = list(range(0, len(tokens), step))
+    named = list(range(0, len(tokens), step))
     figure.update_xaxes(
-        tickvals=shown,
-        ticktext=[labels[pos] for pos in shown],
+        tickvals=named,
+        ticktext=[labels[pos] for pos in named],
         tickangle=-90,
         tickfont_size=14 if beside or len(tokens) <= 55 else 10,
         showgrid=False,
@@ -186,7 +193,7 @@ def logit_lens(table: Table, *, title: str = "The vector read through the logit 
     frame = tidy(table, words=("sign", "tokens"), numbers=("layer",))
     layers = sorted(int(layer) for layer in frame["layer"].unique())
     signs = ordered(frame["sign"], ("+v", "-v"))
-    words = {(int(row["layer"]), row["sign"]): "\u2003".join(map(_shown, row["tokens"])) for _, row in frame.iterrows()}
+    words = {(int(row["layer"]), row["sign"]): "\u2003".join(map(shown, row["tokens"])) for _, row in frame.iterrows()}
     columns = [[words.get((layer, sign), "–") for layer in layers] for sign in signs]
     longest = [max(len(column[row]) for column in columns) for row in range(len(layers))]
     lines = sum(1 + length // (120 // len(signs)) for length in longest)
@@ -231,12 +238,6 @@ def _arrays(
 def _dash(name: str) -> str:
     """Line style of "arm direction", so that one arm's directions differ though they share its colour."""
     return {"away": "dash", "out": "dot"}.get(name.split()[-1], "solid")
-
-
-def _shown(token: str) -> str:
-    """The token with its whitespace made visible: a newline as ⏎, each leading space as ·."""
-    words = token.lstrip(" ")
-    return ("·" * (len(token) - len(words)) + words).replace("\n", "⏎")
 
 
 def _colour_limit(panels: Sequence[np.ndarray]) -> float:

@@ -107,6 +107,12 @@ def number(value: float, decimals: int = 3) -> str:
     return "–" if pd.isna(value) else f"{value:.{decimals}f}"
 
 
+def shown(token: str) -> str:
+    """The token with its whitespace made visible: ⏎ for a newline, ⇥ for a tab, · for each leading space."""
+    words = token.lstrip(" ")
+    return ("·" * (len(token) - len(words)) + words).replace("\n", "⏎").replace("\t", "⇥")
+
+
 def band(
     frame: pd.DataFrame, x: str, colour: str, *, low: str = "low", high: str = "high", **look: Any
 ) -> tuple[go.Scatter, go.Scatter]:

@@ -48,7 +48,7 @@ def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
                 name=group,
                 legendgroup=group,
                 showlegend=group not in named,
-                hovertemplate=f"step %{{x}}<br>{part} %{{y:.4f}}<extra>seed {seed}</extra>",
+                hovertemplate=f"{group}<br>step %{{x}}<br>{LOSS_PARTS[part]} %{{y:.4f}}<extra>seed {seed}</extra>",
             )
             figure.add_trace(line, row=directions.index(direction) + 1, col=column)
             named.add(group)

@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from rt_lens.plots.directions import COSINES, cosine_cells, square
 from rt_lens.plots.look import FAINT, INK, Table, band, dressed, estimate, key, number, ordered, sample, tidy
 
 # A quantity keeps its colour and dash in every panel.
@@ -95,13 +96,7 @@ def trust(
     figure.add_traces(
         _curve(by_pairs, "n_pairs", "cosine", "cosine", "cosine of vectors", showlegend=True), rows=3, cols=1
     )
-    hover = [
-        [f"layers {row} and {column}<br>cosine {number(value)}" for column, value in values.items()]
-        for row, values in matrix.iterrows()
-    ]
-    heat = go.Heatmap(
-        z=matrix, x=matrix.columns, y=matrix.index, coloraxis="coloraxis", hovertext=hover, hoverinfo="text"
-    )
+    heat = cosine_cells(matrix, "layers").update(x=matrix.columns, y=matrix.index)
     figure.add_trace(heat, row=3, col=2)
     square = {"color": SHADE, "symbol": "square", "size": 14}
     grey = {"color": "rgba(138,138,138,0.3)", "symbol": "square", "size": 14}
@@ -133,8 +128,8 @@ def trust(
     figure.update_yaxes(
         title_text="layer (block index)", scaleanchor="x5", constrain="domain", showgrid=False, row=3, col=2
     )
-    bar = {"title": "cosine", "len": 0.4, "y": 0, "yanchor": "bottom"}
-    figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -1, "cmax": 1, "colorbar": bar})
+    bar = {"len": 0.4, "y": 0, "yanchor": "bottom"}
+    figure.update_layout(coloraxis=COSINES, coloraxis_colorbar=bar)
     shaded = ", ".join(f"{first}" if first == last else f"{first}–{last}" for first, last in _runs(recommended))
     reading = (
         "Trust a layer whose accuracy is above the grey band (random directions), with stability near 1 and a learning "
@@ -183,8 +178,7 @@ def _learning_rows(learning: Table) -> pd.DataFrame:
 def _square(cosines: Table) -> pd.DataFrame:
     """The cosines as a square with both orders of every two layers."""
     frame = tidy(cosines, numbers=("layer", "other", "cosine"), argument="cosines").astype({"layer": int, "other": int})
-    half = frame.drop_duplicates(["layer", "other"]).pivot(index="layer", columns="other", values="cosine")
-    return half.combine_first(half.T)
+    return square(frame, "layer", "other")
 
 
 def _curve(

@@ -1,0 +1,272 @@
+"""What vectors and activations look like over layers and texts, as tables for the figures to draw.
+
+It judges no vector (that is `evidence`) and changes no model for longer than a reading lasts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from torch import Tensor
+
+from rt_lens.activations import last_token_activations, read_activations
+from rt_lens.arms import Arm, under
+from rt_lens.extraction.extract import read_sides
+from rt_lens.forward import check_layers
+from rt_lens.generation import as_chat
+from rt_lens.positions import Position, numbers_in, position_of, rows_of
+from rt_lens.prompts import ContrastPairs
+from rt_lens.statistics import mean_interval
+from rt_lens.vectors import SteeringVectors, hook_names, layer_of
+
+
+def mean_projections(
+    model: Any,
+    vectors: SteeringVectors,
+    texts: Sequence[str],
+    *,
+    arms: Mapping[str, Arm] | None = None,
+    position: str | int | Position = "last",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Where texts lie on the unit vector of each layer, under each arm: means over texts with their intervals.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        vectors: of the residual stream or of what is written into it, one for each layer.
+        texts: user messages, put through the chat template as `generate` does.
+        arms: name -> WeightDelta, list of hooks, or None for the model as it is; that alone, as `untuned`, for None.
+        position: what is read of each text, as for `extract_vectors`.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns arm, layer, n (texts), mean, low, high (95 % bootstrap interval over texts, NaN for one text; activation
+        units), seed.
+
+    Raises:
+        ValueError: names the arm, text, layer or position that is wrong.
+
+    Example:
+        >>> table = mean_projections(model, vectors, prompts, arms={"untuned": None, "rep_tuned": delta})
+        >>> plots.projection_curves(table).show()
+    """
+    units = _one_each(model, vectors.unit())
+    chats = _chats(model, texts)
+    arms = {"untuned": None} if arms is None else arms
+    _check_arms(model, arms)
+    place = position_of(position)
+    reads = [[numbers_in(row, place, f"text {number}")] for number, row in enumerate(rows_of(model, chats))]
+    rows = []
+    for arm, changed in arms.items():
+        with under(model, changed):
+            found = read_activations(model, chats, list(units), reads)
+        for name, unit in units.items():
+            interval = mean_interval((found[name][:, 0] @ unit).double().numpy(), seed)
+            rows.append({"arm": arm, "layer": layer_of(name), **interval._asdict(), "seed": seed})
+    return pd.DataFrame(rows)
+
+
+def norms(model: Any, vectors: SteeringVectors, texts: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
+    """What a multiplier of 1 means: each vector's length beside that of the activations it would be added to.
+
+    Activations are read at the last token of each prompt, where the answer begins.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        vectors: of the residual stream or of what is written into it, one for each layer.
+        texts: user messages, put through the chat template as `generate` does.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns layer, vector (its length), n (texts), mean, low, high (length of the activations, with a 95 %
+        bootstrap interval over texts, NaN for one text; activation units), ratio (vector / mean), ratio_low,
+        ratio_high, seed.
+
+    Raises:
+        ValueError: if the vectors do not fit the model, or there is no text.
+
+    Example:
+        >>> plots.norms(norms(model, vectors, prompts)).show()
+    """
+    lengths = {name: float(vector.norm()) for name, vector in _one_each(model, vectors).items()}
+    found = last_token_activations(model, _chats(model, texts), list(lengths))
+    rows = []
+    for name, length in lengths.items():
+        there = mean_interval(found[name].double().norm(dim=-1).numpy(), seed)
+        ratios = {"ratio": there.mean, "ratio_low": there.high, "ratio_high": there.low}
+        shares = {column: length / divisor if divisor else float("nan") for column, divisor in ratios.items()}
+        rows.append({"layer": layer_of(name), "vector": length, **there._asdict(), **shares, "seed": seed})
+    return pd.DataFrame(rows)
+
+
+def cosines(
+    vectors: Mapping[str, SteeringVectors], *, layers: Iterable[int] | None = None, hook: str = "resid_post"
+) -> pd.DataFrame:
+    """Cosines between all vectors of several behaviours, across layers too.
+
+    Args:
+        vectors: name -> its vectors, all of one model.
+        layers: block indices; all of each for None.
+        hook: kind of hook point.
+
+    Returns:
+        Columns a, b ("mood, layer 18"; of one name the block index alone), cosine, chance (95 % of
+        pairs of random directions have a cosine between this and its negative). No sampling, so no interval.
+
+    Raises:
+        ValueError: if nothing came, a layer has no vector, or the vectors are of different widths.
+
+    Example:
+        >>> table = cosines({"mood": mood, "formality": formality}, layers=[18, 21])
+        >>> plots.cosines(table).show()
+    """
+    if not vectors:
+        raise ValueError('vectors: none came, at least one name with its vectors is wanted: {"mood": mood}, say.')
+    chosen = None if layers is None else list(layers)
+    found = {
+        (name, layer_of(at)): vector.detach().cpu().double()
+        for name, own in vectors.items()
+        for at, vector in own.at_layers(chosen, hook).items()
+    }
+    if len(widths := {vector.numel() for vector in found.values()}) > 1:
+        raise ValueError(f"vectors: widths {sorted(widths)} came; vectors of one model are wanted.")
+    labels = [layer if len(vectors) == 1 else f"{name}, layer {layer}" for name, layer in found]
+    flat = torch.stack([vector.flatten() for vector in found.values()])
+    flat = flat / flat.norm(dim=-1, keepdim=True)  # a vector of zeros has no direction: NaN
+    matrix = (flat @ flat.T).tolist()
+    # A random unit vector's projection on a fixed one has the standard deviation 1 / sqrt(d).
+    chance = 1.96 / math.sqrt(flat.shape[1])
+    return pd.DataFrame(
+        [
+            {"a": a, "b": b, "cosine": matrix[i][j], "chance": chance}
+            for i, a in enumerate(labels)
+            for j, b in enumerate(labels)
+        ]
+    )
+
+
+def activation_map(
+    model: Any,
+    pairs: ContrastPairs,
+    *,
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    position: str | int | Position = "last",
+    method: Literal["pca", "tsne"] = "pca",
+    paired: bool = False,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Both sides' activations on a plane, layer by layer: do the sides part, and is it that by which texts differ most?
+
+    PCA is of both sides together, centred. It is the same every time; t-SNE (van der Maaten and Hinton 2008) keeps
+    neighbours only, and its axes, gaps and sizes mean nothing. The positive side is turned to the right.
+
+    Texts mostly differ by topic and opener, which the two sides of a pair share. With `paired` each pair's mean is
+    taken away; what is left is how its sides differ, mirrored about 0, and the colours part where the pairs'
+    differences have a direction in common.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        pairs: three or more; some 60 are enough to see, `pairs.sample(60)`.
+        layers: block indices; all for None.
+        hook: kind of hook point; heads at `z` are taken together.
+        position: what is read of each text, as for `extract_vectors`.
+        method: `pca` or `tsne`.
+        paired: take away what the two sides of a pair share.
+        seed: of t-SNE.
+
+    Returns:
+        Columns layer, side (positive or negative), x, y (activation units for PCA, none for t-SNE), text (user message
+        and opener), explained_x, explained_y, explained (share of the variance along x, y and both; NaN for t-SNE, or
+        where all activations are the same), method, paired, n (pairs), seed.
+
+    Raises:
+        ValueError: unknown method, layer, hook point or position; too few pairs.
+
+    Example:
+        >>> plots.activation_map(activation_map(model, pairs.sample(60), layers=[6, 12, 18], paired=True)).show()
+    """
+    if method not in ("pca", "tsne"):
+        raise ValueError(f"method: {method!r} came; 'pca' or 'tsne' is wanted.")
+    if len(pairs) < 3:
+        raise ValueError(f"pairs: {len(pairs)} came; at least 3 are wanted for a plane.")
+    names = hook_names(check_layers(model, layers), hook)
+    (sides,) = read_sides(model, pairs, names, [position_of(position)])
+    texts = [_short(*pair.sides[side][1:]) for side in (0, 1) for pair in pairs.pairs]
+    n, tables = len(pairs), []
+    for name in names:
+        both = torch.stack([sides.positive[name], sides.negative[name]]).double()
+        shared = both.mean(0, keepdim=True) if paired else 0.0
+        places, shares = _plane(
+            rearrange(both, "side text ... -> (side text) (...)").numpy(),
+            rearrange(both - shared, "side text ... -> (side text) (...)").numpy(),
+            method,
+            seed,
+        )
+        if places[:n, 0].mean() < places[n:, 0].mean():
+            places[:, 0] *= -1
+        explained = {"explained_x": shares[0], "explained_y": shares[1], "explained": sum(shares)}
+        columns = {"side": ["positive"] * n + ["negative"] * n, "x": places[:, 0], "y": places[:, 1], "text": texts}
+        tables.append(pd.DataFrame({"layer": layer_of(name), **columns, **explained}))
+    return pd.concat(tables, ignore_index=True).assign(method=method, paired=paired, n=n, seed=seed)
+
+
+def _plane(
+    whole: Float[np.ndarray, "text d"], points: Float[np.ndarray, "text d"], method: str, seed: int
+) -> tuple[Float[np.ndarray, "text 2"], tuple[float, float]]:
+    """Two coordinates of each point, and their shares of the variance."""
+    nothing = float("nan")
+    # The embedding of the same last token, say: what is left is rounding, and no axis of it means anything.
+    if np.linalg.norm(points.std(axis=0)) <= 1e-6 * np.linalg.norm(whole, axis=1).mean():
+        return np.zeros((len(points), 2)), (nothing, nothing)
+    if method == "tsne":
+        near = TSNE(perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=seed)
+        return near.fit_transform(points).astype(float), (nothing, nothing)
+    fitted = PCA(2, svd_solver="full").fit(points)
+    first, second = fitted.explained_variance_ratio_
+    return fitted.transform(points), (float(first), float(second))
+
+
+def _chats(model: Any, texts: Sequence[str]) -> list[str]:
+    if isinstance(texts, str) or not texts:
+        came = "one string" if texts else "nothing"
+        raise ValueError(f"texts: {came} came, a list of at least one string is wanted.")
+    return as_chat(model, texts)
+
+
+def _check_arms(model: Any, arms: Mapping[str, Arm]) -> None:
+    """Refuses, before anything is read, an arm that does not fit."""
+    if not arms:
+        raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")
+    for name, arm in arms.items():
+        try:
+            with under(model, arm):
+                pass
+        except ValueError as refusal:
+            raise ValueError(f"arms: {name!r} does not fit this model. {refusal}") from refusal
+
+
+def _one_each(model: Any, vectors: SteeringVectors) -> dict[str, Float[Tensor, "d_model"]]:
+    """The vectors on the CPU, refused if a layer has several or one for each head."""
+    vectors.check_fits(model)
+    layers = [layer_of(name) for name in vectors.hook_names]
+    if twice := {layer for layer in layers if layers.count(layer) > 1}:
+        raise ValueError(f"vectors: layer {min(twice)} has several; one is wanted. Use vectors.select(layers, hook).")
+    for name, vector in vectors.vectors.items():
+        if vector.ndim > 1:
+            raise ValueError(f"vectors: {name} has one for each head; one of the residual stream is wanted.")
+    return {name: vector.detach().cpu().float() for name, vector in vectors.vectors.items()}
+
+
+def _short(user: str, opener: str) -> str:
+    words = " ".join(user.split())
+    return (words if len(words) <= 80 else f"{words[:79]}…") + (f" → {opener}" if opener else "")

@@ -1,0 +1,220 @@
+"""Vectors among each other and beside the activations they are added to: cosines, lengths, and maps of both sides."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from rt_lens.plots.look import FAINT, Table, band, dressed, estimate, key, number, ordered, sample, tidy
+from rt_lens.plots.tuned import once
+
+SIDES = {"positive": ("#D55E00", "circle"), "negative": ("#0072B2", "diamond")}
+COSINES: dict[str, Any] = {"colorscale": "RdBu_r", "cmin": -1, "cmax": 1, "colorbar": {"title": "cosine"}}
+
+
+def cosines(table: Table, *, title: str = "Do the directions agree?") -> go.Figure:
+    """A square heat map of the cosines between directions: layers, behaviours, or both.
+
+    Args:
+        table: one row per two directions, in either order or both. Columns: a, b (block indices or names), cosine (-1
+            to 1); and, where there is one, chance (95 % of pairs of random directions lie within it).
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column or all rows are missing.
+
+    Example:
+        >>> rows = [{"a": "mood", "b": "mood", "cosine": 1.0}, {"a": "mood", "b": "formality", "cosine": 0.3}]
+        >>> figure = cosines([*rows, {"a": "formality", "b": "formality", "cosine": 1.0}])
+    """
+    frame = tidy(table, words=("a", "b"), numbers=("cosine",))
+    of_layers = all(isinstance(label, int | np.integer) for column in ("a", "b") for label in frame[column])
+    matrix = square(frame, "a", "b")
+    names = [str(label) for label in matrix.index]
+    figure = go.Figure(cosine_cells(matrix, "layers" if of_layers else "", numbered=len(names) <= 12))
+    shown = list(range(0, len(names), -(-len(names) // 24)))
+    ticks = {"tickvals": shown, "ticktext": [names[place] for place in shown], "showgrid": False, "zeroline": False}
+    words = {"title_text": "layer (block index)"} if of_layers else {}
+    figure.update_xaxes(**ticks, **words, constrain="domain", tickangle=-45 if len(names) > 4 and not of_layers else 0)
+    figure.update_yaxes(
+        **ticks, **words, constrain="domain", scaleanchor="x", autorange=None if of_layers else "reversed"
+    )
+    figure.update_layout(coloraxis=COSINES)
+    reading = "Red: two directions point the same way; blue: opposite ways; white: they have nothing in common."
+    facts = ""
+    if "chance" in frame:
+        chance = tidy(frame, numbers=("chance",))["chance"].max()
+        facts = f"95 % of pairs of random directions lie within ±{chance:.2f}."
+    dressed(figure, title, reading, facts, height=230 + min(max(26 * len(names), 300), 520))
+    return figure.update_layout(margin_l=max(80, 30 + 8 * max(map(len, names))))
+
+
+def square(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
+    """The column cosine as a square with both orders of every two, in the order in which the names came."""
+    half = frame.drop_duplicates([a, b]).pivot(index=a, columns=b, values="cosine")
+    names = ordered([*frame[a], *frame[b]])
+    if all(isinstance(name, int | np.integer) for name in names):
+        names = sorted(names)
+    return half.combine_first(half.T).reindex(index=names, columns=names)
+
+
+def cosine_cells(matrix: pd.DataFrame, words: str, *, numbered: bool = False) -> go.Heatmap:
+    """The cells of a square of cosines on the axis `coloraxis`; columns and rows are counted unless they are layers."""
+    values = matrix.to_numpy(dtype=float)
+    return go.Heatmap(
+        z=values,
+        coloraxis="coloraxis",
+        text=[[number(value, 2).replace("-", "−") for value in row] for row in values] if numbered else None,
+        texttemplate="%{text}" if numbered else None,
+        hovertext=[
+            [f"{words} {row} and {column}<br>cosine {number(value)}".lstrip() for column, value in cells.items()]
+            for row, cells in matrix.iterrows()
+        ],
+        hoverinfo="text",
+    )
+
+
+def norms(table: Table, *, title: str = "What a multiplier of 1 adds") -> go.Figure:
+    """Each layer's vector beside the activations it is added to: both lengths, and the one in per cent of the other.
+
+    Args:
+        table: one row per layer. Columns: layer (block index), vector (its length), n (texts), mean, low, high (length
+            of the activations; activation units), ratio, ratio_low, ratio_high (vector / mean), seed.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column or all rows are missing, or a layer comes twice.
+    """
+    numbers = ("layer", "vector", "n", "mean", "low", "high", "ratio", "ratio_low", "ratio_high")
+    frame = tidy(table, words=("seed",), numbers=numbers).sort_values("layer")
+    once(frame, ["layer"])
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.55, 0.45], vertical_spacing=0.08)
+    looks = {"activations": ("#0072B2", "solid"), "vector (multiplier 1)": ("#D55E00", "dash")}
+    told = [
+        f"layer {row['layer']:g}<br>activations {estimate(row)}, n = {row['n']:g}<br>vector {number(row['vector'])} "
+        "activation units"
+        for _, row in frame.iterrows()
+    ]
+    there = frame.dropna(subset=["low", "high"])
+    figure.add_traces(band(there, "layer", looks["activations"][0]), rows=1, cols=1)
+    for (name, (colour, dash)), column in zip(looks.items(), ("mean", "vector"), strict=True):
+        line = {"color": colour, "dash": dash, "width": 2.5}
+        figure.add_trace(_line(frame["layer"], frame[column], told, line, name=name), row=1, col=1)
+    per_cent = frame[["layer"]].assign(**{end: 100 * frame[f"ratio{end}"] for end in ("", "_low", "_high")})
+    colour = looks["vector (multiplier 1)"][0]
+    whole = per_cent.dropna()
+    figure.add_traces(band(whole, "layer", colour, low="_low", high="_high"), rows=2, cols=1)
+    told = [
+        f"layer {row['layer']:g}<br>{number(row[''], 1)} [{number(row['_low'], 1)}, {number(row['_high'], 1)}] % of "
+        f"the activations' length<br>n = {n:g}"
+        for (_, row), n in zip(per_cent.iterrows(), frame["n"], strict=True)
+    ]
+    line = {"color": colour, "dash": "dash", "width": 2.5}
+    figure.add_trace(_line(per_cent["layer"], per_cent[""], told, line, showlegend=False), row=2, col=1)
+    both = frame[["mean", "vector"]].to_numpy()
+    if (both > 0).all() and both.max() > 20 * both.min():
+        low, high = math.floor(math.log10(both.min())), math.ceil(math.log10(both.max()))
+        figure.update_yaxes(type="log", range=[low, high], tickvals=[10.0**k for k in range(low, high + 1)], row=1)
+    else:
+        figure.update_yaxes(rangemode="tozero", row=1)
+    figure.update_yaxes(title_text="length<br>(activation units)", row=1)
+    figure.update_yaxes(title_text="vector / activations<br>(%)", rangemode="tozero", row=2)
+    figure.update_xaxes(title_text="layer (block index)", row=2)
+    reading = "Below: the push of multiplier 1 in % of the activations' length, at the last token of each prompt."
+    reading += " Bands: 95 % intervals."
+    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
+    legend |= {"traceorder": "normal"}
+    return dressed(figure, title, reading, sample(frame), height=560, legend=legend)
+
+
+def activation_map(table: Table, *, title: str = "Do the two sides part?") -> go.Figure:
+    """Both sides of the pairs on a plane, a panel for each layer; hover shows whose activation a point is.
+
+    Args:
+        table: one row per layer, side and text. Columns: layer (block index), side (positive or negative), x, y
+            (activation units for PCA), text, explained_x, explained_y (share of the variance along each axis; NaN for
+            t-SNE), method (pca or tsne), paired (bool: each pair's mean taken away), n (pairs), seed.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column or all rows are missing, or a side is neither.
+    """
+    words = ("side", "text", "method", "paired", "seed")
+    frame = tidy(table, words=words, numbers=("layer", "x", "y", "explained_x", "explained_y", "n"))
+    if strangers := set(frame["side"]) - set(SIDES):
+        raise ValueError(f"table: side {', '.join(map(str, strangers))} came, positive or negative is wanted.")
+    layers, tsne = sorted(frame["layer"].unique()), set(frame["method"]) == {"tsne"}
+    columns = min(len(layers), 3 if len(layers) <= 9 else 5)
+    rows = -(-len(layers) // columns)
+    plot = rows * (330 if columns < 3 else 260)  # px
+    figure = make_subplots(
+        rows=rows,
+        cols=columns,
+        horizontal_spacing=0.03 + 0.2 / columns,
+        vertical_spacing=75 / plot if rows > 1 else 0,
+        subplot_titles=[f"layer {layer:g}" for layer in layers],
+    )
+    for place, layer in enumerate(layers):
+        row, column = place // columns + 1, place % columns + 1
+        here = frame[frame["layer"] == layer]
+        for side in SIDES:
+            figure.add_trace(_points(here[here["side"] == side], side, tsne), row=row, col=column)
+        first, second = (_axis(word, here[f"explained_{axis}"].iloc[0]) for word, axis in (("1", "x"), ("2", "y")))
+        if not tsne:
+            figure.update_xaxes(title={"text": first, "font_size": 12, "standoff": 4}, row=row, col=column)
+            figure.update_yaxes(title={"text": second, "font_size": 12, "standoff": 4}, row=row, col=column)
+    for side, (colour, symbol) in SIDES.items():
+        figure.add_trace(key(side, mode="markers", marker={"color": colour, "symbol": symbol, "size": 9}), row=1, col=1)
+    look = {"zerolinecolor": FAINT, "zerolinewidth": 1, "zeroline": not tsne, "showticklabels": not tsne, "nticks": 5}
+    figure.update_xaxes(**look, tickfont_size=11)
+    figure.update_yaxes(**look, tickfont_size=11)
+    reading = "Where the colours part, the model tells the two sides apart. "
+    if frame["paired"].astype(bool).all():
+        reading += "What the sides of a pair share (topic, opener) is taken away. "
+    else:
+        reading += "Where they do not, texts differ more by something else: topic or opener, say. "
+    reading += (
+        "t-SNE: axes, gaps and sizes mean nothing."
+        if tsne
+        else "Axes: principal components, with their share of the variance; activation units."
+    )
+    facts = sample(frame).replace("n = ", "n (pairs) = ")
+    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1 + 26 / plot, "yanchor": "bottom"}
+    dressed(figure, title, reading, facts, legend=legend)
+    margins = {"t": figure.layout.margin.t + 34, "b": 60}
+    return figure.update_layout(margin=margins, height=plot + margins["t"] + margins["b"])
+
+
+def _points(own: pd.DataFrame, side: str, tsne: bool) -> go.Scatter:
+    """One side's activations, each saying of which text it is."""
+    colour, symbol = SIDES[side]
+    units = "" if tsne else " activation units"
+    return go.Scatter(
+        x=own["x"],
+        y=own["y"],
+        mode="markers",
+        name=side,
+        showlegend=False,
+        marker={"color": colour, "symbol": symbol, "size": 7, "opacity": 0.7},
+        hovertext=[
+            f"{row['text']}<br>{side}, layer {row['layer']:g}<br>at {row['x']:.2f}, {row['y']:.2f}{units}"
+            for _, row in own.iterrows()
+        ],
+        hoverinfo="text",
+    )
+
+
+def _axis(name: str, share: float) -> str:
+    return f"component {name}" + ("" if pd.isna(share) else f" ({100 * share:.0f} %)")
+
+
+def _line(
+    x: pd.Series, y: pd.Series, told: list[str], line: dict[str, Any], *, name: str = "", showlegend: bool = True
+) -> go.Scatter:
+    look: dict[str, Any] = {"mode": "lines+markers", "marker_size": 5, "line": line, "hoverinfo": "text"}
+    return go.Scatter(x=x, y=y, name=name, hovertext=told, showlegend=showlegend, **look)
