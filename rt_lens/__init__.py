@@ -3,6 +3,7 @@
 from rt_lens import plots
 from rt_lens.arms import under
 from rt_lens.baking import bake
+from rt_lens.dashboard import dashboard
 from rt_lens.delta import WeightDelta
 from rt_lens.evaluation import (
     EndpointJudge,
@@ -20,11 +21,15 @@ from rt_lens.evaluation import (
 from rt_lens.exchange import import_vectors, load_gguf, save_gguf
 from rt_lens.export import export_hf, export_peft
 from rt_lens.extraction import (
+    activation_map,
+    cosines,
     covariate_vectors,
     extract_offsets,
     extract_vectors,
     fit_condition,
     logit_lens,
+    mean_projections,
+    norms,
     separability,
     token_projections,
     trust,
@@ -32,6 +37,7 @@ from rt_lens.extraction import (
 from rt_lens.generation import generate, stream
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.models import load_model
+from rt_lens.printing import save_figure
 from rt_lens.prompts import ContrastPairs, load_pairs
 from rt_lens.questions import Question, load_questions
 from rt_lens.resistance import resistance
@@ -70,6 +76,7 @@ __all__ = [
     "TuneConfig",
     "WeightDelta",
     "ablate",
+    "activation_map",
     "add",
     "add_preserving_norm",
     "ask",
@@ -82,7 +89,9 @@ __all__ = [
     "compare_runs",
     "conditional",
     "correct_only",
+    "cosines",
     "covariate_vectors",
+    "dashboard",
     "erase",
     "evaluate",
     "export_hf",
@@ -101,11 +110,14 @@ __all__ = [
     "load_results",
     "logit_lens",
     "make_scorer",
+    "mean_projections",
+    "norms",
     "orthogonalised",
     "plots",
     "projection_changes",
     "residual_shifts",
     "resistance",
+    "save_figure",
     "save_gguf",
     "scale",
     "separability",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -12,6 +14,8 @@ import pytest
 from full_disk import full_disk
 
 from rt_lens import report
+from rt_lens.report.again import again
+from rt_lens.results import checked
 
 HOSTILE = ("<script>alert(1)</script>", "</script>", "<b>", '"><img src=x onerror=alert(2)>', "]]><!--")
 _MEANS = {
@@ -261,8 +265,8 @@ def test_the_page_stands_alone(page, html):
 
 def test_plotly_is_inlined_once(html):
     assert html.count("plotly.js v") == 1
-    assert html.count("Plotly.newPlot(") >= 10
-    assert html.count('"showSendToCloud": false') == html.count('class="plotly-graph-div"')
+    assert html.count("showSendToCloud: false") == 1
+    assert len(charts_of(html)) == html.count('class="plotly-graph-div"') >= 11
 
 
 def test_links_lead_to_sections_and_every_figure_has_its_own_place(page):
@@ -274,27 +278,75 @@ def test_links_lead_to_sections_and_every_figure_has_its_own_place(page):
 
 def test_hostile_text_is_inert(page, html):
     drawn = [tag for tag, _ in page.elements]
-    assert drawn.count("script") == 1 + html.count('class="plotly-graph-div"')
+    charts = html.count('class="plotly-graph-div"')
+    assert drawn.count("script") == 2 + charts, "Plotly, the page's own, and a chart's content each"
     assert "img" not in drawn
-    assert drawn.count("b") == html.count("<p><b>Rule.") + html.count("<li><b>"), "the page's own bold words only"
+    own = html.count("<p><b>") + html.count("; <b>") + html.count("arms: <b>") + html.count("<figcaption><b>")
+    assert drawn.count("b") == own, "the page's own bold words only"
     assert not [attributes for _, attributes in page.elements if any(name.startswith("on") for name in attributes)]
     text = "".join(page.texts)
     for hostile in HOSTILE:
         assert f"Hostile prompt {hostile}" in text, "escaped, so that the reader sees it as it was"
 
 
+def charts_of(html: str) -> dict[str, Any]:
+    """Place of each chart -> what is drawn there, as the page's script reads it."""
+    found = re.findall(
+        r'<div id="figure-([^"]+)"[^>]*></div><script type="application/json">(.*?)</script>', html, re.DOTALL
+    )
+    return {name: json.loads(content) for name, content in found}
+
+
 def test_no_label_can_close_a_script_or_be_markup_in_a_figure(html):
-    scripts = [part.split("</script>")[0] for part in html.split("<script>")[1:]]
-    figures = [script for script in scripts if "Plotly.newPlot(" in script and "plotly.js v" not in script]
-    assert len(figures) == html.count('class="plotly-graph-div"')
-    for script in figures:
+    scripts = re.findall(r'<script type="application/json">(.*?)</script></figure>', html, re.DOTALL)
+    assert len(scripts) == html.count('class="plotly-graph-div"')
+    for script in scripts:
         assert "alert(1)</" not in script and "<script" not in script and "<!--" not in script
-    heatmaps = [script for script in figures if '"coloraxis":"coloraxis2"' in script]
-    assert len(heatmaps) == 2
-    for script in heatmaps:
+    named = [script for script in scripts if "alert(1)" in script]
+    assert len(named) == 4, "two heat maps, the coloured text, the logit lens"
+    for script in named:
         # & of the escaped label is what Plotly turns back into a plain character.
         assert "&lt;script&gt;alert(1)&lt;\\u002fscript&gt;" in script
         assert "\\u003cscript" not in script
+
+
+def test_the_contents_list_every_heading_nested_and_in_order(honesty):
+    links = [attributes["href"][1:] for tag, attributes in honesty.elements if tag == "a"][1:]
+    sections = [attributes["id"] for tag, attributes in honesty.elements if tag == "section"]
+    assert links == sections and len(links) > 40
+    levels = [int(tag[1]) for tag, _ in honesty.elements if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels)), "no level is skipped"
+
+
+def test_the_page_can_be_used_without_mouse_or_eyes(page):
+    tags = [tag for tag, _ in page.elements]
+    assert {"main", "nav", "header", "h1"} <= set(tags)
+    assert dict(page.elements)["html"]["lang"] == "en"
+    first = next(attributes for tag, attributes in page.elements if tag == "a")
+    assert first["class"] == "skip" and first["href"] == "#what-was-found"
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.elements if tag == "th")
+    boxes = [attributes for _, attributes in page.elements if attributes.get("class") == "scroll"]
+    assert len(boxes) == tags.count("table")
+    assert all(box["tabindex"] == "0" and box["role"] == "region" for box in boxes)
+    names = [box["aria-label"] for box in boxes]
+    assert len(names) == len(set(names))
+    assert tags.count("figcaption") == tags.count("figure") >= 11
+
+
+def test_the_coloured_text_holds_the_projections_of_the_chosen_layer(html):
+    drawn = charts_of(html)["projection-tokens"]["data"]
+    arms = make_projections()["arms"]
+    assert len(drawn) == len(arms)
+    for trace, values in zip(drawn, arms.values(), strict=True):
+        wanted = np.frombuffer(base64.b64decode(trace["marker"]["color"]["bdata"]))
+        assert wanted == pytest.approx(values[18]), "the layer that steers away"
+
+
+def test_the_arms_are_joined_by_the_p_values_of_their_set(html):
+    notes = [note["text"] for note in charts_of(html)["arms-0"]["layout"]["annotations"] if note.get("name") == "p"]
+    assert sorted(notes) == ["p &lt; 0.001"] * 2 + ["p = 0.012"] * 2
+    assert not [note for note in charts_of(html)["arms-1"]["layout"]["annotations"] if note.get("name") == "p"]
 
 
 def test_the_numbers_are_those_of_the_files(page):
@@ -319,7 +371,9 @@ def test_summary_sentences_carry_numbers_n_interval_and_seeds():
     )
     assert sentences[1].startswith("Toward, test: steered 0.62 [0.56, 0.68]; token_tuned")
     assert sentences[1].endswith("(each n = 216, seeds 0, 1, 2).")
-    assert any("rep_tuned minus token_tuned -0.230 [-0.280, -0.180], p < 0.001" in sentence for sentence in sentences)
+    assert any(
+        "rep_tuned scores 0.230 [0.180, 0.280] lower than token_tuned, p < 0.001" in sentence for sentence in sentences
+    )
     assert any("1.08 times the untuned" in sentence and "within the bound of 1.1" in sentence for sentence in sentences)
     assert all(re.search(r"seeds? \d", sentence) for sentence in sentences)
     assert brackets == "Brackets hold 95 % intervals."
@@ -393,10 +447,8 @@ def test_a_run_without_tuning_still_has_a_page(tmp_path):
 
 def test_a_page_of_six_sets_has_a_heading_for_each_and_one_figure(honesty):
     text = "".join(honesty.texts)
-    headings = [attributes["id"] for tag, attributes in honesty.elements if tag == "h3" and "id" in attributes]
-    assert len(headings) == len(SETS) < len(SETS) * len(SCORERS)
-    links = [attributes["href"][1:] for tag, attributes in honesty.elements if tag == "a"]
-    assert set(headings) <= set(links)
+    sections = [attributes["id"] for tag, attributes in honesty.elements if tag == "section"]
+    assert sum(re.fullmatch(r"arms-\d+", name) is not None for name in sections) == len(SETS)
     figures = [attributes.get("id", "") for _, attributes in honesty.elements]
     for kind in ("arms", "pareto"):
         assert sum(name.startswith(f"figure-{kind}-") for name in figures) == len(SETS)
@@ -417,9 +469,8 @@ def test_a_page_of_six_sets_holds_every_number(honesty):
 
 
 def test_hostile_names_of_a_new_run_are_inert(honesty):
-    scripts = sum("Plotly.newPlot(" in script for script in honesty.scripts)
     drawn = [tag for tag, _ in honesty.elements]
-    assert drawn.count("script") == scripts + 1 and "img" not in drawn
+    assert drawn.count("script") == 2 + drawn.count("figure") and "img" not in drawn
     assert not [attributes for _, attributes in honesty.elements if any(name.startswith("on") for name in attributes)]
 
 
@@ -430,9 +481,13 @@ def test_the_sentences_of_a_new_run_tell_the_protocol_and_p_before_and_after_the
             row["p"], row["p_holm"] = 0.2, 1.0
     protocol, *sentences = report.summary_sentences(results)
     assert protocol == results["protocol"]["why"]
-    (toward,) = [line for line in sentences if line.startswith("Toward, role-plays, paired")]
-    assert "rep_tuned minus token_tuned 0.230 [0.180, 0.280], p < 0.001 (by Holm = 0.006)" in toward
-    assert "no difference shown between rep_tuned and steered (n = 216, seeds 0, 1, 2)" in toward
+    sampled = "(n = 216, seeds 0, 1, 2)."
+    found = (
+        "Toward, role-plays: rep_tuned scores 0.230 [0.180, 0.280] higher than token_tuned, p < 0.001 (by Holm = 0.006)"
+    )
+    assert f"{found} {sampled}" in sentences
+    quiet = "rep_tuned minus steered 0.090 [0.040, 0.140], p = 0.200 (by Holm = 1.000)"
+    assert f"Toward, role-plays, no difference shown: {quiet} {sampled}" in sentences
     assert "By Holm: corrected for all 48 comparisons of this run." in sentences
     assert not any(SCORERS[1] in line for line in sentences), "the first scorer speaks for a set"
 
@@ -459,3 +514,76 @@ def test_the_protocol_and_side_effects_are_told_only_where_there_are_any(html, h
 def test_a_damaged_key_of_a_new_run_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         report.summary_sentences({**make_honesty(), **change})
+
+
+AGAIN = {
+    "command": "rt-lens run 'my mood.toml' --model tiny",
+    "call": "run_experiment(load_experiment('my mood.toml', model='tiny'), Path('runs/again'))",
+    "file": "my mood.toml",
+    "toml": 'name = "mood" # <script>alert(3)</script>',
+    "sha256": "ab" * 32,
+    "settings": {"model": "tiny"},
+}
+
+
+@pytest.mark.parametrize(
+    ("made", "told", "not_told"),
+    [
+        (AGAIN, [*(AGAIN[key] for key in ("command", "call", "toml", "sha256")), "Save the settings below as"], []),
+        ({**AGAIN, "command": "rt-lens run mood", "file": "mood.toml"}, ["rt-lens run mood"], ["Save the settings"]),
+        ({**dict.fromkeys(AGAIN), "settings": {"model": "x"}}, ["No command makes this run again", '"model": "x"'], []),
+        (None, ["The command is not recorded"], ["rt-lens run"]),
+    ],
+)
+def test_the_page_says_how_to_do_it_again_as_far_as_is_known(made, told, not_told):
+    results = make_results() if made is None else {**make_results(), "again": made}
+    text = "".join(Page(again(checked(results)).html).texts)
+    assert all(words in text for words in told)
+    assert not any(words in text for words in not_told)
+
+
+def test_the_page_itself_says_how_to_do_it_again(page):
+    assert "The command is not recorded" in "".join(page.texts)
+
+
+def test_a_damaged_record_of_the_command_is_named():
+    with pytest.raises(ValueError, match="again: no key call"):
+        report.summary_sentences({**make_results(), "again": {"command": "rt-lens run mood"}})
+
+
+def test_how_sure_one_may_be_counts_seeds_comparisons_and_prompts():
+    results = make_honesty()
+    for row in results["summary"]:
+        if row["arm"] == "rep_tuned" and row["direction"] == "away":
+            row["seeds"] = [4]
+    for place, row in enumerate(results["comparisons"]):
+        row["p"], row["p_holm"] = ((0.001, 0.04), (0.01, 0.4), (0.3, 1.0))[place % 3]
+    sentences = report.sureness_sentences(results)
+    text = "\n".join(sentences)
+    assert "rep_tuned away: tuned once, with seed 4." in text
+    assert "token_tuned toward, token_tuned away and rep_tuned toward: tuned with seeds 0, 1 and 2." in text
+    assert "48 comparisons were made" in text and "16 hold; 16 more hold only taken alone" in text
+    assert "72 validation prompts" in text and "mean over 216 answers" in text
+    assert "three or more seeds for every tuned arm" in sentences[-1]
+
+
+def test_how_sure_one_may_be_without_comparisons_or_corrections():
+    results = make_results()
+    assert any("4 of 4 comparisons have p below 0.05" in told for told in report.sureness_sentences(results))
+    alone = report.sureness_sentences({**results, "comparisons": []})
+    assert any("Nothing was compared in pairs" in told for told in alone)
+
+
+def test_a_difference_that_does_not_survive_holm_is_told_apart():
+    results = make_honesty()
+    for row in results["comparisons"]:
+        row["p"], row["p_holm"] = 0.01, 0.4
+    told = [line for line in report.summary_sentences(results) if ", only taken alone: " in line]
+    assert len(told) == 2 * len(SETS)
+    assert all("(by Holm = 0.400)" in line and "[" in line and "seeds 0, 1, 2" in line for line in told)
+
+
+def test_the_headline_names_who_went_furthest(page):
+    text = "".join(page.texts)
+    assert "Furthest toward went rep_tuned: from 0.31 [0.25, 0.37] untuned to 0.71 [0.65, 0.77] (test; n = 216" in text
+    assert "Furthest away went rep_tuned: from 0.31 [0.25, 0.37] untuned to -0.27 [-0.33, -0.21]" in text

@@ -26,12 +26,12 @@ def run(
         typer.echo(str(plan_of(experiment)))
         return
     folder = check_writable(out or Path("runs") / experiment.name)
-    results = run_experiment(experiment, folder)
+    results = run_experiment(experiment, folder, source=behaviour)
     page = write_report(folder)
     typer.echo("\n" + "\n".join(summary_sentences(results)))
     stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
     typer.echo(f"\nTime: {stages}.")
-    typer.echo(f"saved {folder / 'results.json'} - look: open {page} in a browser")
+    typer.echo(f"saved {folder / 'results.json'} - look: open {page} in a browser, or rt-lens dashboard {folder}")
 
 
 @app.command(epilog="Example: rt-lens evaluate my_prompts.csv --scorer vader --delta mood_away.safetensors")

@@ -21,6 +21,7 @@ import torch
 
 from rt_lens.arms import Arm, under
 from rt_lens.evaluation import ask, repetition, text_fit
+from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
 from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
@@ -54,29 +55,37 @@ def check_writable(folder: Path) -> Path:
     return folder
 
 
-def run_experiment(experiment: Experiment, out: Path, *, progress: bool = True) -> dict[str, Any]:
+def run_experiment(
+    experiment: Experiment, out: Path, *, source: str | Path | None = None, progress: bool = True
+) -> dict[str, Any]:
     """Runs the four arms in both directions and writes vectors, deltas, responses and `results.json` to `out`.
 
     Args:
         experiment: from `load_experiment`.
         out: folder; checked before the long work. Vectors and deltas are written as they are made.
+        source: what `load_experiment` was given, so that the results say how to make them again; a shipped behaviour is
+            known without.
         progress: show bars and the stages.
 
     Returns:
         The content of `results.json`.
 
     Raises:
-        ValueError: for an unwritable folder, too few topics, or layers outside the model.
+        ValueError: for an unwritable folder, a source that is no file, too few topics, or layers outside the model.
+
+    Example:
+        >>> run_experiment(load_experiment("my.toml"), Path("runs/my"), source="my.toml")
     """
     check_writable(out)
-    return _Run(experiment, out, progress).run()
+    return _Run(experiment, out, source, progress).run()
 
 
 class _Run:
     """The experiment's stages, in order; each is timed."""
 
-    def __init__(self, experiment: Experiment, out: Path, progress: bool) -> None:
+    def __init__(self, experiment: Experiment, out: Path, source: str | Path | None, progress: bool) -> None:
         self.experiment, self.out, self.progress = experiment, out, progress
+        self.again = recorded(experiment, source)  # now, for the file may be edited while it runs
         self.seconds: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self.projections: dict[str, list[list[float]]] = {}
@@ -144,6 +153,7 @@ class _Run:
             "model": model_name(self.model),
             "versions": _versions(),
             "seed": experiment.split.seed,
+            "again": self.again,
             "protocol": {
                 "name": self.protocol.name, "why": self.protocol.why, "calibration": self.protocol.calibration,
                 "settings": self.protocol.settings, "chance": self.protocol.chance,

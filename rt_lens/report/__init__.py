@@ -7,5 +7,6 @@ labels Plotly would otherwise read as HTML.
 
 from rt_lens.report.page import write_report
 from rt_lens.report.sentences import summary_sentences
+from rt_lens.report.sureness import sureness_sentences
 
-__all__ = ["summary_sentences", "write_report"]
+__all__ = ["summary_sentences", "sureness_sentences", "write_report"]

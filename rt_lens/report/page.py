@@ -1,9 +1,8 @@
-"""The page: sections put together, and written whole or not at all."""
+"""The page: parts put together, and written whole or not at all."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,87 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from rt_lens.files import write_atomically
+from rt_lens.report.again import again
+from rt_lens.report.markup import Part, contents, folded, items, rendered
 from rt_lens.report.sections import sections
-from rt_lens.report.sentences import findings
+from rt_lens.report.sentences import findings, headline
+from rt_lens.report.sureness import sureness_sentences
 from rt_lens.results import load_results
 
 _SETS_TOLD = 2
+_ARMS = {
+    "untuned": "the model as it came",
+    "steered": "the direction is added to its activations at every call",
+    "token_tuned": "its weights are trained on wished-for answers alone",
+    "rep_tuned": "its weights are trained on the same answers and on the direction in its activations",
+}
 # The page needs nothing from outside, and this makes the browser hold it to that.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _STYLE = """
+* { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: #222; background: #fff;
-  max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: .2rem; } h2 { margin: 2.5rem 0 .5rem; border-bottom: 1px solid #ddd; }
-h3 { margin: 1.8rem 0 .3rem; }
-nav a { margin-right: .9rem; white-space: nowrap; color: #0072b2; }
-.summary { background: #f6f6f2; border-left: 4px solid #009e73; padding: .8rem 1.1rem; margin: 1rem 0; }
-.summary span { display: block; }
+  max-width: 1100px; margin: 0 auto; padding: 1rem 1rem 4rem; }
+h1 { margin: .5rem 0 .2rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { margin: 2.5rem 0 .5rem; border-bottom: 1px solid #ddd; }
+h3 { margin: 1.8rem 0 .3rem; } ul { padding-left: 1.2rem; margin: .4rem 0; }
+section { scroll-margin-top: 1rem; overflow-wrap: break-word; }
+a { color: #00568a; }
+a:focus-visible, summary:focus-visible, [tabindex]:focus-visible { outline: 3px solid #d55e00; outline-offset: 2px; }
+.skip { position: absolute; left: -999rem; } .skip:focus { left: 1rem; top: .3rem; background: #fff; padding: .3rem; }
+nav { background: #f6f6f2; padding: .3rem 1rem .6rem; margin: 1rem 0; }
+nav h2 { font-size: 1rem; border: 0; margin: .2rem 0; } nav { font-size: 14px; line-height: 1.6; }
+nav ul { columns: 4 11rem; list-style: none; padding: 0; margin: 0; } nav ul ul { columns: auto; padding-left: .9rem; }
+.told { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+.told section { background: #f6f6f2; border-left: 5px solid #009e73; padding: .6rem 1.1rem; min-width: 0; }
+.told section + section { border-color: #e69f00; }
+.told h2 { margin: .2rem 0; border: 0; } .told h3 { font-size: 1rem; margin: .8rem 0 0; }
+.told li { margin: .3rem 0; }
+details { margin: .6rem 0; } summary { cursor: pointer; }
+pre { background: #f3f3ef; padding: .7rem 1rem; overflow: auto; max-height: 60vh; font-size: 14px; }
+figure { margin: 1.2rem 0; } figcaption { color: #444; font-size: 15px; } figcaption b { color: #222; }
 .scroll { max-height: 75vh; overflow: auto; border: 1px solid #ddd; margin: 1rem 0; }
 table { border-collapse: separate; border-spacing: 0; font-size: 14px; width: 100%; }
-th { position: sticky; top: 0; background: #eee; text-align: left; z-index: 1; }
+th { text-align: left; } thead th { position: sticky; top: 0; background: #eee; z-index: 2; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
+tbody th { position: sticky; left: 0; background: #fff; font-weight: 600; }
+.numbers td { font-variant-numeric: tabular-nums; }
 .responses td { min-width: 14rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-.responses td:first-child { position: sticky; left: 0; background: #fff; font-weight: 600; min-width: 10rem; }
+.responses tbody th { min-width: 9rem; }
 .score { display: block; color: #555; font-weight: 600; margin-top: .4rem; }
+@media (min-width: 1420px) {
+  body { max-width: 1390px; display: grid; grid-template-columns: 250px minmax(0, 1fr); column-gap: 2rem; }
+  header { grid-column: 2; } nav { grid-row: 1 / span 2; position: sticky; top: 1rem; align-self: start;
+    max-height: calc(100vh - 2rem); overflow: auto; } nav ul { columns: auto; }
+}
+@media (max-width: 700px) { tbody th { position: static; } }
+@media print { nav, .skip { display: none; } .scroll, pre { max-height: none; overflow: visible; }
+  .plotly-graph-div { zoom: .65; } figure, tr { break-inside: avoid; } thead th, tbody th { position: static; } }
+"""
+# Plotly takes up to a second to load and a chart half of one to draw: both wait until the text can be read, and only
+# charts in or near the window are drawn, but all of them before printing.
+_SCRIPT = """
+const places = [...document.querySelectorAll(".plotly-graph-div")], drawn = new Set();
+const load = () => {
+  if (window.Plotly) return;
+  const script = document.createElement("script");
+  script.textContent = document.getElementById("plotly").textContent;
+  document.head.append(script);
+};
+const draw = place => {
+  if (drawn.has(place)) return;
+  drawn.add(place);
+  load();
+  const figure = JSON.parse(place.nextElementSibling.textContent);
+  Plotly.newPlot(place, figure.data, figure.layout,
+    {responsive: true, displaylogo: false, showSendToCloud: false, typesetMath: false});
+};
+const watch = new IntersectionObserver(seen => seen.filter(one => one.isIntersecting).forEach(one => {
+  watch.unobserve(one.target);
+  draw(one.target);
+}), {rootMargin: "300px"});
+places.forEach(place => watch.observe(place));
+addEventListener("beforeprint", () => places.forEach(draw));
+addEventListener("load", () => setTimeout(load, 200));
 """
 
 
@@ -59,36 +117,35 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections: Mapping[str, Any]) -> str:
-    parts = sections(results, responses, projections)
     title = f"{results['behaviour']} on {results['model']}"
-    links = " ".join(f'<a href="#{_slug(name)}">{escape(name)}</a>' for name in parts)
-    body = "\n".join(
-        f'<section id="{_slug(name)}">\n<h2>{escape(name)}</h2>\n{content}\n</section>'
-        for name, content in parts.items()
-    )
+    told = [Part("What was found", _found(results)), Part("How sure one may be", items(sureness_sentences(results)))]
+    rest = [*sections(results, responses, projections), again(results)]
+    first = "\n".join(map(rendered, told))
+    body = "\n".join(map(rendered, rest))
+    # The text comes before Plotly's four megabytes, so that it can be read while they are.
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n<script>{get_plotlyjs()}</script>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n<p>{escape(results['description'])}</p>\n"
-        f'<div class="summary">{_summary(results)}</div>\n'
-        f"<nav>{links}</nav>\n{body}\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f'<a class="skip" href="#what-was-found">Skip to what was found</a>\n'
+        f"<header>\n<h1>{escape(title)}</h1>\n<p>{escape(results['description'])}</p>\n</header>\n"
+        f'{contents([*told, *rest])}\n<main>\n<div class="told">\n{first}\n</div>\n{body}\n</main>\n'
+        f'<script type="text/plain" id="plotly">{get_plotlyjs()}</script>\n'
+        f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
-def _summary(results: Mapping[str, Any]) -> str:
+def _found(results: Mapping[str, Any]) -> str:
     """The sentences; those of the third set and later ones are folded."""
-    opening, sets, closing = findings(results)
-    first, later = list(sets.values())[:_SETS_TOLD], dict(list(sets.items())[_SETS_TOLD:])
-    folded = [
-        f"<details><summary>{escape(name)}</summary>{_spans(sentences)}</details>" for name, sentences in later.items()
+    told = findings(results)
+    listed = dict.fromkeys(row["arm"] for row in results["summary"])
+    known = "; ".join(f"<b>{arm}</b>: {_ARMS[arm]}" for arm in listed if arm in _ARMS)
+    arms = f"<p>The arms: {known}.</p>" if known else ""
+    parts = [
+        folded(name, items(own)) if number >= _SETS_TOLD else f"<h3>{escape(name)}</h3>{items(own)}"
+        for number, (name, own) in enumerate(told.sets.items())
     ]
-    return "\n".join([_spans([*opening, *itertools.chain(*first)]), *folded, _spans(closing)])
-
-
-def _spans(sentences: Iterable[str]) -> str:
-    return "\n".join(f"<span>{escape(sentence)}</span>" for sentence in sentences)
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(",", "").replace(" ", "-")
+    cost = [f"<h3>At what cost</h3>{items(told.cost)}"] if told.cost else []
+    first = [f"<p><b>{escape(' '.join(headline(results)))}</b></p>", items(told.opening) if told.opening else "", arms]
+    return "\n".join([*first, *parts, *cost])

@@ -1,41 +1,40 @@
-"""The sections of the page: headings for each set, one figure each, and tables for the rest."""
+"""The parts of the page: one for each question, within it one for each set of prompts, with a chart and a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape, unescape
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
 
 from rt_lens import plots
+from rt_lens.report.markup import Part, boxed, chart, folded, items, table
 from rt_lens.report.words import Row, arm, estimate, grouped, number, of_first_scorer, p_value
 from rt_lens.results import efficient
 from rt_lens.results.schema import choices_of
 
 _PROMPTS_SHOWN = 12
-# Plotly's toolbar can send a chart to its maker's cloud; a report keeps to itself.
-_FIGURE = {"displaylogo": False, "showSendToCloud": False, "typesetMath": False}
 _KEPT = ("perplexity", "kl", "facts", "repetition")
+_NONE = "<p>None in this run.</p>"
 
 
-def sections(results: Mapping[str, Any], responses: Sequence[Row], projections: Mapping[str, Any]) -> dict[str, str]:
-    """Heading -> HTML, in the order of the page; results are checked, all else is as the files have it."""
-    protocol = {"Protocol": _protocol(results["protocol"])} if results["protocol"]["why"] else {}
-    return {
-        **protocol,
-        "Arms": _arms(results),
-        "Comparisons": _comparisons(results),
-        "Side effects": _side_effects(results),
-        "Dose-response": _dose_response(results),
-        "Separability": _figure("separability", plots.separability, _drawn(_seeded(results, "separability"))),
-        "Projections": _projections(_drawn(projections)),
-        "Losses": _figure("losses", plots.losses, _drawn(results["history"])),
-        "Logit lens": _figure("logit-lens", plots.logit_lens, _drawn(results["logit_lens"])),
-        "Same prompt, every arm": _responses(responses),
-        "Provenance": _provenance(results),
-    }
+def sections(results: Mapping[str, Any], responses: Sequence[Row], projections: Mapping[str, Any]) -> list[Part]:
+    """The parts in the order of the page; results are checked, all else is as the files have it."""
+    protocol = [Part("Protocol", _protocol(results["protocol"]))] if results["protocol"]["why"] else []
+    return [
+        *protocol,
+        _arms(results),
+        _comparisons(results),
+        _side_effects(results),
+        Part("Dose-response", _dose_response(results)),
+        Part("Separability", _figure("separability", plots.separability, _drawn(_seeded(results, "separability")))),
+        _projections(_drawn(projections), results),
+        Part("Losses", _figure("losses", plots.losses, _drawn(results["history"]))),
+        Part("Logit lens", _figure("logit-lens", plots.logit_lens, _drawn(results["logit_lens"]))),
+        _responses(responses),
+    ]
 
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
@@ -48,26 +47,30 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     told = f"<p>{escape(protocol['name'])}: {escape(protocol['why'])}</p>"
     settings = "; ".join(f"{key} = {value}" for key, value in protocol.get("settings", {}).items())
     told += f"<p>Settings: {escape(settings)}.</p>" if settings else ""
-    return told + (_table(header, rows) if rows else "")
+    return told + (table("what the model can do", header, rows) if rows else "")
 
 
-def _arms(results: Mapping[str, Any]) -> str:
-    """For each set a figure of its first scorer and a table of all its scorers; at the end each seed by itself."""
-    first, parts, chance = of_first_scorer(results["summary"]), [], results.get("protocol", {}).get("chance", {})
-    for number_, ((name,), rows) in enumerate(grouped(results["summary"], "set").items()):
-        figure = _figure(f"arms-{number_}", plots.arms, _drawn(first[name]))
+def _arms(results: Mapping[str, Any]) -> Part:
+    """For each set a chart of its first scorer and a table of all its scorers; at the end each seed by itself."""
+    first, parts, chance = of_first_scorer(results["summary"]), [], results["protocol"].get("chance", {})
+    pairs = _drawn(results["comparisons"])
+    for place, ((name,), rows) in enumerate(grouped(results["summary"], "set").items()):
+        title = _drawn(f"Score of every arm: {name}")
+        drawn = plots.arms(_drawn(first[name]), comparisons=pairs, title=title)
         blind = f"<p>Blind choice among the options scores {number(chance[name])}.</p>" if name in chance else ""
-        parts += [_heading(name, f"arms-{number_}", rows), blind, figure, _scored(rows)]
+        n = ", ".join(sorted({str(row["n"]) for row in rows}))
+        html = blind + chart(f"arms-{place}", drawn) + _scored(f"scores, {name}", rows)
+        parts.append(Part(f"{name} (n = {n})", html))
     header = ("arm", "set", "scorer", "n", "score [95 %]", *_kept_heads(), "seed")
     single = [
         [arm(row), row["set"], row["scorer"], str(row["n"]), estimate(row), *_kept(row), str(row["seed"])]
         for row in results["arms"]
     ]
-    seeds = f"<details><summary>Each seed by itself</summary>{_table(header, single)}</details>"
-    return _links("arms", results["summary"]) + "\n".join([*parts, seeds])
+    seeds = folded("Each seed by itself", table("each seed by itself", header, single))
+    return Part("Arms", seeds, tuple(parts))
 
 
-def _scored(rows: Sequence[Row]) -> str:
+def _scored(label: str, rows: Sequence[Row]) -> str:
     """Arms down, scorers across."""
     scorers = list(dict.fromkeys(row["scorer"] for row in rows))
     body = []
@@ -75,33 +78,33 @@ def _scored(rows: Sequence[Row]) -> str:
         by_scorer = {row["scorer"]: estimate(row) for row in own}
         cells = [by_scorer.get(scorer, "–") for scorer in scorers]
         body.append([arm(own[0]), *cells, str(own[0]["n"]), ", ".join(map(str, own[0]["seeds"]))])
-    return _table(("arm", *(f"{scorer} [95 %]" for scorer in scorers), "n", "seeds"), body)
+    return table(label, ("arm", *(f"{scorer} [95 %]" for scorer in scorers), "n", "seeds"), body)
 
 
-def _comparisons(results: Mapping[str, Any]) -> str:
+def _comparisons(results: Mapping[str, Any]) -> Part:
     if not results["comparisons"]:
-        return "<p>None in this run.</p>"
+        return Part("Comparisons", _NONE)
     n, parts = len(results["comparisons"]), []
-    header = ("scorer", "a", "b", "a minus b [95 %]", "p", "p, Holm", "test", "n", "seeds")
+    header = ("a", "b", "scorer", "a minus b [95 %]", "p", "p, Holm", "test", "n", "seeds")
     for (name,), rows in grouped(results["comparisons"], "set").items():
         body = [
             [
-                *(row["scorer"], arm(row, "a"), arm(row, "b"), estimate(row, "difference")),
+                *(arm(row, "a"), arm(row, "b"), row["scorer"], estimate(row, "difference")),
                 *(p_value(row["p"]).removeprefix("= "), p_value(row["p_holm"]).removeprefix("= ")),
                 *(row["test"], str(row["n"]), ", ".join(map(str, row["seeds"]))),
             ]
             for row in rows
         ]
-        parts.append(f"<h3>{escape(name)}</h3>{_table(header, body)}")
+        parts.append(Part(name, table(f"comparisons, {name}", header, body)))
     note = (
         "<p>Paired by prompt; an interval that leaves out zero shows a difference, taken by itself. "
         f"Of {n} comparisons some would by chance: Holm’s p is corrected for that.</p>"
     )
-    return note + "\n".join(parts)
+    return Part("Comparisons", note, tuple(parts))
 
 
-def _side_effects(results: Mapping[str, Any]) -> str:
-    """What each arm cost: perplexity and the like, other sets and scorers, and the score gained against it."""
+def _side_effects(results: Mapping[str, Any]) -> Part:
+    """What each arm cost: perplexity and the like, the score gained against it, other sets and scorers."""
     summary = results["summary"]
     asked = _ns(results, "n_facts")
     facts = f"facts kept is the share of {asked} plain questions still answered; " if asked else ""
@@ -113,15 +116,23 @@ def _side_effects(results: Mapping[str, Any]) -> str:
         [arm(own[0]), *_kept(own[0]), ", ".join(map(str, own[0]["seeds"]))]
         for own in grouped(summary, "arm", "direction").values()
     ]
-    parts = [note, _table(("arm", *_kept_heads(), "seeds"), rows)]
-    for (name,), others in grouped(results["side_effects"], "set").items():
-        parts.append(f"<h3>{escape(name)}</h3>{_scored(others)}")
-    for number_, (name, own) in enumerate(of_first_scorer(summary).items()):
-        title = _drawn(f"{name}: effect against side effect")
-        harm = next((key for key in ("kl", "perplexity") if any(row[key] is not None for row in own)), None)
-        drawn = [] if harm is None else _drawn(efficient(own, harm=harm))
-        parts.append(_figure(f"pareto-{number_}", plots.pareto, drawn, against=harm, title=title))
-    return "\n".join(parts)
+    kept = table("what each arm kept", ("arm", *_kept_heads(), "seeds"), rows)
+    return Part("Side effects", note + kept, (*_paretos(summary), *_others(results)))
+
+
+def _paretos(summary: Sequence[Row]) -> Iterator[Part]:
+    for place, (name, own) in enumerate(of_first_scorer(summary).items()):
+        heading = f"{name}: effect against side effect"
+        kinds: tuple[Literal["kl", "perplexity"], ...] = ("kl", "perplexity")
+        harm = next((key for key in kinds if any(row[key] is not None for row in own)), None)
+        if harm is not None:
+            drawn = plots.pareto(_drawn(efficient(own, harm=harm)), against=harm, title=_drawn(heading))
+            yield Part(f"{name}, against its cost", chart(f"pareto-{place}", drawn))
+
+
+def _others(results: Mapping[str, Any]) -> Iterator[Part]:
+    for (name,), rows in grouped(results["side_effects"], "set").items():
+        yield Part(name, _scored(f"side effects, {name}", rows))
 
 
 def _kept_heads() -> tuple[str, ...]:
@@ -135,45 +146,55 @@ def _kept(row: Row) -> list[str]:
 def _dose_response(results: Mapping[str, Any]) -> str:
     made = choices_of(results)
     rule = f"<p><b>Rule.</b> {escape(results['choices']['rule'])}</p>"
-    items = "".join(
-        f"<li><b>{escape(direction)}</b>: layer {choice['layer']:d}, multiplier {choice['multiplier']:g}. "
-        f"{escape(choice['why'])}</li>"
+    told = items(
+        f"{direction}: layer {choice['layer']:d}, multiplier {choice['multiplier']:g}. {choice['why']}"
         for direction, choice in made.items()
     )
     chosen = [(choice["layer"], choice["multiplier"]) for choice in made.values()]
     rows = _drawn(_seeded(results, "dose_response"))
     figure = _figure("dose-response", plots.dose_response, rows, bound=results["bound"], chosen=chosen)
-    return f"{rule}<ul>{items}</ul>{figure}"
+    return rule + told + figure
 
 
-def _projections(projections: Mapping[str, Any]) -> str:
-    """The lines of all arms, then one heat map for each arm against the first (`projections` is safe to draw)."""
+def _projections(projections: Mapping[str, Any], results: Mapping[str, Any]) -> Part:
+    """The text in colours, the lines of all arms, and a heat map for each arm against the first (safe to draw)."""
     arms = {name: np.asarray(values, dtype=float) for name, values in projections["arms"].items()}
     tokens, layers = projections["tokens"], projections["layers"]
-    prompt = f"<p>Measured on: <q>{projections['prompt']}</q></p>"
+    prompt = f"<p>All arms read one text, the prompt <q>{projections['prompt']}</q> with an answer.</p>"
     # The first token is an attention sink: its huge activations would drown the average of the others.
     rest = slice(1, None) if len(tokens) > 1 else slice(None)
     averaged = {name: values[:, rest] for name, values in arms.items()}
-    parts = [prompt, _div("projection-lines", plots.projection_by_layer(averaged, tokens=tokens[rest], layers=layers))]
+    chosen = [choice["layer"] for choice in choices_of(results).values() if choice["layer"] in layers]
+    layer = chosen[-1] if chosen else layers[-1]
+    title = f"Where the text lies on the vector at layer {layer}"
+    coloured = plots.coloured_tokens(
+        tokens, {name: values[layers.index(layer)] for name, values in arms.items()}, title=title
+    )
+    lines = plots.projection_by_layer(averaged, tokens=tokens[rest], layers=layers)
+    parts = [
+        Part("Token by token", chart("projection-tokens", coloured)),
+        Part("Layer by layer", chart("projection-lines", lines)),
+    ]
     first, *later = arms
-    for number_, name in enumerate(later):
+    for place, name in enumerate(later):
         pair = {first: arms[first], name: arms[name]}
-        title = f"Projection before and after: {name}"
-        parts.append(_div(f"projection-{number_}", plots.projection_heatmap(pair, tokens, layers, title=title)))
-    return "\n".join(parts)
+        drawn = plots.projection_heatmap(pair, tokens, layers, title=f"Projection before and after: {name}")
+        parts.append(Part(f"{unescape(name)}, every layer", chart(f"projection-{place}", drawn)))
+    return Part("Projections", prompt, tuple(parts))
 
 
-def _responses(responses: Sequence[Row]) -> str:
+def _responses(responses: Sequence[Row]) -> Part:
     """Some prompts of each set; older runs have one set without a name."""
     sets = grouped([{"set": "", **row} for row in responses], "set")
     shown = max(3, _PROMPTS_SHOWN // max(len(sets), 1))
-    parts = []
-    for (name,), rows in sets.items():
-        parts.append((f"<h3>{escape(name)}</h3>" if len(sets) > 1 else "") + _answered(rows, shown))
-    return "\n".join(parts)
+    parts = [Part(name, _answered(name, rows, shown)) for (name,), rows in sets.items()]
+    note = "<p>The first prompts of each set, and of each arm the first seed.</p>"
+    if len(parts) > 1:
+        return Part("Same prompt, every arm", note, tuple(parts))
+    return Part("Same prompt, every arm", note + "".join(part.html for part in parts))
 
 
-def _answered(responses: Sequence[Row], n_shown: int) -> str:
+def _answered(name: str, responses: Sequence[Row], n_shown: int) -> str:
     """A row per prompt, a column per arm and direction; of each column its first seed."""
     answers: dict[str, dict[str, str]] = {}
     for rows in grouped(responses, "arm", "direction").values():
@@ -184,56 +205,13 @@ def _answered(responses: Sequence[Row], n_shown: int) -> str:
             if row["seed"] == first
         }
     prompts = list(dict.fromkeys(row["prompt"] for row in responses))[:n_shown]
-    heads = "".join(f"<th>{escape(name)}</th>" for name in answers)
-    body = "\n".join(
-        f"<tr><td>{escape(prompt)}</td>"
-        + "".join(f"<td>{column.get(prompt, '–')}</td>" for column in answers.values())
-        + "</tr>"
-        for prompt in prompts
-    )
-    return f'<div class="scroll"><table class="responses"><tr><th>prompt</th>{heads}</tr>\n{body}</table></div>'
+    body = [[escape(prompt), *(column.get(prompt, "–") for column in answers.values())] for prompt in prompts]
+    return boxed(f"answers{', ' * bool(name)}{name}", ("prompt", *answers), body, kind="responses")
 
 
-def _provenance(results: Mapping[str, Any]) -> str:
-    seeds = sorted({seed for row in results["summary"] for seed in row["seeds"]})
-    rows = [
-        ["model", results["model"]],
-        ["protocol", results["protocol"]["name"]],
-        ["seed", str(results["seed"])],
-        ["seeds of the arms", ", ".join(map(str, seeds))],
-    ]
-    rows += [[f"version of {name}", str(version)] for name, version in results["versions"].items()]
-    rows += [[f"seconds for {stage}", f"{seconds:.1f}"] for stage, seconds in results["seconds"].items()]
-    return _table(("what", "value"), rows)
-
-
-def _heading(name: str, place: str, rows: Sequence[Row]) -> str:
-    n = ", ".join(sorted({str(row["n"]) for row in rows}))
-    return f'<h3 id="{place}-set">{escape(name)} (n = {n})</h3>'
-
-
-def _links(section: str, rows: Iterable[Row]) -> str:
-    """To the headings of the sets, where there are several."""
-    names = list(dict.fromkeys(row["set"] for row in rows))
-    links = [f'<a href="#{section}-{place}-set">{escape(name)}</a>' for place, name in enumerate(names)]
-    return f"<nav>{' '.join(links)}</nav>" if len(links) > 1 else ""
-
-
-def _figure(name: str, draw: Any, rows: Sequence[Row], **options: Any) -> str:
-    """The figure of these rows, or a plain word that this run has none (a run without tuning has no losses)."""
-    return _div(name, draw(rows, **options)) if rows else "<p>None in this run.</p>"
-
-
-def _div(name: str, figure: go.Figure) -> str:
-    # A fixed id keeps the page the same, byte for byte, for the same run, and must not be a section's.
-    # Plotly writes < > / as \u003c \u003e \u002f in its JSON, so no label can close the script element.
-    return figure.to_html(full_html=False, include_plotlyjs=False, config=_FIGURE, div_id=f"figure-{name}")
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    heads = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{heads}</tr>\n{body}</table></div>'
+def _figure(name: str, draw: Callable[..., go.Figure], rows: Sequence[Row], **options: Any) -> str:
+    """The chart of these rows, or a plain word that this run has none (a run without tuning has no losses)."""
+    return chart(name, draw(rows, **options)) if rows else _NONE
 
 
 def _drawn(value: Any) -> Any:

@@ -26,15 +26,16 @@ def summary_sentences(results: Mapping[str, Any]) -> list[str]:
         >>> print(*summary_sentences(load_results("runs/mood").content), sep="\\n")
     """
     told = findings(results)
-    return [*told.opening, *(sentence for own in told.sets.values() for sentence in own), *told.closing]
+    return [*told.opening, *(sentence for own in told.sets.values() for sentence in own), *told.cost, *told.notes]
 
 
 class Findings(NamedTuple):
-    """The same sentences in their parts: of the protocol, of each set, and of the damage done to all."""
+    """The same sentences in their parts: of the protocol, of each set, of the damage done, and how to read them."""
 
     opening: list[str]
     sets: dict[str, list[str]]
-    closing: list[str]
+    cost: list[str]
+    notes: list[str]
 
 
 def findings(results: Mapping[str, Any]) -> Findings:
@@ -49,34 +50,70 @@ def findings(results: Mapping[str, Any]) -> Findings:
             means = listed(moved, lambda row: f"{row['arm']} {brief(row)}")
             sentences.append(f"{_begin(direction)}{name}: {means}.")
         for (direction,), pairs in grouped(compared.get(name, []), "a_direction").items():
-            sentences.append(f"{_begin(direction)}{name}, paired: {_differences(pairs)}.")
+            sentences += _differences(f"{_begin(direction)}{name}", pairs)
         sets[name] = sentences
     n, counted = len(results["comparisons"]), any(row["p_holm"] is not None for row in results["comparisons"])
     holm = [f"By Holm: corrected for all {n} comparisons of this run."] if counted else []
     opening = [results["protocol"]["why"]] if results["protocol"]["why"] else []
-    return Findings(opening, sets, [*_damage_sentences(results), *holm, "Brackets hold 95 % intervals."])
+    return Findings(opening, sets, _damage_sentences(results), [*holm, "Brackets hold 95 % intervals."])
+
+
+def headline(results: Mapping[str, Any]) -> list[str]:
+    """Of the first set, the arm that went furthest toward the behaviour, and away from it."""
+    rows = next(iter(of_first_scorer(results["summary"]).values()))
+    untuned = next((row for row in rows if row["arm"] == "untuned"), None)
+    sentences = []
+    for direction, sign in (("toward", 1), ("away", -1)):
+        own = [row for row in rows if row["direction"] == direction and row["mean"] is not None]
+        if own and untuned is not None:
+            best = max(own, key=lambda row: sign * row["mean"])
+            told = f"from {brief(untuned)} untuned to {brief(best)} ({best['set']}; {sample(best)})"
+            sentences.append(f"Furthest {direction} went {best['arm']}: {told}.")
+    return sentences
 
 
 def _begin(direction: str) -> str:
     return "" if direction == "none" else f"{direction.capitalize()}, "
 
 
-def _differences(rows: Sequence[Row]) -> str:
-    """Where p is corrected: the differences with a p below 0.05 before that, and which have none. Else all of them."""
-
-    def say(row: Row) -> str:
-        corrected = "" if row["p_holm"] is None else f" (by Holm {p_value(row['p_holm'])})"
-        return f"{row['a']} minus {row['b']} {estimate(row, 'difference')}, p {p_value(row['p'])}{corrected}"
-
-    told = [row for row in rows if row["p_holm"] is None or row["p"] < _ALPHA]
-    quiet = [row for row in rows if row not in told]
-    parts = [listed(told, say)] if told else []
-    parts += [f"no difference shown between {listed(quiet, _pair)}"] if quiet else []
-    return "; ".join(parts)
+def holds(row: Row) -> bool:
+    """Whether the difference stands after Holm's correction; in older runs, which have none, before it."""
+    p = row["p"] if row["p_holm"] is None else row["p_holm"]
+    return p is not None and p < _ALPHA
 
 
-def _pair(row: Row) -> str:
-    return f"{row['a']} and {row['b']}"
+def shows(row: Row) -> bool:
+    """Whether the difference stands by itself, as if nothing else had been compared."""
+    return row["p"] is not None and row["p"] < _ALPHA
+
+
+def _differences(where: str, rows: Sequence[Row]) -> list[str]:
+    """A sentence of what holds, one of what holds only by itself, and one of what is not shown."""
+    kinds = {
+        where: [row for row in rows if holds(row)],
+        f"{where}, only taken alone": [row for row in rows if shows(row) and not holds(row)],
+        f"{where}, no difference shown": [row for row in rows if not shows(row) and not holds(row)],
+    }
+    *shown, quiet = kinds
+    sentences = [f"{kind}: {listed(kinds[kind], _beats)}." for kind in shown if kinds[kind]]
+    return sentences + ([f"{quiet}: {listed(kinds[quiet], _minus)}."] if kinds[quiet] else [])
+
+
+def _beats(row: Row) -> str:
+    """`rep_tuned scores 0.326 [0.223, 0.442] higher than token_tuned, p < 0.001`."""
+    lower = row["difference"] < 0
+    turned = {"difference": -row["difference"], "low": -row["high"], "high": -row["low"]} if lower else row
+    than = f"{'lower' if lower else 'higher'} than {row['b']}"
+    return f"{row['a']} scores {estimate(turned, 'difference')} {than}, {_significance(row)}"
+
+
+def _minus(row: Row) -> str:
+    return f"{row['a']} minus {row['b']} {estimate(row, 'difference')}, {_significance(row)}"
+
+
+def _significance(row: Row) -> str:
+    corrected = "" if row["p_holm"] is None else f" (by Holm {p_value(row['p_holm'])})"
+    return f"p {p_value(row['p'])}{corrected}"
 
 
 def _damage_sentences(results: Mapping[str, Any]) -> list[str]:

@@ -62,6 +62,17 @@ def p_value(p: float | int | None) -> str:
     return "–" if p is None else "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
+def counted(numbers: Iterable[int]) -> str:
+    """One number, or from the least to the most."""
+    found = sorted(set(numbers))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def joined(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def listed(rows: Sequence[Row], say: Any) -> str:
     """The rows told one after the other, with n and seeds once at the end where all share them."""
     samples = {sample(row) for row in rows}

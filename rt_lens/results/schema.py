@@ -17,6 +17,8 @@ results.json, schema 1. Intervals are of 95 %; null is what was not measured.
 | schema | 1 |
 | behaviour, description, model, seed | names, and the seed of the splits |
 | versions | package -> version |
+| again | command, call: that make this run again; file, toml, sha256: its settings file's name, text and hash |
+| again, more | settings: all of them, as they ran. Null: settings that no file has |
 | protocol | name; why it was chosen; calibration: rows of task, n, mean, low, high, chance, seed |
 | protocol, more | settings: of the honesty experiment; chance: set -> what blind choice scores |
 | choices | direction -> layer, multiplier, why; rule: how they were chosen |
@@ -35,8 +37,8 @@ Columns of arms and summary: arm, direction, set, scorer, n, mean, low, high (sc
 perplexity_high, kl, kl_low, kl_high (nats per token), n_texts; facts, facts_low, facts_high, n_facts (share of plain
 questions answered right); repetition, repetition_low, repetition_high.
 
-Runs without `side_effects`, `protocol`, scores.csv and texts.csv, and with comparisons of `direction`, a, b alone, were
-written before these were; they load, with what can be filled in.
+Runs without `again`, `side_effects`, `protocol`, scores.csv and texts.csv, and with comparisons of `direction`, a, b
+alone, were written before these were; they load, with what can be filled in.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ _COLUMNS = {
     ),
 }
 _CALIBRATION = ("task", "n", "mean", "low", "high", "chance", "seed")
+_AGAIN = ("command", "call", "file", "toml", "sha256", "settings")
 _RESPONSE = ("arm", "direction", "seed", "prompt", "response", "score")
 _CELL = ("arm", "direction", "set", "scorer", "seed")
 
@@ -171,6 +174,8 @@ def checked(content: Any) -> dict[str, Any]:
         )
     _need("results.json", content, _KEYS)
     found = {"side_effects": [], "protocol": {"name": "answers", "why": "", "calibration": []}, **content}
+    if "again" in found:
+        _need("results.json: again", found["again"], _AGAIN)
     _need("results.json: choices", found["choices"], ("rule",))
     for direction, choice in choices_of(found).items():
         _need(f"results.json: choices: {direction}", choice, ("layer", "multiplier", "why"))

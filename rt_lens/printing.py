@@ -1,0 +1,131 @@
+"""A figure -> a file for a page, a slide or a journal, at the width that it will have on paper.
+
+It knows Plotly and nothing of what is drawn. Pictures (.png, .svg, .pdf) are made by kaleido, which drives a Chromium.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from rt_lens.files import check_can_write, write_atomically
+
+_MM_PER_PIXEL = 25.4 / 96  # CSS's pixel
+# Figures are laid out for a screen: a quarter wider than the paper, their 14-pixel letters come out as 8.4 points.
+_SHRUNK = 0.8
+_HEIGHT = 470
+# Mean widths of a letter in shares of its size; Plotly clips what is too long for a line.
+_LETTER = 0.52
+_PICTURES = (".png", ".svg", ".pdf")
+_NO_TOOLS = {"displaylogo": False, "showSendToCloud": False, "typesetMath": False}
+
+
+def save_figure(
+    figure: go.Figure,
+    path: str | Path,
+    *,
+    width_mm: float = 170.0,
+    height_mm: float | None = None,
+    scale: float = 3.0,
+) -> Path:
+    """Writes a figure in the format that the file's ending names, on white, whole or not at all.
+
+    Args:
+        figure: any figure; it is left as it was.
+        path: ends in .png, .svg or .pdf (a picture; needs `pip install 'rt_lens[print]'` and a Chromium or Chrome), in
+            .html (one page, opens offline) or in .json (Plotly's own format).
+        width_mm: width on paper, of pictures; 170 fills an A4 page between its margins, 85 a column.
+        height_mm: height on paper, of pictures; by default what the figure asks for.
+        scale: pixels of a .png for each of 1/96 inch; 3 gives 288 dots per inch.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for another ending, or a size that is not positive.
+        ImportError: for a picture, if kaleido is not installed.
+        FileNotFoundError: for a picture, if no Chromium or Chrome is found.
+        OSError: if the disk is full or the folder cannot be written.
+
+    Example:
+        >>> rtl.save_figure(rtl.plots.losses(delta.history), "losses.pdf", width_mm=85)
+    """
+    path = Path(path).expanduser()
+    write = _writer(path.suffix.lower(), path)
+    sizes = {"width_mm": width_mm, "height_mm": height_mm, "scale": scale}
+    for name, size in sizes.items():
+        if size is not None and not (math.isfinite(size) and size > 0):
+            raise ValueError(f"{name}: {size} came, a positive number is wanted, such as width_mm=170.")
+    check_can_write(path, "path")
+    drawn = copy.deepcopy(figure).update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    return write_atomically(path, write(drawn, width_mm, height_mm, scale))
+
+
+def _writer(ending: str, path: Path) -> Callable[..., bytes]:
+    if ending in _PICTURES:
+        return lambda figure, width, height, scale: _picture(figure, ending, width, height, scale)
+    if ending == ".html":
+        return lambda figure, *_: figure.to_html(include_plotlyjs=True, config=_NO_TOOLS, div_id="figure").encode()
+    if ending == ".json":
+        return lambda figure, *_: figure.to_json().encode()
+    raise ValueError(f"path: {path.name!r} came; a name that ends in .png, .svg, .pdf, .html or .json is wanted.")
+
+
+def _picture(figure: go.Figure, ending: str, width_mm: float, height_mm: float | None, scale: float) -> bytes:
+    kaleido = _kaleido()
+    width = width_mm / _MM_PER_PIXEL / _SHRUNK
+    _wrap(figure, width)
+    height = height_mm / _MM_PER_PIXEL / _SHRUNK if height_mm else figure.layout.height or _HEIGHT
+    size = {"format": ending[1:], "width": round(width), "height": round(height)}
+    # By itself kaleido's page asks a server for MathJax.
+    found = {"mathjax": False}
+    enlarged = _SHRUNK * (scale if ending == ".png" else 1.0)
+    try:
+        return bytes(kaleido.calc_fig_sync(figure, opts={**size, "scale": enlarged}, kopts=found))
+    except (kaleido.errors.ChromeNotFoundError, kaleido.errors.BrowserFailedError) as error:
+        tried = f" (BROWSER_PATH is {os.environ['BROWSER_PATH']})" if os.environ.get("BROWSER_PATH") else ""
+        raise FileNotFoundError(
+            f"path: {ending} needs a Chromium or Chrome, and none could be started{tried}. Install one, set "
+            "BROWSER_PATH to its program, or write .html."
+        ) from error
+
+
+def _kaleido() -> Any:
+    try:
+        import kaleido
+        import kaleido.errors
+    except ImportError:
+        raise ImportError(
+            "path: a picture needs kaleido 1 or newer. pip install 'rt_lens[print]', or write .html."
+        ) from None
+    return kaleido
+
+
+def _wrap(figure: go.Figure, width: float) -> None:
+    """Breaks title and subtitle into lines that fit, and makes the figure as much higher."""
+    title, added = figure.layout.title, 0.0
+    for text in (title, title.subtitle):
+        if text.text:
+            size = text.font.size or 14
+            lines = _lines(text.text, int((width - 20) / (_LETTER * size)))
+            added += 1.3 * size * (len(lines) - len(text.text.split("<br>")))
+            text.text = "<br>".join(lines)
+    if added > 0:
+        figure.layout.margin.t = (figure.layout.margin.t or 100) + added
+        figure.layout.height = (figure.layout.height or _HEIGHT) + added
+
+
+def _lines(text: str, letters: int) -> list[str]:
+    """The text in lines of so many letters; a line that ended in a sentence keeps its end."""
+    told = re.sub(r"(?<![.:;])<br>", " ", text)
+    return [
+        line for part in told.split("<br>") for line in textwrap.wrap(part, letters, break_long_words=False) or [""]
+    ]

@@ -1,0 +1,102 @@
+"""The page's building blocks: parts with headings, tables, charts. Plain text comes in, and is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape, unescape
+
+import plotly.graph_objects as go
+
+_DEEPEST = 3  # levels of headings
+_TOP = 60  # px above a chart's panels, for their names and Plotly's buttons
+
+
+@dataclass(frozen=True)
+class Part:
+    """A heading, what stands below it, and the parts within.
+
+    Attributes:
+        name: the heading, as plain text.
+        html: what stands below it, as markup.
+        parts: parts of the next level, each listed in the contents.
+    """
+
+    name: str
+    html: str = ""
+    parts: tuple[Part, ...] = ()
+
+
+def rendered(part: Part, place: str = "", level: int = 2) -> str:
+    """The part as a section, whose id is its place in the contents."""
+    place = place or slug(part.name)
+    inner = "\n".join(
+        rendered(below, f"{place}-{number}", min(level + 1, _DEEPEST)) for number, below in enumerate(part.parts)
+    )
+    return f'<section id="{place}">\n<h{level}>{escape(part.name)}</h{level}>\n{part.html}\n{inner}\n</section>'
+
+
+def contents(parts: Iterable[Part]) -> str:
+    """A nested list of links to all parts."""
+    return f'<nav aria-label="Contents"><h2>Contents</h2>{_links((slug(part.name), part) for part in parts)}</nav>'
+
+
+def _links(placed: Iterable[tuple[str, Part]]) -> str:
+    items = []
+    for place, part in placed:
+        below = [(f"{place}-{number}", inner) for number, inner in enumerate(part.parts)]
+        link = f'<a href="#{place}">{escape(part.name)}</a>'
+        items.append(f"<li>{link}{_links(below) if below else ''}</li>")
+    return f"<ul>{''.join(items)}</ul>"
+
+
+def slug(name: str) -> str:
+    return name.lower().replace(",", "").replace(" ", "-")
+
+
+def items(sentences: Iterable[str]) -> str:
+    return "<ul>" + "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
+
+
+def folded(heading: str, html: str) -> str:
+    return f"<details><summary>{escape(heading)}</summary>{html}</details>"
+
+
+def table(label: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of plain text, in a box that scrolls; the first cell of each row names the row."""
+    return boxed(label, header, ([escape(cell) for cell in row] for row in rows))
+
+
+def boxed(label: str, header: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
+    """As `table`, of cells that are markup already."""
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "\n".join(
+        f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+        for first, *rest in rows
+    )
+    # A box that scrolls must take the keyboard's focus, else its rest is out of reach without a mouse.
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {escape(label)}">'
+        f'<table class="{kind}"><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    )
+
+
+def chart(name: str, figure: go.Figure) -> str:
+    """The figure's place, and its content as JSON, which the page's script draws when it comes into view.
+
+    Title and reading become the caption, as text of the page: it wraps in any window, and is read aloud.
+
+    Args:
+        name: of this chart alone; not a section's.
+        figure: with its labels escaped, for Plotly reads some markup; it loses its title.
+    """
+    title = figure.layout.title
+    heading, reading = (escape(unescape(text.replace("<br>", " "))) for text in (title.text, title.subtitle.text))
+    height = figure.layout.height - figure.layout.margin.t + _TOP
+    figure.update_layout(title=None, margin_t=_TOP, height=height)
+    # Plotly writes < > / as \u003c \u003e \u002f in its JSON, so no label can close the script element.
+    return (
+        f"<figure><figcaption><b>{heading}</b><br>{reading}</figcaption>"
+        f'<div id="figure-{name}" class="plotly-graph-div" style="height:{height:g}px"></div>'
+        f'<script type="application/json">{figure.to_json()}</script></figure>'
+    )

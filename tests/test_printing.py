@@ -1,0 +1,97 @@
+"""Files of the size, the format and the text that were asked for, made by the real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import sys
+
+import plotly.graph_objects as go
+import pytest
+from full_disk import full_disk
+
+import rt_lens as rtl
+from rt_lens import plots
+
+TITLE = "A title that is much too long for a column, and so comes in lines"
+
+
+@pytest.fixture
+def figure() -> go.Figure:
+    rows = [
+        {"layer": layer, "accuracy": 0.5 + layer / 50, "low": 0.4, "high": 1.0, "n": 40, "seed": 0}
+        for layer in range(12)
+    ]
+    return plots.separability(rows, title=TITLE)
+
+
+def test_a_png_has_the_width_on_paper_times_its_scale_and_a_white_ground(figure, tmp_path):
+    before = figure.to_json()
+    path = rtl.save_figure(figure, tmp_path / "made" / "layers.png", width_mm=127, height_mm=50.8, scale=2.0)
+    content = path.read_bytes()
+    assert path == tmp_path / "made" / "layers.png" and content.startswith(b"\x89PNG")
+    assert struct.unpack(">II", content[16:24]) == (960, 384), "5 by 2 inches at 96 x 2 dots"
+    assert figure.to_json() == before, "the caller's figure is as it was"
+    assert not [name for name in path.parent.iterdir() if name != path]
+
+
+def test_a_pdf_is_a_pdf_of_the_width_on_paper(figure, tmp_path):
+    content = rtl.save_figure(figure, tmp_path / "layers.pdf", width_mm=127).read_bytes()
+    assert content.startswith(b"%PDF-")
+    (box,) = re.findall(rb"/MediaBox ?\[0 0 ([\d.]+) [\d.]+\]", content)
+    assert float(box) == pytest.approx(360, abs=1), "5 inches of 72 points"
+
+
+def test_an_svg_holds_the_text_in_lines_that_fit(figure, tmp_path):
+    content = rtl.save_figure(figure, tmp_path / "layers.SVG", width_mm=85).read_text()
+    assert "layer (block index)" in content
+    lines = re.findall(r"<tspan[^>]*>([^<]*)</tspan>", content)
+    (first,) = [place for place, line in enumerate(lines) if line.startswith("A title")]
+    broken = [line for line in lines[first : first + 3] if line and line in TITLE]
+    assert len(broken) >= 2 and TITLE.startswith(" ".join(broken))
+    assert max(map(len, broken)) * 0.5 * 19 < 85 / 25.4 * 96 / 0.8
+
+
+def test_html_and_json_need_no_browser(figure, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    page = rtl.save_figure(figure, tmp_path / "layers.html").read_text()
+    assert "plotly.js v" in page and '<script src="http' not in page
+    stored = json.loads(rtl.save_figure(figure, tmp_path / "layers.json").read_text())
+    assert stored["layout"]["paper_bgcolor"] == "white"
+    assert stored["data"] == json.loads(figure.to_json())["data"]
+
+
+def test_without_kaleido_the_mend_is_named(figure, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.raises(ImportError, match=r"pip install 'rt_lens\[print\]', or write \.html"):
+        rtl.save_figure(figure, tmp_path / "layers.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_browser_the_mend_is_named(figure, tmp_path, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "no_browser"))
+    with pytest.raises(FileNotFoundError, match=r"needs a Chromium or Chrome.*no_browser.*set BROWSER_PATH"):
+        rtl.save_figure(figure, tmp_path / "layers.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["layers.gif", "layers", "layers.png.txt"])
+def test_another_ending_is_refused(figure, tmp_path, name):
+    with pytest.raises(ValueError, match=rf"path: '{name}' came; .*\.png, \.svg, \.pdf, \.html or \.json"):
+        rtl.save_figure(figure, tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [{"width_mm": 0.0}, {"height_mm": -3.0}, {"scale": float("nan")}])
+def test_a_size_that_is_none_is_refused(figure, tmp_path, size):
+    with pytest.raises(ValueError, match=rf"{next(iter(size))}: .* came, a positive number"):
+        rtl.save_figure(figure, tmp_path / "layers.json", **size)
+
+
+def test_a_full_disk_keeps_the_old_file(figure, tmp_path):
+    path = rtl.save_figure(figure, tmp_path / "layers.html")
+    old = path.read_bytes()
+    with full_disk(100_000), pytest.raises(OSError, match=r"."):
+        rtl.save_figure(figure, path)
+    assert path.read_bytes() == old
+    assert [name.name for name in tmp_path.iterdir()] == ["layers.html"]
