@@ -365,11 +365,10 @@ def test_projection_heatmap_draws_each_and_the_differences():
     assert [trace.coloraxis for trace in figure.data] == ["coloraxis"] * 3 + ["coloraxis2"] * 2
     assert figure.layout.coloraxis.cmax < 90, "the first token's huge activations would hide the rest"
     assert "off the scale" in reading(figure)
-    value, less = arrays["untuned"][7, 4], arrays["rep_tuned away"][7, 4] - arrays["untuned"][7, 4]
-    assert figure.data[0].hovertext[7][4] == (
-        f"untuned<br>layer 7<br>·me, position 4<br>projection {value:.3f} activation units"
-    )
-    assert f"difference {less:.3f} activation units" in figure.data[3].hovertext[7][4]
+    untuned_cells, less = figure.data[0], figure.data[3]
+    assert untuned_cells.hovertemplate.startswith("untuned<br>layer %{y}<br>%{text}<br>projection %{z:.3f} activation")
+    assert "difference %{z:.3f} activation units" in less.hovertemplate
+    assert (untuned_cells.y[7], untuned_cells.text[7][4], less.text[7][4]) == ("7", *["·me, position 4"] * 2)
 
 
 @pytest.mark.parametrize("tokens", [1, 11, 40, 200])

@@ -6,10 +6,10 @@ import logging
 import sys
 import warnings
 
-from rt_lens.cli import measuring, steering, tuning
+from rt_lens.cli import looking, measuring, steering, tuning
 from rt_lens.cli.app import app
 
-__all__ = ["app", "main", "measuring", "steering", "tuning"]
+__all__ = ["app", "looking", "main", "measuring", "steering", "tuning"]
 
 
 def main() -> None:

@@ -62,24 +62,6 @@ def kind_of(found: SteeringVectors) -> str:
     return kinds.pop() if len(kinds) == 1 else "resid_post"
 
 
-def layers_of(text: str) -> list[int]:
-    """Block indices of a text such as 14-22 or 14,18."""
-    chosen: list[int] = []
-    for part in text.split(","):
-        low, _, high = part.partition("-")
-        if not low.strip().isdigit() or (high and not high.strip().isdigit()):
-            raise ValueError(f"layers: {text!r} came; blocks such as 14-22 or 14,18 are wanted.")
-        chosen.extend(range(int(low), int(high or low) + 1))
-    return chosen
-
-
-def number_of(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"multipliers: {text!r} came; numbers such as -2,0,2 are wanted.") from None
-
-
 def write_page(figure: Any, path: Path) -> None:
     from rt_lens.files import write_atomically
 

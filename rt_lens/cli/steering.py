@@ -7,18 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rt_lens.cli.app import (
-    Behaviour,
-    Model,
-    VectorFile,
-    app,
-    kind_of,
-    layers_of,
-    model_of,
-    number_of,
-    parts_of,
-    write_page,
-)
+from rt_lens.cli.app import Behaviour, Model, VectorFile, app, kind_of, model_of, parts_of, write_page
+from rt_lens.spans import layers_of, multipliers_of
 
 
 @app.command(epilog="Example: rt-lens extract mood --method mean_diff --out mood.safetensors --figure mood.html")
@@ -98,23 +88,16 @@ def sweep(
     """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
     from rt_lens import plots
     from rt_lens.exchange import import_vectors
-    from rt_lens.experiment import check_writable, load_experiment, parts, protocol_of
+    from rt_lens.experiment import check_writable, load_experiment
+    from rt_lens.experiment.validation import validation_metric
     from rt_lens.models import load_model
-    from rt_lens.sweeping import Answers, Metric, Options
     from rt_lens.sweeping import sweep as sweep_layers
 
     experiment = load_experiment(behaviour, model=model)
-    directions, chosen = import_vectors(file), layers_of(layers)
-    _, held_out, _ = parts(experiment)
-    doses = [number_of(text) for text in multipliers.split(",")]
+    directions, chosen, doses = import_vectors(file), layers_of(layers), multipliers_of(multipliers)
     check_writable(out.parent)
     loaded = load_model(experiment.model, dtype=experiment.dtype)
-    prompts: list[str] = held_out.topics
-    metric: Metric = Answers(experiment.scorer, max_new_tokens)
-    if experiment.honesty is not None:  # options are weighed there, and nothing is written
-        protocol = protocol_of(experiment, loaded)
-        prompts = [each.prompt for each in protocol.choosing.asked]
-        metric = Options(protocol.choosing.asked, "letters" if protocol.name == "persona" else "answers")
+    prompts, metric = validation_metric(experiment, loaded, max_new_tokens)
     found = sweep_layers(
         loaded, directions, prompts[:n_prompts], layers=chosen, multipliers=doses, metric=metric,
         hook=kind_of(directions), path=out,

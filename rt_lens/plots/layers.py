@@ -144,16 +144,18 @@ def projection_heatmap(
         vertical_spacing=gap if rows > 1 else 0,
         subplot_titles=[name for name, _, _ in panels],
     )
+    # What a hover says of a cell is put together on the page: written out for each it made most of a report.
+    rows_of, places = [str(layer) for layer in layers], [f"{label}, position {pos}" for pos, label in enumerate(labels)]
     for index, (name, values, scale) in enumerate(panels):
         words = "projection" if scale == "coloraxis" else "difference"
-        hover = [
-            [
-                f"{name}<br>layer {layer}<br>{label}, position {pos}<br>{words} {values[row, pos]:.3f} activation units"
-                for pos, label in enumerate(labels)
-            ]
-            for row, layer in enumerate(layers)
-        ]
-        heat = go.Heatmap(z=values, coloraxis=scale, hovertext=hover, hoverinfo="text", xgap=1)
+        heat = go.Heatmap(
+            z=values,
+            y=rows_of,
+            text=[places] * len(layers),
+            coloraxis=scale,
+            hovertemplate=f"{name}<br>layer %{{y}}<br>%{{text}}<br>{words} %{{z:.3f}} activation units<extra></extra>",
+            xgap=1,
+        )
         place = (1, index + 1) if beside else (index + 1, 1)
         figure.add_trace(heat, row=place[0], col=place[1])
     step = -(-len(tokens) // 80)  # beyond 80 tokens even the smallest font needs gaps; hover still names each
@@ -166,7 +168,7 @@ def projection_heatmap(
         showgrid=False,
     )
     ticks = list(range(0, len(layers), max(1, len(layers) // 8)))
-    figure.update_yaxes(tickvals=ticks, ticktext=[str(layers[row]) for row in ticks], showgrid=False)
+    figure.update_yaxes(type="category", tickvals=[rows_of[row] for row in ticks], showgrid=False)
     figure.update_yaxes(title_text="layer (block index)", col=1)
     bars = {"coloraxis": ("projection", 1.0 if later else 0.5), "coloraxis2": ("difference", 0.47)}
     for scale, (name, top) in bars.items():

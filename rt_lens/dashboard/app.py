@@ -1,0 +1,100 @@
+"""The Dash app: its frame, its pages, and the headers that keep it to this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dash import Dash, Input, Output, State, dcc, html, no_update
+from flask import Response
+
+from rt_lens.dashboard import compare, explore, steering, tuning, vectors
+from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.panel import named
+
+PAGES = {"explore": explore, "vectors": vectors, "steering": steering, "tuning": tuning, "compare": compare}
+
+# The language and the skip link are what screen readers and keyboards need of a frame.
+_FRAME = """<!doctype html>
+<html lang="en">
+<head>{%metas%}<title>{%title%}</title>{%favicon%}{%css%}</head>
+<body><a class="skip" href="#main">Skip to the content</a>{%app_entry%}
+<footer>{%config%}{%scripts%}{%renderer%}</footer></body>
+</html>
+"""
+
+
+def make_app(bench: Bench) -> Dash:
+    """The app of one workbench; it needs nothing from outside this machine."""
+    app = Dash(
+        __name__, title="rt_lens", update_title="", index_string=_FRAME, suppress_callback_exceptions=True,
+        assets_folder=str(Path(__file__).parent / "assets"), serve_locally=True,
+    )  # fmt: skip
+    app.layout = _frame(bench)
+    _connect_pages(app, bench)
+    for page in PAGES.values():
+        page.connect(app, bench)
+    _keep_to_this_machine(app)
+    return app
+
+
+def _frame(bench: Bench) -> html.Div:
+    links = [html.Li(dcc.Link(name.capitalize(), href=f"/{name}"), id=f"link-{name}") for name in PAGES]
+    about = f"{bench.name}, {bench.n_layers} layers" if bench.has_model else f"{bench.name} (not on this machine)"
+    run = f"run {bench.run.folder.name}" if bench.run is not None else "no run"
+    header = html.Header(
+        [
+            html.H1("rt_lens"),
+            html.Nav(html.Ul(links), **named("Pages")),
+            html.P(f"{about} · {run}", className="about"),
+        ]
+    )
+    slots = [html.Section(id=f"page-{name}", hidden=True, **named(name.capitalize())) for name in PAGES]
+    # An empty figure makes the browser load Plotly while the reader is still typing.
+    early = html.Div(dcc.Graph(id="early"), hidden=True)
+    return html.Div(
+        [dcc.Location(id="url"), dcc.Store(id="visited", data=[]), header, html.Main(slots, id="main"), early]
+    )
+
+
+def _connect_pages(app: Dash, bench: Bench) -> None:
+    """A page is laid out when it is first visited and stays, so that going back finds everything as it was."""
+
+    @app.callback(
+        output={
+            "visited": Output("visited", "data"),
+            "content": [Output(f"page-{name}", "children") for name in PAGES],
+            "hidden": [Output(f"page-{name}", "hidden") for name in PAGES],
+            "links": [Output(f"link-{name}", "className") for name in PAGES],
+        },
+        inputs={"path": Input("url", "pathname"), "visited": State("visited", "data")},
+    )
+    def visit(path: str | None, visited: list[str]) -> dict[str, Any]:
+        wanted = (path or "/").strip("/") or next(iter(PAGES))
+        here = wanted if wanted in PAGES else next(iter(PAGES))
+        return {
+            "visited": [*visited, here],
+            "content": [
+                page.layout(bench) if name == here not in visited else no_update for name, page in PAGES.items()
+            ],
+            "hidden": [name != here for name in PAGES],
+            "links": ["here" if name == here else "" for name in PAGES],
+        }
+
+
+def _keep_to_this_machine(app: Dash) -> None:
+    server = app.server
+    # A page elsewhere whose name is made to point here would come with its own name as host.
+    server.config["TRUSTED_HOSTS"] = ["127.0.0.1", "localhost"]
+    scripts = " ".join(app.csp_hashes())
+    policy = (
+        f"default-src 'none'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; base-uri 'none'; form-action 'none'"
+    )
+
+    @server.after_request
+    def headers(response: Response) -> Response:
+        response.headers["Content-Security-Policy"] = policy
+        response.headers["Referrer-Policy"] = "no-referrer"
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        return response

@@ -1,0 +1,139 @@
+"""What all tabs share: one model, the vectors and deltas at hand, a finished run, and the queue of work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rt_lens.dashboard.work import Jobs
+from rt_lens.delta import WeightDelta
+from rt_lens.experiment import Experiment, load_experiment, parts
+from rt_lens.extraction import extract_vectors
+from rt_lens.forward import model_name
+from rt_lens.prompts import ContrastPairs
+from rt_lens.results import Results
+from rt_lens.shipped import behaviours
+from rt_lens.vectors import SteeringVectors, layer_of
+
+N_PAIRS = 96
+SEED = 0
+
+
+class Bench:
+    """The workbench behind the pages.
+
+    Args:
+        model: loaded once, used by one job at a time; None for a run whose model is not at hand.
+        vectors: behaviour -> vectors that are there already.
+        run: a finished run, whose vectors and tuned arms are at hand as well.
+        own: files of behaviours beside the shipped ones.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vectors: Mapping[str, SteeringVectors],
+        run: Results | None = None,
+        own: Sequence[str | Path] = (),
+    ) -> None:
+        self._model, self.run, self.jobs = model, run, Jobs()
+        self._experiments = {each.name: each for each in map(load_experiment, own)}
+        self._pairs: dict[str, tuple[ContrastPairs, ContrastPairs]] = {}
+        self._vectors, self._deltas = dict(vectors), dict[str, WeightDelta]()
+        if run is not None and (run.folder / "vectors.safetensors").is_file():
+            self._vectors.setdefault(
+                str(run.content["behaviour"]), SteeringVectors.load(run.folder / "vectors.safetensors")
+            )
+        if model is not None:
+            for found in self._vectors.values():
+                found.check_fits(model)
+
+    @property
+    def has_model(self) -> bool:
+        return self._model is not None
+
+    @property
+    def model(self) -> Any:
+        """The model, for jobs only.
+
+        Raises:
+            ValueError: if it is not at hand.
+        """
+        if self._model is None:
+            raise ValueError(f"model: {self.name} is not on this machine. Name one that is, with --model.")
+        return self._model
+
+    @cached_property
+    def name(self) -> str:
+        return (
+            model_name(self._model) if self._model is not None else str(self.run.content["model"]) if self.run else ""
+        )
+
+    @property
+    def n_layers(self) -> int:
+        if self._model is not None:
+            return int(self._model.cfg.n_layers)
+        return 1 + max((layer_of(name) for own in self._vectors.values() for name in own.hook_names), default=0)
+
+    def behaviours(self) -> list[str]:
+        """Those with vectors first, then those that can have some."""
+        return list(dict.fromkeys([*self._vectors, *self.with_pairs()]))
+
+    def with_pairs(self) -> list[str]:
+        """Behaviours whose file is here: they have contrast pairs and prompts, and a scorer."""
+        return list(dict.fromkeys([*self._experiments, *behaviours()]))
+
+    def experiment(self, behaviour: str) -> Experiment:
+        """What the behaviour's file says.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if behaviour not in self.with_pairs():
+            raise ValueError(
+                f"behaviour: {behaviour!r} has vectors here, but no pairs or prompts. Choose one of "
+                f"{', '.join(self.with_pairs())}, or open the dashboard with its file as a behaviour."
+            )
+        return self._experiments.get(behaviour) or load_experiment(behaviour)
+
+    def pairs(self, behaviour: str) -> tuple[ContrastPairs, ContrastPairs]:
+        """Training and validation pairs; a behaviour's test topics are never touched here."""
+        if behaviour not in self._pairs:  # a split compares thousands of combinations
+            self._pairs[behaviour] = parts(self.experiment(behaviour))[:2]
+        return self._pairs[behaviour]
+
+    def vectors(self, behaviour: str) -> SteeringVectors:
+        """A behaviour's vectors; mean differences of training pairs if there are none yet (for jobs only)."""
+        if behaviour not in self._vectors:
+            train, _ = self.pairs(behaviour)
+            self.keep_vectors(behaviour, extract_vectors(self.model, train.sample(N_PAIRS, SEED), seed=SEED))
+        return self._vectors[behaviour]
+
+    def has_vectors(self, behaviour: str) -> bool:
+        return behaviour in self._vectors
+
+    def keep_vectors(self, behaviour: str, vectors: SteeringVectors) -> None:
+        """From now on all pages use these."""
+        self._vectors[behaviour] = vectors
+
+    def deltas(self) -> list[str]:
+        """Names of the tuned arms: those that the run has kept, and those tuned here."""
+        return list(dict.fromkeys([*self._files(), *self._deltas]))
+
+    def delta(self, name: str) -> WeightDelta:
+        if name not in self._deltas:
+            files = self._files()
+            if name not in files:
+                raise ValueError(f"arm: {name!r} is not here. There are: {', '.join(self.deltas()) or 'none yet'}.")
+            self._deltas[name] = WeightDelta.load(files[name])
+        return self._deltas[name]
+
+    def keep_delta(self, name: str, delta: WeightDelta) -> None:
+        """From now on the other pages offer it as an arm."""
+        self._deltas[name] = delta
+
+    def _files(self) -> dict[str, Path]:
+        folder = self.run.folder if self.run is not None else None
+        return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*_tuned_*.safetensors"))}

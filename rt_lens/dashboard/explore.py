@@ -1,0 +1,247 @@
+"""Explore: what a prompt does inside, token by token and layer by layer, and the arms' answers as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from dash import Dash, Input, Output, dcc, html
+from dash.development.base_component import Component
+
+from rt_lens import plots
+from rt_lens.arms import under
+from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.panel import Work, choice, drawable, field, graph, slider, workplace
+from rt_lens.dashboard.panel import connect as connect_work
+from rt_lens.dashboard.work import Job
+from rt_lens.extraction import token_projections
+from rt_lens.generation import NewToken, as_chat, generate
+from rt_lens.results import Results
+from rt_lens.results.schema import choices_of
+from rt_lens.steering import FwdHook, ablate, add, add_preserving_norm, clamp
+from rt_lens.tokens import encode, tokenizer_of
+from rt_lens.vectors import SteeringVectors, layer_of
+
+PAGE = "explore"
+SLOTS = ("map", "answers", "trace", "words", "curves")
+SETTINGS = ("prompt", "behaviour", "operator", "layer", "multiplier", "arm", "length")
+AGAIN = ("behaviour", "operator", "layer", "multiplier", "arm", "length")
+OPERATORS = {
+    "add": "add: h + m v",
+    "add_preserving_norm": "add, keeping each token's norm",
+    "ablate": "ablate: remove the share m",
+    "clamp": "clamp: set the projection to m |v|",
+}
+LONGEST = 400  # tokens of a prompt; wider maps can no longer be read
+_BETWEEN = 0.25  # seconds between two drawings of a growing answer, which slow its writing
+_NO_ARM = "none"
+_FIRST = "Tell me about your weekend. Did anything nice happen, or was it all work again?"
+
+
+def layout(bench: Bench) -> Component:
+    title = html.H2("Explore")
+    if bench.has_model:
+        intro = "Type a prompt, press the button, then move the sliders: the pictures and the answers follow."
+        return html.Div([title, html.P(intro), workplace(PAGE, "Look and answer", _controls(bench), SLOTS)])
+    why = html.P(f"Nothing can be typed here: {bench.name} is not on this machine.")
+    return html.Div([title, why, *(_found(bench.run) if bench.run is not None else [])])
+
+
+def _found(run: Results) -> list[Component]:
+    """The run's own text under its first arm and each other one."""
+    drawn = drawable(run.projections())
+    values = {name: np.asarray(rows, dtype=float) for name, rows in drawn["arms"].items()}
+    first, *others = values
+    maps = [
+        plots.projection_heatmap(
+            {first: values[first], name: values[name]},
+            drawn["tokens"],
+            drawn["layers"],
+            title=f"Before and after: {name}",
+        )
+        for name in others
+    ] or [plots.projection_heatmap(values, drawn["tokens"], drawn["layers"])]
+    told: list[str | Component] = [
+        "All arms read one text, the prompt ",
+        html.Q(run.projections()["prompt"]),
+        " with an answer.",
+    ]
+    return [html.H3("What the run found"), html.P(told), *map(graph, maps)]
+
+
+def _controls(bench: Bench) -> list[Component]:
+    names, last = bench.behaviours(), bench.n_layers - 1
+    layer = _usual_layer(bench)
+    return [
+        field("Prompt", dcc.Textarea(id="explore-prompt", value=_FIRST, rows=4), f"at most {LONGEST} tokens"),
+        field("Behaviour", choice("explore-behaviour", names)),
+        field("Operator", choice("explore-operator", OPERATORS)),
+        field(
+            "Layer",
+            slider("explore-layer", 0, last, 1, layer, range(0, last + 1, 5)),
+            "block that is steered and traced",
+        ),
+        field(
+            "Multiplier m", slider("explore-multiplier", -4, 4, 0.5, 2, range(-4, 5)), "times the vector's own length"
+        ),
+        field("Also answer as", choice("explore-arm", _arms(bench)), "an arm tuned by the run, or on the page Tuning"),
+        field("New tokens", slider("explore-length", 10, 120, 10, 40, (10, 40, 80, 120))),
+    ]
+
+
+def connect(app: Dash, bench: Bench) -> None:
+    def plan(
+        prompt: str | None, behaviour: str, operator: str, layer: int, multiplier: float, arm: str, length: int
+    ) -> tuple[str, Work]:
+        text = (prompt or "").strip()
+        if not text:
+            raise ValueError("prompt: nothing came. Type what the user says, such as “How was your day?”.")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # which no tokenizer can read
+            raise ValueError("prompt: half of a character came, as a cut emoji leaves it. Delete it, or type it anew.")
+        look = _Look(bench, text, behaviour, operator, int(layer), float(multiplier), arm, int(length))
+        return "answering", look.run
+
+    connect_work(app, bench, PAGE, plan, _ids(SETTINGS), SLOTS, _ids(AGAIN))
+
+    @app.callback(Output("explore-arm", "options"), Input("url", "pathname"), prevent_initial_call=True)
+    def arms_by_now(_: str | None) -> list[dict[str, str]]:  # for the page stays, while Tuning makes more
+        return [{"label": label, "value": name} for name, label in _arms(bench).items()]
+
+
+def _arms(bench: Bench) -> dict[str, str]:
+    return {_NO_ARM: "none", **{name: name.replace("_", " ") for name in bench.deltas()}}
+
+
+def _ids(names: tuple[str, ...]) -> list[str]:
+    return [f"{PAGE}-{name}" for name in names]
+
+
+def _usual_layer(bench: Bench) -> int:
+    """The run's last choice, or the depth that suits shallow and deep models alike."""
+    chosen = [choice["layer"] for choice in choices_of(bench.run.content).values()] if bench.run is not None else []
+    return int(chosen[-1]) if chosen else round(0.7 * (bench.n_layers - 1))
+
+
+class _Look:
+    """One press of the button: first the map of the prompt, then the answers."""
+
+    def __init__(
+        self, bench: Bench, prompt: str, behaviour: str, operator: str, layer: int, multiplier: float, arm: str,
+        length: int,
+    ) -> None:  # fmt: skip
+        self.bench, self.prompt, self.behaviour, self.arm, self.length = bench, prompt, behaviour, arm, length
+        self.operator, self.layer, self.multiplier = operator, layer, multiplier
+
+    def run(self, job: Job) -> None:
+        model, vectors = self.bench.model, self.bench.vectors(self.behaviour)
+        (text,) = as_chat(model, [self.prompt])
+        n = len(encode(model, text))
+        if n > LONGEST:
+            raise ValueError(
+                f"prompt: {n} tokens came with the chat template; at most {LONGEST} are wanted. Shorten it."
+            )
+        job.watch(None)
+        arms: dict[str, Any] = {
+            "untuned": None,
+            "steered": steering(vectors, self.operator, self.layer, self.multiplier),
+        }
+        if self.arm != _NO_ARM:
+            arms[self.arm] = self.bench.delta(self.arm)
+        self._show_prompt(job, model, vectors, text, arms)
+        self._show_answers(job, model, vectors, arms)
+
+    def _show_prompt(self, job: Job, model: Any, vectors: SteeringVectors, text: str, arms: Mapping[str, Any]) -> None:
+        found = {}
+        for name, worn in arms.items():
+            with under(model, worn):
+                tokens, values = token_projections(model, vectors, text)
+            found[_said(name)] = values.numpy()
+        shown, layers = drawable(tokens), [layer_of(name) for name in vectors.hook_names]
+        about = f"{drawable(self.behaviour)}: projection of the prompt's tokens"
+        job.show("map", graph(plots.projection_heatmap(found, shown, layers, title=about), "explore-map-graph"))
+        if self.layer in layers:
+            at_layer = {name: values[layers.index(self.layer)] for name, values in found.items()}
+            title = f"The prompt, coloured by its projection at layer {self.layer}"
+            job.show("words", graph(plots.coloured_tokens(shown, at_layer, title=title), "explore-words-graph"))
+        rest = {name: values[:, 1:] for name, values in found.items()}  # the first token drowns the others
+        job.show(
+            "curves", graph(plots.projection_by_layer(rest, tokens=shown[1:], layers=layers), "explore-curves-graph")
+        )
+
+    def _show_answers(self, job: Job, model: Any, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:
+        names = [_said(name) for name in arms]
+        answers = _Answers(model, job, names, self.layer)
+        trace = vectors.select([self.layer]) if self.layer in map(layer_of, vectors.hook_names) else None
+        # Untouched and steered run as one batch: row 0 gets nothing, which leaves it bit for bit as it was.
+        both = steering(vectors, self.operator, self.layer, self.multiplier, untouched_first=True)
+        with under(model, both):
+            generate(
+                model, [self.prompt] * 2, max_new_tokens=self.length, trace=trace, on_token=answers.of(names[:2])
+            )  # fmt: skip
+        if self.arm != _NO_ARM:
+            with under(model, self.bench.delta(self.arm)):
+                generate(
+                    model, [self.prompt], max_new_tokens=self.length, trace=trace, on_token=answers.of(names[2:])
+                )  # fmt: skip
+        answers.show(ended=True)
+
+
+def steering(
+    vectors: SteeringVectors, operator: str, layer: int, multiplier: float, *, untouched_first: bool = False
+) -> list[FwdHook]:
+    """The hooks that the controls ask for; with `untouched_first` for two rows, of which the first stays as it is."""
+    full = 1.0 if operator == "clamp" else multiplier
+    strength: Any = torch.tensor([0.0, full]) if untouched_first else full
+    if operator == "clamp":
+        (vector,) = vectors.at_layers([layer]).values()
+        return clamp(vectors, [layer], multiplier * float(vector.norm()), multiplier=strength)
+    edit: Callable[..., list[FwdHook]] = {"add": add, "add_preserving_norm": add_preserving_norm, "ablate": ablate}[
+        operator
+    ]
+    return edit(vectors, [layer], multiplier=strength)
+
+
+def _said(name: str) -> str:
+    """An arm's name as figures have it: the arm, then its direction."""
+    return " ".join(name.rsplit("_", 1)) if name.endswith(("_toward", "_away")) else name
+
+
+class _Answers:
+    """Answers side by side as they grow, and the trace under them."""
+
+    def __init__(self, model: Any, job: Job, names: list[str], layer: int) -> None:
+        self.model, self.job, self.layer = model, job, layer
+        self.tokens: dict[str, list[int]] = {name: [] for name in names}
+        self.rows: list[dict[str, Any]] = []
+        self.shown_at = 0.0
+
+    def of(self, names: list[str]) -> Callable[[NewToken], None]:
+        """What a generation calls whose rows are these arms."""
+
+        def on_token(new: NewToken) -> None:
+            self.job.watch(None)
+            self.tokens[names[new.row]].append(new.token)
+            for projection in new.projections.values():
+                row = {"arm": names[new.row], "place": new.place, "token": drawable(new.text), "projection": projection}
+                self.rows.append(row)
+            if time.monotonic() - self.shown_at > _BETWEEN:
+                self.show()
+
+        return on_token
+
+    def show(self, *, ended: bool = False) -> None:
+        self.shown_at = time.monotonic()
+        # Together, since one letter or emoji may be spread over several tokens.
+        decode = tokenizer_of(self.model).decode
+        texts = {name: decode(tokens, skip_special_tokens=True) for name, tokens in self.tokens.items()}
+        columns = [
+            html.Article([html.H3(name), html.P(text or ("(nothing)" if ended else "…"), className="answer")])
+            for name, text in texts.items()
+        ]
+        self.job.show("answers", html.Div(columns, className="answers"))
+        if self.rows:
+            title = f"Each new token's projection at layer {self.layer}, as it is written"
+            self.job.show("trace", graph(plots.trace(list(self.rows), title=title), "explore-trace-graph"))

@@ -1,0 +1,207 @@
+"""The parts that all pages are made of: labelled controls, a figure, a table, and a button that starts long work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash.development.base_component import Component
+from dash.exceptions import PreventUpdate
+
+from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.work import Job, told
+
+TICK = 150  # milliseconds between two looks at a job
+# A look that is still on its way is dropped for the next one, so a busy machine must not be asked again too soon; and
+# a server that is away must be asked again some day.
+_PATIENCE = 5000
+# Plotly's toolbar could send a chart to its maker's cloud; the pages keep to themselves.
+_CONFIG: Any = {"displaylogo": False, "showSendToCloud": False, "responsive": True}
+_RESTARTED = "The dashboard was started anew, and this piece of work is gone with it. Press the button again."
+
+Work = Callable[[Job], Any]
+
+
+def named(label: str) -> dict[str, Any]:
+    """The name that a screen reader gives a part without one of its own."""
+    return {"aria-label": label}
+
+
+def field(label: str, control: Component, note: str = "") -> html.Div:
+    """A control under its label, which screen readers read out with it; `note` says units or limits."""
+    own = str(getattr(control, "id", ""))
+    told_below = [html.Span(note, className="note")] if note else []
+    return html.Div([html.Label(label, htmlFor=own, id=f"{own}-label"), control, *told_below], className="field")
+
+
+def choice(name: str, options: Sequence[str] | Mapping[str, str], value: str | None = None) -> dcc.Dropdown:
+    """A drop-down; `options` are values, or value -> label."""
+    labels = options if isinstance(options, Mapping) else {option: option for option in options}
+    listed = [{"label": label, "value": option} for option, label in labels.items()]
+    return dcc.Dropdown(id=name, options=listed, value=value or next(iter(labels), None), clearable=False)
+
+
+def slider(name: str, low: float, high: float, step: float, value: float, marks: Iterable[float]) -> dcc.Slider:
+    """A slider with marks at some values; it tells its value when it is let go."""
+    return dcc.Slider(
+        id=name, min=low, max=high, step=step, value=value, marks={mark: f"{mark:g}" for mark in marks},
+        updatemode="mouseup",
+    )  # fmt: skip
+
+
+def graph(figure: go.Figure, name: str | None = None) -> html.Figure:
+    """A figure on the page; one with a name stays in place while its content changes."""
+    title = figure.layout.title.text or "figure"
+    held = dcc.Graph(id=name, figure=figure, config=_CONFIG) if name else dcc.Graph(figure=figure, config=_CONFIG)
+    return html.Figure(held, role="figure", **named(title))
+
+
+def table(rows: pd.DataFrame | Sequence[Mapping[str, Any]], caption: str, digits: int = 3) -> html.Div:
+    """A table with a caption; numbers are rounded, what is missing is a dash."""
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    head = html.Tr([html.Th(str(column), scope="col") for column in frame.columns])
+    body = [html.Tr([html.Td(_cell(value, digits)) for value in row]) for row in frame.itertuples(index=False)]
+    content = html.Table([html.Caption(caption), html.Thead(head), html.Tbody(body)])
+    return html.Div(content, className="scroll", tabIndex=0, role="region", **named(caption))
+
+
+def _cell(value: Any, digits: int) -> str:
+    if isinstance(value, float):
+        return "–" if pd.isna(value) else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "–" if value is None else str(value)
+
+
+def drawable(value: Any) -> Any:
+    """A copy whose every string may go into a figure: Plotly renders some HTML, and a model may write any."""
+    if isinstance(value, str):
+        return escape(value, quote=False)
+    if isinstance(value, Mapping):
+        return {drawable(key): drawable(inner) for key, inner in value.items()}
+    if isinstance(value, pd.DataFrame):
+        return pd.DataFrame(drawable(value.to_dict("records")), columns=value.columns)
+    return [drawable(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def workplace(page: str, button: str, controls: Sequence[Component], slots: Sequence[str]) -> html.Div:
+    """Controls beside a button that starts long work, how far it is, and the slots where it shows what it finds.
+
+    Args:
+        page: what all ids begin with.
+        button: what the button says.
+        controls: each made by `field`.
+        slots: names of the places that the work fills, from top to bottom.
+    """
+    return html.Div(
+        [
+            html.Div(
+                [
+                    *controls,
+                    html.Div(
+                        [
+                            html.Button(button, id=f"{page}-start", className="start"),
+                            html.Button("Stop", id=f"{page}-stop", disabled=True),
+                        ],
+                        className="buttons",
+                    ),
+                    html.Progress(id=f"{page}-bar", value="0", max="1", **named("progress")),
+                    html.P(id=f"{page}-status", className="note", role="status"),
+                    html.P(id=f"{page}-error", className="error", role="alert"),
+                ],
+                className="controls",
+            ),
+            html.Div([html.Div(id=f"{page}-{slot}") for slot in slots], className="found"),
+            dcc.Store(id=f"{page}-job"),
+            dcc.Store(id=f"{page}-seen", data={}),
+            dcc.Interval(id=f"{page}-tick", interval=TICK, disabled=True),
+        ],
+        className="workplace",
+    )
+
+
+def connect(
+    app: Dash, bench: Bench, page: str, plan: Callable[..., tuple[str, Work]], settings: Sequence[str],
+    slots: Sequence[str], again: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Callbacks of a `workplace`.
+
+    Args:
+        app: the Dash app.
+        bench: what the work is done with.
+        page: as there.
+        plan: takes the settings' values, and gives the work's name and the work itself: a function of its Job that
+            fills slots by `job.show`. A ValueError, here or in the work, is shown to the reader.
+        settings: ids of the controls, in the order of `plan`'s arguments.
+        slots: as there.
+        again: those of the settings whose change starts the work anew once it has been started by hand.
+    """
+
+    def out(part: str, what: str, *, shared: bool = False) -> Output:
+        return Output(f"{page}-{part}", what, allow_duplicate=shared)
+
+    @app.callback(
+        output={"job": out("job", "data"), "error": out("error", "children")},
+        inputs={
+            "pressed": Input(f"{page}-start", "n_clicks"),
+            "changed": [Input(name, "value") for name in again],
+            "values": [State(name, "value") for name in settings],
+            "before": State(f"{page}-job", "data"),
+        },
+        prevent_initial_call=True,
+    )
+    def start(pressed: int | None, changed: Any, values: Sequence[Any], before: str | None) -> dict[str, Any]:
+        if not pressed:  # the controls have just been laid out, or are being set before the first press
+            return {"job": no_update, "error": no_update}
+        empty = [name.removeprefix(f"{page}-") for name, value in zip(again, changed, strict=True) if value is None]
+        if empty:  # a slider's number that is being typed anew
+            return {"job": no_update, "error": f"{empty[0]}: nothing came, a value is wanted."}
+        bench.jobs.stop(before)
+        try:
+            name, work = plan(*values)
+        except ValueError as refusal:
+            return {"job": no_update, "error": str(refusal)}
+        return {"job": bench.jobs.start(name, work), "error": ""}
+
+    @app.callback(
+        output={
+            "status": out("status", "children"), "error": out("error", "children", shared=True),
+            "done": out("bar", "value"), "total": out("bar", "max"), "stop_off": out("stop", "disabled"),
+            "off": out("tick", "disabled"), "seen": out("seen", "data"),
+            "slots": [out(slot, "children") for slot in slots],
+        },
+        inputs={
+            "_": Input(f"{page}-tick", "n_intervals"),
+            "key": Input(f"{page}-job", "data"),
+            "seen": State(f"{page}-seen", "data"),
+        },
+        running=[(out("tick", "interval"), _PATIENCE, TICK)],
+        prevent_initial_call=True,
+    )  # fmt: skip
+    def tick(_: int | None, key: str | None, seen: Mapping[str, int]) -> dict[str, Any]:
+        if key is None:  # the page has just been laid out
+            raise PreventUpdate
+        job = bench.jobs.get(key)
+        if job is None:
+            stopped = {"status": "", "error": _RESTARTED, "done": "0", "total": "1", "stop_off": True, "off": True}
+            return {**stopped, "seen": {}, "slots": [no_update] * len(slots)}
+        ended = job.ended  # read before the slots, or what is shown last could be missed
+        now = {f"{key} {slot}": version for slot, version in list(job.versions.items())}
+        new = [
+            job.shown[slot] if now.get(f"{key} {slot}", 0) > seen.get(f"{key} {slot}", 0) else no_update
+            for slot in slots
+        ]
+        step = next(iter(job.unfinished), None)
+        done, total = (str(step.done), str(step.total or 1)) if step and not ended else (str(int(ended)), "1")
+        return {
+            "status": told(job, bench.jobs.before(job)), "error": job.error or no_update, "done": done, "total": total,
+            "stop_off": ended, "off": ended, "seen": now, "slots": new,
+        }  # fmt: skip
+
+    @app.callback(Input(f"{page}-stop", "n_clicks"), State(f"{page}-job", "data"), prevent_initial_call=True)
+    def stop(_: int | None, key: str | None) -> None:
+        bench.jobs.stop(key)

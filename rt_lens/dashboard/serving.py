@@ -1,0 +1,77 @@
+"""The app on a port of this machine, in a thread, until it is stopped."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from html import escape
+
+from dash import Dash
+from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
+
+from rt_lens.dashboard.work import Jobs
+
+HOST = "127.0.0.1"
+PORT = 8050
+
+
+class _Quiet(WSGIRequestHandler):
+    """Pages look for news several times a second; only faults are worth a line."""
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        if str(code).startswith("5"):
+            super().log_request(code, size)
+
+
+class Dashboard:
+    """A running dashboard. In Jupyter it shows itself below the cell.
+
+    Attributes:
+        url: where a browser on this machine finds it.
+    """
+
+    def __init__(self, app: Dash, jobs: Jobs, port: int | None, height: int) -> None:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._server = _bound(app, port)
+        self._jobs, self._height = jobs, height
+        self.url = f"http://{HOST}:{self._server.port}/"
+        self._thread = threading.Thread(target=self._server.serve_forever, name="rt_lens server", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when it has been stopped, or at Ctrl-C."""
+        while self._thread.is_alive():
+            self._thread.join(0.2)
+
+    def stop(self) -> None:
+        """Ends what it works on and frees the port; pages in browsers go on once it is started again there."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        self._jobs.close()
+
+    def __repr__(self) -> str:
+        return f"Dashboard({self.url})"
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe src="{escape(self.url)}" title="rt_lens dashboard" width="100%" height="{self._height}" '
+            'style="border: 1px solid #ccc"></iframe>'
+        )
+
+
+def _bound(app: Dash, port: int | None) -> BaseWSGIServer:
+    """A server on this port; on any free one if none was asked for and the usual is taken."""
+    for number in [port] if port is not None else [PORT, 0]:
+        with socket.socket() as place:  # bound here, since Werkzeug ends the program where a port is taken
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                place.bind((HOST, number))
+            except OSError:
+                continue
+            place.listen()
+            return make_server(
+                HOST, number, app.server, threaded=True, request_handler=_Quiet, fd=place.fileno()
+            )  # fmt: skip
+    raise ValueError(f"port: {port} is taken on this machine. Give another, or none for any that is free.")

@@ -1,0 +1,176 @@
+"""Steering: which layer and multiplier move the behaviour's score, in a finished run and on settings of one's own."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pandas as pd
+from dash import Dash, dcc, html
+from dash.development.base_component import Component
+
+from rt_lens import plots
+from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.panel import Work, choice, drawable, field, graph, table, workplace
+from rt_lens.dashboard.panel import connect as connect_work
+from rt_lens.dashboard.work import Job
+from rt_lens.experiment.validation import validation_metric
+from rt_lens.progress import Bar
+from rt_lens.report.words import estimate
+from rt_lens.results import Results
+from rt_lens.results.schema import choices_of
+from rt_lens.spans import layers_of, multipliers_of, whole_number
+from rt_lens.sweeping import DoseResponse, sweep
+
+PAGE = "steering"
+SLOTS = ("told", "heat", "dose", "table")
+SETTINGS = ("behaviour", "layers", "multipliers", "prompts", "length")
+MOST_PROMPTS, LONGEST = 200, 200
+_DOSES = "-3,-1.5,0,1.5,3"
+
+
+def layout(bench: Bench) -> Component:
+    intro = html.P(
+        "The vector is added at a layer, times a multiplier; what does the behaviour's score do, and how surely?"
+    )
+    return html.Div([html.H2("Steering"), intro, *_of_run(bench.run), *_live(bench)])
+
+
+def _of_run(run: Results | None) -> list[Component]:
+    if run is None:
+        return []
+    content, made = run.content, choices_of(run.content)
+    shown: list[Component] = [html.H3("What the run found")]
+    if content["dose_response"]:
+        rows = drawable([{"seed": content["seed"], **row} for row in content["dose_response"]])
+        chosen = [(choice["layer"], choice["multiplier"]) for choice in made.values()]
+        shown.append(graph(plots.dose_response(rows, bound=content["bound"], chosen=chosen), "steering-run-dose"))
+    choices = [
+        html.Li([html.B(direction), f": layer {own['layer']}, multiplier {own['multiplier']:g}. {own['why']}"])
+        for direction, own in made.items()
+    ]
+    return [*shown, html.P([html.B("Rule. "), content["choices"]["rule"]]), html.Ul(choices)]
+
+
+def _live(bench: Bench) -> list[Component]:
+    head = [html.H3("Live")] if bench.run is not None else []
+    if not bench.has_model:
+        return [*head, html.P(f"{bench.name} is not on this machine, so nothing can be steered here.")]
+    known = [name for name in bench.behaviours() if name in bench.with_pairs()]
+    controls = [
+        field("Behaviour", choice("steering-behaviour", known)),
+        field(
+            "Layers", dcc.Input(id="steering-layers", type="text", value=_usual_layers(bench.n_layers)),
+            f"blocks 0 to {bench.n_layers - 1}, such as 14-22 or 14,18",
+        ),
+        field(
+            "Multipliers", dcc.Input(id="steering-multipliers", type="text", value=_DOSES),
+            "times the vector's own length; 0 is the unsteered model",
+        ),
+        field(
+            "Prompts", dcc.Input(id="steering-prompts", value=6, type="number", step=1),
+            "of validation topics; as many as there are, if fewer",
+        ),
+        field(
+            "New tokens", dcc.Input(id="steering-length", value=20, type="number", step=1),
+            "of each answer; honesty weighs options and writes none",
+        ),
+    ]  # fmt: skip
+    return [*head, workplace(PAGE, "Steer and score", controls, SLOTS)]
+
+
+def _usual_layers(n_layers: int) -> str:
+    """Four in the second half, where steering tends to work."""
+    return ",".join(dict.fromkeys(str(round(share * (n_layers - 1))) for share in (0.5, 0.6, 0.7, 0.8)))
+
+
+def connect(app: Dash, bench: Bench) -> None:
+    connect_work(app, bench, PAGE, partial(plan, bench), [f"{PAGE}-{name}" for name in SETTINGS], SLOTS)
+
+
+def plan(
+    bench: Bench,
+    behaviour: str,
+    layers: str | None,
+    multipliers: str | None,
+    prompts: float | None,
+    length: float | None,
+) -> tuple[str, Work]:
+    """The settings checked, and the work that they ask for.
+
+    Raises:
+        ValueError: if a text cannot be read, a layer is not in the model, or a number is missing or out of range.
+    """
+    chosen, doses = list(dict.fromkeys(layers_of(layers or ""))), multipliers_of(multipliers or "")
+    if max(chosen) >= bench.n_layers:
+        raise ValueError(f"layers: {max(chosen)} is outside this model's blocks 0..{bench.n_layers - 1}.")
+    if 0 not in doses or len(set(doses)) < 3:
+        raise ValueError(
+            f"multipliers: {multipliers} came; at least three numbers, and 0 for the unsteered model among them, are "
+            "wanted, such as -2,0,2."
+        )
+    n_prompts = whole_number("prompts", prompts, 2, MOST_PROMPTS)
+    n_tokens = whole_number("new tokens", length, 1, LONGEST)
+    return "steering", partial(_steer, bench, behaviour, chosen, doses, n_prompts, n_tokens)
+
+
+def _steer(
+    bench: Bench, behaviour: str, layers: list[int], doses: list[float], n_prompts: int, n_tokens: int, job: Job
+) -> None:  # fmt: skip
+    model, vectors, experiment = bench.model, bench.vectors(behaviour), bench.experiment(behaviour)
+    vectors.at_layers(layers)  # refuses a layer without a vector before any of the work is done
+    prompts, metric = validation_metric(experiment, model, n_tokens)
+    responses: list[DoseResponse] = []
+    with TemporaryDirectory() as folder:
+        kept = Path(folder) / "sweep.json"  # so that multiplier 0, which is the same at every layer, runs once
+        for layer in Bar(layers, desc="steering", unit="layer", disable=True):
+            found = sweep(
+                model, vectors, prompts[:n_prompts], layers=[layer], multipliers=doses, metric=metric,
+                path=kept, progress=False,
+            )  # fmt: skip
+            responses.append(found.dose_response(layer))
+            scored = found.metric if experiment.honesty is None else "likelihood share of the right options"
+            _show(job, responses, found.prompts, f"{drawable(behaviour)}, {drawable(scored)}")
+
+
+def _show(job: Job, responses: list[DoseResponse], prompts: list[str], about: str) -> None:
+    """What is known after some layers."""
+    steepest = max(responses, key=lambda response: abs(response.slope.mean))
+    summary = pd.concat([response.summary for response in responses])
+    job.show("told", _told(responses, steepest))
+    title = f"Steering by layer and multiplier: {about}"
+    job.show("heat", graph(plots.sweep(summary, title=title), "steering-heat-graph"))
+    words = dict(enumerate(drawable(prompts)))
+    by_prompt = steepest.table.assign(prompt=steepest.table["prompt"].map(words))
+    title = f"Dose-response at layer {steepest.layer}, prompt by prompt: {about}"
+    job.show("dose", graph(plots.steerability(by_prompt, steepest.summary, title=title), "steering-dose-graph"))
+    job.show("table", _table(summary))
+
+
+def _table(summary: pd.DataFrame) -> Component:
+    cells: Any = summary.to_dict("records")
+    rows = [
+        {
+            "layer": cell["layer"],
+            "multiplier": f"{cell['multiplier']:g}",
+            "mean score [95 %]": estimate(cell),
+            "n": cell["n"],
+        }
+        for cell in cells
+    ]
+    seeds = ", ".join(map(str, summary["seed"].unique()))
+    return table(rows, f"Mean score of the validation prompts, bootstrap interval over prompts; seed {seeds}")
+
+
+def _told(responses: list[DoseResponse], steepest: DoseResponse) -> Component:
+    """Each layer in a sentence, the steepest first."""
+    caution = (
+        f" It was picked as the steepest of {len(responses)} on these very prompts, which flatters it."
+        if len(responses) > 1
+        else ""
+    )
+    first = html.P([html.B("Steepest. "), f"{steepest}.{caution}"])
+    rest = [html.Li(f"{response}.") for response in responses if response is not steepest]
+    return html.Div([first, *([html.P("The other layers:"), html.Ul(rest)] if rest else [])])

@@ -1,0 +1,333 @@
+"""Tuning: a direction tuned into the weights while one watches, and what it did inside, here and in a finished run."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from dash import Dash, Input, Output, dcc, html, no_update
+from dash.development.base_component import Component
+from flask import Response, abort, send_file
+
+from rt_lens import plots
+from rt_lens.arms import Arm
+from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.panel import Work, choice, drawable, field, graph, workplace
+from rt_lens.dashboard.panel import connect as connect_work
+from rt_lens.dashboard.work import Job
+from rt_lens.delta import WeightDelta
+from rt_lens.experiment import protocol_of
+from rt_lens.forward import check_layers
+from rt_lens.generation import as_chat
+from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
+from rt_lens.losses import Direction
+from rt_lens.plots.look import LOSS_PARTS
+from rt_lens.progress import Step, watched
+from rt_lens.prompts import ContrastPairs
+from rt_lens.results.schema import choices_of
+from rt_lens.shipped import neutral_prompts
+from rt_lens.spans import layers_of, whole_number
+from rt_lens.steering import FwdHook, ablate, add
+from rt_lens.tuning import TuneConfig, tune
+from rt_lens.tuning.targets import Wanted
+from rt_lens.vectors import SteeringVectors
+
+PAGE, WEIGHTS = "tuning", "tuning-weights"
+SLOTS = ("kept", "losses", "weights", "projections", "shifts")
+SETTINGS = ("behaviour", "direction", "layers", "steps", "rate", "cosine", "token", "kl", "seed")
+OF_FILE = SETTINGS[2:]  # those that the behaviour's file has a say in
+DIRECTIONS = {
+    "away": "away from the vector", "toward": "toward the vector", "out": "out: no component left, either way",
+}  # fmt: skip
+N_NEUTRAL = 24  # prompts that the KL term may read
+MOST_STEPS, LARGEST_SEED = 10_000, 2**31 - 1
+N_PROMPTS = 12  # validation prompts on which the change inside is measured
+_BETWEEN = 0.3  # seconds between two drawings of the losses
+
+
+def layout(bench: Bench) -> Component:
+    intro = html.P(
+        "A direction is trained into the weights, or out of them. The model stays as it was: what comes out is a "
+        "change to put on."
+    )
+    return html.Div([html.H2("Tuning"), intro, *_of_run(bench), *_live(bench)])
+
+
+def _of_run(bench: Bench) -> list[Component]:
+    """The losses of the run's tuned arms, and one text's projections before and after."""
+    if bench.run is None:
+        return []
+    below = [html.P(html.A("Tune an arm of your own, below", href=f"#{PAGE}-live"))] if bench.has_model else []
+    history = drawable(bench.run.content["history"])
+    losses = graph(plots.losses(history), f"{PAGE}-run-losses") if history else html.P("The run tuned nothing.")
+    shown: list[Component] = [*below, html.H3("What the run found"), losses]
+    try:
+        return [*shown, *_projections(drawable(bench.run.projections()))]
+    except (FileNotFoundError, ValueError) as refusal:
+        return [*shown, html.P(str(refusal), className="error")]
+
+
+def _projections(found: Mapping[str, Any]) -> list[Component]:
+    """The lines of all arms, and a map of each tuned arm against the first (`found` is safe to draw)."""
+    arms = {name: np.asarray(values, dtype=float) for name, values in found["arms"].items()}
+    tokens, layers = found["tokens"], found["layers"]
+    rest = slice(1, None) if len(tokens) > 1 else slice(None)  # the first token would drown the others
+    averaged = {name: values[:, rest] for name, values in arms.items()}
+    lines = plots.projection_by_layer(averaged, tokens=tokens[rest], layers=layers)
+    shown: list[Component] = [graph(lines, f"{PAGE}-run-lines")]
+    first, *others = arms
+    for place, name in enumerate(name for name in others if "tuned" in name):
+        pair, title = {first: arms[first], name: arms[name]}, f"Projection before and after: {name}"
+        shown.append(graph(plots.projection_heatmap(pair, tokens, layers, title=title), f"{PAGE}-run-map-{place}"))
+    return shown
+
+
+def _live(bench: Bench) -> list[Component]:
+    head = [html.H3("Live", id=f"{PAGE}-live")] if bench.run is not None else []
+    if not bench.has_model:
+        return [*head, html.P(f"{bench.name} is not on this machine, so nothing can be tuned here.")]
+    arms = field("Arm", choice(f"{WEIGHTS}-arm", bench.deltas()))
+    return [
+        *head,
+        workplace(PAGE, "Tune", _controls(bench), SLOTS),
+        html.H3("Weights of a tuned arm"),
+        workplace(WEIGHTS, "Show them", [arms], ("found",)),
+    ]
+
+
+def connect(app: Dash, bench: Bench) -> None:
+    connect_work(app, bench, PAGE, partial(plan, bench), [f"{PAGE}-{name}" for name in SETTINGS], SLOTS)
+    connect_work(app, bench, WEIGHTS, partial(plan_weights, bench), [f"{WEIGHTS}-arm"], ("found",))
+
+    @app.callback(
+        [Output(f"{PAGE}-{name}", "value") for name in OF_FILE],
+        Input(f"{PAGE}-behaviour", "value"),
+        prevent_initial_call=True,
+    )
+    def its_own(behaviour: str) -> list[Any]:
+        return list(usual(bench, behaviour).values())
+
+    @app.callback(
+        Output(f"{WEIGHTS}-arm", "options"), Output(f"{WEIGHTS}-arm", "value"), Input(f"{PAGE}-kept", "children"),
+        prevent_initial_call=True,
+    )  # fmt: skip
+    def kept(told: Any) -> tuple[list[str], Any]:
+        names = bench.deltas()
+        return names, names[-1] if told else no_update
+
+    @app.server.route("/tuned/<path:name>.safetensors")
+    def tuned(name: str) -> Response:
+        # By a link of its own: through the page's callbacks a hundred megabytes would be held as text, twice.
+        if name not in bench.deltas():
+            abort(404)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "delta.safetensors"
+            bench.delta(name).save(file)
+            content = io.BytesIO(file.read_bytes())
+        return send_file(content, "application/octet-stream", as_attachment=True, download_name=f"{name}.safetensors")
+
+
+def plan(
+    bench: Bench, behaviour: str, direction: Direction, layers: str | None, steps: float | None, rate: float | None,
+    cosine: float | None, token: float | None, kl: float | None, seed: float | None,
+) -> tuple[str, Work]:  # fmt: skip
+    """The work of the button Tune: the behaviour's own settings, with those of the controls in their place.
+
+    Raises:
+        ValueError: names the control that is empty or out of range.
+    """
+    own = bench.experiment(behaviour).tune
+    weights = {"cosine weight": cosine, "token weight": token, "KL weight": kl}
+    each, learning_rate = [_given(name, value) for name, value in weights.items()], _given("learning rate", rate)
+    if not any(each[:2]):
+        raise ValueError("cosine weight, token weight: both are 0, so there is nothing to learn. Raise one.")
+    n_steps = whole_number("steps", steps, 1, MOST_STEPS)
+    config = replace(
+        own, direction=direction, layers=layers_of(layers or ""), learning_rate=learning_rate,
+        cosine_weight=each[0], token_weight=each[1], kl_weight=each[2],
+        seed=whole_number("seed", seed, 0, LARGEST_SEED),
+        max_steps=n_steps, epochs=max(own.epochs, n_steps),  # the steps alone say how long
+    )  # fmt: skip
+    check_layers(bench.model, config.layers)
+    check_layers(bench.model, config.blocks)
+    return f"tuning {direction}", Tuning(bench, behaviour, config).run
+
+
+def plan_weights(bench: Bench, arm: str | None) -> tuple[str, Work]:
+    """The work of the button under a tuned arm's name.
+
+    Raises:
+        ValueError: if there is no arm yet.
+    """
+    if arm is None:
+        raise ValueError("arm: there is none yet. Tune one above first.")
+    return f"looking at {arm}", lambda job: _show_weights(job, "found", bench, arm)
+
+
+def _given(name: str, value: float | None) -> float:
+    if value is None:
+        raise ValueError(f"{name}: nothing came; a number is wanted.")
+    return float(value)
+
+
+def usual(bench: Bench, behaviour: str) -> dict[str, Any]:
+    """The settings that the behaviour's file asks for, by control; layers by depth, where the file's are too deep."""
+    own, last = bench.experiment(behaviour).tune, bench.n_layers - 1
+    layers = own.layers if max(own.layers) <= last else range(round(0.7 * last), round(0.8 * last) + 1)
+    return {
+        "layers": ", ".join(map(str, layers)), "steps": own.max_steps, "rate": own.learning_rate,
+        "cosine": own.cosine_weight, "token": own.token_weight, "kl": own.kl_weight, "seed": own.seed,
+    }  # fmt: skip
+
+
+class Tuning:
+    """One tuning run, from its targets to what it did inside.
+
+    Args:
+        bench: the model and its vectors.
+        behaviour: whose pairs, or questions, it learns from.
+        config: how.
+    """
+
+    def __init__(self, bench: Bench, behaviour: str, config: TuneConfig) -> None:
+        self.bench, self.behaviour, self.config = bench, behaviour, config
+        self.arm = "rep_tuned" if config.cosine_weight else "token_tuned"
+        self.about = {"arm": self.arm, "direction": config.direction, "seed": config.seed}
+
+    def run(self, job: Job) -> None:
+        bench, config = self.bench, self.config
+        for slot in SLOTS:
+            job.show(slot, None)
+        vectors = bench.vectors(self.behaviour)
+        train, validation = self._targets()
+        neutral = neutral_prompts()[: min(N_NEUTRAL, config.max_steps * config.neutral_batch_size)]
+        with watched(_Losses(job, self)):
+            delta = tune(
+                bench.model, vectors, train, config, validation=validation, neutral=neutral if config.kl_weight else (),
+                progress=False,
+            )  # fmt: skip
+        self.draw(job, [{**self.about, **row} for row in delta.history])
+        name = _free(bench, self.behaviour, f"{self.arm}_{config.direction}")
+        bench.keep_delta(name, delta)
+        job.show("kept", _kept(name, config))
+        job.watch(None)
+        _show_weights(job, "weights", bench, name)
+        self._show_inside(job, vectors, delta)
+
+    def _targets(self) -> tuple[ContrastPairs | list[Wanted], ContrastPairs | list[Wanted]]:
+        """What the experiment would train and validate on."""
+        experiment = self.bench.experiment(self.behaviour)
+        if experiment.honesty is None:  # its protocol would ask for as many test topics as a whole run needs
+            return self.bench.pairs(self.behaviour)
+        return protocol_of(experiment, self.bench.model).targets(self.config.direction)
+
+    def draw(self, job: Job, history: list[dict[str, Any]]) -> None:
+        title = drawable(f"Losses while tuning {self.behaviour} {self.config.direction}, seed {self.config.seed}")
+        job.show("losses", graph(plots.losses(history, title=title), f"{PAGE}-losses-graph"))
+
+    def _show_inside(self, job: Job, vectors: SteeringVectors, delta: WeightDelta) -> None:
+        """How far it moves validation prompts along the vector, and whether it does there what steering does."""
+        model, config = self.bench.model, self.config
+        prompts = self.bench.pairs(self.behaviour)[1].topics[:N_PROMPTS]
+        hooks, told = self._steering(vectors)
+        arms: dict[str, Arm] = {"steered": hooks, self.arm: delta}
+        moved = projection_changes(model, vectors, as_chat(model, prompts), arms, seed=config.seed)
+        title = drawable(f"{self.behaviour}: change of projection on validation prompts ({told})")
+        job.show("projections", graph(plots.projection_changes(moved, title=title), f"{PAGE}-projections-graph"))
+        job.watch(None)
+        shifts = residual_shifts(model, arms, prompts, vectors, seed=config.seed)
+        title = drawable(f"Does tuning do inside what steering does? ({told})")
+        drawn = plots.residual_shifts(shifts.along, shifts.between, title=title)
+        job.show("shifts", graph(drawn, f"{PAGE}-shifts-graph"))
+
+    def _steering(self, vectors: SteeringVectors) -> tuple[list[FwdHook], str]:
+        """What to set the tuning beside: the run's choice for this behaviour, else a usual dose."""
+        direction, run = self.config.direction, self.bench.run
+        layer, multiplier = round(0.7 * (self.bench.n_layers - 1)), -2.0 if direction == "away" else 2.0
+        if run is not None and run.content["behaviour"] == self.behaviour:
+            own = choices_of(run.content).get(direction)
+            layer, multiplier = (int(own["layer"]), float(own["multiplier"])) if own else (layer, multiplier)
+        if direction == "out":
+            return ablate(vectors, [layer]), f"steered: ablated at layer {layer}"
+        return add(vectors, [layer], multiplier), f"steered: layer {layer}, m = {multiplier:g}".replace("-", "−")
+
+
+class _Losses:
+    """Watches the bar of the loop, and draws its numbers as they come."""
+
+    def __init__(self, job: Job, tuning: Tuning) -> None:
+        self.job, self.tuning = job, tuning
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.values: Any = None
+        self.drawn_at = 0.0
+
+    def __call__(self, step: Step | None) -> None:
+        self.job.watch(step)
+        # The bar moves first and tells its numbers then: until they are new ones, they are those of the step before.
+        if step is None or not step.values or step.values is self.values:
+            return
+        self.values = step.values
+        parts = {part: float(step.values[part]) if part in step.values else None for part in LOSS_PARTS}
+        self.rows[step.done] = {**self.tuning.about, "step": step.done, "split": "train", **parts}
+        if time.monotonic() - self.drawn_at > _BETWEEN:
+            self.drawn_at = time.monotonic()
+            self.tuning.draw(self.job, list(self.rows.values()))
+
+
+def _show_weights(job: Job, slot: str, bench: Bench, arm: str) -> None:
+    delta = bench.delta(arm)
+    behaviour = next((own.get("behaviour") for own in delta.config.get("vectors", ())), None)
+    own = bench.vectors(behaviour) if behaviour is not None and bench.has_vectors(behaviour) else None
+    title = drawable(f"Which weights changed: {arm}")
+    drawn = plots.weight_changes(weight_changes(bench.model, delta, own), title=title)
+    job.show(slot, graph(drawn, f"{PAGE}-{slot}-weights-graph"))
+
+
+def _free(bench: Bench, behaviour: str, arm: str) -> str:
+    """A name that no arm has yet; it tells the behaviour where that is not the run's."""
+    of_run = bench.run is not None and bench.run.content["behaviour"] == behaviour
+    first = arm if of_run else f"{arm} ({behaviour})"
+    taken, number = bench.deltas(), 1
+    while (name := first if number == 1 else f"{first} {number}") in taken:
+        number += 1
+    return name
+
+
+def _kept(name: str, config: TuneConfig) -> Component:
+    told = (
+        f"Kept as {name} (seed {config.seed}): the pages Explore and Compare offer it from now on, as long as this "
+        "dashboard runs. The model itself is as it was. "
+    )
+    link = html.A(
+        "Download the change (.safetensors)", href=f"/tuned/{quote(name)}.safetensors", download=f"{name}.safetensors"
+    )
+    return html.P([told, link], role="status")
+
+
+def _controls(bench: Bench) -> list[Component]:
+    names = [name for name in bench.behaviours() if name in bench.with_pairs()]
+    own, last = usual(bench, names[0]), bench.n_layers - 1
+
+    def number(name: str, low: float = 0, step: float | str = "any") -> dcc.Input:
+        return dcc.Input(id=f"{PAGE}-{name}", type="number", min=low, step=step, value=own[name])
+
+    layers = dcc.Input(id=f"{PAGE}-layers", type="text", value=own["layers"])
+    return [
+        field("Behaviour", choice(f"{PAGE}-behaviour", names)),
+        field("Direction", choice(f"{PAGE}-direction", DIRECTIONS, "away")),
+        field("Layers", layers, f"of 0 to {last}, such as 20-24: where the cosine is read"),
+        field("Steps", number("steps", 1, 1), "fewer where the validation loss rises"),
+        field("Learning rate", number("rate")),
+        field("Cosine weight", number("cosine"), "0: a token-tuned arm, by answers alone"),
+        field("Token weight", number("token")),
+        field("KL weight", number("kl"), f"holds it to itself on up to {N_NEUTRAL} neutral prompts"),
+        field("Seed", number("seed", 0, 1), "of the targets, their order, and the intervals"),
+    ]

@@ -1,0 +1,202 @@
+"""Vectors: how far directions may be trusted, in a finished run and for pairs, method and seed of one's own choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dash import Dash, Input, Output, State, dcc, html, no_update
+from dash.development.base_component import Component
+
+from rt_lens import plots
+from rt_lens.dashboard.bench import N_PAIRS, SEED, Bench
+from rt_lens.dashboard.panel import Work, choice, drawable, field, graph, table, workplace
+from rt_lens.dashboard.panel import connect as connect_work
+from rt_lens.dashboard.work import Job
+from rt_lens.extraction import Trust, activation_map, cosines, logit_lens, norms, trust
+from rt_lens.methods import METHODS
+from rt_lens.prompts import ContrastPairs
+from rt_lens.report.words import estimate
+from rt_lens.results import Results
+from rt_lens.spans import whole_number
+from rt_lens.vectors import SteeringVectors, hook_names
+
+PAGE = "vectors"
+SLOTS = ("told", "trust", "map", "norms", "cosines", "table", "lens")
+SETTINGS = ("behaviour", "method", "pairs", "seed")
+MOST_PAIRS, LARGEST_SEED = 2000, 2**31 - 1
+SAID = {
+    "mean_diff": "difference of means",
+    "pca": "principal component of the differences",
+    "logistic": "logistic regression",
+    "mass_mean": "mass mean",
+    "leace": "LEACE, least-squares concept erasure",
+    "random": "random directions, as a control",
+}
+_SHOWN = 60  # pairs on the map, and prompts whose lengths are measured; more only hide each other
+
+
+def layout(bench: Bench) -> Component:
+    intro = html.P(
+        "A direction is worth using if it tells pairs apart that it was not made from, and halves of the data agree."
+    )
+    return html.Div([html.H2("Vectors"), intro, *_of_run(bench.run), *_live(bench)])
+
+
+def _of_run(run: Results | None) -> list[Component]:
+    if run is None:
+        return []
+    content = run.content
+    separable = drawable([{"seed": content["seed"], **row} for row in content["separability"]])
+    below = html.P(html.A("Find vectors of your own, below", href="#vectors-live"))
+    shown: list[Component] = [below, html.H3("What the run found")]
+    if separable:
+        shown.append(graph(plots.separability(separable), "vectors-run-separability"))
+    if (run.folder / "vectors.safetensors").is_file():
+        name = str(content["behaviour"])
+        between = cosines({name: SteeringVectors.load(run.folder / "vectors.safetensors")})
+        title = f"{drawable(name)}: do the layers' vectors agree?"
+        shown.append(graph(plots.cosines(between, title=title), "vectors-run-cosines"))
+    if content["logit_lens"]:
+        lens = graph(plots.logit_lens(drawable(content["logit_lens"])), "vectors-run-lens")
+        shown.append(html.Details([html.Summary("What the vectors say in words (logit lens)"), lens]))
+    return shown
+
+
+def _live(bench: Bench) -> list[Component]:
+    head = [html.H3("Live", id="vectors-live")] if bench.run is not None else []
+    if not bench.has_model:
+        return [*head, html.P(f"{bench.name} is not on this machine, so no vectors can be found here.")]
+    known = [name for name in bench.behaviours() if name in bench.with_pairs()]
+    controls = [
+        field("Behaviour", choice("vectors-behaviour", known)),
+        field("Method", choice("vectors-method", {name: SAID.get(name, name) for name in METHODS})),
+        field(
+            "Pairs", dcc.Input(id="vectors-pairs", value=N_PAIRS, type="number", step=1),
+            "of training topics; as many as there are, if fewer",
+        ),
+        field(
+            "Seed", dcc.Input(id="vectors-seed", value=SEED, type="number", step=1),
+            "of the choice of pairs and of every interval",
+        ),
+    ]  # fmt: skip
+    return [*head, workplace(PAGE, "Find and judge", controls, SLOTS), dcc.Download(id="vectors-download")]
+
+
+def connect(app: Dash, bench: Bench) -> None:
+    connect_work(app, bench, PAGE, partial(plan, bench), [f"{PAGE}-{name}" for name in SETTINGS], SLOTS)
+
+    @app.callback(
+        output={
+            "file": Output("vectors-download", "data"),
+            "error": Output("vectors-error", "children", allow_duplicate=True),
+        },
+        inputs={"pressed": Input("vectors-save", "n_clicks"), "behaviour": State("vectors-found", "data")},
+        prevent_initial_call=True,
+    )
+    def download(pressed: int | None, behaviour: str | None) -> dict[str, Any]:
+        if not pressed or behaviour is None:  # the button has just been laid out
+            return {"file": no_update, "error": no_update}
+        try:
+            return {"file": as_download(bench, behaviour), "error": ""}
+        except ValueError as refusal:
+            return {"file": no_update, "error": str(refusal)}
+
+
+def plan(bench: Bench, behaviour: str, method: str, pairs: float | None, seed: float | None) -> tuple[str, Work]:
+    """The settings checked, and the work that they ask for.
+
+    Raises:
+        ValueError: if a number is missing or out of range, or there is no such method.
+    """
+    n_pairs = whole_number("pairs", pairs, 4, MOST_PAIRS)
+    drawn = whole_number("seed", seed, 0, LARGEST_SEED)
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} came; one of {', '.join(METHODS)} is wanted.")
+    return "finding vectors", partial(_find, bench, behaviour, method, n_pairs, drawn)
+
+
+def as_download(bench: Bench, behaviour: str) -> Mapping[str, Any]:
+    """The file that `save` writes of the vectors which all pages use by now, as a browser takes it.
+
+    Raises:
+        ValueError: if there are none, as after a restart.
+    """
+    if not bench.has_vectors(behaviour):
+        raise ValueError(f"vectors: those of {behaviour} are gone with the dashboard's restart. Find them again.")
+    vectors = bench.vectors(behaviour)
+    with TemporaryDirectory() as folder:
+        content = vectors.save(Path(folder) / "vectors.safetensors").read_bytes()
+    return dcc.send_bytes(content, f"{behaviour}_{vectors.provenance.method}.safetensors")
+
+
+def _find(bench: Bench, behaviour: str, method: str, n_pairs: int, seed: int, job: Job) -> None:
+    model, (train, held_out) = bench.model, bench.pairs(behaviour)
+    chosen = train.sample(n_pairs, seed)
+    found = trust(model, chosen, held_out, method=method, seed=seed)
+    bench.keep_vectors(behaviour, found.vectors)
+    job.show("told", _told(behaviour, found, held_out))
+    title = f"{drawable(behaviour)}, {SAID.get(method, method)}: are the vectors to be trusted?"
+    figure = plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended, title=title)
+    job.show("trust", graph(figure, "vectors-trust-graph"))
+    job.show("table", _layers(found))
+    layers = _few(bench.n_layers, found.best)
+    mapped = activation_map(model, held_out.sample(_SHOWN, seed), layers=layers, seed=seed)
+    job.show("map", graph(plots.activation_map(drawable(mapped)), "vectors-map-graph"))
+    job.watch(None)
+    lengths = norms(model, found.vectors, held_out.topics[:_SHOWN], seed=seed)
+    job.show("norms", graph(plots.norms(lengths), "vectors-norms-graph"))
+    job.show("cosines", _beside_others(bench, found))
+    job.show("lens", graph(plots.logit_lens(drawable(logit_lens(model, found.vectors))), "vectors-lens-graph"))
+
+
+def _told(behaviour: str, found: Trust, held_out: ContrastPairs) -> Component:
+    """What was found in a sentence, and what has become of it."""
+    made = found.vectors.provenance
+    return html.Div(
+        [
+            html.P([html.B("Recommended. "), found.reason]),
+            html.P(
+                f"From {made.n_pairs} training pairs, tried on pairs of {len(held_out.topics)} validation topics; seed "
+                f"{found.seed}. All pages use these vectors for {behaviour} from now on."
+            ),
+            html.P(html.Button("Download the vectors", id="vectors-save")),
+            dcc.Store(id="vectors-found", data=behaviour),
+        ]
+    )
+
+
+def _layers(found: Trust) -> Component:
+    measured: Any = found.layers.to_dict("records")
+    rows = [
+        {
+            "layer": row["layer"],
+            "pair accuracy [95 %]": estimate(row, "accuracy"),
+            "AUC [95 %]": estimate(row, "auc"),
+            "halves agree, cosine [95 %]": estimate(row, "stability"),
+            "n": row["n"],
+        }
+        for row in measured
+    ]
+    return table(rows, f"Each layer on held-out pairs, one of each topic; seed {found.seed}")
+
+
+def _beside_others(bench: Bench, found: Trust) -> Component | None:
+    """Cosines with the other behaviours whose vectors are here, at the best layer; nothing where it stands alone."""
+    layer = found.best if found.best is not None else int(found.layers["layer"].iloc[-1])
+    (name,) = hook_names([layer], "resid_post")
+    here = {each: bench.vectors(each) for each in bench.behaviours() if bench.has_vectors(each)}
+    fitting = {drawable(each): own for each, own in here.items() if name in own.hook_names}
+    if len(fitting) < 2:
+        return None
+    title = f"Do behaviours share a direction? Layer {layer}"
+    return graph(plots.cosines(cosines(fitting, layers=[layer]), title=title), "vectors-cosines-graph")
+
+
+def _few(n_layers: int, best: int | None) -> list[int]:
+    """The layers to draw a map of: an early one, the best or a middle one, and the last."""
+    middle = round(0.5 * (n_layers - 1)) if best is None else best
+    return sorted({round(0.25 * (n_layers - 1)), middle, n_layers - 1})

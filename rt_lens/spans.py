@@ -1,0 +1,68 @@
+"""What people type where layers and numbers are wanted, on the command line and on pages, read and refused in one way.
+
+It knows no model: whether a layer exists is for the rooms that have one.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SPAN = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", re.ASCII)
+
+
+def layers_of(text: str) -> list[int]:
+    """Block indices of a text such as `14-22` or `14,18`, in its order.
+
+    Raises:
+        ValueError: if it is no such text, or a span ends before it begins.
+
+    Example:
+        >>> layers_of("14-16,20")
+        [14, 15, 16, 20]
+    """
+    chosen: list[int] = []
+    for part in text.split(","):
+        found = _SPAN.fullmatch(part)
+        low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if low > high:
+            raise ValueError(f"layers: {text!r} came; blocks such as 14-22 or 14,18 are wanted.")
+        chosen.extend(range(low, high + 1))
+    return chosen
+
+
+def multipliers_of(text: str) -> list[float]:
+    """Numbers of a text such as `-2,0,2`, in its order; a figure's own minus sign will do as well.
+
+    Raises:
+        ValueError: if a part is no number.
+
+    Example:
+        >>> multipliers_of("-1.5, 0, 3")
+        [-1.5, 0.0, 3.0]
+    """
+    try:
+        return [float(part.replace("−", "-")) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"multipliers: {text!r} came; numbers such as -2,0,2 are wanted.") from None
+
+
+def whole_number(name: str, came: float | None, low: int, high: int) -> int:
+    """A whole number from a field that may have been left empty or hold anything.
+
+    Args:
+        name: of the field, for the message.
+        came: what it holds; None if that is no number.
+        low: the least that will do.
+        high: the most.
+
+    Raises:
+        ValueError: if it is none, or out of range.
+
+    Example:
+        >>> whole_number("prompts", 6.0, 2, 60)
+        6
+    """
+    if came is None or not low <= came <= high or came != int(came):
+        shown = "no whole number" if came is None else f"{came:g}"
+        raise ValueError(f"{name}: {shown} came; a whole number from {low} to {high:,} is wanted.")
+    return int(came)

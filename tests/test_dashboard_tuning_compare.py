@@ -1,0 +1,496 @@
+"""The pages Tuning and Compare without a browser: what they draw is what the API gives, and what they refuse."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dash.development.base_component import Component
+from small_runs import make_board, write_run
+
+import rt_lens as rtl
+from rt_lens.dashboard import compare, explore, tuning
+from rt_lens.dashboard.app import make_app
+from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.compared import answers_to, prompts_of
+from rt_lens.dashboard.work import Job, Stopped
+from rt_lens.delta import WeightDelta
+from rt_lens.experiment import Experiment, load_experiment
+from rt_lens.generation import as_chat
+from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
+from rt_lens.progress import watched
+from rt_lens.results import load_results
+from rt_lens.scoreboard import Exam, compare_arms
+from rt_lens.shipped import neutral_paragraphs, neutral_prompts
+from rt_lens.tuning import Target
+
+BEHAVIOUR, HOST = "<b>glad</b>", "http://127.0.0.1"
+THINGS = (
+    "rain", "trains", "bread", "Mondays", "chess", "cats", "soup", "maps", "snow", "tea",
+    "boats", "hills", "shoes", "clocks", "songs", "paint", "stairs", "lamps", "frogs", "ink",
+)  # fmt: skip
+TUNE = "layers = [1]\nmax_steps = 4\nbatch_size = 2\nneutral_batch_size = 1\nn_targets = 6\ntarget_tokens = 3\n"
+SETTINGS = ("1", 4, 3e-3, 14.0, 1.0, 1.0, 5)
+
+
+@pytest.fixture(scope="module")
+def once() -> dict[str, Any]:
+    """What the tests share, for tuning takes seconds: a model, which each leaves as it was, and what came of it."""
+    return {}
+
+
+@pytest.fixture
+def glad(tmp_path: Path) -> Path:
+    """A behaviour whose name would be markup if it were not escaped."""
+    path = tmp_path / "glad.toml"
+    topics = ", ".join(f'"What do you think of {thing}?"' for thing in THINGS)
+    path.write_text(
+        f'name = "{BEHAVIOUR}"\n[pairs]\npositive = ["You are glad."]\nnegative = ["You are sad."]\n'
+        f'topics = [{topics}]\n[scorer]\nkind = "pattern"\npattern = "a"\n[tune]\n{TUNE}validate_every = 2\n'
+        "[choose]\nn_paragraphs = 2\n"
+    )
+    return path
+
+
+@pytest.fixture
+def bench(make_tiny: Callable[..., Any], once: dict[str, Any], glad: Path) -> Bench:
+    if "model" not in once:
+        once["model"] = make_tiny()
+        once["weights"] = weights(once["model"])
+    return Bench(once["model"], once.get("vectors", {}), own=[glad])
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    history = [
+        {"arm": arm, "direction": "away", "seed": 0, "step": step, "split": "train", "total": 2.0 / step, "token": 1.0,
+         "cosine": None, "kl": 0.1}
+        for arm in ("token_tuned", "rep_tuned") for step in (1, 2, 3)
+    ]  # fmt: skip
+    return write_run(
+        tmp_path_factory.mktemp("run") / "run", make_board(0, prompts=tuple(range(8)), n_texts=3), history=history
+    )
+
+
+class Kept(Job):
+    """A job that remembers all that it showed, and can be stopped at some showing."""
+
+    def __init__(self, work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> None:
+        super().__init__("work", "1", work)
+        self.all: dict[str, list[Any]] = {}
+        self.stop_at = stop_at
+
+    def show(self, slot: str, content: Any) -> None:
+        super().show(slot, content)
+        self.all.setdefault(slot, []).append(content)
+        if (slot, len(self.all[slot])) == self.stop_at:
+            self.stop.set()
+
+
+def done(work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> Kept:
+    job = Kept(work, stop_at)
+    with watched(job.watch):
+        work(job)
+    return job
+
+
+def parts(content: Any) -> list[Any]:
+    each = content if isinstance(content, list) else [content]
+    return [part for one in each for part in ([one, *one._traverse()] if isinstance(one, Component) else [one])]
+
+
+def figures(content: Any) -> dict[str, Any]:
+    return {part.id: part.figure for part in parts(content) if type(part).__name__ == "Graph"}
+
+
+def text(content: Any) -> str:
+    held = [getattr(part, "children", part) for part in parts(content)]
+    each = [child for children in held for child in (children if isinstance(children, list) else [children])]
+    return " ".join(child for child in each if isinstance(child, str))
+
+
+def cells(content: Any) -> list[list[str]]:
+    rows = [part for part in parts(content) if type(part).__name__ == "Tr"]
+    return [[cell.children for cell in row.children] for row in rows]
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(before: dict[str, torch.Tensor], model: Any) -> bool:
+    return all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def drawn_losses(figure: Any, split: str, n_parts: int = 4) -> list[list[float]]:
+    lines = [list(trace.y) for trace in figure.data if trace.name.endswith(split)]
+    assert len(lines) == n_parts
+    return lines
+
+
+# Tuning
+
+
+@pytest.fixture
+def tuned(bench: Bench, once: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Kept:
+    monkeypatch.setattr(tuning, "_BETWEEN", 0.0)
+    if "tuned" not in once:
+        name, work = tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
+        assert name == "tuning away"
+        once["tuned"], once["vectors"] = done(work), {BEHAVIOUR: bench.vectors(BEHAVIOUR)}
+        (once["name"],) = bench.deltas()
+        once["delta"] = bench.delta(once["name"])
+    bench.keep_delta(once["name"], once["delta"])
+    return once["tuned"]
+
+
+def test_tuning_keeps_and_draws_what_tune_gives_and_leaves_the_model_as_it_was(bench, tuned, once):
+    model = bench.model
+    assert same(once["weights"], model)
+    config = replace(bench.experiment(BEHAVIOUR).tune, seed=5, learning_rate=3e-3, epochs=4)
+    train, validation = bench.pairs(BEHAVIOUR)
+    wanted = rtl.tune(
+        model, bench.vectors(BEHAVIOUR), train, config, validation=validation, neutral=neutral_prompts()[:4],
+        progress=False,
+    )  # fmt: skip
+    (name,) = bench.deltas()
+    kept = bench.delta(name)
+    assert name == f"rep_tuned_away ({BEHAVIOUR})" and kept.history == wanted.history
+    assert all(torch.equal(change, wanted.changes[key]) for key, change in kept.changes.items())
+    assert any(change.abs().max() > 0 for change in kept.changes.values())
+    final = figures(tuned.shown["losses"])["tuning-losses-graph"]
+    for split in ("train", "validation"):
+        rows = [row for row in wanted.history if row["split"] == split]
+        each = [[row[part] for row in rows] for part in ("total", "token", "cosine", "kl")]
+        assert drawn_losses(final, split) == each and len(rows) == {"train": 4, "validation": 2}[split]
+
+
+def test_the_losses_are_drawn_step_by_step_while_it_tunes(tuned):
+    last = drawn_losses(figures(tuned.shown["losses"])["tuning-losses-graph"], "train")
+    growing = [figures(shown)["tuning-losses-graph"] for shown in tuned.all["losses"][1:-1]]
+    assert [len(drawn_losses(figure, "train")[0]) for figure in growing] == [1, 2, 3, 4]
+    for figure in growing:
+        for line, whole in zip(drawn_losses(figure, "train"), last, strict=True):
+            assert line == pytest.approx(whole[: len(line)], abs=5.1e-4)  # the bar's three decimals
+
+
+def test_what_tuning_did_inside_is_what_the_inspection_says(bench, tuned):
+    model, vectors = bench.model, bench.vectors(BEHAVIOUR)
+    (name,) = bench.deltas()
+    delta = bench.delta(name)
+    changed = weight_changes(model, delta, vectors)
+    heat, *_ = figures(tuned.shown["weights"])["tuning-weights-weights-graph"].data
+    drawn = sorted(value for row in heat.z for value in row if value is not None and not np.isnan(value))
+    assert drawn == pytest.approx(sorted(100 * changed["relative"].dropna()))
+    prompts = bench.pairs(BEHAVIOUR)[1].topics[: tuning.N_PROMPTS]
+    arms = {"steered": rtl.add(vectors, [1], -2.0), "rep_tuned": delta}
+    moved = projection_changes(model, vectors, as_chat(model, prompts), arms, seed=5)
+    lines = {
+        trace.name: trace
+        for trace in figures(tuned.shown["projections"])["tuning-projections-graph"].data
+        if trace.mode == "lines+markers"
+    }
+    for arm, own in moved.groupby("arm"):
+        assert list(lines[arm].y) == pytest.approx(own["mean"].tolist(), abs=1e-6)
+    shifts = residual_shifts(model, arms, prompts, vectors, seed=5)
+    both = figures(tuned.shown["shifts"])["tuning-shifts-graph"].data
+    wanted = shifts.between.dropna(subset=["mean"])["mean"].tolist()
+    line = next(trace for trace in both if trace.name == "steered and rep_tuned" and trace.mode == "lines+markers")
+    assert [value for value in line.y if not np.isnan(value)] == pytest.approx(wanted, abs=1e-6)
+    for slot in ("projections", "shifts"):
+        (figure,) = figures(tuned.shown[slot]).values()
+        title = figure.layout.title
+        assert "layer 1, m = −2" in title.text and "n = 4" in title.subtitle.text and "seed 5" in title.subtitle.text
+        assert "<b>" not in title.text
+
+
+def test_a_second_arm_gets_a_name_of_its_own_and_all_pages_offer_it(bench, tuned):
+    done(tuning.plan(bench, BEHAVIOUR, "away", "1", 1, 1e-3, 14.0, 0.0, 0.0, 0)[1])
+    done(tuning.plan(bench, BEHAVIOUR, "out", "1", 1, 1e-3, 0.0, 1.0, 0.0, 0)[1])
+    names = [f"rep_tuned_away ({BEHAVIOUR})", f"rep_tuned_away ({BEHAVIOUR}) 2", f"token_tuned_out ({BEHAVIOUR})"]
+    assert bench.deltas() == names
+    assert names[0] in text(tuned.shown["kept"]) and "seed 5" in text(tuned.shown["kept"])
+    assert [option["value"] for option in compare._offered(bench)] == ["steered", *names]
+    assert list(explore._arms(bench))[1:] == names
+    again = done(tuning.plan_weights(bench, names[2])[1])
+    assert figures(again.shown["found"])["tuning-found-weights-graph"].layout.title.text.endswith(
+        "token_tuned_out (&lt;b&gt;glad&lt;/b&gt;)"
+    )
+
+
+@pytest.mark.parametrize("stop_at", [("losses", 3), ("kept", 2)])
+def test_stopping_leaves_the_model_bit_for_bit_as_it_was(bench, hooks_on, monkeypatch, stop_at):
+    monkeypatch.setattr(tuning, "_BETWEEN", 0.0)
+    bench.vectors(BEHAVIOUR)
+    before, hooks = weights(bench.model), hooks_on(bench.model)
+    with pytest.raises(Stopped):
+        done(tuning.plan(bench, BEHAVIOUR, "toward", *SETTINGS)[1], stop_at)
+    assert same(before, bench.model) and hooks_on(bench.model) == hooks
+    assert len(bench.deltas()) == (stop_at[0] == "kept")  # what was finished is kept
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({0: ""}, "layers: '' came"),
+        ({0: "one"}, "layers: 'one' came"),
+        ({0: "0-9"}, "layers: 2 is outside"),
+        ({1: None}, "steps: nothing came"),
+        ({1: 2.5}, "steps: 2.5 came"),
+        ({2: None}, "learning rate: nothing came"),
+        ({2: 0.0}, "learning_rate: 0.0 came; more than 0"),
+        ({3: 0.0, 4: 0.0}, "nothing to learn"),
+        ({5: -1.0}, "kl_weight: -1.0 came; 0 or more"),
+        ({6: -1}, "seed: -1 came"),
+    ],
+)
+def test_tuning_refuses_by_name_before_any_work(bench, changed, wanted, as_a_user):
+    settings = [changed.get(place, value) for place, value in enumerate(SETTINGS)]
+    with pytest.raises(ValueError, match=f"^(?s:.*){wanted}"):
+        tuning.plan(bench, BEHAVIOUR, "away", *settings)
+
+
+def test_the_controls_begin_with_the_behaviours_own_file_and_fit_the_model(bench, make_tiny):
+    own = load_experiment("honesty").tune
+    found = tuning.usual(Bench(make_tiny(n_layers=20), {}), "honesty")
+    assert found == {
+        "layers": "12, 14, 16, 18", "steps": own.max_steps, "rate": own.learning_rate, "cosine": own.cosine_weight,
+        "token": own.token_weight, "kl": own.kl_weight, "seed": own.seed,
+    }  # fmt: skip
+    assert tuning.usual(bench, "honesty")["layers"] == "1"  # two blocks have no layer 12
+
+
+def test_honesty_learns_what_its_protocol_says(bench, monkeypatch):
+    asked = [[Target("Is water wet?", " Yes.")], [Target("Is fire cold?", " No.")]]
+
+    def protocol_of(experiment: Experiment, model: Any) -> Any:  # the real one first asks what the model can do
+        assert experiment.name == "honesty" and model is bench.model
+        return SimpleNamespace(targets=lambda direction: tuple(asked if direction == "away" else []))
+
+    monkeypatch.setattr(tuning, "protocol_of", protocol_of)
+    made = tuning.Tuning(bench, "honesty", bench.experiment("honesty").tune)
+    assert list(made._targets()) == asked
+
+
+def test_a_kept_change_can_be_downloaded_and_no_other_file(bench, tuned, tmp_path):
+    client, (name,) = make_app(bench).server.test_client(), bench.deltas()
+    (link,) = [part for part in parts(tuned.shown["kept"]) if type(part).__name__ == "A"]
+    assert "<" not in link.href
+    file = tmp_path / "down.safetensors"
+    file.write_bytes(client.get(link.href, base_url=HOST).data)
+    loaded, kept = WeightDelta.load(file), bench.delta(name)
+    assert loaded.history == kept.history
+    assert all(torch.equal(change, kept.changes[key]) for key, change in loaded.changes.items())
+    for other in ("rep_tuned_toward", "../../etc/passwd", "..%2Fglad"):
+        assert client.get(f"/tuned/{other}.safetensors", base_url=HOST).status_code == 404
+
+
+# Compare
+
+
+def bars(figure: Any) -> dict[str, float]:
+    drawn = [bar for bar in figure.data if bar.type == "bar"]
+    return {name: mean for bar in drawn for name, mean in zip(bar.x, bar.y, strict=True)}
+
+
+@pytest.fixture
+def compared(bench: Bench, tuned: Kept, once: dict[str, Any]) -> Kept:
+    if "compared" not in once:
+        arms = ["steered", *bench.deltas()]
+        once["compared"] = done(compare.plan(bench, BEHAVIOUR, arms, 1, -4.0, 4, 5, compare.HARM)[1])
+    return once["compared"]
+
+
+def test_compare_draws_what_compare_arms_gives(bench, compared):
+    (name,) = bench.deltas()
+    prompts = bench.pairs(BEHAVIOUR)[1].topics[:4]
+    arms = {
+        "untuned": None,
+        "steered": rtl.add(bench.vectors(BEHAVIOUR), [1], -4.0),
+        f"rep_tuned ({BEHAVIOUR})": {5: bench.delta(name)},
+    }
+    score = bench.experiment(BEHAVIOUR).scorer
+    board = compare_arms(
+        bench.model, arms, {"validation": Exam(prompts, (score, "repetition"), 5)}, texts=neutral_paragraphs()[:2],
+        progress=False,
+    )  # fmt: skip
+    wanted = board.summary().query("scorer == 'pattern'").set_index("arm")
+    drawn = figures(compared.shown["scores"])["compare-scores-graph"]
+    means = bars(drawn)
+    escaped = {"untuned": "untuned", "steered": "steered", "rep_tuned (&lt;b&gt;glad&lt;/b&gt;)": list(arms)[2]}
+    assert means == {shown: pytest.approx(wanted.loc[arm, "mean"]) for shown, arm in escaped.items()}
+    assert "n = 4" in drawn.layout.title.subtitle.text and "steered at layer 1 by −4" in drawn.layout.title.text
+    dots = figures(compared.shown["pareto"])["compare-pareto-graph"].data
+    harms = sorted(dot.x[0] for dot in dots if dot.mode == "markers")
+    assert harms == pytest.approx(sorted(wanted["kl"]))
+    head, *rows = cells(compared.shown["cost"])
+    assert head[:2] == ["arm", "perplexity [95 %]"]
+    for row, arm in zip(rows, arms, strict=True):
+        assert row[1].startswith(f"{wanted.loc[arm, 'perplexity']:.3f} [")
+        said = board.summary().query("scorer == 'repetition'").set_index("arm").loc[arm, "mean"]
+        assert row[3].startswith(f"{said:.3f}")
+    answers = {(each["prompt"], each["arm"]): each for each in board.answers}
+    head, *rows = cells(compared.shown["answers"])
+    assert head == ["prompt", "untuned", "steered, away", f"rep_tuned ({BEHAVIOUR}), away"]
+    assert [row[0] for row in rows] == prompts
+    for prompt, *told in rows:
+        for said, arm in zip(told, arms, strict=True):
+            assert said == f"{answers[prompt, arm]['response']} ({answers[prompt, arm]['pattern']:.2f})"
+
+
+def test_every_arm_is_compared_with_the_untuned_one_and_with_those_of_its_direction(bench, compared):
+    head, *rows = cells(compared.shown["differences"])
+    name = f"rep_tuned ({BEHAVIOUR}), away"
+    assert [row[:2] for row in rows] == [[name, "steered, away"], ["steered, away", "untuned"], [name, "untuned"]]
+    _, steered, ours = bars(figures(compared.shown["scores"])["compare-scores-graph"]).values()
+    assert rows[0][3].replace("−", "-").startswith(f"{ours - steered + 0.0:.3f}")
+    assert head[4:6] == ["p", "p, Holm"]
+    assert [float(row[5]) >= float(row[4]) for row in rows] == [True] * 3
+    assert "all 3 comparisons" in text(compared.shown["differences"])
+    assert rows[0][-1] == "5" and rows[1][-1] == "0"  # the tuning seeds
+
+
+def test_the_figure_grows_arm_by_arm_and_no_test_topic_is_asked(bench, compared):
+    growing = [figures(shown)["compare-scores-graph"] for shown in compared.all["scores"] if shown]
+    assert [sum(bar.type == "bar" and len(bar.x) for bar in figure.data) for figure in growing] == [1, 2, 3, 3]
+    train, validation = bench.pairs(BEHAVIOUR)
+    asked = {row[0] for row in cells(compared.shown["answers"])[1:]}
+    assert asked <= set(validation.topics) and not asked & set(train.topics)
+
+
+def test_without_harm_none_is_measured_and_another_behaviours_arm_has_no_direction(bench, tuned):
+    (name,) = bench.deltas()
+    made = compare.Comparing(bench, BEHAVIOUR, [name], 1, 0.0, 4, 3, False)
+    assert made._arm(name)[:3] == (f"rep_tuned ({BEHAVIOUR})", "away", 5)
+    made.behaviour = "mood"
+    assert made._arm(name)[:3] == (name, "none", 5)
+    job = done(compare.plan(bench, BEHAVIOUR, [name], 1, 0.0, 4, 3, "none")[1])
+    assert cells(job.shown["cost"])[0] == ["arm", "repetition [95 %]", "seeds"]
+    assert "No side effect" in text(job.shown["pareto"])
+
+
+@pytest.mark.parametrize(
+    ("arms", "layer", "multiplier", "prompts", "length", "wanted"),
+    [
+        ([], 1, 2.0, 4, 5, "arms: none came"),
+        (None, 1, 2.0, 4, 5, "arms: none came"),
+        (["rep_tuned_away"], 1, 2.0, 4, 5, "arms: rep_tuned_away is not here any more"),
+        (["steered"], 1, 0.0, 4, 5, "multiplier: 0 came"),
+        (["steered"], 1, None, 4, 5, "multiplier: nothing came"),
+        (["steered"], 2, 2.0, 4, 5, "layer: 2 came"),
+        (["steered"], 1, 2.0, None, 5, "prompts: nothing came"),
+        (["steered"], 1, 2.0, 3, 5, "prompts: 3 came; a whole number from 4 to 4 is wanted"),
+        (["steered"], 1, 2.0, 4, None, "new tokens: nothing came"),
+    ],
+)
+def test_compare_refuses_by_name_before_any_work(bench, arms, layer, multiplier, prompts, length, wanted, as_a_user):
+    with pytest.raises(ValueError, match=f"^{wanted}"):
+        compare.plan(bench, BEHAVIOUR, arms, layer, multiplier, prompts, length, compare.HARM)
+
+
+def test_stopping_a_comparison_leaves_the_model_as_it_was(bench, hooks_on):
+    bench.vectors(BEHAVIOUR)
+    before, hooks = weights(bench.model), hooks_on(bench.model)
+    with pytest.raises(Stopped):
+        done(compare.plan(bench, BEHAVIOUR, ["steered"], 1, 2.0, 4, 5, compare.HARM)[1], ("scores", 2))
+    assert same(before, bench.model) and hooks_on(bench.model) == hooks
+
+
+# A finished run
+
+
+@pytest.mark.parametrize("page", [tuning, compare])
+def test_a_run_without_its_model_is_shown_with_a_word_why_there_is_nothing_live(page, run_folder):
+    shown = page.layout(Bench(None, {}, load_results(run_folder)))
+    assert figures(shown) and "tiny is not on this machine" in text(shown)
+    assert not [part for part in parts(shown) if type(part).__name__ == "Button"]
+
+
+@pytest.mark.parametrize("page", [tuning, compare])
+def test_no_two_parts_of_a_page_have_one_name(page, tiny, run_folder):
+    shown = page.layout(Bench(tiny, {}, load_results(run_folder)))
+    names = Counter(part.id for part in parts(shown) if getattr(part, "id", None))
+    assert len(names) > 15 and max(names.values()) == 1
+
+
+def test_the_runs_losses_and_projections_are_its_files(run_folder):
+    run = load_results(run_folder)
+    shown = figures(tuning.layout(Bench(None, {}, run)))
+    rows = [row for row in run.content["history"] if row["arm"] == "rep_tuned"]
+    totals = [list(line.y) for line in shown["tuning-run-losses"].data if line.name == "rep_tuned, train"]
+    assert totals[0] == [row["total"] for row in rows]
+    found = run.projections()
+    (line,) = [each for each in shown["tuning-run-lines"].data if each.name == "untuned"]
+    assert list(line.y) == [np.mean(row[1:]) for row in found["arms"]["untuned"]]
+
+
+def test_maps_of_the_tuned_arms_only(tiny, tmp_path):
+    arms = {"untuned": [[0.1, 0.2]], "steered away": [[0.3, 0.4]], "rep_tuned <b>": [[1.0, 3.0]]}
+    shown = tuning._projections({"tokens": ["a", "b"], "layers": [0], "arms": arms})
+    maps = {part.id: part.figure for each in shown for part in parts(each) if "map" in (getattr(part, "id", "") or "")}
+    assert list(maps) == ["tuning-run-map-0"]
+    heats = [np.asarray(heat.z, float) for heat in maps["tuning-run-map-0"].data]
+    assert np.allclose(heats[2], [[0.9, 2.8]])
+
+
+def test_what_the_run_compared_is_drawn_and_told_as_it_is(run_folder):
+    run = load_results(run_folder)
+    shown = compare.layout(Bench(None, {}, run))
+    wanted = {(row["arm"], row["direction"]): row for row in run.content["summary"] if row["scorer"] == "vader"}
+    drawn = [bar for bar in figures(shown)["compare-run-scores"].data if bar.type == "bar"]
+    assert sorted(mean for bar in drawn for mean in bar.y) == sorted(row["mean"] for row in wanted.values())
+    rows = {tuple(row[:2]): row for row in cells(shown) if len(row) == 8 and row[2] == "vader"}
+    for row in run.content["comparisons"]:
+        if (row["set"], row["scorer"]) == ("test", "vader"):
+            told = rows[f"{row['a']}, {row['a_direction']}", row["b"]]
+            assert told[3].replace("−", "-").startswith(f"{row['difference'] + 0.0:.3f} [")
+            assert told[6:] == [str(row["n"]), ", ".join(map(str, row["seeds"]))]
+    assert f"all {len(run.content['comparisons'])} comparisons" in text(shown)
+    assert "3 neutral texts" in text(shown) and "repetition in 8 answers" in text(shown)
+
+
+def test_answers_of_a_run_side_by_side_by_prompt_and_by_words():
+    rows = [
+        {"arm": arm, "direction": direction, "seed": seed, "set": name, "prompt": prompt, "score": 0.25 - seed,
+         "response": f"{arm} says <i>{prompt}</i> {seed}"}
+        for arm, direction, seeds in (("untuned", "none", (0,)), ("rep_tuned", "away", (3, 4)))
+        for seed in seeds for name in ("test", "facts") for prompt in ("Rain?", "x" * 90)
+    ]  # fmt: skip
+    assert list(prompts_of(rows, "test", "")) == ["Rain?", "x" * 90]
+    assert prompts_of(rows, "test", "")["x" * 90] == "x" * 79 + "…"
+    assert list(prompts_of(rows, "facts", " SAYS <I>RAIN")) == ["Rain?"]
+    assert prompts_of(rows, "test", "snow") == {}
+    shown = answers_to(rows, "test", "Rain?")
+    told = text(shown)
+    assert "untuned says <i>Rain?</i> 0" in told and "rep_tuned says <i>Rain?</i> 3" in told
+    assert "rep_tuned, away" in told and "score −2.750, seed 3" in told and "seed 4" not in told
+    assert answers_to(rows, "test", None) is None
+
+
+def test_a_run_whose_answers_or_projections_are_gone_says_so(run_folder, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_bytes((run_folder / "results.json").read_bytes())
+    bench = Bench(None, {}, load_results(folder))
+    assert "responses.jsonl is not there" in text(compare.layout(bench))
+    assert "projections.json is not there" in text(tuning.layout(bench))
+
+
+# On the embedded model
+
+
+def test_compare_on_the_real_model_asks_under_steering(model, glad):
+    bench = Bench(model, {}, own=[glad])
+    job = done(compare.plan(bench, BEHAVIOUR, ["steered"], 21, 3.0, 4, 6, "none")[1])
+    _, *rows = cells(job.shown["answers"])
+    with rtl.steered(model, rtl.add(bench.vectors(BEHAVIOUR), [21], 3.0)):
+        said = rtl.generate(model, [row[0] for row in rows], max_new_tokens=6)
+    assert [row[2].rsplit(" (", 1)[0] for row in rows] == said
+    assert any(row[1] != row[2] for row in rows)

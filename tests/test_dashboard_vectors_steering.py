@@ -1,0 +1,357 @@
+"""The pages Vectors and Steering without a browser: what they draw is what the API gives, and what they refuse."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dash import Dash
+from dash.development.base_component import Component
+from small_runs import make_board, write_run
+
+import rt_lens as rtl
+from rt_lens.dashboard import steering, vectors
+from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.work import Job, Stopped
+from rt_lens.experiment import load_experiment
+from rt_lens.experiment.validation import validation_metric
+from rt_lens.extraction import Trust
+from rt_lens.progress import Step, watched
+from rt_lens.results import load_results
+from rt_lens.sweeping import Answers, Options, Sweep
+from rt_lens.vectors import Provenance, SteeringVectors
+
+BEHAVIOUR = "<b>glad</b>"
+TOPICS = [f"What do you think of {thing}?" for thing in (
+    "rain", "trains", "bread", "Mondays", "chess", "cats", "soup", "maps", "snow", "tea",
+    "boats", "hills", "shoes", "clocks", "songs", "paint", "stairs", "lamps", "frogs", "ink",
+)]  # fmt: skip
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    """A behaviour with a name that would be markup if it were not escaped."""
+    path = tmp_path / "glad.toml"
+    topics = ", ".join(f'"{topic}"' for topic in TOPICS)
+    path.write_text(
+        f'name = "{BEHAVIOUR}"\nscorer = "length"\n[pairs]\npositive = ["You are glad."]\nnegative = ["You are sad."]\n'
+        f"topics = [{topics}]\n"
+    )
+    return path
+
+
+@pytest.fixture
+def bench(tiny: Any, own_file: Path) -> Bench:
+    return Bench(tiny, {}, own=[own_file])
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with vectors of the tiny model's two blocks."""
+    dose = [
+        {"layer": layer, "multiplier": multiplier, "n": 16, "mean": 0.1 * multiplier, "low": -1.0, "high": 1.0,
+         "perplexity": 20.0 + layer, "admissible": True}
+        for layer in (0, 1) for multiplier in (-2.0, 0.0, 2.0)
+    ]  # fmt: skip
+    separable = [
+        {"layer": layer, "accuracy": 0.6 + 0.1 * layer, "low": 0.5, "high": 0.9, "n": 31} for layer in range(3)
+    ]
+    lens = [{"layer": 0, "sign": sign, "tokens": [" <b>word</b>"]} for sign in ("+v", "-v")]
+    board = make_board(0, seeds=(0,), prompts=tuple(range(6)), n_texts=2)
+    folder = write_run(
+        tmp_path_factory.mktemp("run") / "run",
+        board,
+        separability=separable,
+        dose_response=dose,
+        logit_lens=lens,
+        seed=7,
+    )
+    noise = torch.Generator().manual_seed(3)
+    made = {f"blocks.{layer}.hook_resid_post": torch.randn(32, generator=noise) for layer in range(2)}
+    provenance = Provenance("tiny", "mood", "mean_diff", "last", "none", 12, "0" * 64, 0, "0.1.0")
+    SteeringVectors(made, provenance).save(folder / "vectors.safetensors")
+    return folder
+
+
+def parts(content: Any) -> list[Any]:
+    return [content, *content._traverse()] if isinstance(content, Component) else [content]
+
+
+def figures(content: Any) -> dict[str, Any]:
+    return {part.id: part.figure for part in parts(content) if type(part).__name__ == "Graph"}
+
+
+def text(content: Any) -> str:
+    held = [getattr(part, "children", None) for part in parts(content)]
+    each = [child for children in held for child in (children if isinstance(children, list) else [children])]
+    return "".join(child for child in each if isinstance(child, str))
+
+
+def cells(content: Any) -> list[list[str]]:
+    rows = [part for part in parts(content) if type(part).__name__ == "Tr"]
+    return [[cell.children for cell in row.children] for row in rows]
+
+
+def done(work: Callable[[Job], Any]) -> Job:
+    job = Job("work", "1", work)
+    with watched(job.watch):
+        work(job)
+    return job
+
+
+# Vectors
+
+
+@pytest.fixture
+def found(bench: Bench) -> tuple[Job, Trust]:
+    """The page's work, and what the API says of the same pairs."""
+    train, held_out = bench.pairs(BEHAVIOUR)
+    name, work = vectors.plan(bench, BEHAVIOUR, "mean_diff", 6, 3)
+    assert name == "finding vectors"
+    return done(work), rtl.trust(bench.model, train.sample(6, 3), held_out, seed=3)
+
+
+def test_the_vectors_page_draws_what_trust_says_and_all_pages_use_its_vectors(bench, found):
+    job, wanted = found
+    drawn = figures(job.shown["trust"])["vectors-trust-graph"]
+    by_name = {trace.name: trace for trace in drawn.data if trace.name and trace.x is not None}
+    assert list(by_name["pair accuracy"].x) and set(by_name["AUC"].y) == set(wanted.layers["auc"])
+    heat = next(trace for trace in drawn.data if trace.type == "heatmap")
+    square = wanted.cosines.pivot(index="layer", columns="other", values="cosine")
+    assert np.allclose(np.asarray(heat.z, float), square)
+    assert wanted.reason in text(job.shown["told"])
+    assert "6 training pairs, tried on pairs of 4 validation topics; seed 3" in text(job.shown["told"])
+    kept = bench.vectors(BEHAVIOUR)
+    assert kept.provenance.seed == 3 and kept.provenance.n_pairs == 6
+    assert all(torch.equal(kept[name], vector) for name, vector in wanted.vectors.vectors.items())
+    head, *rows = cells(job.shown["table"])
+    assert head == ["layer", "pair accuracy [95 %]", "AUC [95 %]", "halves agree, cosine [95 %]", "n"]
+    first = wanted.layers.iloc[0]
+    assert rows[0][1] == f"{first['accuracy']:.3f} [{first['accuracy_low']:.3f}, {first['accuracy_high']:.3f}]"
+    assert [row[-1] for row in rows] == ["4", "4"]
+
+
+def test_the_map_lengths_and_words_are_those_of_the_api_and_no_name_is_markup(bench, found):
+    job, wanted = found
+    _, held_out = bench.pairs(BEHAVIOUR)
+    mapped = rtl.activation_map(bench.model, held_out.sample(60, 3), layers=[0, 1], seed=3)
+    drawn = figures(job.shown["map"])["vectors-map-graph"]
+    dots = [trace for trace in drawn.data if trace.x is not None and len(trace.x) > 1]
+    assert np.allclose(sorted(np.concatenate([dot.x for dot in dots])), sorted(mapped["x"]))
+    lengths = rtl.norms(bench.model, wanted.vectors, held_out.topics, seed=3)
+    traces = {trace.name: trace for trace in figures(job.shown["norms"])["vectors-norms-graph"].data if trace.name}
+    assert np.allclose(traces["activations"].y, lengths["mean"])
+    assert np.allclose(traces["vector (multiplier 1)"].y, lengths["vector"])
+    lens = rtl.logit_lens(bench.model, wanted.vectors)
+    (table,) = figures(job.shown["lens"])["vectors-lens-graph"].data
+    assert list(table.cells.values[0]) == sorted(set(lens["layer"]))
+    for slot in ("trust", "map", "norms", "lens"):
+        for figure in figures(job.shown[slot]).values():
+            assert "<b>glad" not in figure.to_json()
+    assert "&lt;b&gt;glad" in figures(job.shown["trust"])["vectors-trust-graph"].layout.title.text
+
+
+def test_another_behaviours_vectors_are_set_beside_those_found(bench, found, tiny_vectors):
+    job, wanted = found
+    assert job.shown["cosines"] is None  # it stood alone
+    bench.keep_vectors("mood", tiny_vectors)
+    beside = vectors._beside_others(bench, wanted)
+    layer = wanted.best if wanted.best is not None else 1
+    name = f"blocks.{layer}.hook_resid_post"
+    cosine = float(torch.cosine_similarity(wanted.vectors[name], tiny_vectors[name], dim=0))
+    heat = figures(beside)["vectors-cosines-graph"].data[0]
+    assert np.allclose(np.asarray(heat.z, float), [[1, cosine], [cosine, 1]], atol=1e-5)
+
+
+def test_random_directions_are_judged_as_any_method(bench):
+    job = done(vectors.plan(bench, BEHAVIOUR, "random", 6, 0)[1])
+    assert bench.vectors(BEHAVIOUR).provenance.method == "random"
+    assert "random directions, as a control" in figures(job.shown["trust"])["vectors-trust-graph"].layout.title.text
+
+
+def test_the_download_is_the_file_that_save_writes(bench, found, tmp_path):
+    sent = vectors.as_download(bench, BEHAVIOUR)
+    path = tmp_path / "sent.safetensors"
+    path.write_bytes(b64decode(sent["content"]))
+    back, mine = SteeringVectors.load(path), bench.vectors(BEHAVIOUR)
+    assert back.provenance == mine.provenance
+    assert all(torch.equal(back[name], mine[name]) for name in mine.hook_names)
+    assert sent["filename"] == f"{BEHAVIOUR}_mean_diff.safetensors"
+    with pytest.raises(ValueError, match="vectors: those of mood are gone with the dashboard's restart"):
+        vectors.as_download(bench, "mood")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("mean_diff", None, 0), "pairs: no whole number came; a whole number from 4 to 2,000 is wanted"),
+        (("mean_diff", 3, 0), "pairs: 3 came"),
+        (("mean_diff", 96, -1), "seed: -1 came"),
+        (("magic", 96, 0), "method: 'magic' came; one of mean_diff"),
+    ],
+)
+def test_settings_of_vectors_that_will_not_do_are_refused_before_any_work(bench, settings, message):
+    with pytest.raises(ValueError, match=message):
+        vectors.plan(bench, BEHAVIOUR, *settings)
+
+
+# Steering
+
+
+def expected(bench: Bench, layers: list[int], n_prompts: int) -> tuple[Sweep, list[str]]:
+    _, held_out = bench.pairs(BEHAVIOUR)
+    prompts = held_out.topics[:n_prompts]
+    found = rtl.sweep(
+        bench.model, bench.vectors(BEHAVIOUR), prompts, layers=layers, multipliers=[-4, 0, 4],
+        metric=Answers("length", 6), progress=False,
+    )  # fmt: skip
+    return found, prompts
+
+
+def test_the_steering_page_draws_what_sweep_finds_layer_after_layer(bench):
+    name, work = steering.plan(bench, BEHAVIOUR, "0-1", "-4,0,4", 3, 6)
+    job = done(work)
+    wanted, prompts = expected(bench, [0, 1], 3)
+    assert name == "steering" and len(prompts) == 3
+    assert job.versions == {"told": 2, "heat": 2, "dose": 2, "table": 2}  # once for each layer
+    grid = wanted.summary().pivot(index="layer", columns="multiplier", values="mean")
+    assert grid.to_numpy().std() > 0  # else any drawing of it would do
+    heat = figures(job.shown["heat"])["steering-heat-graph"].data[0]
+    assert np.allclose(np.asarray(heat.z, float), grid.sub(grid[0.0], axis=0))
+    told = text(job.shown["told"])
+    responses = [wanted.dose_response(layer) for layer in (0, 1)]
+    assert all(str(response) in told for response in responses)
+    steepest = max(responses, key=lambda response: abs(response.slope.mean))
+    assert told.index(str(steepest)) == min(told.index(str(response)) for response in responses)
+    _, *rows = cells(job.shown["table"])
+    low = wanted.summary().iloc[0]
+    assert rows[0] == ["0", "-4", f"{low['mean']:.3f} [{low['low']:.3f}, {low['high']:.3f}]", "3"]
+    assert len(rows) == 6
+    assert "the steepest of 2 on these very prompts, which flatters it" in told
+    drawn = figures(job.shown["dose"])["steering-dose-graph"]
+    assert f"layer {steepest.layer}" in drawn.layout.title.text and "&lt;b&gt;glad" in drawn.layout.title.text
+    lines = {trace.name: list(trace.y) for trace in drawn.data if trace.name in prompts}
+    table = steepest.table.pivot(index="prompt", columns="multiplier", values="score")
+    assert lines == {prompt: table.loc[number].tolist() for number, prompt in enumerate(prompts)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("x", "-2,0,2", 6, 20), "layers: 'x' came; blocks such as"),
+        ((None, "-2,0,2", 6, 20), "layers: '' came"),
+        (("0-2", "-2,0,2", 6, 20), r"layers: 2 is outside this model's blocks 0\.\.1"),
+        (("0", "-2,2,3", 6, 20), "multipliers: -2,2,3 came; at least three numbers, and 0"),
+        (("0", "0,2", 6, 20), "multipliers: 0,2 came; at least three"),
+        (("0", "0,one", 6, 20), "multipliers: '0,one' came"),
+        (("0", "-2,0,2", None, 20), "prompts: no whole number came; a whole number from 2 to 200"),
+        (("0", "-2,0,2", 6, 0), "new tokens: 0 came"),
+    ],
+)
+def test_settings_of_steering_that_will_not_do_are_refused_before_any_work(bench, settings, message):
+    with pytest.raises(ValueError, match=message):
+        steering.plan(bench, BEHAVIOUR, *settings)
+
+
+def test_a_layer_without_a_vector_is_refused_before_the_others_are_steered(bench, tiny_vectors):
+    bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
+    job = Job("steering", "1", steering.plan(bench, BEHAVIOUR, "0-1", "-2,0,2", 2, 2)[1])
+    with pytest.raises(ValueError, match="layers: 1 is outside these vectors' blocks 0..0"):
+        job.work(job)
+    assert not job.shown
+
+
+def test_honesty_weighs_options_instead_of_answers(tiny, tmp_path, tiny_vectors):
+    path = tmp_path / "honest.toml"
+    path.write_text('name = "honest"\n[honesty]\nprotocol = "likelihood"\nn_calibration = 4\nn_items = 4\n')
+    prompts, metric = validation_metric(load_experiment(path), tiny, 5)
+    assert isinstance(metric, Options) and prompts == [question.prompt for question in metric.questions]
+    bench = Bench(tiny, {"honest": tiny_vectors}, own=[path])
+    job = done(steering.plan(bench, "honest", "1", "-2,0,2", 2, 5)[1])
+    wanted = rtl.sweep(
+        tiny, tiny_vectors, prompts[:2], layers=[1], multipliers=[-2, 0, 2], metric=metric, progress=False
+    )  # fmt: skip
+    told = text(job.shown["told"])
+    assert str(wanted.dose_response(1)) in told and "flatters" not in told  # of one layer nothing was picked
+    assert (
+        "likelihood share of the right options" in figures(job.shown["heat"])["steering-heat-graph"].layout.title.text
+    )
+
+
+# Both
+
+
+@pytest.mark.parametrize(
+    ("page", "settings"),
+    [(vectors, ("mean_diff", 6, 0)), (steering, ("0-1", "-2,0,2", 2, 4))],
+    ids=["vectors", "steering"],
+)
+def test_work_that_is_stopped_leaves_no_hook(bench, hooks_on, page, settings):
+    model = bench.model
+    _, work = page.plan(bench, BEHAVIOUR, *settings)
+    job, hooks = Job("work", "1", work), []
+    before = hooks_on(model)
+
+    def watch(step: Step | None) -> None:
+        """Presses Stop as soon as a hook is on."""
+        if hooks_on(model) != before:
+            hooks.append(hooks_on(model))
+            job.stop.set()
+        job.watch(step)
+
+    if page is vectors:  # reads without hooks of its own between steps: stop at its first bar
+        job.stop.set()
+    with pytest.raises(Stopped), watched(watch):
+        work(job)
+    assert hooks or page is vectors
+    assert hooks_on(model) == before
+    assert not job.shown
+    assert page is steering or not bench.has_vectors(BEHAVIOUR)
+
+
+def test_a_run_comes_first_with_its_own_numbers(tiny, run_folder):
+    run = load_results(run_folder)
+    page = vectors.layout(Bench(tiny, {}, run))
+    assert text(page).index("What the run found") < text(page).index("Live")
+    drawn = figures(page)
+    assert list(drawn["vectors-run-separability"].data[2].y) == [row["accuracy"] for row in run.content["separability"]]
+    assert "seed 7" in drawn["vectors-run-separability"].layout.title.subtitle.text
+    own = SteeringVectors.load(run_folder / "vectors.safetensors")
+    wanted = rtl.cosines({"mood": own}).pivot(index="a", columns="b", values="cosine")
+    assert np.allclose(np.asarray(drawn["vectors-run-cosines"].data[0].z, float), wanted)
+    assert "<b>" not in drawn["vectors-run-lens"].to_json()
+    page = steering.layout(Bench(tiny, {}, run))
+    assert text(page).index("What the run found") < text(page).index("Live")
+    scores, *_ = [trace for trace in figures(page)["steering-run-dose"].data if trace.name == "layer 1"]
+    assert list(scores.y) == [-0.2, 0.0, 0.2]
+    assert run.content["choices"]["rule"] in text(page) and ": layer 1, multiplier -2. Furthest." in text(page)
+
+
+def test_without_a_model_the_run_is_shown_and_one_sentence_why_no_more(run_folder):
+    bench = Bench(None, {}, load_results(run_folder))
+    for page, sentence in ((vectors, "no vectors can be found"), (steering, "nothing can be steered")):
+        laid = page.layout(bench)
+        assert figures(laid)
+        assert f"tiny is not on this machine, so {sentence} here." in text(laid)
+        assert f"{page.PAGE}-start" not in [getattr(part, "id", "") for part in parts(laid)]
+
+
+def test_without_a_run_there_is_the_live_part_alone(bench):
+    for page in (vectors, steering):
+        laid = page.layout(bench)
+        ids = {getattr(part, "id", "") for part in parts(laid)}
+        assert not figures(laid) and "What the run found" not in text(laid)
+        assert {f"{page.PAGE}-{name}" for name in (*page.SETTINGS, *page.SLOTS, "start", "stop")} <= ids
+
+
+def test_both_pages_connect(bench):
+    app = Dash(suppress_callback_exceptions=True)
+    for page in (vectors, steering):
+        page.connect(app, bench)
+    outputs = " ".join(app.callback_map)
+    assert "vectors-download.data" in outputs and "steering-heat.children" in outputs
