@@ -43,7 +43,9 @@ def layout(bench: Bench) -> Component:
     intro = html.P(
         "A direction is worth using if it tells pairs apart that it was not made from, and halves of the data agree."
     )
-    return html.Div([html.H2("Vectors"), intro, *_of_run(bench.run), *_live(bench)])
+    below = html.P(html.A("Find vectors of your own, below", href="#vectors-live"))
+    link = [below] if bench.run is not None and bench.has_model else []
+    return html.Div([html.H2("Vectors"), intro, *link, *_of_run(bench.run), *_live(bench)])
 
 
 def _of_run(run: Results | None) -> list[Component]:
@@ -51,8 +53,7 @@ def _of_run(run: Results | None) -> list[Component]:
         return []
     content = run.content
     separable = drawable([{"seed": content["seed"], **row} for row in content["separability"]])
-    below = html.P(html.A("Find vectors of your own, below", href="#vectors-live"))
-    shown: list[Component] = [below, html.H3("What the run found")]
+    shown: list[Component] = [html.H3("What the run found")]
     if separable:
         shown.append(graph(plots.separability(separable), "vectors-run-separability"))
     if (run.folder / "vectors.safetensors").is_file():

@@ -1,0 +1,66 @@
+"""Draws the README's pictures: the page Explore, the head of a report, and of each notebook the figure tagged `picture`.
+
+    .venv/bin/python notebooks/draw_pictures.py runs/mood
+
+It needs a finished run, and Chromium; the notebooks are executed, which takes some minutes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nbformat
+import plotly.graph_objects as go
+from nbclient import NotebookClient
+from playwright.sync_api import Page, expect, sync_playwright
+
+import rt_lens as rtl
+
+HERE = Path(__file__).parent
+PICTURES = HERE / "pictures"
+CHROMIUM = "/usr/bin/chromium"
+PROMPT = "Tell me about your weekend. Did anything nice happen, or was it all work again?"
+
+
+def explore(page: Page, run: Path) -> None:
+    board = rtl.dashboard(rtl.load_model(), run=run)
+    page.goto(board.url)
+    page.fill("#explore-prompt", PROMPT)
+    page.click("#explore-start")
+    expect(page.locator("#explore-status")).to_have_text("Done.", timeout=120_000)
+    page.wait_for_timeout(1000)  # the last figures are drawn after the last word has come
+    page.screenshot(path=PICTURES / "explore.png")
+    board.stop()
+
+
+def report(page: Page, run: Path) -> None:
+    page.goto((run / "report.html").resolve().as_uri())
+    page.wait_for_timeout(2000)
+    page.screenshot(path=PICTURES / "report.png")
+
+
+def notebook(path: Path) -> None:
+    found = nbformat.read(path, as_version=4)
+    NotebookClient(found, timeout=900, kernel_name="python3").execute(cwd=str(path.parent))
+    for cell in found.cells:
+        if "picture" in cell.metadata.get("tags", []):
+            drawn = [output.data for output in cell.outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
+            figure = go.Figure(drawn[0]["application/vnd.plotly.v1+json"], skip_invalid=True)
+            rtl.save_figure(figure, PICTURES / f"{path.stem}.png", scale=1.5)
+
+
+def main(run: Path) -> None:
+    PICTURES.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1360, "height": 1010})
+        explore(page, run)
+        report(page, run)
+        browser.close()
+    for path in sorted(HERE.glob("*.ipynb")):
+        notebook(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
