@@ -1,4 +1,4 @@
-"""Draws the README's pictures: the page Explore, the head of a report, and of each notebook the figure tagged `picture`.
+"""Draws the README's pictures: the page Explore, a report's head, and of each notebook the figure tagged `picture`.
 
     .venv/bin/python notebooks/draw_pictures.py runs/mood
 
@@ -45,7 +45,9 @@ def notebook(path: Path) -> None:
     NotebookClient(found, timeout=900, kernel_name="python3").execute(cwd=str(path.parent))
     for cell in found.cells:
         if "picture" in cell.metadata.get("tags", []):
-            drawn = [output.data for output in cell.outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
+            drawn = [
+                output.data for output in cell.outputs if "application/vnd.plotly.v1+json" in output.get("data", {})
+            ]
             figure = go.Figure(drawn[0]["application/vnd.plotly.v1+json"], skip_invalid=True)
             rtl.save_figure(figure, PICTURES / f"{path.stem}.png", scale=1.5)
 

@@ -142,6 +142,12 @@ class SteeringVectors:
     def hook_names(self) -> list[str]:
         return list(self.vectors)
 
+    @property
+    def kind(self) -> str:
+        """The kind of hook point that all of them are at, as `add` and others take it; `resid_post` if they differ."""
+        kinds = {name.split(".", 2)[-1] for name in self.vectors}
+        return kinds.pop() if len(kinds) == 1 else "resid_post"
+
     def __getitem__(self, hook_name: str) -> Float[Tensor, "*heads d"]:
         if hook_name not in self.vectors:
             near = get_close_matches(hook_name, self.vectors, n=3) or self.hook_names[:3]

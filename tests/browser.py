@@ -111,7 +111,7 @@ def traces(page: Page, graph: str) -> list[dict[str, Any]]:
           const plain = held => many(held) ? Array.from(held, plain) : held;
           return document.querySelector(`#${graph} .js-plotly-plot`)._fullData.map(trace => ({
             type: trace.type, name: trace.name, x: plain(trace.x), y: plain(trace.y), z: plain(trace.z),
-            text: plain(trace.text), hover: plain(trace.hovertext), colour: plain(trace.marker && trace.marker.color),
+            text: plain(trace.text), hover: plain(trace.hovertext), data: plain(trace.customdata),
           }));
         }""",
         graph,

@@ -143,7 +143,7 @@ def test_the_heat_map_has_a_cell_for_each_layer_and_token_with_the_right_number(
 
 def test_the_coloured_words_have_the_projections_of_the_layer(seen, projected):
     for trace, wanted in zip(seen.words, projected.values(), strict=True):
-        np.testing.assert_allclose(trace["colour"], wanted[LAYER], atol=1e-3)
+        np.testing.assert_allclose(trace["data"], wanted[LAYER], atol=1e-3)
 
 
 def test_the_answers_are_those_of_the_api(seen, model, vectors):

@@ -253,7 +253,7 @@ def test_explore_draws_and_answers_what_the_api_gives(explored, tiny, tiny_vecto
     np.testing.assert_allclose(steered.z, wanted[1], atol=1e-4)
     np.testing.assert_allclose(difference.z, wanted[1] - wanted[0], atol=1e-4)
     assert np.abs(difference.z).max() > 0.1
-    np.testing.assert_allclose(figure(job, "words").data[1].marker.color, wanted[1][1], atol=1e-4)
+    np.testing.assert_allclose(figure(job, "words").data[1].customdata, wanted[1][1], atol=1e-4)
     assert texts(job) == [reply or "(nothing)" for reply in replies]
     assert set(job.shown) == set(SLOTS)
 

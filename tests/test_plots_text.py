@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import re
 import unicodedata
 
 import numpy as np
@@ -60,9 +61,12 @@ def test_a_figure_is_returned_and_nothing_else_happens(draw, only_returned):
 
 def test_every_token_is_coloured_by_its_own_number():
     figure = plots.coloured_tokens(ESCAPED, {"untuned": VALUES, "steered": torch.from_numpy(VALUES + 1)})
-    for cells, values in zip(figure.data, (VALUES, VALUES + 1), strict=True):
-        np.testing.assert_array_equal(cells.marker.color, values)
-        assert cells.marker.coloraxis == "coloraxis"
+    *blocks, scale = figure.data
+    assert scale.marker.coloraxis == "coloraxis"
+    for cells, values in zip(blocks, (VALUES, VALUES + 1), strict=True):
+        np.testing.assert_array_equal(cells.customdata, values)
+        lowest, highest = (re.findall(r"\d+", cells.marker.color[place]) for place in (1, -1))  # after the first token
+        assert int(lowest[2]) > int(lowest[0]) and int(highest[0]) > int(highest[2]), "blue below zero, red above"
         assert [f"{value:.3f}" in said for value, said in zip(values, cells.hovertext, strict=True)] == [True] * 14
     assert figure.data[1].hovertext[4] == f"steered<br>·me, token 4<br>projection {VALUES[4] + 1:.3f} activation units"
     assert [title.text for title in figure.layout.annotations] == ["untuned", "steered"]

@@ -9,7 +9,6 @@ import typer
 
 if TYPE_CHECKING:
     from rt_lens.prompts import ContrastPairs
-    from rt_lens.vectors import SteeringVectors
 
 app = typer.Typer(
     name="rt-lens",
@@ -54,12 +53,6 @@ def model_of(behaviour: str) -> tuple[str, str]:
         return DEFAULT_MODEL, "float32"
     experiment = load_experiment(behaviour)
     return experiment.model, experiment.dtype
-
-
-def kind_of(found: SteeringVectors) -> str:
-    """The kind of hook point of a file's vectors."""
-    kinds = {name.split(".", 2)[-1] for name in found.hook_names}
-    return kinds.pop() if len(kinds) == 1 else "resid_post"
 
 
 def write_page(figure: Any, path: Path) -> None:

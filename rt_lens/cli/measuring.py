@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import Behaviour, Model, app, kind_of
+from rt_lens.cli.app import Behaviour, Model, app
 
 
 @app.command(epilog="Example: rt-lens run mood --out runs/mood")
@@ -68,7 +68,7 @@ def evaluate(
         if layer is None:
             raise ValueError("layer: --vectors came without it. Name a block, as in --layer 21.")
         directions = import_vectors(vectors)
-        arms["steered"] = add(directions, [layer], multiplier, hook=kind_of(directions))
+        arms["steered"] = add(directions, [layer], multiplier, hook=directions.kind)
     if delta is not None:
         arms["tuned"] = WeightDelta.load(delta)
     if out is not None:

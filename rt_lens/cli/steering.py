@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rt_lens.cli.app import Behaviour, Model, VectorFile, app, kind_of, model_of, parts_of, write_page
+from rt_lens.cli.app import Behaviour, Model, VectorFile, app, model_of, parts_of, write_page
 from rt_lens.spans import layers_of, multipliers_of
 
 
@@ -64,7 +64,7 @@ def vectors(
 
     found = import_vectors(file)
     if layers is not None:
-        found = found.select(layers_of(layers), kind_of(found))
+        found = found.select(layers_of(layers), found.kind)
     for key, value in found.provenance.to_json().items():
         typer.echo(f"{key:>15}: {value!r}")  # a stranger's file may hold what a terminal obeys
     for name, vector in found.vectors.items():
@@ -100,7 +100,7 @@ def sweep(
     prompts, metric = validation_metric(experiment, loaded, max_new_tokens)
     found = sweep_layers(
         loaded, directions, prompts[:n_prompts], layers=chosen, multipliers=doses, metric=metric,
-        hook=kind_of(directions), path=out,
+        hook=directions.kind, path=out,
     )  # fmt: skip
     table = found.summary()
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
@@ -128,7 +128,7 @@ def steer(
     from rt_lens.steering import add
 
     directions = import_vectors(file)
-    hooks = add(directions, [layer], multiplier, hook=kind_of(directions))
+    hooks = add(directions, [layer], multiplier, hook=directions.kind)
     loaded = load_model(model or DEFAULT_MODEL)
     directions.check_fits(loaded)
     typer.echo(f"untuned:\n{generate(loaded, [prompt], max_new_tokens=max_new_tokens)[0]}\n")

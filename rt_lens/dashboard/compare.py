@@ -150,7 +150,8 @@ class Comparing:
         if name == "untuned":
             return name, "none", 0, None
         if name == STEERED:
-            hooks = add(self.bench.vectors(self.behaviour), [self.layer], self.multiplier)
+            vectors = self.bench.vectors(self.behaviour)
+            hooks = add(vectors, [self.layer], self.multiplier, hook=vectors.kind)
             return STEERED, "toward" if self.multiplier > 0 else "away", 0, hooks
         delta = self.bench.delta(name)
         seed = delta.config.get("seed", 0)

@@ -174,7 +174,7 @@ class _Look:
     def _show_answers(self, job: Job, model: Any, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:
         names = [_said(name) for name in arms]
         answers = _Answers(model, job, names, self.layer)
-        trace = vectors.select([self.layer]) if self.layer in map(layer_of, vectors.hook_names) else None
+        trace = vectors.select([self.layer], vectors.kind) if self.layer in map(layer_of, vectors.hook_names) else None
         # Untouched and steered run as one batch: row 0 gets nothing, which leaves it bit for bit as it was.
         both = steering(vectors, self.operator, self.layer, self.multiplier, untouched_first=True)
         with under(model, both):
@@ -196,12 +196,12 @@ def steering(
     full = 1.0 if operator == "clamp" else multiplier
     strength: Any = torch.tensor([0.0, full]) if untouched_first else full
     if operator == "clamp":
-        (vector,) = vectors.at_layers([layer]).values()
-        return clamp(vectors, [layer], multiplier * float(vector.norm()), multiplier=strength)
+        (vector,) = vectors.at_layers([layer], vectors.kind).values()
+        return clamp(vectors, [layer], multiplier * float(vector.norm()), multiplier=strength, hook=vectors.kind)
     edit: Callable[..., list[FwdHook]] = {"add": add, "add_preserving_norm": add_preserving_norm, "ablate": ablate}[
         operator
     ]
-    return edit(vectors, [layer], multiplier=strength)
+    return edit(vectors, [layer], multiplier=strength, hook=vectors.kind)
 
 
 def _said(name: str) -> str:

@@ -120,7 +120,7 @@ def _steer(
     bench: Bench, behaviour: str, layers: list[int], doses: list[float], n_prompts: int, n_tokens: int, job: Job
 ) -> None:  # fmt: skip
     model, vectors, experiment = bench.model, bench.vectors(behaviour), bench.experiment(behaviour)
-    vectors.at_layers(layers)  # refuses a layer without a vector before any of the work is done
+    vectors.at_layers(layers, vectors.kind)  # refuses a layer without a vector before any of the work is done
     prompts, metric = validation_metric(experiment, model, n_tokens)
     responses: list[DoseResponse] = []
     with TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def _steer(
         for layer in Bar(layers, desc="steering", unit="layer", disable=True):
             found = sweep(
                 model, vectors, prompts[:n_prompts], layers=[layer], multipliers=doses, metric=metric,
-                path=kept, progress=False,
+                hook=vectors.kind, path=kept, progress=False,
             )  # fmt: skip
             responses.append(found.dose_response(layer))
             scored = found.metric if experiment.honesty is None else "likelihood share of the right options"

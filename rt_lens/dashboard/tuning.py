@@ -256,8 +256,10 @@ class Tuning:
             own = choices_of(run.content).get(direction)
             layer, multiplier = (int(own["layer"]), float(own["multiplier"])) if own else (layer, multiplier)
         if direction == "out":
-            return ablate(vectors, [layer]), f"steered: ablated at layer {layer}"
-        return add(vectors, [layer], multiplier), f"steered: layer {layer}, m = {multiplier:g}".replace("-", "−")
+            return ablate(vectors, [layer], hook=vectors.kind), f"steered: ablated at layer {layer}"
+        return add(
+            vectors, [layer], multiplier, hook=vectors.kind
+        ), f"steered: layer {layer}, m = {multiplier:g}".replace("-", "−")
 
 
 class _Losses:

@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformer
 
 from rt_lens.evaluation.texts import log_normaliser
 from rt_lens.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
+from rt_lens.progress import Bar
 from rt_lens.questions import LETTERS, Likelihoods, Question, lettered
 from rt_lens.tokens import chat_text, encode, pad, pad_id_of, tokenizer_of
 from rt_lens.whereabouts import whereabouts
@@ -67,7 +68,8 @@ def likelihoods(
     asks = [ask for number, question in enumerate(questions) for ask in _asks(model, number, question, form)]
     asks.sort(key=lambda ask: -len(ask.start))  # like lengths together; too large a batch fails at once
     found: list[list[list[float]]] = [[] for _ in questions]
-    for start in range(0, len(asks), batch_size):
+    starts = range(0, len(asks), batch_size)
+    for start in Bar(starts, desc="weighing options", unit="batch", disable=True):  # for whoever watches
         batch = asks[start : start + batch_size]
         for ask, totals in zip(batch, _measured(model, batch, len(questions)), strict=True):
             found[ask.number].append(totals)

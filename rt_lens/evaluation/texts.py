@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rt_lens.forward import logits_where
 from rt_lens.losses import kl_divergence
+from rt_lens.progress import breathe
 from rt_lens.statistics import Interval, ratio_interval
 from rt_lens.tokens import encode, pad, pad_id_of
 from rt_lens.whereabouts import whereabouts
@@ -132,6 +133,7 @@ def text_fit(
     sizes = np.array([len(ids) - 1 for ids in encoded])
     nll, kl, kept, start = np.zeros(len(texts)), np.zeros(len(texts)), None, 0
     for first in range(0, len(pieces), batch_size):
+        breathe()
         batch = pieces[first : first + batch_size]
         losses, divergences = [], []
         for logits, wanted in predictions(model, batch, len(texts)):

@@ -16,7 +16,7 @@ from plotly.colors import colorscale_to_colors, get_colorscale, unlabel_rgb
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from rt_lens.plots.look import FAINT, INK, Table, arm_colours, dressed, number, ordered, sample, shown, tidy
+from rt_lens.plots.look import FAINT, INK, Table, arm_colours, dressed, key, number, ordered, sample, shown, tidy
 from rt_lens.plots.tuned import once
 
 PerPosition: TypeAlias = Float[Tensor, " pos"] | Float[np.ndarray, " pos"]
@@ -64,20 +64,24 @@ def coloured_tokens(
         vertical_spacing=34 / height if len(values) > 1 else 0,
         subplot_titles=list(values),
     )
+    border = {"color": "white", "width": 1}
     for row, (name, own) in enumerate(values.items(), start=1):
+        shades = _shades(own, limit)
         cells = go.Bar(
             orientation="h",
             y=lines,
             base=starts,
             x=widths,
             width=0.88,
-            marker={"color": own, "coloraxis": "coloraxis", "line": {"color": "white", "width": 1}},
+            # Beside text inside a bar, Plotly takes a number for the name of a colour and warns of each.
+            marker={"color": [f"rgb({r:.0f},{g:.0f},{b:.0f})" for r, g, b in 255 * shades], "line": border},
+            customdata=own,
             text=labels,
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
             constraintext="none",
-            textfont={**MONOSPACE, "color": _inks(own, limit)},
+            textfont={**MONOSPACE, "color": _inks(shades)},
             hovertext=[
                 f"{name}<br>{shown(token)}, token {position}<br>projection {number(value)} activation units"
                 for position, (token, value) in enumerate(zip(tokens, own, strict=True))
@@ -86,6 +90,7 @@ def coloured_tokens(
             showlegend=False,
         )
         figure.add_trace(cells, row=row, col=1)
+    figure.add_trace(key("", mode="markers", marker={"color": [0], "coloraxis": "coloraxis"}, showlegend=False))
     figure.update_xaxes(range=[0, COLUMNS], visible=False)
     figure.update_yaxes(range=[n_lines - 0.5, -0.5], visible=False)
     figure.update_annotations(x=0, xanchor="left")
@@ -254,12 +259,16 @@ def _per_token(tokens: Sequence[str], projections: Mapping[str, Any]) -> dict[st
     return arrays
 
 
-def _inks(values: Float[np.ndarray, " pos"], limit: float) -> list[str]:
-    """White or dark for each token, whichever stands out more from its colour (WCAG's contrast ratio)."""
+def _shades(values: Float[np.ndarray, " pos"], limit: float) -> Float[np.ndarray, "pos rgb"]:
+    """The colour of each value on the scale, as shares of red, green and blue."""
     scale = np.array([unlabel_rgb(colour) for colour in colorscale_to_colors(get_colorscale("RdBu_r"))]) / 255
     at = (np.clip(values / limit, -1, 1) + 1) / 2 * (len(scale) - 1)
-    colours = np.stack([np.interp(at, np.arange(len(scale)), channel) for channel in scale.T], axis=-1)
-    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    return np.stack([np.interp(at, np.arange(len(scale)), channel) for channel in scale.T], axis=-1)
+
+
+def _inks(shades: Float[np.ndarray, "pos rgb"]) -> list[str]:
+    """White or dark for each token, whichever stands out more from its colour (WCAG's contrast ratio)."""
+    linear = np.where(shades <= 0.04045, shades / 12.92, ((shades + 0.055) / 1.055) ** 2.4)
     bright = linear @ np.array([0.2126, 0.7152, 0.0722])
     # The ratios to white, 1.05 / (b + 0.05), and to our ink, (b + 0.05) / 0.066, cross at b = 0.213.
     return ["white" if b < 0.213 else INK for b in bright]
