@@ -142,7 +142,7 @@ def test_the_heat_map_has_a_cell_for_each_layer_and_token_with_the_right_number(
 
 
 def test_the_coloured_words_have_the_projections_of_the_layer(seen, projected):
-    for trace, wanted in zip(seen.words, projected.values(), strict=True):
+    for trace, wanted in zip(seen.words[:-1], projected.values(), strict=True):  # the last is the key of the colours
         np.testing.assert_allclose(trace["data"], wanted[LAYER], atol=1e-3)
 
 
