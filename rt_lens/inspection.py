@@ -23,6 +23,7 @@ from rt_lens.arms import Arm, under
 from rt_lens.delta import WeightDelta
 from rt_lens.forward import check_layers
 from rt_lens.generation import as_chat
+from rt_lens.progress import Bar
 from rt_lens.statistics import mean_interval
 from rt_lens.tokens import encode
 from rt_lens.vectors import SteeringVectors, hook_names, layer_of
@@ -83,7 +84,7 @@ def weight_changes(
         pass
     weights = dict(model.named_parameters())
     rows = []
-    for name, change in delta.changes.items():
+    for name, change in Bar(delta.changes.items(), desc="weights", unit="parameter", disable=True):
         kind, matrix = _as_matrix(name, change)
         weight, norm = float(weights[name].detach().cpu().double().norm()), float(matrix.norm())
         found = _LAYER.search(name)
@@ -312,7 +313,7 @@ def _alignment(
         unit = units.get(layer)
         along = unit @ matrix if unit is not None else None
     elif kind in _READERS:
-        unit = units.get(layer - 1, units.get(layer)) if hook == "resid_post" else units.get(layer)
+        unit = units.get(layer - 1, units.get(layer)) if hook.endswith("resid_post") else units.get(layer)
         along = matrix @ unit if unit is not None else None
     else:
         along = None

@@ -9,8 +9,8 @@ import copy
 import math
 import os
 import re
-import textwrap
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ _SHRUNK = 0.8
 _HEIGHT = 470
 # Mean widths of a letter in shares of its size; Plotly clips what is too long for a line.
 _LETTER = 0.52
+# Below, margins and axes leave no room for what is drawn.
+_LEAST_MM = 50.0
+# Markup that Plotly renders and that takes no room: <b>, </span>, <span style="color:red">.
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _PICTURES = (".png", ".svg", ".pdf")
 _NO_TOOLS = {"displaylogo": False, "showSendToCloud": False, "typesetMath": False}
 
@@ -42,15 +46,16 @@ def save_figure(
         figure: any figure; it is left as it was.
         path: ends in .png, .svg or .pdf (a picture; needs `pip install 'rt_lens[print]'` and a Chromium or Chrome), in
             .html (one page, opens offline) or in .json (Plotly's own format).
-        width_mm: width on paper, of pictures; 170 fills an A4 page between its margins, 85 a column.
-        height_mm: height on paper, of pictures; by default what the figure asks for.
+        width_mm: width on paper, of pictures; 170 fills an A4 page between its margins, 85 a column,
+            and 50 is the least.
+        height_mm: height on paper, of pictures, 50 or more; by default what the figure asks for.
         scale: pixels of a .png for each of 1/96 inch; 3 gives 288 dots per inch.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: for another ending, or a size that is not positive.
+        ValueError: for another ending, a size below 50 mm, or a scale that is not positive.
         ImportError: for a picture, if kaleido is not installed.
         FileNotFoundError: for a picture, if no Chromium or Chrome is found.
         OSError: if the disk is full or the folder cannot be written.
@@ -60,10 +65,14 @@ def save_figure(
     """
     path = Path(path).expanduser()
     write = _writer(path.suffix.lower(), path)
-    sizes = {"width_mm": width_mm, "height_mm": height_mm, "scale": scale}
-    for name, size in sizes.items():
-        if size is not None and not (math.isfinite(size) and size > 0):
-            raise ValueError(f"{name}: {size} came, a positive number is wanted, such as width_mm=170.")
+    for name, size in (("width_mm", width_mm), ("height_mm", height_mm)):
+        if size is not None and not (math.isfinite(size) and size >= _LEAST_MM):
+            raise ValueError(
+                f"{name}: {size:g} came, at least {_LEAST_MM:g} mm are wanted, or the margins leave no room. "
+                f"Give {name}=85, say."
+            )
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: {scale:g} came, a positive number is wanted. Give scale=3, say.")
     check_can_write(path, "path")
     drawn = copy.deepcopy(figure).update_layout(paper_bgcolor="white", plot_bgcolor="white")
     return write_atomically(path, write(drawn, width_mm, height_mm, scale))
@@ -115,7 +124,7 @@ def _wrap(figure: go.Figure, width: float) -> None:
     for text in (title, title.subtitle):
         if text.text:
             size = text.font.size or 14
-            lines = _lines(text.text, int((width - 20) / (_LETTER * size)))
+            lines = _lines(text.text, max(1, int((width - 20) / (_LETTER * size))))
             added += 1.3 * size * (len(lines) - len(text.text.split("<br>")))
             text.text = "<br>".join(lines)
     if added > 0:
@@ -126,6 +135,21 @@ def _wrap(figure: go.Figure, width: float) -> None:
 def _lines(text: str, letters: int) -> list[str]:
     """The text in lines of so many letters; a line that ended in a sentence keeps its end."""
     told = re.sub(r"(?<![.:;])<br>", " ", text)
-    return [
-        line for part in told.split("<br>") for line in textwrap.wrap(part, letters, break_long_words=False) or [""]
-    ]
+    return [line for part in told.split("<br>") for line in _filled(part, letters)]
+
+
+def _filled(part: str, letters: int) -> list[str]:
+    """Words in lines of so many letters as are seen; a tag is never parted, though it may hold spaces."""
+    lines = [""]
+    for word in re.findall(rf"(?:{_TAG.pattern}|\S)+", part):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if _seen(longer) <= letters or not _seen(lines[-1]):
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _seen(text: str) -> int:
+    """How many letters a reader sees: none of a tag, one of &lt;."""
+    return len(unescape(_TAG.sub("", text)))

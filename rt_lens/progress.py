@@ -79,6 +79,12 @@ class Bar(tqdm):
             yield item
             self._done += 1
             self._tell()
+        self._end()
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if kind is None:
+            self._end()
 
     def update(self, n: float | None = 1) -> bool | None:
         shown = super().update(n)
@@ -91,6 +97,12 @@ class Bar(tqdm):
         super().set_postfix(ordered_dict, refresh, **values)
         self._values = {**dict(ordered_dict or {}), **values}
         self._tell()
+
+    def _end(self) -> None:
+        """Work that stopped before its last step, as a tuning out of patience does, has ended all the same."""
+        if self._all != self._done:
+            self._all = self._done
+            self._tell()
 
     def _tell(self) -> None:
         watcher = _watcher.get()

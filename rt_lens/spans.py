@@ -5,8 +5,10 @@ It knows no model: whether a layer exists is for the rooms that have one.
 
 from __future__ import annotations
 
+import math
 import re
 
+_MOST_LAYERS = 1000
 _SPAN = re.compile(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", re.ASCII)
 
 
@@ -14,7 +16,7 @@ def layers_of(text: str) -> list[int]:
     """Block indices of a text such as `14-22` or `14,18`, in its order.
 
     Raises:
-        ValueError: if it is no such text, or a span ends before it begins.
+        ValueError: if it is no such text, a span ends before it begins, or it names more blocks than any model has.
 
     Example:
         >>> layers_of("14-16,20")
@@ -26,6 +28,10 @@ def layers_of(text: str) -> list[int]:
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if low > high:
             raise ValueError(f"layers: {text!r} came; blocks such as 14-22 or 14,18 are wanted.")
+        if len(chosen) + high - low >= _MOST_LAYERS:  # before a list of them is made
+            raise ValueError(
+                f"layers: {text!r} came, which are more than {_MOST_LAYERS:,} blocks. Name those you mean."
+            )
         chosen.extend(range(low, high + 1))
     return chosen
 
@@ -34,16 +40,19 @@ def multipliers_of(text: str) -> list[float]:
     """Numbers of a text such as `-2,0,2`, in its order; a figure's own minus sign will do as well.
 
     Raises:
-        ValueError: if a part is no number.
+        ValueError: if a part is no number, or not a finite one.
 
     Example:
         >>> multipliers_of("-1.5, 0, 3")
         [-1.5, 0.0, 3.0]
     """
     try:
-        return [float(part.replace("−", "-")) for part in text.split(",")]
+        found = [float(part.replace("−", "-")) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"multipliers: {text!r} came; numbers such as -2,0,2 are wanted.") from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"multipliers: {text!r} came; numbers such as -2,0,2 are wanted.")
+    return found
 
 
 def whole_number(name: str, came: float | None, low: int, high: int) -> int:

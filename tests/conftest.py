@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 
-# Several workers (and the notebooks' kernels that they start) share the cores instead of fighting for them.
-_THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))  # before torch is imported
+# Several workers (and the notebooks' kernels that they start) share the cores instead of fighting for them. Only they
+# may set this: what starts them would hand its own number down.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))  # before torch is imported
 
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook

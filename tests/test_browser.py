@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -271,9 +273,30 @@ def test_a_tab_outlives_a_restart_and_says_what_was_lost(chromium, model, vector
     assert (tolerant.outside, tolerant.dialogs) == ([], [])
 
 
-def test_in_a_notebook_s_frame_it_works(context, board, model, vectors):
+@pytest.fixture
+def notebook(board) -> Iterator[int]:
+    """The port of a server whose one page frames the dashboard, as Jupyter's does."""
+    page = f"<!doctype html><title>notebook</title>{board._repr_html_()}".encode()
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_in_a_notebook_s_frame_it_works(context, notebook, model, vectors):
     page = context.new_page()
-    page.set_content(f"<!doctype html><title>notebook</title>{board._repr_html_()}")
+    page.goto(f"http://localhost:{notebook}/")
     frame = page.frame_locator("iframe")
     frame.locator("#explore-prompt").fill("How was your day?")
     frame.locator("#explore-length").get_by_role("slider").press("Home")
@@ -281,6 +304,14 @@ def test_in_a_notebook_s_frame_it_works(context, board, model, vectors):
     expect(frame.locator("#explore-status")).to_have_text("Done.")
     untuned = frame.locator("#explore-answers article p").first.text_content()
     assert untuned == replies(model, vectors, "How was your day?")["untuned"]
+
+
+def test_a_page_from_elsewhere_cannot_frame_it(chromium, notebook):
+    page = chromium.new_page()
+    page.goto(f"http://127.0.0.2:{notebook}/")  # of this machine, but a stranger's name to the dashboard
+    page.wait_for_timeout(1500)
+    assert [frame.url for frame in page.frames[1:]] == ["chrome-error://chromewebdata/"]
+    page.close()
 
 
 def violations(page: Page) -> list[str]:

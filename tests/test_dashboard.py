@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import json
 import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,17 +21,17 @@ import rt_lens as rtl
 from rt_lens.dashboard.app import make_app
 from rt_lens.dashboard.bench import Bench
 from rt_lens.dashboard.explore import OPERATORS, SLOTS, _Look, layout, steering
-from rt_lens.dashboard.panel import drawable
 from rt_lens.dashboard.serving import Dashboard
-from rt_lens.dashboard.work import Job, Jobs, told
+from rt_lens.dashboard.work import Job, Jobs, told, turn_of
 from rt_lens.generation import as_chat
+from rt_lens.plots.look import drawable
 from rt_lens.progress import Bar, watched
 from rt_lens.tokens import encode
 
 
 @pytest.fixture
 def jobs() -> Iterator[Jobs]:
-    queue = Jobs()
+    queue = Jobs(nullcontext())
     yield queue
     queue.close()
 
@@ -90,6 +92,8 @@ def test_a_stopped_job_ends_and_one_that_waits_never_begins(jobs):
     ("fault", "said"),
     [
         (ValueError("layer: 31 came."), "layer: 31 came."),
+        (MemoryError("Lower batch_size."), "Lower batch_size."),
+        (SystemExit("bye"), "SystemExit: bye (unexpected; the terminal of the dashboard says more)"),
         (RuntimeError("odd"), "RuntimeError: odd (unexpected; the terminal of the dashboard says more)"),
     ],
 )
@@ -101,6 +105,18 @@ def test_a_fault_is_told_and_the_queue_goes_on(jobs, fault, said):
     assert (job.state, job.error) == ("failed", said)
 
 
+def test_two_dashboards_take_turns_on_one_model(tiny):
+    first, second, gate = Jobs(turn_of(tiny)), Jobs(turn_of(tiny)), Gate()
+    key = first.start("first", gate)
+    assert gate.begun.wait(20)
+    other = second.start("second", lambda job: job.show("turn", gate.open.is_set()))
+    gate.open.set()
+    assert ended(second, other).shown == {"turn": True}, "it came after the first had ended"
+    assert ended(first, key).state == "done"
+    first.close()
+    second.close()
+
+
 def test_old_jobs_are_forgotten_and_unknown_ones_are_none(jobs):
     keys = [jobs.start("quick", lambda job: None) for _ in range(100)]
     ended(jobs, keys[-1])
@@ -110,7 +126,7 @@ def test_old_jobs_are_forgotten_and_unknown_ones_are_none(jobs):
 
 
 def test_closing_ends_what_runs_and_what_waits():
-    jobs, gate, begun = Jobs(), Gate(), list[Job]()
+    jobs, gate, begun = Jobs(nullcontext()), Gate(), list[Job]()
     running, waiting = jobs.start("one", gate), jobs.start("two", begun.append)
     assert gate.begun.wait(20)
     jobs.close()
@@ -152,8 +168,25 @@ def test_a_name_that_was_made_to_point_here_is_refused(board, host, status):
 def test_another_site_cannot_start_work(board):
     """A form or a plain fetch of another origin may send text, but no JSON without being allowed to."""
     connection = http.client.HTTPConnection("127.0.0.1", port_of(board), timeout=20)
-    connection.request("POST", "/_dash-update-component", body="{}", headers={"Content-Type": "text/plain"})
-    assert connection.getresponse().status >= 400
+    listed = json.loads(answer(board, path="/_dash-dependencies").read())
+    (visit,) = [each for each in listed if "visited.data" in each["output"]]
+    asked = {
+        "output": visit["output"],
+        "outputs": [
+            dict(zip(("id", "property"), each.split("."), strict=True))
+            for each in visit["output"].strip(".").split("...")
+        ],
+        "inputs": [{**each, "value": "/vectors"} for each in visit["inputs"]],
+        "state": [{**each, "value": []} for each in visit["state"]],
+        "changedPropIds": ["url.pathname"],
+    }
+    found = {}
+    for kind in ("application/json", "text/plain"):
+        connection.request("POST", "/_dash-update-component", body=json.dumps(asked), headers={"Content-Type": kind})
+        response = connection.getresponse()
+        found[kind] = (response.status, b"vectors-start" in response.read())
+    assert found["application/json"] == (200, True), "the very same request of a page of ours"
+    assert found["text/plain"] == (415, False)
     connection.request("OPTIONS", "/_dash-update-component", headers={"Origin": "https://evil.example"})
     assert connection.getresponse().getheader("Access-Control-Allow-Origin") is None
 
@@ -172,7 +205,7 @@ def test_the_frame_asks_for_nothing_from_outside_and_forbids_it(board):
 
 def test_a_port_is_taken_freed_and_taken_again(board, tiny, tiny_vectors):
     port = port_of(board)
-    with pytest.raises(ValueError, match=f"port: {port} is taken on this machine. Give another"):
+    with pytest.raises(ValueError, match=f"port: {port} cannot be had .Address already in use.. Give another"):
         rtl.dashboard(tiny, tiny_vectors, port=port)
     beside = rtl.dashboard(tiny, tiny_vectors)
     assert port_of(beside) != port and answer(beside).status == 200

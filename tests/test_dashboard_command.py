@@ -42,12 +42,17 @@ def test_a_run_whose_model_is_not_here_is_shown_all_the_same_and_ctrl_c_ends_it(
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
+        (["--vectors", "a/x.safetensors", "--vectors", "b/x.safetensors"], "of 2 files two have one name"),
         (["no/such/run"], "no/such/run"),
         (["--vectors", "no_such.safetensors"], "no_such.safetensors"),
         (["--behaviour", "no_such.toml"], "no_such.toml"),
     ],
 )
-def test_faults_are_one_line(arguments, wanted, monkeypatch, capsys, as_a_user):
+def test_faults_are_one_line(arguments, wanted, monkeypatch, capsys, as_a_user, tmp_path, tiny_vectors):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        tiny_vectors.save(Path(folder) / "x.safetensors")
     monkeypatch.setattr(sys, "argv", ["rt-lens", "dashboard", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()

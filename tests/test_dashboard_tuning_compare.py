@@ -207,8 +207,51 @@ def test_what_tuning_did_inside_is_what_the_inspection_says(bench, tuned):
     for slot in ("projections", "shifts"):
         (figure,) = figures(tuned.shown[slot]).values()
         title = figure.layout.title
-        assert "layer 1, m = −2" in title.text and "n = 4" in title.subtitle.text and "seed 5" in title.subtitle.text
+        assert (
+            f"(steered: layer 1, m = −2; {said(bench)})" in title.text
+            and "n = 4" in title.subtitle.text
+            and "seed 5" in title.subtitle.text
+        )
         assert "<b>" not in title.text
+    assert figures(tuned.shown["losses"])["tuning-losses-graph"].layout.title.text.endswith(f"seed 5 ({said(bench)})")
+    title = figures(tuned.shown["weights"])["tuning-weights-weights-graph"].layout.title.text
+    assert title.endswith(f"(along {said(bench)})")
+
+
+def said(bench: Bench) -> str:
+    """The vectors in use, as titles have them."""
+    made = bench.vectors(BEHAVIOUR).provenance
+    return f"&lt;b&gt;glad&lt;/b&gt;: mean_diff, {made.n_pairs} pairs, seed 0"
+
+
+def test_vectors_of_another_hook_point_are_tuned_along_where_they_are(bench, once):
+    train, _ = bench.pairs(BEHAVIOUR)
+    bench.keep_vectors(BEHAVIOUR, rtl.extract_vectors(bench.model, train.sample(6, 0), hook="attn_out", seed=0))
+    assert bench.experiment(BEHAVIOUR).tune.hook == "resid_post"
+    job = done(tuning.plan(bench, BEHAVIOUR, "away", "1", 1, 1e-3, 14.0, 0.0, 0.0, 0)[1])
+    (name,) = bench.deltas()
+    assert bench.delta(name).config["hook"] == "hook_attn_out"
+    changed = weight_changes(bench.model, bench.delta(name), bench.vectors(BEHAVIOUR), hook="attn_out")
+    _, along, *_ = [
+        trace for trace in figures(job.shown["weights"])["tuning-weights-weights-graph"].data if trace.type == "heatmap"
+    ]
+    drawn = sorted(value for row in along.z for value in row if value is not None and not np.isnan(value))
+    assert drawn and drawn == pytest.approx(sorted(np.log2(changed["alignment"] / changed["chance"]).dropna()))
+    shifts = figures(job.shown["shifts"])["tuning-shifts-graph"].data
+    assert any(trace.y is not None and not np.isnan(np.asarray(trace.y, float)).all() for trace in shifts)
+
+
+def test_tuning_where_there_is_no_vector_is_refused_before_any_work(bench, tiny_vectors):
+    bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
+    with pytest.raises(ValueError, match=r"layers: 1 is outside these vectors' blocks 0\.\.0"):
+        tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
+    bench.forget_kept(BEHAVIOUR)
+    _, work = tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
+    bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))  # while it waits
+    job = Kept(work)
+    with pytest.raises(ValueError, match="layers: 1 is outside"):
+        job.work(job)
+    assert not job.shown  # what stood there is not wiped away
 
 
 def test_a_second_arm_gets_a_name_of_its_own_and_all_pages_offer_it(bench, tuned):
@@ -220,9 +263,8 @@ def test_a_second_arm_gets_a_name_of_its_own_and_all_pages_offer_it(bench, tuned
     assert [option["value"] for option in compare._offered(bench)] == ["steered", *names]
     assert list(explore._arms(bench))[1:] == names
     again = done(tuning.plan_weights(bench, names[2])[1])
-    assert figures(again.shown["found"])["tuning-found-weights-graph"].layout.title.text.endswith(
-        "token_tuned_out (&lt;b&gt;glad&lt;/b&gt;)"
-    )
+    title = figures(again.shown["found"])["tuning-found-weights-graph"].layout.title.text
+    assert title == f"Changed weights: token_tuned_out (&lt;b&gt;glad&lt;/b&gt;) (along {said(bench)})"
 
 
 @pytest.mark.parametrize("stop_at", [("losses", 3), ("kept", 2)])
@@ -242,7 +284,7 @@ def test_stopping_leaves_the_model_bit_for_bit_as_it_was(bench, hooks_on, monkey
         ({0: ""}, "layers: '' came"),
         ({0: "one"}, "layers: 'one' came"),
         ({0: "0-9"}, "layers: 2 is outside"),
-        ({1: None}, "steps: nothing came"),
+        ({1: None}, "steps: no whole number came"),
         ({1: 2.5}, "steps: 2.5 came"),
         ({2: None}, "learning rate: nothing came"),
         ({2: 0.0}, "learning_rate: 0.0 came; more than 0"),
@@ -326,12 +368,15 @@ def test_compare_draws_what_compare_arms_gives(bench, compared):
     means = bars(drawn)
     escaped = {"untuned": "untuned", "steered": "steered", "rep_tuned (&lt;b&gt;glad&lt;/b&gt;)": list(arms)[2]}
     assert means == {shown: pytest.approx(wanted.loc[arm, "mean"]) for shown, arm in escaped.items()}
-    assert "n = 4" in drawn.layout.title.subtitle.text and "steered at layer 1 by −4" in drawn.layout.title.text
+    title = drawn.layout.title
+    assert "n = 4; seed 5" in title.subtitle.text  # the only one that was tuned
+    assert "4 validation prompts, bootstrap seed 0 (steered at layer 1 by −4; mean_diff, " in title.text
     dots = figures(compared.shown["pareto"])["compare-pareto-graph"].data
     harms = sorted(dot.x[0] for dot in dots if dot.mode == "markers")
     assert harms == pytest.approx(sorted(wanted["kl"]))
     head, *rows = cells(compared.shown["cost"])
     assert head[:2] == ["arm", "perplexity [95 %]"]
+    assert [row[-1] for row in rows] == ["–", "–", "5"]  # nothing was tuned in the first two
     for row, arm in zip(rows, arms, strict=True):
         assert row[1].startswith(f"{wanted.loc[arm, 'perplexity']:.3f} [")
         said = board.summary().query("scorer == 'repetition'").set_index("arm").loc[arm, "mean"]
@@ -353,8 +398,10 @@ def test_every_arm_is_compared_with_the_untuned_one_and_with_those_of_its_direct
     assert rows[0][3].replace("−", "-").startswith(f"{ours - steered + 0.0:.3f}")
     assert head[4:6] == ["p", "p, Holm"]
     assert [float(row[5]) >= float(row[4]) for row in rows] == [True] * 3
-    assert "all 3 comparisons" in text(compared.shown["differences"])
-    assert rows[0][-1] == "5" and rows[1][-1] == "0"  # the tuning seeds
+    told = text(compared.shown["differences"])
+    assert "all 3 comparisons of this press of the button, no others" in told
+    assert "may have been chosen on these same validation topics" in told
+    assert [row[-1] for row in rows] == ["5", "–", "5"]  # the tuning seeds
 
 
 def test_the_figure_grows_arm_by_arm_and_no_test_topic_is_asked(bench, compared):
@@ -385,14 +432,36 @@ def test_without_harm_none_is_measured_and_another_behaviours_arm_has_no_directi
         (["steered"], 1, 0.0, 4, 5, "multiplier: 0 came"),
         (["steered"], 1, None, 4, 5, "multiplier: nothing came"),
         (["steered"], 2, 2.0, 4, 5, "layer: 2 came"),
-        (["steered"], 1, 2.0, None, 5, "prompts: nothing came"),
-        (["steered"], 1, 2.0, 3, 5, "prompts: 3 came; a whole number from 4 to 4 is wanted"),
-        (["steered"], 1, 2.0, 4, None, "new tokens: nothing came"),
+        (["steered"], 1, 2.0, None, 5, "prompts: no whole number came"),
+        (["steered"], 1, 2.0, 3, 5, "prompts: 3 came; a whole number from 4 to 2,000 is wanted"),
+        (["steered"], 1, 2.0, 4, None, "new tokens: no whole number came"),
     ],
 )
 def test_compare_refuses_by_name_before_any_work(bench, arms, layer, multiplier, prompts, length, wanted, as_a_user):
     with pytest.raises(ValueError, match=f"^{wanted}"):
         compare.plan(bench, BEHAVIOUR, arms, layer, multiplier, prompts, length, compare.HARM)
+
+
+def test_a_comparison_splits_the_pairs_in_its_job_and_asks_all_topics_where_they_are_few(bench, once, monkeypatch):
+    seen, whole = [], Bench.pairs
+    monkeypatch.setattr(Bench, "pairs", lambda self, behaviour: seen.append(behaviour) or whole(self, behaviour))
+    _, work = compare.plan(bench, BEHAVIOUR, ["steered"], 1, 2.0, 99, 2, "none")
+    assert not seen
+    job = done(work)
+    assert BEHAVIOUR in seen and len(cells(job.shown["answers"])) == 1 + 4
+
+
+def test_a_comparison_on_too_few_topics_or_without_a_vector_wipes_nothing_away(bench, tiny_vectors):
+    bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
+    for few, wanted in ((False, "layers: 1 is outside these vectors"), (True, "prompts: .* has 3 validation topics")):
+        _, work = compare.plan(bench, BEHAVIOUR, ["steered"], 1, 2.0, 4, 2, "none")
+        if few:
+            train, validation = bench.pairs(BEHAVIOUR)
+            bench._pairs[BEHAVIOUR] = train, validation.split(0.75, seed=0)[0]
+        job = Kept(work)
+        with pytest.raises(ValueError, match=wanted):
+            job.work(job)
+        assert not job.shown
 
 
 def test_stopping_a_comparison_leaves_the_model_as_it_was(bench, hooks_on):
@@ -452,7 +521,8 @@ def test_what_the_run_compared_is_drawn_and_told_as_it_is(run_folder):
             told = rows[f"{row['a']}, {row['a_direction']}", row["b"]]
             assert told[3].replace("−", "-").startswith(f"{row['difference'] + 0.0:.3f} [")
             assert told[6:] == [str(row["n"]), ", ".join(map(str, row["seeds"]))]
-    assert f"all {len(run.content['comparisons'])} comparisons" in text(shown)
+    assert f"all {len(run.content['comparisons'])} comparisons." in text(shown)
+    assert "these same validation topics" not in text(shown)  # a run is tested on topics of its own
     assert "3 neutral texts" in text(shown) and "repetition in 8 answers" in text(shown)
 
 

@@ -16,7 +16,8 @@ from small_runs import make_board, write_run
 
 import rt_lens as rtl
 from rt_lens.dashboard import steering, vectors
-from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.app import make_app
+from rt_lens.dashboard.bench import MOST_ASIDE, Bench, made
 from rt_lens.dashboard.work import Job, Stopped
 from rt_lens.experiment import load_experiment
 from rt_lens.experiment.validation import validation_metric
@@ -116,7 +117,12 @@ def found(bench: Bench) -> tuple[Job, Trust]:
     return done(work), rtl.trust(bench.model, train.sample(6, 3), held_out, seed=3)
 
 
-def test_the_vectors_page_draws_what_trust_says_and_all_pages_use_its_vectors(bench, found):
+def remembered(job: Job) -> dict[str, str]:
+    """What the page keeps of the vectors that stand on it."""
+    return next(part.data for part in parts(job.shown["told"]) if getattr(part, "id", "") == "vectors-found")
+
+
+def test_the_vectors_page_draws_what_trust_says_and_no_other_page_uses_its_vectors(bench, found):
     job, wanted = found
     drawn = figures(job.shown["trust"])["vectors-trust-graph"]
     by_name = {trace.name: trace for trace in drawn.data if trace.name and trace.x is not None}
@@ -126,9 +132,11 @@ def test_the_vectors_page_draws_what_trust_says_and_all_pages_use_its_vectors(be
     assert np.allclose(np.asarray(heat.z, float), square)
     assert wanted.reason in text(job.shown["told"])
     assert "6 training pairs, tried on pairs of 4 validation topics; seed 3" in text(job.shown["told"])
-    kept = bench.vectors(BEHAVIOUR)
-    assert kept.provenance.seed == 3 and kept.provenance.n_pairs == 6
-    assert all(torch.equal(kept[name], vector) for name, vector in wanted.vectors.vectors.items())
+    assert not bench.has_vectors(BEHAVIOUR)
+    _, aside = bench.aside(remembered(job)["key"])
+    assert aside.provenance.seed == 3 and aside.provenance.n_pairs == 6
+    assert all(torch.equal(aside[name], vector) for name, vector in wanted.vectors.vectors.items())
+    assert "These very pairs picked the layers, which flatters them" in wanted.reason or wanted.best is None
     head, *rows = cells(job.shown["table"])
     assert head == ["layer", "pair accuracy [95 %]", "AUC [95 %]", "halves agree, cosine [95 %]", "n"]
     first = wanted.layers.iloc[0]
@@ -160,7 +168,8 @@ def test_another_behaviours_vectors_are_set_beside_those_found(bench, found, tin
     job, wanted = found
     assert job.shown["cosines"] is None  # it stood alone
     bench.keep_vectors("mood", tiny_vectors)
-    beside = vectors._beside_others(bench, wanted)
+    bench.keep_vectors(BEHAVIOUR, -1 * wanted.vectors)  # those in use are not those found
+    beside = vectors._beside_others(bench, BEHAVIOUR, wanted)
     layer = wanted.best if wanted.best is not None else 1
     name = f"blocks.{layer}.hook_resid_post"
     cosine = float(torch.cosine_similarity(wanted.vectors[name], tiny_vectors[name], dim=0))
@@ -170,20 +179,89 @@ def test_another_behaviours_vectors_are_set_beside_those_found(bench, found, tin
 
 def test_random_directions_are_judged_as_any_method(bench):
     job = done(vectors.plan(bench, BEHAVIOUR, "random", 6, 0)[1])
-    assert bench.vectors(BEHAVIOUR).provenance.method == "random"
+    assert bench.aside(remembered(job)["key"])[1].provenance.method == "random"
     assert "random directions, as a control" in figures(job.shown["trust"])["vectors-trust-graph"].layout.title.text
 
 
 def test_the_download_is_the_file_that_save_writes(bench, found, tmp_path):
-    sent = vectors.as_download(bench, BEHAVIOUR)
+    job, trusted = found
+    done(vectors.plan(bench, BEHAVIOUR, "random", 6, 0)[1])  # another tab finds others meanwhile
+    sent = vectors.as_download(bench, remembered(job)["key"])
     path = tmp_path / "sent.safetensors"
     path.write_bytes(b64decode(sent["content"]))
-    back, mine = SteeringVectors.load(path), bench.vectors(BEHAVIOUR)
+    back, mine = SteeringVectors.load(path), trusted.vectors
     assert back.provenance == mine.provenance
     assert all(torch.equal(back[name], mine[name]) for name in mine.hook_names)
     assert sent["filename"] == f"{BEHAVIOUR}_mean_diff.safetensors"
-    with pytest.raises(ValueError, match="vectors: those of mood are gone with the dashboard's restart"):
-        vectors.as_download(bench, "mood")
+
+
+def test_the_oldest_sets_are_dropped_and_asking_for_them_says_so(bench, tiny_vectors):
+    keys = [bench.set_aside("mood", tiny_vectors) for _ in range(MOST_ASIDE + 1)]
+    assert len(set(keys)) == len(keys)
+    assert all(bench.aside(key) == ("mood", tiny_vectors) for key in keys[1:])
+    for gone in (keys[0], "9-of-a-former-life"):
+        with pytest.raises(ValueError, match=f"vectors: these are gone.* or {MOST_ASIDE} others were found since"):
+            vectors.as_download(bench, gone)
+        with pytest.raises(ValueError, match="Find them again"):
+            vectors.use(bench, {"key": gone, "behaviour": "mood"})
+    assert not bench.has_vectors("mood")
+
+
+def test_vectors_are_put_in_use_by_hand_and_the_way_back_is_open(tiny, tiny_vectors, own_file):
+    others = 2.0 * tiny_vectors
+    bench = Bench(tiny, {"mood": tiny_vectors}, own=[own_file])
+    mine, late = ({"key": bench.set_aside("mood", each), "behaviour": "mood"} for each in (others, -1 * others))
+    opened = "All pages use those it was opened with for mood (mean_diff, 12 pairs, seed 0), not these."
+    assert vectors.in_use(bench, mine) == opened
+    vectors.use(bench, mine)
+    assert bench.vectors("mood") is others and bench.has_kept("mood")
+    assert vectors.in_use(bench, mine) == f"All pages use these for mood from now on ({made(bench.vectors('mood'))})."
+    vectors.use(bench, late)
+    assert "others for mood, found on this page" in vectors.in_use(bench, mine)
+    bench.forget_kept("mood")
+    assert bench.vectors("mood") is tiny_vectors and vectors.in_use(bench, late) == opened
+    lone = {"key": bench.set_aside(BEHAVIOUR, others), "behaviour": BEHAVIOUR}
+    assert "the usual ones for <b>glad</b> (made when first needed), not these" in vectors.in_use(bench, lone)
+    vectors.use(bench, lone)
+    assert bench.vectors(BEHAVIOUR) is others
+    bench.forget_kept(BEHAVIOUR)
+    assert bench.vectors(BEHAVIOUR).provenance.n_pairs < 96 and "the usual ones" in vectors.in_use(bench, lone)
+
+
+def test_a_runs_vectors_are_said_to_be_its_own(tiny, run_folder):
+    bench = Bench(tiny, {}, load_results(run_folder))
+    assert made(bench.vectors("mood")) == "mean_diff, 12 pairs, seed 0"
+    assert bench.origin("mood") == "the run’s" and bench.origin("formality") == "the usual ones"
+
+
+def pressed(app: Dash, button: str, found: dict[str, str]) -> dict[str, Any]:
+    """What a press of a button changes on the page."""
+    its = {name: [each["id"] for each in made["inputs"]] for name, made in app.callback_map.items()}
+    (name,) = [name for name, inputs in its.items() if inputs == [button] and "vectors-in-use" in name]
+    outputs = [
+        {"id": part.rsplit(".", 1)[0], "property": part.rsplit(".", 1)[1]} for part in name.strip(".").split("...")
+    ]
+    sent = {
+        "output": name, "outputs": outputs, "changedPropIds": [f"{button}.n_clicks"],
+        "inputs": [{"id": button, "property": "n_clicks", "value": 1}],
+        "state": [{"id": "vectors-found", "property": "data", "value": found}],
+    }  # fmt: skip
+    client = app.server.test_client()
+    return client.post("/_dash-update-component", json=sent, base_url="http://127.0.0.1").json["response"]
+
+
+def test_the_buttons_do_so_and_say_so(tiny, tiny_vectors):
+    bench = Bench(tiny, {"mood": tiny_vectors})
+    others = 2.0 * tiny_vectors
+    found, app = {"key": bench.set_aside("mood", others), "behaviour": "mood"}, make_app(bench)
+    answer = pressed(app, "vectors-use", found)
+    assert bench.vectors("mood") is others
+    assert answer["vectors-in-use"]["children"].startswith("All pages use these for mood")
+    assert answer["vectors-back"]["disabled"] is False
+    answer = pressed(app, "vectors-back", {**found, "key": "gone"})  # the way back is open all the same
+    assert bench.vectors("mood") is tiny_vectors and answer["vectors-back"]["disabled"] is True
+    answer = pressed(app, "vectors-use", {**found, "key": "gone"})
+    assert list(answer) == ["vectors-error"] and "Find them again" in answer["vectors-error"]["children"]
 
 
 @pytest.mark.parametrize(
@@ -233,8 +311,12 @@ def test_the_steering_page_draws_what_sweep_finds_layer_after_layer(bench):
     assert rows[0] == ["0", "-4", f"{low['mean']:.3f} [{low['low']:.3f}, {low['high']:.3f}]", "3"]
     assert len(rows) == 6
     assert "the steepest of 2 on these very prompts, which flatters it" in told
+    heat_title = figures(job.shown["heat"])["steering-heat-graph"].layout.title.text
     drawn = figures(job.shown["dose"])["steering-dose-graph"]
-    assert f"layer {steepest.layer}" in drawn.layout.title.text and "&lt;b&gt;glad" in drawn.layout.title.text
+    made = bench.vectors(BEHAVIOUR).provenance
+    for title in (heat_title, drawn.layout.title.text):
+        assert f"(&lt;b&gt;glad&lt;/b&gt;: mean_diff, {made.n_pairs} pairs, seed 0)" in title
+    assert f"Layer {steepest.layer}: length (" in drawn.layout.title.text and "&lt;b&gt;glad" in drawn.layout.title.text
     lines = {trace.name: list(trace.y) for trace in drawn.data if trace.name in prompts}
     table = steepest.table.pivot(index="prompt", columns="multiplier", values="score")
     assert lines == {prompt: table.loc[number].tolist() for number, prompt in enumerate(prompts)}

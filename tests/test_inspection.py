@@ -19,6 +19,7 @@ from rt_lens.inspection import (
     residual_shifts,
     weight_changes,
 )
+from rt_lens.progress import Step, watched
 from rt_lens.vectors import SteeringVectors
 
 TEXTS = ["The weather is lovely today.", "I have lost my keys again, and it is raining.", "Name three metals."]
@@ -125,6 +126,30 @@ def test_what_writes_the_stream_is_held_against_its_own_layers_vector(tiny, tiny
     across = random - (random @ unit(tiny_vectors))[..., None] * unit(tiny_vectors)
     assert one(tiny, name, across, tiny_vectors)["alignment"] < 1e-5
     assert one(tiny, name, random, tiny_vectors)["alignment"] == pytest.approx(row["chance"], rel=0.5)
+
+
+def test_a_kind_of_hook_point_may_be_named_in_full(tiny, tiny_vectors):
+    change = noise(dict(tiny.named_parameters())["blocks.1.mlp.W_in"].shape)
+    short, full = (one(tiny, "blocks.1.mlp.W_in", change, tiny_vectors, hook=hook) for hook in (
+        "resid_post", "hook_resid_post"
+    ))  # fmt: skip
+    assert short["alignment"] == full["alignment"] > 0
+
+
+def test_it_tells_of_each_weight_and_can_be_stopped_between_two(tiny, tiny_vectors):
+    delta = rtl.bake(tiny, rtl.ablate(tiny_vectors.everywhere(tiny, 1), hook="any"))
+    seen: list[Step] = []
+
+    def watch(step: Step | None) -> None:
+        if step is not None and step.stage == "weights":
+            seen.append(step)
+            if step.done == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watched(watch):
+        weight_changes(tiny, delta)
+    assert [step.done for step in seen] == [0, 1, 2]
+    assert {(step.total, step.unit) for step in seen} == {(len(delta.changes), "parameter")} and len(delta.changes) > 2
 
 
 def test_chance_is_what_random_directions_give(tiny, provenance):

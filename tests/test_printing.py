@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import sys
+from html import unescape
 
 import plotly.graph_objects as go
 import pytest
@@ -82,10 +83,31 @@ def test_another_ending_is_refused(figure, tmp_path, name):
         rtl.save_figure(figure, tmp_path / name)
 
 
-@pytest.mark.parametrize("size", [{"width_mm": 0.0}, {"height_mm": -3.0}, {"scale": float("nan")}])
-def test_a_size_that_is_none_is_refused(figure, tmp_path, size):
-    with pytest.raises(ValueError, match=rf"{next(iter(size))}: .* came, a positive number"):
-        rtl.save_figure(figure, tmp_path / "layers.json", **size)
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [
+        ({"width_mm": 5.0}, "width_mm: 5 came, at least 50 mm are wanted"),
+        ({"width_mm": float("nan")}, "width_mm: nan came, at least 50 mm"),
+        ({"height_mm": -3.0}, "height_mm: -3 came, at least 50 mm"),
+        ({"scale": float("nan")}, "scale: nan came, a positive number"),
+        ({"scale": 0.0}, "scale: 0 came, a positive number"),
+    ],
+)
+def test_a_size_without_room_is_refused(figure, tmp_path, size, wanted):
+    for name in ("layers.json", "layers.png"):
+        with pytest.raises(ValueError, match=wanted):
+            rtl.save_figure(figure, tmp_path / name, **size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_part_no_tag_count_what_is_seen_and_hold_a_word_at_least(tmp_path):
+    title = 'Score of <b>every</b> arm, <span style="color:red">every other</span> set of 5 &lt; 6 questions'
+    large = {"text": "So large that no letter fits", "font_size": 400}
+    figure = go.Figure(layout={"title": {"text": title, "font_size": 19, "subtitle": large}})
+    content = rtl.save_figure(figure, tmp_path / "tags.svg", width_mm=60).read_text()
+    shown = unescape(re.sub(r"<[^>]*>", "", re.sub(r'<tspan class="line"[^>]*>', "|", content)))
+    assert "|Score of every arm, every|other set of 5 < 6|questions|So|large|that|no|letter|fits" in shown
+    assert "color:red" not in shown, "no markup is read as text"
 
 
 def test_a_full_disk_keeps_the_old_file(figure, tmp_path):

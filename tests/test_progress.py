@@ -30,8 +30,16 @@ def test_updates_and_values_are_told(disable):
     with watched(steps.append), Bar(desc="steps", total=5, initial=1, disable=disable) as bar:
         bar.update(2)
         bar.set_postfix({"loss": "0.5"})
-    assert [step.done for step in steps] == [1, 3, 3]
-    assert steps[-1].values == {"loss": "0.5"} and steps[-1].total == 5
+    assert [(step.done, step.total) for step in steps] == [(1, 5), (3, 5), (3, 5), (3, 3)]
+    assert steps[-1].values == {"loss": "0.5"}
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_a_bar_that_is_left_early_ends_there(disable):
+    steps: list[Step | None] = []
+    with watched(steps.append), Bar(desc="steps", total=5, disable=disable) as bar:
+        bar.update(2)
+    assert [(step.done, step.total) for step in steps] == [(0, 5), (2, 5), (2, 2)]
 
 
 def test_nobody_is_told_outside_the_block():

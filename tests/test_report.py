@@ -15,6 +15,9 @@ from full_disk import full_disk
 
 from rt_lens import report
 from rt_lens.report.again import again
+from rt_lens.report.sections import sections
+from rt_lens.report.sentences import headline
+from rt_lens.report.words import harm_of
 from rt_lens.results import checked
 
 HOSTILE = ("<script>alert(1)</script>", "</script>", "<b>", '"><img src=x onerror=alert(2)>', "]]><!--")
@@ -374,7 +377,11 @@ def test_summary_sentences_carry_numbers_n_interval_and_seeds():
     assert any(
         "rep_tuned scores 0.230 [0.180, 0.280] lower than token_tuned, p < 0.001" in sentence for sentence in sentences
     )
-    assert any("1.08 times the untuned" in sentence and "within the bound of 1.1" in sentence for sentence in sentences)
+    (priced,) = [sentence for sentence in sentences if sentence.startswith("Highest perplexity")]
+    assert priced == (
+        "Highest perplexity: steered away 23.10 [22.70, 23.50], untuned 21.40 [21.00, 21.80] "
+        "(n = 18 texts, seeds 0, 1, 2). Doses were chosen among those of at most 1.1 times the untuned."
+    ), "a ratio would need an interval, and a verdict a test"
     assert all(re.search(r"seeds? \d", sentence) for sentence in sentences)
     assert brackets == "Brackets hold 95 % intervals."
 
@@ -465,7 +472,7 @@ def test_a_page_of_six_sets_holds_every_number(honesty):
     assert f"instructions {HOSTILE[0]}" in text
     assert text.count("0.512 [0.381, 0.640]") == 2, "the calibration"
     assert "0.360" in text and "0.012" in text, "Holm's p beside p"
-    assert f"Of {len(make_honesty()['comparisons'])} comparisons" in text
+    assert f"If nothing differed, about one in twenty of {len(make_honesty()['comparisons'])} comparisons" in text
 
 
 def test_hostile_names_of_a_new_run_are_inert(honesty):
@@ -562,9 +569,33 @@ def test_how_sure_one_may_be_counts_seeds_comparisons_and_prompts():
     text = "\n".join(sentences)
     assert "rep_tuned away: tuned once, with seed 4." in text
     assert "token_tuned toward, token_tuned away and rep_tuned toward: tuned with seeds 0, 1 and 2." in text
-    assert "48 comparisons were made" in text and "16 hold; 16 more hold only taken alone" in text
-    assert "72 validation prompts" in text and "mean over 216 answers" in text
+    assert "48 comparisons were made; if nothing differed, about one in twenty would have p below 0.05." in text
+    assert "16 hold; 16 more hold only taken alone" in text
+    assert "72 validation prompts" in text and "mean over 216 prompts" in text
     assert "three or more seeds for every tuned arm" in sentences[-1]
+
+
+@pytest.mark.parametrize(
+    ("kept", "halved", "seeded"), [([0], True, False), ([0, 1, 2], False, True), (None, True, True)]
+)
+def test_more_prompts_halve_the_interval_of_one_seed_only(kept, halved, seeded):
+    results = make_results()
+    for row in results["summary"]:
+        row["seeds"] = kept or ([0] if row["arm"] == "untuned" else [0, 1, 2])
+    first, *_, last = report.sureness_sentences(results)
+    assert ("four times as many halve the interval of an arm with one seed" in last) == halved
+    assert ("with several seeds how far other seeds" in first) == seeded
+
+
+def test_weights_are_not_said_to_have_seen_training_topics_only():
+    tuned = "\n".join(report.sureness_sentences(make_results()))
+    assert "weights saw" not in tuned, "the validation loss picks those that are kept"
+    assert (
+        "Vectors and gradients saw training topics only; when to stop tuning was chosen on validation topics" in tuned
+    )
+    steered = "\n".join(report.sureness_sentences({**make_results(), "history": []}))
+    assert "Vectors saw training topics only; layer and multiplier were chosen on" in steered
+    assert "when to stop" not in steered
 
 
 def test_how_sure_one_may_be_without_comparisons_or_corrections():
@@ -583,7 +614,90 @@ def test_a_difference_that_does_not_survive_holm_is_told_apart():
     assert all("(by Holm = 0.400)" in line and "[" in line and "seeds 0, 1, 2" in line for line in told)
 
 
-def test_the_headline_names_who_went_furthest(page):
+def run_of(means: dict[str, float], p: float | None = None, p_holm: float | None = None) -> dict[str, Any]:
+    """A run whose arms toward score so; with p, each arm was compared with the untuned model."""
+    calm = dict.fromkeys(("perplexity", "kl", "facts", "repetition", "n_texts", "n_facts"))
+    about = {"set": "test", "scorer": "vader", "n": 20, "seeds": [7]}
+    arms = {arm: "none" if arm == "untuned" else "toward" for arm in means}
+    summary = [
+        {"arm": arm, "direction": arms[arm], **about, **calm, "mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+        for arm, mean in means.items()
+    ]
+    comparisons = [
+        {**about, "a": arm, "a_direction": "toward", "b": "untuned", "b_direction": "none", "test": "paired", "p": p,
+         "p_holm": p_holm, "difference": mean - means["untuned"], "low": mean - 1.0, "high": mean + 1.0}
+        for arm, mean in means.items()
+        if arm != "untuned" and p is not None
+    ]  # fmt: skip
+    return checked({**make_results(), "summary": summary, "comparisons": comparisons})
+
+
+def test_the_headline_names_who_went_furthest_and_what_was_tested(page):
     text = "".join(page.texts)
-    assert "Furthest toward went rep_tuned: from 0.31 [0.25, 0.37] untuned to 0.71 [0.65, 0.77] (test; n = 216" in text
+    told = "Furthest toward went rep_tuned: from 0.31 [0.25, 0.37] untuned to 0.71 [0.65, 0.77]"
+    assert f"{told} (test; n = 216, seeds 0, 1, 2), not compared with untuned in pairs." in text
+    assert (
+        "In pairs: rep_tuned scores 0.090 [0.040, 0.140] higher than steered, p = 0.012; rep_tuned scores 0.23" in text
+    )
     assert "Furthest away went rep_tuned: from 0.31 [0.25, 0.37] untuned to -0.27 [-0.33, -0.21]" in text
+    assert text.count("Picked for its mean, the best of 3 arms: that flatters it.") == 2
+
+
+def test_no_arm_is_said_to_have_gone_where_none_went():
+    ((claim, ground),) = headline(run_of({"untuned": 0.5, "steered": 0.4, "rep_tuned": 0.45}, p=0.6, p_holm=1.0))
+    nearest = "untuned 0.50 [0.40, 0.60], rep_tuned, the nearest of 2, 0.45 [0.35, 0.55] (test; n = 20, seed 7)"
+    assert claim == f"No arm went toward: {nearest}."
+    assert ground.startswith("In pairs, no difference shown: rep_tuned minus untuned -0.050 [")
+    assert "by Holm = 1.000" in ground and "flatters" not in ground
+    ((claim, _),) = headline(run_of({"untuned": 0.5, "rep_tuned": 0.5}))
+    assert claim.startswith("No arm went toward: untuned 0.50 [0.40, 0.60], rep_tuned 0.50 ["), "not moved is not gone"
+
+
+@pytest.mark.parametrize(
+    ("p", "p_holm", "verdict", "ground"),
+    [
+        (0.001, 0.002, "", "In pairs: rep_tuned scores 0.300 ["),
+        (0.001, None, "", "In pairs: rep_tuned scores 0.300 ["),
+        (0.01, 0.2, ", a difference shown only taken alone", "In pairs, only taken alone: rep_tuned scores 0.300 ["),
+        (0.3, 0.6, ", no difference shown", "In pairs, no difference shown: rep_tuned minus untuned 0.300 ["),
+        (None, None, ", not compared with untuned in pairs", "Picked for its mean"),
+    ],
+)
+def test_the_headline_claims_no_more_than_the_paired_difference_bears(p, p_holm, verdict, ground):
+    ((claim, told),) = headline(run_of({"untuned": 0.2, "steered": 0.4, "rep_tuned": 0.5}, p, p_holm))
+    went = "Furthest toward went rep_tuned: from 0.20 [0.10, 0.30] untuned to 0.50 [0.40, 0.60] (test; n = 20, seed 7)"
+    assert claim == f"{went}{verdict}."
+    assert told.startswith(ground) and told.endswith("the best of 2 arms: that flatters it.")
+    assert p is None or "(n = 20, seed 7)" in told
+    assert "steered" not in told, "the arm's own comparison with the untuned model"
+
+
+def test_only_the_headlines_own_set_and_scorer_are_compared():
+    results = run_of({"untuned": 0.2, "rep_tuned": 0.5}, 0.001, 0.002)
+    for row, other in zip(results["comparisons"], ({"scorer": "another"},), strict=True):
+        row.update(other)
+    ((claim, ground),) = headline(results)
+    assert claim.endswith("not compared with untuned in pairs.") and ground == "", "one arm is no choice of the best"
+
+
+@pytest.mark.parametrize("n_second", [20, 40])
+def test_each_score_has_its_own_n_where_scorers_differ(n_second):
+    results = run_of({"untuned": 0.2, "rep_tuned": 0.5})
+    results["summary"] += [{**row, "scorer": "judge", "n": n_second, "mean": 0.3} for row in results["summary"]]
+    results |= {"history": [], "logit_lens": [], "separability": [], "dose_response": []}
+    text = {"prompt": "", "tokens": ["a"], "layers": [18], "arms": {"untuned": [[0.5]]}}
+    part = next(part for part in sections(results, [], text) if part.name == "Arms")
+    table = Page(part.parts[0].html.partition("</figure>")[2])
+    heads = [attributes["scope"] for tag, attributes in table.elements if tag == "th"].count("col")
+    told = "|".join(table.texts)
+    if n_second == 20:
+        assert heads == 5 and "|0.200 [0.100, 0.300]|0.300 [0.100, 0.300]|20|7" in told, "a column for all"
+    else:
+        assert heads == 4 and "|0.200 [0.100, 0.300], n = 20|0.300 [0.100, 0.300], n = 40|7" in told
+
+
+def test_scores_are_set_against_kl_or_else_perplexity_or_nothing():
+    rows = [{"kl": None, "perplexity": 20.0}, {"kl": None, "perplexity": None}]
+    assert harm_of([*rows, {"kl": 0.0, "perplexity": None}]) == "kl"
+    assert harm_of(iter(rows)) == "perplexity"
+    assert harm_of(rows[1:]) is None

@@ -23,8 +23,20 @@ def test_what_is_no_span_of_layers_is_refused_with_what_came(text):
 
 def test_multipliers_are_numbers_with_a_minus_of_either_kind():
     assert multipliers_of("-1.5, 0,3,−2") == [-1.5, 0.0, 3.0, -2.0]
-    with pytest.raises(ValueError, match=r"multipliers: '1,x' came; numbers such as -2,0,2 are wanted"):
-        multipliers_of("1,x")
+
+
+@pytest.mark.parametrize("text", ["1,x", "", "nan,0,inf", "1,-inf", "1e999"])
+def test_what_is_no_finite_number_is_refused_with_what_came(text):
+    with pytest.raises(ValueError, match="multipliers: .* came; numbers such as -2,0,2 are wanted") as refusal:
+        multipliers_of(text)
+    assert repr(text) in str(refusal.value)
+
+
+def test_more_layers_than_any_model_has_are_refused_unlisted():
+    assert len(layers_of("0-499,0-499")) == 1000
+    for text in ("0-99999", "0-499,0-500", "0-999,7"):
+        with pytest.raises(ValueError, match="layers: .* came, which are more than 1,000 blocks"):
+            layers_of(text)
 
 
 @pytest.mark.parametrize("came", [None, 1, 61, 2.5, float("nan"), float("inf")])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rt_lens.cli.app import Model, app
+
+if TYPE_CHECKING:
+    from rt_lens.vectors import SteeringVectors
 
 
 @app.command(
@@ -27,20 +30,32 @@ def dashboard(
 ) -> None:
     """Show a finished run, and work live on the model, in a browser on this machine."""
     from rt_lens.dashboard import dashboard as open_dashboard
-    from rt_lens.exchange import import_vectors
     from rt_lens.experiment import load_experiment
 
     for own in behaviour or []:
         load_experiment(own)  # refused before the model is loaded
-    named = {}
-    for found in map(import_vectors, vectors or []):
-        named[found.provenance.behaviour] = found
+    named = _named(vectors or [])
     loaded = _loaded(run, model)
     board = open_dashboard(loaded, named, run=run, behaviours=behaviour or [], port=port)
     typer.echo(f"open {board.url} in a browser on this machine; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):
         board.wait()
     board.stop()
+
+
+def _named(files: list[Path]) -> dict[str, SteeringVectors]:
+    """Vectors by behaviour; by file where two are of one behaviour, as those of other tools are all unknown."""
+    from rt_lens.exchange import import_vectors
+
+    found = [(file, import_vectors(file)) for file in files]
+    told = [vectors.provenance.behaviour for _, vectors in found]
+    named = {
+        behaviour if told.count(behaviour) == 1 else file.stem: vectors
+        for behaviour, (file, vectors) in zip(told, found, strict=True)
+    }
+    if len(named) < len(files):
+        raise ValueError(f"vectors: of {len(files)} files two have one name. Rename one: {', '.join(map(str, files))}.")
+    return named
 
 
 def _loaded(run: Path | None, model: str | None) -> Any:
@@ -50,9 +65,10 @@ def _loaded(run: Path | None, model: str | None) -> Any:
 
     if model is not None or run is None:
         return load_model(model or DEFAULT_MODEL)
-    name = load_results(run).content["model"]
+    content = load_results(run).content
+    settings = content.get("again", {}).get("settings") or {}
     try:
-        return load_model(name)
+        return load_model(content["model"], dtype=settings.get("dtype", "float32"))
     except (ValueError, OSError) as refusal:
         typer.echo(f"the run's model is not at hand, so the pages show the run alone ({refusal})", err=True)
         return None

@@ -67,7 +67,11 @@ def dashboard(
     if model is None and run is None:
         raise ValueError("model, run: neither came. Give a model, the folder of a finished run, or both.")
     bench = Bench(model, _named(vectors), load_results(run) if run is not None else None, behaviours)
-    return Dashboard(make_app(bench), bench.jobs, port, height)
+    try:
+        return Dashboard(make_app(bench), bench.jobs, port, height)
+    except BaseException:
+        bench.jobs.close()
+        raise
 
 
 def _named(vectors: SteeringVectors | Mapping[str, SteeringVectors] | None) -> dict[str, SteeringVectors]:

@@ -89,7 +89,9 @@ def _keep_to_this_machine(app: Dash) -> None:
     scripts = " ".join(app.csp_hashes())
     policy = (
         f"default-src 'none'; script-src 'self' {scripts}; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
-        "img-src 'self' data: blob:; font-src 'self' data:; base-uri 'none'; form-action 'none'"
+        "img-src 'self' data: blob:; font-src 'self' data:; base-uri 'none'; form-action 'none'; "
+        # Notebooks on this machine may frame it; a page from elsewhere could steal clicks so.
+        "frame-ancestors 'self' http://localhost:* http://127.0.0.1:* vscode-webview:"
     )
 
     @server.after_request

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rt_lens.dashboard.work import Jobs
+from rt_lens.dashboard.work import Jobs, turn_of
 from rt_lens.delta import WeightDelta
 from rt_lens.experiment import Experiment, load_experiment, parts
 from rt_lens.extraction import extract_vectors
@@ -19,6 +21,7 @@ from rt_lens.vectors import SteeringVectors, layer_of
 
 N_PAIRS = 96
 SEED = 0
+MOST_ASIDE = 16  # sets of vectors; each is some megabytes on a large model
 
 
 class Bench:
@@ -38,14 +41,19 @@ class Bench:
         run: Results | None = None,
         own: Sequence[str | Path] = (),
     ) -> None:
-        self._model, self.run, self.jobs = model, run, Jobs()
+        self._model, self.run, self.jobs = model, run, Jobs(turn_of(model))
         self._experiments = {each.name: each for each in map(load_experiment, own)}
         self._pairs: dict[str, tuple[ContrastPairs, ContrastPairs]] = {}
-        self._vectors, self._deltas = dict(vectors), dict[str, WeightDelta]()
+        # Those of the beginning, and those that a reader has put in their place.
+        self._vectors, self._kept = dict(vectors), dict[str, SteeringVectors]()
+        self._origins = dict.fromkeys(self._vectors, "those it was opened with")
+        self._aside: dict[str, tuple[str, SteeringVectors]] = {}
+        self._numbers = itertools.count()
+        self._deltas = dict[str, WeightDelta]()
         if run is not None and (run.folder / "vectors.safetensors").is_file():
-            self._vectors.setdefault(
-                str(run.content["behaviour"]), SteeringVectors.load(run.folder / "vectors.safetensors")
-            )
+            of_run = str(run.content["behaviour"])
+            self._vectors.setdefault(of_run, SteeringVectors.load(run.folder / "vectors.safetensors"))
+            self._origins.setdefault(of_run, "the run’s")
         if model is not None:
             for found in self._vectors.values():
                 found.check_fits(model)
@@ -77,9 +85,18 @@ class Bench:
             return int(self._model.cfg.n_layers)
         return 1 + max((layer_of(name) for own in self._vectors.values() for name in own.hook_names), default=0)
 
+    @property
+    def usual_layer(self) -> int:
+        """Where steering tends to work, in shallow and deep models alike."""
+        return self.at_depth(0.7)
+
+    def at_depth(self, share: float) -> int:
+        """The block at this share of the depth: 0 is the first, 1 the last."""
+        return round(share * (self.n_layers - 1))
+
     def behaviours(self) -> list[str]:
         """Those with vectors first, then those that can have some."""
-        return list(dict.fromkeys([*self._vectors, *self.with_pairs()]))
+        return list(dict.fromkeys([*self._vectors, *self._kept, *self.with_pairs()]))
 
     def with_pairs(self) -> list[str]:
         """Behaviours whose file is here: they have contrast pairs and prompts, and a scorer."""
@@ -105,18 +122,52 @@ class Bench:
         return self._pairs[behaviour]
 
     def vectors(self, behaviour: str) -> SteeringVectors:
-        """A behaviour's vectors; mean differences of training pairs if there are none yet (for jobs only)."""
-        if behaviour not in self._vectors:
+        """The vectors in use; mean differences of training pairs if there are none yet (for jobs only)."""
+        kept = self._kept.get(behaviour)
+        if kept is None and behaviour not in self._vectors:
             train, _ = self.pairs(behaviour)
-            self.keep_vectors(behaviour, extract_vectors(self.model, train.sample(N_PAIRS, SEED), seed=SEED))
-        return self._vectors[behaviour]
+            self._vectors[behaviour] = extract_vectors(self.model, train.sample(N_PAIRS, SEED), seed=SEED)
+        return kept if kept is not None else self._vectors[behaviour]
 
     def has_vectors(self, behaviour: str) -> bool:
-        return behaviour in self._vectors
+        return behaviour in self._kept or behaviour in self._vectors
+
+    def set_aside(self, behaviour: str, vectors: SteeringVectors) -> str:
+        """Keeps vectors that no page uses yet; the key under which they are found, as long as few came after."""
+        key = f"{next(self._numbers)}-{secrets.token_hex(4)}"
+        self._aside[key] = (behaviour, vectors)
+        for old in list(self._aside)[:-MOST_ASIDE]:
+            del self._aside[old]
+        return key
+
+    def aside(self, key: str) -> tuple[str, SteeringVectors]:
+        """The behaviour and the vectors that were set aside under this key.
+
+        Raises:
+            ValueError: if they are gone.
+        """
+        if key not in self._aside:
+            raise ValueError(
+                f"vectors: these are gone, for the dashboard was started anew or {MOST_ASIDE} others were found since. "
+                "Find them again."
+            )
+        return self._aside[key]
 
     def keep_vectors(self, behaviour: str, vectors: SteeringVectors) -> None:
-        """From now on all pages use these."""
-        self._vectors[behaviour] = vectors
+        """From now on all pages use these, until `forget_kept`."""
+        self._kept[behaviour] = vectors
+
+    def has_kept(self, behaviour: str) -> bool:
+        """Whether a reader has put others in the place of those of the beginning."""
+        return behaviour in self._kept
+
+    def forget_kept(self, behaviour: str) -> None:
+        """All pages use those of the beginning again."""
+        self._kept.pop(behaviour, None)
+
+    def origin(self, behaviour: str) -> str:
+        """Which vectors are those of the beginning: "the run's", say."""
+        return self._origins.get(behaviour, "the usual ones")
 
     def deltas(self) -> list[str]:
         """Names of the tuned arms: those that the run has kept, and those tuned here."""
@@ -137,3 +188,9 @@ class Bench:
     def _files(self) -> dict[str, Path]:
         folder = self.run.folder if self.run is not None else None
         return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*_tuned_*.safetensors"))}
+
+
+def made(vectors: SteeringVectors) -> str:
+    """How vectors were made, in a few words: `mean_diff, 96 pairs, seed 0`."""
+    known = vectors.provenance
+    return f"{known.method}, {known.n_pairs} pairs, seed {known.seed}"

@@ -13,7 +13,7 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 
 from rt_lens.arms import Arm
-from rt_lens.dashboard.bench import Bench
+from rt_lens.dashboard.bench import Bench, made
 from rt_lens.dashboard.compared import (
     answers_table,
     answers_to,
@@ -37,13 +37,14 @@ from rt_lens.scoreboard import Board, Exam
 from rt_lens.shipped import neutral_paragraphs
 from rt_lens.spans import whole_number
 from rt_lens.steering import add
+from rt_lens.vectors import SteeringVectors
 
 PAGE = "compare"
 SLOTS = ("scores", "differences", "cost", "pareto", "answers")
 SETTINGS = ("behaviour", "arms", "layer", "multiplier", "prompts", "length", "harm")
 SET, STEERED, HARM = "validation", "steered", "measured"
 MOST_TOKENS = 200
-FEWEST = 4  # prompts; with fewer no interval means anything
+FEWEST, MOST_PROMPTS = 4, 2000  # prompts; with fewer no interval means anything
 _BESIDE = {"display": "grid", "gridTemplateColumns": "repeat(auto-fit, minmax(240px, 1fr))", "gap": "0 1.6rem"}
 
 
@@ -116,16 +117,19 @@ class Comparing:
             raise ValueError(f"arms: {', '.join(gone)} is not here any more. Tune it again, on the page Tuning.")
         if STEERED in arms and multiplier == 0:
             raise ValueError("multiplier: 0 came, which steers nowhere. Move it, or leave steered out.")
-        most = len(bench.pairs(behaviour)[1].topics)
         self.bench, self.behaviour, self.layer, self.multiplier, self.harm = bench, behaviour, layer, multiplier, harm
         self.names, self.experiment, self.length = list(dict.fromkeys(arms)), experiment, length
-        self.n_prompts = whole_number("prompts", prompts, FEWEST, most)
+        self.n_prompts = whole_number("prompts", prompts, FEWEST, MOST_PROMPTS)
+        self.vectors: SteeringVectors | None = None
 
     def run(self, job: Job) -> None:
         model, seed = self.bench.model, self.experiment.test.seed
+        exam = self._exam()
+        if STEERED in self.names:  # once, for another tab may put others in use meanwhile
+            self.vectors = self.bench.vectors(self.behaviour)
+            self.vectors.at_layers([self.layer], self.vectors.kind)
         for slot in SLOTS:
             job.show(slot, None)
-        exam = self._exam()
         texts = neutral_paragraphs()[: self.experiment.choose.n_paragraphs] if self.harm else ()
         board = Board(model, {SET: exam}, texts, seed=seed)
         with Bar(["untuned", *self.names], desc="arms", unit="arm", disable=True) as bar:
@@ -134,13 +138,19 @@ class Comparing:
                 board.measure(label, worn, direction=direction, seed=tuned_with)
                 self._show_scores(job, board, [])
         compared = board.scoreboard().comparisons(_pairs(board), [(SET, exam.made[0].name)])
-        self._show_scores(job, board, plain(compared.to_dict("records")))
+        rows = plain(compared.to_dict("records"))
+        self._show_scores(job, board, [_without_seed(row, row["a"], row["b"]) for row in rows])
 
     def _exam(self) -> Exam:
         """Validation prompts with the behaviour's scorer, as a run would choose by."""
         experiment = self.experiment
         if experiment.honesty is None:  # its protocol would ask for as many test topics as a whole run needs
             topics = self.bench.pairs(self.behaviour)[1].topics[: self.n_prompts]
+            if len(topics) < FEWEST:
+                raise ValueError(
+                    f"prompts: {self.behaviour} has {len(topics)} validation topics; at least {FEWEST} are wanted. "
+                    "Give its file more topics."
+                )
             return _with_repetition(Exam(topics, (experiment.scorer,), self.length))
         choose = replace(experiment.choose, n_prompts=self.n_prompts, max_new_tokens=self.length)
         return _with_repetition(protocol_of(replace(experiment, choose=choose), self.bench.model).choosing)
@@ -150,7 +160,7 @@ class Comparing:
         if name == "untuned":
             return name, "none", 0, None
         if name == STEERED:
-            vectors = self.bench.vectors(self.behaviour)
+            vectors = self.vectors if self.vectors is not None else self.bench.vectors(self.behaviour)
             hooks = add(vectors, [self.layer], self.multiplier, hook=vectors.kind)
             return STEERED, "toward" if self.multiplier > 0 else "away", 0, hooks
         delta = self.bench.delta(name)
@@ -163,15 +173,16 @@ class Comparing:
 
     def _show_scores(self, job: Job, board: Board, compared: list[dict[str, Any]]) -> None:
         found = board.scoreboard()
-        rows = plain(tables_of(found, exams=[SET], writing=SET)["summary"])
-        title = f"{self.behaviour}: {rows[0]['n']} validation prompts"
-        if STEERED in self.names:
-            title += f", steered at layer {self.layer} by {self.multiplier:g}".replace("-", "−")
-        job.show("scores", arms_figure(rows, compared, title, f"{PAGE}-scores-graph"))
+        rows = [_without_seed(row, row["arm"]) for row in plain(tables_of(found, exams=[SET], writing=SET)["summary"])]
+        title, about = f"{self.behaviour}: {rows[0]['n']} validation prompts, bootstrap seed {found.seed}", ""
+        if self.vectors is not None:
+            steered = f"steered at layer {self.layer} by {self.multiplier:g}".replace("-", "−")
+            about = f" ({steered}; {made(self.vectors)})"
+        job.show("scores", arms_figure(rows, compared, title + about, f"{PAGE}-scores-graph"))
         if compared:
-            job.show("differences", differences(compared, len(compared)))
-            job.show("cost", costs(rows, rows[0]["n"]))
-            job.show("pareto", effect_against_cost(rows, self.behaviour, f"{PAGE}-pareto-graph"))
+            job.show("differences", differences(list(map(_dashed, compared)), len(compared), live=True))
+            job.show("cost", costs(list(map(_dashed, rows)), rows[0]["n"]))
+            job.show("pareto", effect_against_cost(rows, self.behaviour + about, f"{PAGE}-pareto-graph"))
         score = rows[0]["scorer"]
         answers = [{**answer, "score": answer[score]} for answer in found.answers]
         job.show("answers", answers_table(answers, found.seed))
@@ -182,6 +193,16 @@ def _with_repetition(exam: Exam) -> Exam:
     if exam.made[0].reads != "text" or exam.made[0].name == "repetition":
         return exam
     return Exam(exam.asked, (*exam.made, "repetition"), exam.max_new_tokens)
+
+
+def _without_seed(row: dict[str, Any], *arms: str) -> dict[str, Any]:
+    """The row, without a tuning seed where nothing was tuned."""
+    return row if set(arms) - {"untuned", STEERED} else {**row, "seeds": []}
+
+
+def _dashed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row for a table, which has a dash where there is no seed."""
+    return {**row, "seeds": row["seeds"] or None}
 
 
 def _pairs(board: Board) -> list[tuple[tuple[str, str], tuple[str, str]]]:
@@ -196,7 +217,7 @@ def _controls(bench: Bench) -> list[Component]:
     names = [name for name in bench.behaviours() if name in bench.with_pairs()]
     last = bench.n_layers - 1
     choices: Mapping[str, Any] = choices_of(bench.run.content) if bench.run is not None else {}
-    usual = choices.get("away", {"layer": round(0.7 * last), "multiplier": -2})
+    usual = choices.get("away", {"layer": bench.usual_layer, "multiplier": -2})
     # Dash's lists of ticks have no name for screen readers; its drop-downs have.
     arms = dcc.Dropdown(
         id=f"{PAGE}-arms", options=_offered(bench), value=[STEERED, *bench.deltas()[:1]], multi=True, clearable=False
@@ -211,7 +232,7 @@ def _controls(bench: Bench) -> list[Component]:
         field("Arms", arms, "beside the untuned model; the page Tuning makes more"),
         field("Layer", layer, "block at which steered is steered"),
         field("Multiplier m", multiplier, "times the vector's own length; below 0: away"),
-        field("Prompts", prompts, "validation prompts; the test prompts stay untouched"),
+        field("Prompts", prompts, "of validation topics; as many as there are, if fewer"),
         field("New tokens", length, "where the scorer reads text"),
         field("Side effects", harm, "on a few neutral paragraphs"),
     ]

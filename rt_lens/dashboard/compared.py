@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from dash import html
 from dash.development.base_component import Component
 
 from rt_lens import plots
-from rt_lens.dashboard.panel import drawable, graph, table
-from rt_lens.report.words import Row, arm, estimate, grouped, number, of_first_scorer, p_value, sample
+from rt_lens.dashboard.panel import graph, table
+from rt_lens.plots.look import drawable
+from rt_lens.report.words import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value, sample
 from rt_lens.results import efficient
 
+# Who looks often enough finds something, and who chose on these topics finds it sooner.
+_CAUTION = (
+    "Layer, multiplier and when tuning stopped may have been chosen on these same validation topics, which flatters "
+    "the arms; a run’s test says more."
+)
 _LONGEST = 80  # letters of a prompt in a drop-down
 _ROWS = {"gridAutoFlow": "row", "gridTemplateColumns": "repeat(auto-fill, minmax(240px, 1fr))"}
 
@@ -62,8 +68,8 @@ def arms_figure(rows: Sequence[Row], compared: Sequence[Row], title: str, name: 
     return graph(drawn, name)
 
 
-def differences(rows: Sequence[Row], n_compared: int) -> Component:
-    """Comparisons, with p as it is and as Holm corrected it for all that were made."""
+def differences(rows: Sequence[Row], n_compared: int, *, live: bool = False) -> Component:
+    """Comparisons, with p as it is and as Holm corrected it for all of them; `live` says what that leaves out."""
     told = [
         {
             "a": arm(row, "a"), "b": arm(row, "b"), "scorer": row["scorer"],
@@ -72,7 +78,8 @@ def differences(rows: Sequence[Row], n_compared: int) -> Component:
         }
         for row in rows
     ]  # fmt: skip
-    return table(told, f"Differences, prompt by prompt. Holm’s p is corrected for all {n_compared} comparisons.")
+    corrected = f"Differences, prompt by prompt. Holm’s p is corrected for all {n_compared} comparisons"
+    return table(told, f"{corrected} of this press of the button, no others. {_CAUTION}" if live else f"{corrected}.")
 
 
 def costs(rows: Sequence[Row], n_written: int | None) -> Component:
@@ -108,8 +115,7 @@ def other_sets(rows: Sequence[Row]) -> list[Component]:
 
 def effect_against_cost(rows: Sequence[Row], about: str, name: str) -> Component:
     """Scores over KL, or perplexity where KL was not measured; `name` is the figure's id."""
-    harms: tuple[Literal["kl", "perplexity"], ...] = ("kl", "perplexity")
-    harm = next((key for key in harms if any(row[key] is not None for row in rows)), None)
+    harm = harm_of(rows)
     if harm is None:
         return html.P("No side effect to set the scores against was measured.")
     title = drawable(f"{about}: effect against side effect")

@@ -13,12 +13,13 @@ from dash.development.base_component import Component
 
 from rt_lens import plots
 from rt_lens.arms import under
-from rt_lens.dashboard.bench import Bench
-from rt_lens.dashboard.panel import Work, choice, drawable, field, graph, slider, workplace
+from rt_lens.dashboard.bench import Bench, made
+from rt_lens.dashboard.panel import Work, choice, field, graph, slider, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.extraction import token_projections
 from rt_lens.generation import NewToken, as_chat, generate
+from rt_lens.plots.look import drawable
 from rt_lens.results import Results
 from rt_lens.results.schema import choices_of
 from rt_lens.steering import FwdHook, ablate, add, add_preserving_norm, clamp
@@ -52,7 +53,10 @@ def layout(bench: Bench) -> Component:
 
 def _found(run: Results) -> list[Component]:
     """The run's own text under its first arm and each other one."""
-    drawn = drawable(run.projections())
+    try:
+        drawn = drawable(run.projections())
+    except (FileNotFoundError, ValueError) as refusal:
+        return [html.P(str(refusal), className="error")]
     values = {name: np.asarray(rows, dtype=float) for name, rows in drawn["arms"].items()}
     first, *others = values
     maps = [
@@ -122,7 +126,7 @@ def _ids(names: tuple[str, ...]) -> list[str]:
 def _usual_layer(bench: Bench) -> int:
     """The run's last choice, or the depth that suits shallow and deep models alike."""
     chosen = [choice["layer"] for choice in choices_of(bench.run.content).values()] if bench.run is not None else []
-    return int(chosen[-1]) if chosen else round(0.7 * (bench.n_layers - 1))
+    return int(chosen[-1]) if chosen else bench.usual_layer
 
 
 class _Look:
@@ -136,7 +140,8 @@ class _Look:
         self.operator, self.layer, self.multiplier = operator, layer, multiplier
 
     def run(self, job: Job) -> None:
-        model, vectors = self.bench.model, self.bench.vectors(self.behaviour)
+        model, vectors = self.bench.model, _of_one_kind(self.bench.vectors(self.behaviour))
+        self.about = drawable(f"{self.behaviour}: {made(vectors)}")
         (text,) = as_chat(model, [self.prompt])
         n = len(encode(model, text))
         if n > LONGEST:
@@ -158,23 +163,24 @@ class _Look:
         for name, worn in arms.items():
             with under(model, worn):
                 tokens, values = token_projections(model, vectors, text)
-            found[_said(name)] = values.numpy()
+            found[drawable(_said(name))] = values.numpy()
         shown, layers = drawable(tokens), [layer_of(name) for name in vectors.hook_names]
-        about = f"{drawable(self.behaviour)}: projection of the prompt's tokens"
-        job.show("map", graph(plots.projection_heatmap(found, shown, layers, title=about), "explore-map-graph"))
-        if self.layer in layers:
-            at_layer = {name: values[layers.index(self.layer)] for name, values in found.items()}
-            title = f"The prompt, coloured by its projection at layer {self.layer}"
-            job.show("words", graph(plots.coloured_tokens(shown, at_layer, title=title), "explore-words-graph"))
-        rest = {name: values[:, 1:] for name, values in found.items()}  # the first token drowns the others
-        job.show(
-            "curves", graph(plots.projection_by_layer(rest, tokens=shown[1:], layers=layers), "explore-curves-graph")
-        )
+        title = f"Projection of the prompt's tokens ({self.about})"
+        job.show("map", graph(plots.projection_heatmap(found, shown, layers, title=title), "explore-map-graph"))
+        at_layer = {name: values[layers.index(self.layer)] for name, values in found.items()}
+        title = f"The prompt, coloured by its projection at layer {self.layer} ({self.about})"
+        job.show("words", graph(plots.coloured_tokens(shown, at_layer, title=title), "explore-words-graph"))
+        later = slice(1, None) if len(tokens) > 1 else slice(None)  # the first token drowns the others
+        rest = {name: values[:, later] for name, values in found.items()}
+        title = f"The prompt's projection by layer ({self.about})"
+        drawn = plots.projection_by_layer(rest, tokens=shown[later], layers=layers, title=title)
+        job.show("curves", graph(drawn, "explore-curves-graph"))
 
     def _show_answers(self, job: Job, model: Any, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:
         names = [_said(name) for name in arms]
-        answers = _Answers(model, job, names, self.layer)
-        trace = vectors.select([self.layer], vectors.kind) if self.layer in map(layer_of, vectors.hook_names) else None
+        title = f"Each new token's projection at layer {self.layer}, as it is written ({self.about})"
+        answers = _Answers(model, job, names, title)
+        trace = vectors.select([self.layer], vectors.kind)
         # Untouched and steered run as one batch: row 0 gets nothing, which leaves it bit for bit as it was.
         both = steering(vectors, self.operator, self.layer, self.multiplier, untouched_first=True)
         with under(model, both):
@@ -204,6 +210,12 @@ def steering(
     return edit(vectors, [layer], multiplier=strength, hook=vectors.kind)
 
 
+def _of_one_kind(vectors: SteeringVectors) -> SteeringVectors:
+    """One vector for each layer, to be a row of the map."""
+    layers = [layer_of(name) for name in vectors.at_layers(None, vectors.kind)]
+    return vectors.select(layers, vectors.kind)
+
+
 def _said(name: str) -> str:
     """An arm's name as figures have it: the arm, then its direction."""
     return " ".join(name.rsplit("_", 1)) if name.endswith(("_toward", "_away")) else name
@@ -212,8 +224,8 @@ def _said(name: str) -> str:
 class _Answers:
     """Answers side by side as they grow, and the trace under them."""
 
-    def __init__(self, model: Any, job: Job, names: list[str], layer: int) -> None:
-        self.model, self.job, self.layer = model, job, layer
+    def __init__(self, model: Any, job: Job, names: list[str], title: str) -> None:
+        self.model, self.job, self.title = model, job, title
         self.tokens: dict[str, list[int]] = {name: [] for name in names}
         self.rows: list[dict[str, Any]] = []
         self.shown_at = 0.0
@@ -225,8 +237,8 @@ class _Answers:
             self.job.watch(None)
             self.tokens[names[new.row]].append(new.token)
             for projection in new.projections.values():
-                row = {"arm": names[new.row], "place": new.place, "token": drawable(new.text), "projection": projection}
-                self.rows.append(row)
+                told = {"arm": drawable(names[new.row]), "token": drawable(new.text)}
+                self.rows.append({**told, "place": new.place, "projection": projection})
             if time.monotonic() - self.shown_at > _BETWEEN:
                 self.show()
 
@@ -243,5 +255,4 @@ class _Answers:
         ]
         self.job.show("answers", html.Div(columns, className="answers"))
         if self.rows:
-            title = f"Each new token's projection at layer {self.layer}, as it is written"
-            self.job.show("trace", graph(plots.trace(list(self.rows), title=title), "explore-trace-graph"))
+            self.job.show("trace", graph(plots.trace(list(self.rows), title=self.title), "explore-trace-graph"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
+from html import unescape
 from typing import Any
 
 import pandas as pd
@@ -20,7 +20,7 @@ TICK = 150  # milliseconds between two looks at a job
 # a server that is away must be asked again some day.
 _PATIENCE = 5000
 # Plotly's toolbar could send a chart to its maker's cloud; the pages keep to themselves.
-_CONFIG: Any = {"displaylogo": False, "showSendToCloud": False, "responsive": True}
+_CONFIG: Any = {"displaylogo": False, "showSendToCloud": False, "typesetMath": False, "responsive": True}
 _RESTARTED = "The dashboard was started anew, and this piece of work is gone with it. Press the button again."
 
 Work = Callable[[Job], Any]
@@ -55,7 +55,7 @@ def slider(name: str, low: float, high: float, step: float, value: float, marks:
 
 def graph(figure: go.Figure, name: str | None = None) -> html.Figure:
     """A figure on the page; one with a name stays in place while its content changes."""
-    title = figure.layout.title.text or "figure"
+    title = unescape(figure.layout.title.text or "figure")
     held = dcc.Graph(id=name, figure=figure, config=_CONFIG) if name else dcc.Graph(figure=figure, config=_CONFIG)
     return html.Figure(held, role="figure", **named(title))
 
@@ -75,17 +75,6 @@ def _cell(value: Any, digits: int) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "–" if value is None else str(value)
-
-
-def drawable(value: Any) -> Any:
-    """A copy whose every string may go into a figure: Plotly renders some HTML, and a model may write any."""
-    if isinstance(value, str):
-        return escape(value, quote=False)
-    if isinstance(value, Mapping):
-        return {drawable(key): drawable(inner) for key, inner in value.items()}
-    if isinstance(value, pd.DataFrame):
-        return pd.DataFrame(drawable(value.to_dict("records")), columns=value.columns)
-    return [drawable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def workplace(page: str, button: str, controls: Sequence[Component], slots: Sequence[str]) -> html.Div:
@@ -160,11 +149,11 @@ def connect(
         empty = [name.removeprefix(f"{page}-") for name, value in zip(again, changed, strict=True) if value is None]
         if empty:  # a slider's number that is being typed anew
             return {"job": no_update, "error": f"{empty[0]}: nothing came, a value is wanted."}
-        bench.jobs.stop(before)
         try:
             name, work = plan(*values)
         except ValueError as refusal:
             return {"job": no_update, "error": str(refusal)}
+        bench.jobs.stop(before)
         return {"job": bench.jobs.start(name, work), "error": ""}
 
     @app.callback(
@@ -195,6 +184,8 @@ def connect(
             job.shown[slot] if now.get(f"{key} {slot}", 0) > seen.get(f"{key} {slot}", 0) else no_update
             for slot in slots
         ]
+        if ended:  # what earlier work has left would be taken for this one's
+            new = [content if slot in job.shown else None for slot, content in zip(slots, new, strict=True)]
         step = next(iter(job.unfinished), None)
         done, total = (str(step.done), str(step.total or 1)) if step and not ended else (str(int(ended)), "1")
         return {

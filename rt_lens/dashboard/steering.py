@@ -12,11 +12,12 @@ from dash import Dash, dcc, html
 from dash.development.base_component import Component
 
 from rt_lens import plots
-from rt_lens.dashboard.bench import Bench
-from rt_lens.dashboard.panel import Work, choice, drawable, field, graph, table, workplace
+from rt_lens.dashboard.bench import Bench, made
+from rt_lens.dashboard.panel import Work, choice, field, graph, table, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.experiment.validation import validation_metric
+from rt_lens.plots.look import drawable
 from rt_lens.progress import Bar
 from rt_lens.report.words import estimate
 from rt_lens.results import Results
@@ -62,7 +63,7 @@ def _live(bench: Bench) -> list[Component]:
     controls = [
         field("Behaviour", choice("steering-behaviour", known)),
         field(
-            "Layers", dcc.Input(id="steering-layers", type="text", value=_usual_layers(bench.n_layers)),
+            "Layers", dcc.Input(id="steering-layers", type="text", value=_usual_layers(bench)),
             f"blocks 0 to {bench.n_layers - 1}, such as 14-22 or 14,18",
         ),
         field(
@@ -81,9 +82,9 @@ def _live(bench: Bench) -> list[Component]:
     return [*head, workplace(PAGE, "Steer and score", controls, SLOTS)]
 
 
-def _usual_layers(n_layers: int) -> str:
+def _usual_layers(bench: Bench) -> str:
     """Four in the second half, where steering tends to work."""
-    return ",".join(dict.fromkeys(str(round(share * (n_layers - 1))) for share in (0.5, 0.6, 0.7, 0.8)))
+    return ",".join(dict.fromkeys(str(bench.at_depth(share)) for share in (0.5, 0.6, 0.7, 0.8)))
 
 
 def connect(app: Dash, bench: Bench) -> None:
@@ -132,19 +133,19 @@ def _steer(
             )  # fmt: skip
             responses.append(found.dose_response(layer))
             scored = found.metric if experiment.honesty is None else "likelihood share of the right options"
-            _show(job, responses, found.prompts, f"{drawable(behaviour)}, {drawable(scored)}")
+            _show(job, responses, found.prompts, drawable(scored), drawable(f"{behaviour}: {made(vectors)}"))
 
 
-def _show(job: Job, responses: list[DoseResponse], prompts: list[str], about: str) -> None:
-    """What is known after some layers."""
+def _show(job: Job, responses: list[DoseResponse], prompts: list[str], scored: str, said: str) -> None:
+    """What is known after some layers; `scored` and `said`, of the vectors, are safe to draw."""
     steepest = max(responses, key=lambda response: abs(response.slope.mean))
     summary = pd.concat([response.summary for response in responses])
     job.show("told", _told(responses, steepest))
-    title = f"Steering by layer and multiplier: {about}"
+    title = f"Steering: {scored} ({said})"
     job.show("heat", graph(plots.sweep(summary, title=title), "steering-heat-graph"))
     words = dict(enumerate(drawable(prompts)))
     by_prompt = steepest.table.assign(prompt=steepest.table["prompt"].map(words))
-    title = f"Dose-response at layer {steepest.layer}, prompt by prompt: {about}"
+    title = f"Layer {steepest.layer}: {scored} ({said})"
     job.show("dose", graph(plots.steerability(by_prompt, steepest.summary, title=title), "steering-dose-graph"))
     job.show("table", _table(summary))
 

@@ -19,8 +19,8 @@ from flask import Response, abort, send_file
 
 from rt_lens import plots
 from rt_lens.arms import Arm
-from rt_lens.dashboard.bench import Bench
-from rt_lens.dashboard.panel import Work, choice, drawable, field, graph, workplace
+from rt_lens.dashboard.bench import Bench, made
+from rt_lens.dashboard.panel import Work, choice, field, graph, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.delta import WeightDelta
@@ -29,7 +29,7 @@ from rt_lens.forward import check_layers
 from rt_lens.generation import as_chat
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.losses import Direction
-from rt_lens.plots.look import LOSS_PARTS
+from rt_lens.plots.look import LOSS_PARTS, drawable
 from rt_lens.progress import Step, watched
 from rt_lens.prompts import ContrastPairs
 from rt_lens.results.schema import choices_of
@@ -37,6 +37,7 @@ from rt_lens.shipped import neutral_prompts
 from rt_lens.spans import layers_of, whole_number
 from rt_lens.steering import FwdHook, ablate, add
 from rt_lens.tuning import TuneConfig, tune
+from rt_lens.tuning.aims import readings_of
 from rt_lens.tuning.targets import Wanted
 from rt_lens.vectors import SteeringVectors
 
@@ -142,7 +143,7 @@ def plan(
     """The work of the button Tune: the behaviour's own settings, with those of the controls in their place.
 
     Raises:
-        ValueError: names the control that is empty or out of range.
+        ValueError: names the control that is empty or out of range, or a layer for which there is no vector.
     """
     own = bench.experiment(behaviour).tune
     weights = {"cosine weight": cosine, "token weight": token, "KL weight": kl}
@@ -158,6 +159,8 @@ def plan(
     )  # fmt: skip
     check_layers(bench.model, config.layers)
     check_layers(bench.model, config.blocks)
+    if bench.has_vectors(behaviour):  # else they will be made, and fit
+        _fitting(bench, bench.vectors(behaviour), config)
     return f"tuning {direction}", Tuning(bench, behaviour, config).run
 
 
@@ -172,6 +175,13 @@ def plan_weights(bench: Bench, arm: str | None) -> tuple[str, Work]:
     return f"looking at {arm}", lambda job: _show_weights(job, "found", bench, arm)
 
 
+def _fitting(bench: Bench, vectors: SteeringVectors, config: TuneConfig) -> TuneConfig:
+    """The config with the vectors' own kind of hook point, whatever the behaviour's file says."""
+    found = replace(config, hook=vectors.kind)
+    readings_of(bench.model, vectors, found)  # refuses what cannot be tuned along
+    return found
+
+
 def _given(name: str, value: float | None) -> float:
     if value is None:
         raise ValueError(f"{name}: nothing came; a number is wanted.")
@@ -181,7 +191,7 @@ def _given(name: str, value: float | None) -> float:
 def usual(bench: Bench, behaviour: str) -> dict[str, Any]:
     """The settings that the behaviour's file asks for, by control; layers by depth, where the file's are too deep."""
     own, last = bench.experiment(behaviour).tune, bench.n_layers - 1
-    layers = own.layers if max(own.layers) <= last else range(round(0.7 * last), round(0.8 * last) + 1)
+    layers = own.layers if max(own.layers) <= last else range(bench.usual_layer, bench.at_depth(0.8) + 1)
     return {
         "layers": ", ".join(map(str, layers)), "steps": own.max_steps, "rate": own.learning_rate,
         "cosine": own.cosine_weight, "token": own.token_weight, "kl": own.kl_weight, "seed": own.seed,
@@ -201,12 +211,15 @@ class Tuning:
         self.bench, self.behaviour, self.config = bench, behaviour, config
         self.arm = "rep_tuned" if config.cosine_weight else "token_tuned"
         self.about = {"arm": self.arm, "direction": config.direction, "seed": config.seed}
+        self.said = behaviour
 
     def run(self, job: Job) -> None:
-        bench, config = self.bench, self.config
+        bench = self.bench
+        vectors = bench.vectors(self.behaviour)
+        self.config = config = _fitting(bench, vectors, self.config)
+        self.said = f"{self.behaviour}: {made(vectors)}"
         for slot in SLOTS:
             job.show(slot, None)
-        vectors = bench.vectors(self.behaviour)
         train, validation = self._targets()
         neutral = neutral_prompts()[: min(N_NEUTRAL, config.max_steps * config.neutral_batch_size)]
         with watched(_Losses(job, self)):
@@ -230,7 +243,7 @@ class Tuning:
         return protocol_of(experiment, self.bench.model).targets(self.config.direction)
 
     def draw(self, job: Job, history: list[dict[str, Any]]) -> None:
-        title = drawable(f"Losses while tuning {self.behaviour} {self.config.direction}, seed {self.config.seed}")
+        title = drawable(f"Losses while tuning {self.config.direction}, seed {self.config.seed} ({self.said})")
         job.show("losses", graph(plots.losses(history, title=title), f"{PAGE}-losses-graph"))
 
     def _show_inside(self, job: Job, vectors: SteeringVectors, delta: WeightDelta) -> None:
@@ -240,18 +253,18 @@ class Tuning:
         hooks, told = self._steering(vectors)
         arms: dict[str, Arm] = {"steered": hooks, self.arm: delta}
         moved = projection_changes(model, vectors, as_chat(model, prompts), arms, seed=config.seed)
-        title = drawable(f"{self.behaviour}: change of projection on validation prompts ({told})")
+        title = drawable(f"Change of projection ({told}; {self.said})")
         job.show("projections", graph(plots.projection_changes(moved, title=title), f"{PAGE}-projections-graph"))
         job.watch(None)
-        shifts = residual_shifts(model, arms, prompts, vectors, seed=config.seed)
-        title = drawable(f"Does tuning do inside what steering does? ({told})")
+        shifts = residual_shifts(model, arms, prompts, vectors, hook=vectors.kind, seed=config.seed)
+        title = drawable(f"Tuned beside steered ({told}; {self.said})")
         drawn = plots.residual_shifts(shifts.along, shifts.between, title=title)
         job.show("shifts", graph(drawn, f"{PAGE}-shifts-graph"))
 
     def _steering(self, vectors: SteeringVectors) -> tuple[list[FwdHook], str]:
         """What to set the tuning beside: the run's choice for this behaviour, else a usual dose."""
         direction, run = self.config.direction, self.bench.run
-        layer, multiplier = round(0.7 * (self.bench.n_layers - 1)), -2.0 if direction == "away" else 2.0
+        layer, multiplier = self.bench.usual_layer, -2.0 if direction == "away" else 2.0
         if run is not None and run.content["behaviour"] == self.behaviour:
             own = choices_of(run.content).get(direction)
             layer, multiplier = (int(own["layer"]), float(own["multiplier"])) if own else (layer, multiplier)
@@ -288,8 +301,9 @@ def _show_weights(job: Job, slot: str, bench: Bench, arm: str) -> None:
     delta = bench.delta(arm)
     behaviour = next((own.get("behaviour") for own in delta.config.get("vectors", ())), None)
     own = bench.vectors(behaviour) if behaviour is not None and bench.has_vectors(behaviour) else None
-    title = drawable(f"Which weights changed: {arm}")
-    drawn = plots.weight_changes(weight_changes(bench.model, delta, own), title=title)
+    kind, along = (own.kind, f" (along {behaviour}: {made(own)})") if own is not None else ("resid_post", "")
+    title = drawable(f"Changed weights: {arm}{along}")
+    drawn = plots.weight_changes(weight_changes(bench.model, delta, own, hook=kind), title=title)
     job.show(slot, graph(drawn, f"{PAGE}-{slot}-weights-graph"))
 
 

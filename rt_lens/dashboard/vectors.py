@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,12 +12,13 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 
 from rt_lens import plots
-from rt_lens.dashboard.bench import N_PAIRS, SEED, Bench
-from rt_lens.dashboard.panel import Work, choice, drawable, field, graph, table, workplace
+from rt_lens.dashboard.bench import N_PAIRS, SEED, Bench, made
+from rt_lens.dashboard.panel import Work, choice, field, graph, table, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.extraction import Trust, activation_map, cosines, logit_lens, norms, trust
 from rt_lens.methods import METHODS
+from rt_lens.plots.look import drawable
 from rt_lens.prompts import ContrastPairs
 from rt_lens.report.words import estimate
 from rt_lens.results import Results
@@ -95,16 +96,45 @@ def connect(app: Dash, bench: Bench) -> None:
             "file": Output("vectors-download", "data"),
             "error": Output("vectors-error", "children", allow_duplicate=True),
         },
-        inputs={"pressed": Input("vectors-save", "n_clicks"), "behaviour": State("vectors-found", "data")},
+        inputs={"pressed": Input("vectors-save", "n_clicks"), "found": State("vectors-found", "data")},
         prevent_initial_call=True,
     )
-    def download(pressed: int | None, behaviour: str | None) -> dict[str, Any]:
-        if not pressed or behaviour is None:  # the button has just been laid out
+    def download(pressed: int | None, found: Mapping[str, str] | None) -> dict[str, Any]:
+        if not pressed or found is None:  # the button has just been laid out
             return {"file": no_update, "error": no_update}
         try:
-            return {"file": as_download(bench, behaviour), "error": ""}
+            return {"file": as_download(bench, found["key"]), "error": ""}
         except ValueError as refusal:
             return {"file": no_update, "error": str(refusal)}
+
+    _connect_use(app, bench, Input("vectors-use", "n_clicks"), use)
+    _connect_use(
+        app, bench, Input("vectors-back", "n_clicks"), lambda bench, found: bench.forget_kept(found["behaviour"])
+    )
+    # Another tab, or another search, may have put others in use by the next visit.
+    _connect_use(app, bench, Input("url", "pathname"), lambda bench, found: None)
+
+
+def _connect_use(app: Dash, bench: Bench, pressed: Input, act: Callable[[Bench, Mapping[str, str]], None]) -> None:
+    """What is done with the vectors that stand on the page, and the line that says which are in use after it."""
+
+    @app.callback(
+        output={
+            "in_use": Output("vectors-in-use", "children", allow_duplicate=True),
+            "back_off": Output("vectors-back", "disabled", allow_duplicate=True),
+            "error": Output("vectors-error", "children", allow_duplicate=True),
+        },
+        inputs={"pressed": pressed, "found": State("vectors-found", "data")},
+        prevent_initial_call=True,
+    )
+    def press(pressed: int | str | None, found: Mapping[str, str] | None) -> dict[str, Any]:
+        if not pressed or found is None:  # the button has just been laid out
+            return {"in_use": no_update, "back_off": no_update, "error": no_update}
+        try:
+            act(bench, found)
+        except ValueError as refusal:
+            return {"in_use": no_update, "back_off": no_update, "error": str(refusal)}
+        return {"in_use": in_use(bench, found), "back_off": not bench.has_kept(found["behaviour"]), "error": ""}
 
 
 def plan(bench: Bench, behaviour: str, method: str, pairs: float | None, seed: float | None) -> tuple[str, Work]:
@@ -120,52 +150,87 @@ def plan(bench: Bench, behaviour: str, method: str, pairs: float | None, seed: f
     return "finding vectors", partial(_find, bench, behaviour, method, n_pairs, drawn)
 
 
-def as_download(bench: Bench, behaviour: str) -> Mapping[str, Any]:
-    """The file that `save` writes of the vectors which all pages use by now, as a browser takes it.
+def as_download(bench: Bench, key: str) -> Mapping[str, Any]:
+    """The file that `save` writes of vectors that were set aside, as a browser takes it.
 
     Raises:
-        ValueError: if there are none, as after a restart.
+        ValueError: if they are gone, as after a restart.
     """
-    if not bench.has_vectors(behaviour):
-        raise ValueError(f"vectors: those of {behaviour} are gone with the dashboard's restart. Find them again.")
-    vectors = bench.vectors(behaviour)
+    behaviour, vectors = bench.aside(key)
     with TemporaryDirectory() as folder:
         content = vectors.save(Path(folder) / "vectors.safetensors").read_bytes()
     return dcc.send_bytes(content, f"{behaviour}_{vectors.provenance.method}.safetensors")
+
+
+def use(bench: Bench, found: Mapping[str, str]) -> None:
+    """Puts the vectors that stand on the page in use on all pages.
+
+    Args:
+        bench: where they were set aside.
+        found: what the page remembers of them: key and behaviour.
+
+    Raises:
+        ValueError: if they are gone.
+    """
+    bench.keep_vectors(*bench.aside(found["key"]))
+
+
+def in_use(bench: Bench, found: Mapping[str, str]) -> str:
+    """Which vectors all pages use, seen from those that stand on the page."""
+    behaviour = found["behaviour"]
+    if not bench.has_kept(behaviour):
+        said = made(bench.vectors(behaviour)) if bench.has_vectors(behaviour) else "made when first needed"
+        return f"All pages use {bench.origin(behaviour)} for {behaviour} ({said}), not these."
+    kept = bench.vectors(behaviour)
+    try:
+        these = bench.aside(found["key"])[1] is kept
+    except ValueError:  # which the reader need not know before asking for them
+        these = False
+    if these:
+        return f"All pages use these for {behaviour} from now on ({made(kept)})."
+    return f"All pages use others for {behaviour}, found on this page ({made(kept)}), not these."
 
 
 def _find(bench: Bench, behaviour: str, method: str, n_pairs: int, seed: int, job: Job) -> None:
     model, (train, held_out) = bench.model, bench.pairs(behaviour)
     chosen = train.sample(n_pairs, seed)
     found = trust(model, chosen, held_out, method=method, seed=seed)
-    bench.keep_vectors(behaviour, found.vectors)
-    job.show("told", _told(behaviour, found, held_out))
+    key = bench.set_aside(behaviour, found.vectors)
+    job.show("told", _told(bench, {"key": key, "behaviour": behaviour}, found, held_out))
     title = f"{drawable(behaviour)}, {SAID.get(method, method)}: are the vectors to be trusted?"
     figure = plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended, title=title)
     job.show("trust", graph(figure, "vectors-trust-graph"))
     job.show("table", _layers(found))
-    layers = _few(bench.n_layers, found.best)
+    layers = _few(bench, found.best)
     mapped = activation_map(model, held_out.sample(_SHOWN, seed), layers=layers, seed=seed)
     job.show("map", graph(plots.activation_map(drawable(mapped)), "vectors-map-graph"))
     job.watch(None)
     lengths = norms(model, found.vectors, held_out.topics[:_SHOWN], seed=seed)
     job.show("norms", graph(plots.norms(lengths), "vectors-norms-graph"))
-    job.show("cosines", _beside_others(bench, found))
+    job.show("cosines", _beside_others(bench, behaviour, found))
     job.show("lens", graph(plots.logit_lens(drawable(logit_lens(model, found.vectors))), "vectors-lens-graph"))
 
 
-def _told(behaviour: str, found: Trust, held_out: ContrastPairs) -> Component:
-    """What was found in a sentence, and what has become of it."""
-    made = found.vectors.provenance
+def _told(bench: Bench, remembered: Mapping[str, str], found: Trust, held_out: ContrastPairs) -> Component:
+    """What was found in a sentence, and what may be done with it."""
+    behaviour = remembered["behaviour"]
+    buttons = [
+        html.Button("Download the vectors", id="vectors-save"),
+        html.Button("Use these on all pages", id="vectors-use"),
+        html.Button(
+            f"Use {bench.origin(behaviour)} again", id="vectors-back", disabled=not bench.has_kept(behaviour)
+        ),
+    ]  # fmt: skip
     return html.Div(
         [
             html.P([html.B("Recommended. "), found.reason]),
             html.P(
-                f"From {made.n_pairs} training pairs, tried on pairs of {len(held_out.topics)} validation topics; seed "
-                f"{found.seed}. All pages use these vectors for {behaviour} from now on."
+                f"From {found.vectors.provenance.n_pairs} training pairs, tried on pairs of {len(held_out.topics)} "
+                f"validation topics; seed {found.seed}."
             ),
-            html.P(html.Button("Download the vectors", id="vectors-save")),
-            dcc.Store(id="vectors-found", data=behaviour),
+            html.Div(buttons, className="buttons"),
+            html.P(in_use(bench, remembered), id="vectors-in-use", className="note", role="status"),
+            dcc.Store(id="vectors-found", data=dict(remembered)),
         ]
     )
 
@@ -185,11 +250,12 @@ def _layers(found: Trust) -> Component:
     return table(rows, f"Each layer on held-out pairs, one of each topic; seed {found.seed}")
 
 
-def _beside_others(bench: Bench, found: Trust) -> Component | None:
+def _beside_others(bench: Bench, behaviour: str, found: Trust) -> Component | None:
     """Cosines with the other behaviours whose vectors are here, at the best layer; nothing where it stands alone."""
     layer = found.best if found.best is not None else int(found.layers["layer"].iloc[-1])
     (name,) = hook_names([layer], "resid_post")
-    here = {each: bench.vectors(each) for each in bench.behaviours() if bench.has_vectors(each)}
+    others = [each for each in bench.behaviours() if each != behaviour and bench.has_vectors(each)]
+    here = {behaviour: found.vectors, **{each: bench.vectors(each) for each in others}}
     fitting = {drawable(each): own for each, own in here.items() if name in own.hook_names}
     if len(fitting) < 2:
         return None
@@ -197,7 +263,6 @@ def _beside_others(bench: Bench, found: Trust) -> Component | None:
     return graph(plots.cosines(cosines(fitting, layers=[layer]), title=title), "vectors-cosines-graph")
 
 
-def _few(n_layers: int, best: int | None) -> list[int]:
+def _few(bench: Bench, best: int | None) -> list[int]:
     """The layers to draw a map of: an early one, the best or a middle one, and the last."""
-    middle = round(0.5 * (n_layers - 1)) if best is None else best
-    return sorted({round(0.25 * (n_layers - 1)), middle, n_layers - 1})
+    return sorted({bench.at_depth(0.25), bench.at_depth(0.5) if best is None else best, bench.at_depth(1)})

@@ -8,8 +8,10 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from rt_lens.progress import Step, watched
 
@@ -17,6 +19,14 @@ _KEPT = 64
 _log = logging.getLogger(__name__)
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
+
+
+_TURNS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+
+
+def turn_of(model: Any) -> AbstractContextManager[Any]:
+    """One lock for each model, which two dashboards may share; nothing to wait for without one."""
+    return nullcontext() if model is None else _TURNS.setdefault(model, threading.Lock())
 
 
 class Stopped(Exception):
@@ -71,7 +81,9 @@ class Job:
 class Jobs:
     """A queue and the one thread that works it off: a model's hooks and weights are for one user at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: AbstractContextManager[Any]) -> None:
+        """`turn` is held while a job runs; see `turn_of`."""
+        self._turn = turn
         self._jobs: dict[str, Job] = {}
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._numbers = itertools.count()
@@ -123,14 +135,15 @@ class Jobs:
     def _run(self, job: Job) -> None:
         job.state = "running"
         try:
-            with watched(job.watch):
+            with self._turn, watched(job.watch):
+                job.watch(None)  # it may have been stopped while another dashboard had its turn
                 job.work(job)
             job.state = "done"
         except Stopped:
             job.state = "stopped"
-        except (ValueError, OSError, ArithmeticError, ImportError) as refusal:  # what rt_lens says to its users
+        except (ValueError, OSError, ArithmeticError, ImportError, MemoryError) as refusal:  # said to rt_lens's users
             job.error, job.state = str(refusal), "failed"
-        except Exception as fault:
+        except BaseException as fault:  # whatever it is, the next job must find its worker
             _log.exception("the job %r failed", job.name)
             told = f"{type(fault).__name__}: {fault}"
             job.error, job.state = f"{told} (unexpected; the terminal of the dashboard says more)", "failed"
@@ -141,6 +154,10 @@ def told(job: Job, ahead: Mapping[str, Any] | list[Job]) -> str:
     if job.state == "waiting":
         return f"Waiting for {len(ahead)} before it." if ahead else "Starting."
     if job.state == "running":
-        steps = [f"{step.stage}: {step.done} of {step.total or '?'} {step.unit}s" for step in job.unfinished]
+        steps = [f"{step.stage}: {step.done} of {step.total or '?'} {_several(step.unit)}" for step in job.unfinished]
         return f"{job.name[:1].upper()}{job.name[1:]} …" + (f" {'; '.join(steps)}" if steps else "")
     return {"done": "Done.", "stopped": "Stopped.", "failed": ""}[job.state]
+
+
+def _several(unit: str) -> str:
+    return f"{unit}{'es' if unit.endswith(('ch', 's', 'x')) else 's'}"

@@ -169,7 +169,8 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
         f"{where} to tell held-out texts apart nearly as well as any (at layer {run[0]} AUC {best['auc']:.2f} "
         f"[{best['auc_low']:.2f}, {best['auc_high']:.2f}], pair accuracy {best['accuracy']:.2f} "
         f"[{best['accuracy_low']:.2f}, {best['accuracy_high']:.2f}], n = {n} pairs; random directions reach "
-        f"{best['control_high']:.2f}) with halves of the data that agree (cosine {best['stability']:.2f})."
+        f"{best['control_high']:.2f}) with halves of the data that agree (cosine {best['stability']:.2f}). "
+        "These very pairs picked the layers, which flatters them."
     )
     return run, run[0], reason
 

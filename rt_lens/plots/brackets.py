@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from rt_lens.plots.look import INK, Table, estimate, number, tidy
+from rt_lens.plots.look import INK, Table, estimate, number, seeds_of, tidy
 
 LABEL = 26  # px from a bar's whisker to above its label
 _STEP, _FOOT = 29, 6  # px: from one bracket to the next, and the length of its ends
@@ -108,10 +108,9 @@ def significance(row: pd.Series) -> str:
 
 def difference(row: pd.Series) -> str:
     """The comparison in full, for a hover."""
-    seeds = ", ".join(map(str, row["seeds"]))
     return (
         f"{row['a']} minus {row['b']}: {estimate(row, 'difference')}<br>{significance(row)}"
-        f"<br>n = {row['n']:g}, seeds {seeds}"
+        f"<br>n = {row['n']:g}, {seeds_of(row)}"
     )
 
 

@@ -29,6 +29,7 @@ from rt_lens.plots.look import (
     number,
     ordered,
     sample,
+    seeds_of,
     tidy,
     unsteered,
 )
@@ -296,7 +297,7 @@ def _arm_hover(row: pd.Series, pairs: pd.DataFrame) -> str:
     across = [difference(pair) for _, pair in mine[mine["b_direction"] != row["direction"]].iterrows()]
     own = (
         f"{row['arm']}, {row['direction']}<br>score {estimate(row)}<br>perplexity {number(row['perplexity'])}"
-        f"<br>KL {number(row['kl'])} nats per token<br>n = {row['n']:g}, seeds {', '.join(map(str, row['seeds']))}"
+        f"<br>KL {number(row['kl'])} nats per token<br>n = {row['n']:g}, {seeds_of(row)}"
     )
     return "<br><br>".join([own, *across])
 

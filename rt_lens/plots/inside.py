@@ -89,13 +89,9 @@ def projection_changes(table: Table, *, title: str = "How far along the vector e
     Raises:
         ValueError: if a column or all rows are missing.
     """
-    frame = tidy(table, words=("arm", "seed"), numbers=("layer", "n", "mean", "low", "high"))
-    figure = go.Figure(_lines(frame, "change of projection", units=" activation units"))
-    figure.add_hline(y=0, line={"color": FAINT, "width": 1})
-    figure.update_xaxes(title_text="layer (block index)")
-    figure.update_yaxes(title_text="change of mean projection<br>on unit vector (activation units)")
     reading = "Above zero the arm moves texts towards the vector's side, below to the other; band: 95 % interval."
-    return dressed(figure, title, reading, sample(frame), showlegend=True, legend_traceorder="normal")
+    axis = "change of mean projection<br>on unit vector (activation units)"
+    return _over_layers(table, "change of projection", axis, title, reading)
 
 
 def projection_curves(table: Table, *, title: str = "Where each arm's texts lie on the vector") -> go.Figure:
@@ -109,13 +105,9 @@ def projection_curves(table: Table, *, title: str = "Where each arm's texts lie 
     Raises:
         ValueError: if a column or all rows are missing.
     """
-    frame = tidy(table, words=("arm", "seed"), numbers=("layer", "n", "mean", "low", "high"))
-    figure = go.Figure(_lines(frame, "projection", units=" activation units"))
-    figure.add_hline(y=0, line={"color": FAINT, "width": 1})
-    figure.update_xaxes(title_text="layer (block index)")
-    figure.update_yaxes(title_text="mean projection on unit vector<br>(activation units)")
     reading = "Above zero an arm's texts lie on the vector's side, below on the other. Band: 95 % interval over texts."
-    return dressed(figure, title, reading, sample(frame), showlegend=True, legend_traceorder="normal")
+    axis = "mean projection on unit vector<br>(activation units)"
+    return _over_layers(table, "projection", axis, title, reading)
 
 
 def residual_shifts(
@@ -171,6 +163,16 @@ def residual_shifts(
     return figure.update_layout(
         legend={**legend, "y": 1, "title_text": "arm"}, legend2={**legend, "y": 0.44, "title_text": "two arms"}
     )
+
+
+def _over_layers(table: Table, measured: str, axis: str, title: str, reading: str) -> go.Figure:
+    """A line with its band per arm, of a projection in activation units."""
+    frame = tidy(table, words=("arm", "seed"), numbers=("layer", "n", "mean", "low", "high"))
+    figure = go.Figure(_lines(frame, measured, units=" activation units"))
+    figure.add_hline(y=0, line={"color": FAINT, "width": 1})
+    figure.update_xaxes(title_text="layer (block index)")
+    figure.update_yaxes(title_text=axis)
+    return dressed(figure, title, reading, sample(frame), showlegend=True, legend_traceorder="normal")
 
 
 def _heat(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -83,6 +84,28 @@ def dressed(
     return figure
 
 
+def drawable(value: Any) -> Any:
+    """A copy whose every string, in keys and column names too, is safe to draw: Plotly renders some HTML.
+
+    For whoever puts a model's or a user's words on a page. Quotes stay: Plotly knows &lt; &gt; &amp; but not &quot;.
+
+    Args:
+        value: a string, a mapping, a list, a tuple (a list comes back), a table, or any of these in one another; what
+            is none of them comes back as it is.
+
+    Example:
+        >>> drawable({"token": "<b>"})
+        {'token': '&lt;b&gt;'}
+    """
+    if isinstance(value, str):
+        return escape(value, quote=False)
+    if isinstance(value, Mapping):
+        return {drawable(key): drawable(inner) for key, inner in value.items()}
+    if isinstance(value, pd.DataFrame):
+        return value.rename(columns=drawable).map(drawable)
+    return [drawable(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def sample(frame: pd.DataFrame) -> str:
     """The size and seeds of what is drawn ("n = 72; seeds 0, 1."), from the columns n and seeds or seed, if there."""
     facts = []
@@ -97,6 +120,11 @@ def sample(frame: pd.DataFrame) -> str:
         word = "seed" if len(seeds) == 1 else "seeds"
         facts.append(f"{word if facts else word.capitalize()} {', '.join(map(str, sorted(seeds)))}")
     return "; ".join(facts) + "." if facts else ""
+
+
+def seeds_of(row: pd.Series) -> str:
+    """For a hover: `seeds 0, 1`; an arm that was never tuned has none."""
+    return f"seeds {', '.join(map(str, row['seeds'])) or '–'}"
 
 
 def estimate(row: pd.Series, centre: str = "mean") -> str:

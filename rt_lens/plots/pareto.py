@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from rt_lens.plots.look import FAINT, INK, SYMBOLS, Table, arm_colours, dressed, number, ordered, sample, tidy
+from rt_lens.plots.look import FAINT, INK, SYMBOLS, Table, arm_colours, dressed, number, ordered, sample, seeds_of, tidy
 
 _HARMS = {"kl": "KL from the untuned model (nats per token)", "perplexity": "perplexity on neutral texts"}
 _PANEL = (900.0, 330.0)  # pixels of a page's panel, by which labels are kept apart
@@ -118,7 +118,7 @@ def _marks(frame: pd.DataFrame, against: str) -> list[go.Scatter]:
                     f"{row['label']}{'' if hollow else ' (none beats it)'}<br>"
                     f"{row['set']}, {row['scorer']} {_stated(row, 'mean', 'low', 'high')}, n = {row['n']:g}<br>"
                     f"{against} {_stated(row, 'harm', 'harm_low', 'harm_high')}, n = {number(row['n_texts'], 0)} texts"
-                    f"<br>seeds {', '.join(map(str, row['seeds']))}"
+                    f"<br>{seeds_of(row)}"
                 ),
                 hoverinfo="text",
             )

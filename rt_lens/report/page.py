@@ -147,5 +147,5 @@ def _found(results: Mapping[str, Any]) -> str:
         for number, (name, own) in enumerate(told.sets.items())
     ]
     cost = [f"<h3>At what cost</h3>{items(told.cost)}"] if told.cost else []
-    first = [f"<p><b>{escape(' '.join(headline(results)))}</b></p>", items(told.opening) if told.opening else "", arms]
-    return "\n".join([*first, *parts, *cost])
+    heads = [f"<p><b>{escape(claim)}</b> {escape(ground)}</p>" for claim, ground in headline(results)]
+    return "\n".join([*heads, items(told.opening) if told.opening else "", arms, *parts, *cost])

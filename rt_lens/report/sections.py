@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape, unescape
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from rt_lens import plots
+from rt_lens.plots.look import drawable
 from rt_lens.report.markup import Part, boxed, chart, folded, items, table
-from rt_lens.report.words import Row, arm, estimate, grouped, number, of_first_scorer, p_value
+from rt_lens.report.words import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value
 from rt_lens.results import efficient
 from rt_lens.results.schema import choices_of
 
@@ -29,10 +30,10 @@ def sections(results: Mapping[str, Any], responses: Sequence[Row], projections: 
         _comparisons(results),
         _side_effects(results),
         Part("Dose-response", _dose_response(results)),
-        Part("Separability", _figure("separability", plots.separability, _drawn(_seeded(results, "separability")))),
-        _projections(_drawn(projections), results),
-        Part("Losses", _figure("losses", plots.losses, _drawn(results["history"]))),
-        Part("Logit lens", _figure("logit-lens", plots.logit_lens, _drawn(results["logit_lens"]))),
+        Part("Separability", _figure("separability", plots.separability, drawable(_seeded(results, "separability")))),
+        _projections(drawable(projections), results),
+        Part("Losses", _figure("losses", plots.losses, drawable(results["history"]))),
+        Part("Logit lens", _figure("logit-lens", plots.logit_lens, drawable(results["logit_lens"]))),
         _responses(responses),
     ]
 
@@ -53,10 +54,10 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
 def _arms(results: Mapping[str, Any]) -> Part:
     """For each set a chart of its first scorer and a table of all its scorers; at the end each seed by itself."""
     first, parts, chance = of_first_scorer(results["summary"]), [], results["protocol"].get("chance", {})
-    pairs = _drawn(results["comparisons"])
+    pairs = drawable(results["comparisons"])
     for place, ((name,), rows) in enumerate(grouped(results["summary"], "set").items()):
-        title = _drawn(f"Score of every arm: {name}")
-        drawn = plots.arms(_drawn(first[name]), comparisons=pairs, title=title)
+        title = drawable(f"Score of every arm: {name}")
+        drawn = plots.arms(drawable(first[name]), comparisons=pairs, title=title)
         blind = f"<p>Blind choice among the options scores {number(chance[name])}.</p>" if name in chance else ""
         n = ", ".join(sorted({str(row["n"]) for row in rows}))
         html = blind + chart(f"arms-{place}", drawn) + _scored(f"scores, {name}", rows)
@@ -71,14 +72,15 @@ def _arms(results: Mapping[str, Any]) -> Part:
 
 
 def _scored(label: str, rows: Sequence[Row]) -> str:
-    """Arms down, scorers across."""
+    """Arms down, scorers across; n in a column, or beside each score where they differ."""
     scorers = list(dict.fromkeys(row["scorer"] for row in rows))
+    alike = len({row["n"] for row in rows}) == 1
     body = []
     for own in grouped(rows, "arm", "direction").values():
-        by_scorer = {row["scorer"]: estimate(row) for row in own}
+        by_scorer = {row["scorer"]: estimate(row) + ("" if alike else f", n = {row['n']}") for row in own}
         cells = [by_scorer.get(scorer, "–") for scorer in scorers]
-        body.append([arm(own[0]), *cells, str(own[0]["n"]), ", ".join(map(str, own[0]["seeds"]))])
-    return table(label, ("arm", *(f"{scorer} [95 %]" for scorer in scorers), "n", "seeds"), body)
+        body.append([arm(own[0]), *cells, *([str(own[0]["n"])] * alike), ", ".join(map(str, own[0]["seeds"]))])
+    return table(label, ("arm", *(f"{scorer} [95 %]" for scorer in scorers), *(["n"] * alike), "seeds"), body)
 
 
 def _comparisons(results: Mapping[str, Any]) -> Part:
@@ -97,8 +99,8 @@ def _comparisons(results: Mapping[str, Any]) -> Part:
         ]
         parts.append(Part(name, table(f"comparisons, {name}", header, body)))
     note = (
-        "<p>Paired by prompt; an interval that leaves out zero shows a difference, taken by itself. "
-        f"Of {n} comparisons some would by chance: Holm’s p is corrected for that.</p>"
+        "<p>Paired by prompt; an interval that leaves out zero shows a difference, taken by itself. If nothing "
+        f"differed, about one in twenty of {n} comparisons would show one: Holm’s p is corrected for that.</p>"
     )
     return Part("Comparisons", note, tuple(parts))
 
@@ -123,10 +125,9 @@ def _side_effects(results: Mapping[str, Any]) -> Part:
 def _paretos(summary: Sequence[Row]) -> Iterator[Part]:
     for place, (name, own) in enumerate(of_first_scorer(summary).items()):
         heading = f"{name}: effect against side effect"
-        kinds: tuple[Literal["kl", "perplexity"], ...] = ("kl", "perplexity")
-        harm = next((key for key in kinds if any(row[key] is not None for row in own)), None)
+        harm = harm_of(own)
         if harm is not None:
-            drawn = plots.pareto(_drawn(efficient(own, harm=harm)), against=harm, title=_drawn(heading))
+            drawn = plots.pareto(drawable(efficient(own, harm=harm)), against=harm, title=drawable(heading))
             yield Part(f"{name}, against its cost", chart(f"pareto-{place}", drawn))
 
 
@@ -151,7 +152,7 @@ def _dose_response(results: Mapping[str, Any]) -> str:
         for direction, choice in made.items()
     )
     chosen = [(choice["layer"], choice["multiplier"]) for choice in made.values()]
-    rows = _drawn(_seeded(results, "dose_response"))
+    rows = drawable(_seeded(results, "dose_response"))
     figure = _figure("dose-response", plots.dose_response, rows, bound=results["bound"], chosen=chosen)
     return rule + told + figure
 
@@ -212,15 +213,6 @@ def _answered(name: str, responses: Sequence[Row], n_shown: int) -> str:
 def _figure(name: str, draw: Callable[..., go.Figure], rows: Sequence[Row], **options: Any) -> str:
     """The chart of these rows, or a plain word that this run has none (a run without tuning has no losses)."""
     return chart(name, draw(rows, **options)) if rows else _NONE
-
-
-def _drawn(value: Any) -> Any:
-    """A copy whose every string is safe inside a figure. Plotly knows &lt; &gt; &amp; but not &quot;."""
-    if isinstance(value, str):
-        return escape(value, quote=False)
-    if isinstance(value, Mapping):
-        return {_drawn(key): _drawn(inner) for key, inner in value.items()}
-    return [_drawn(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _seeded(results: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

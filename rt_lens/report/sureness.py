@@ -27,10 +27,11 @@ def sureness_sentences(results: Mapping[str, Any]) -> list[str]:
 
 
 def _intervals(results: Mapping[str, Any]) -> str:
-    sizes = [row["n"] for row in results["summary"]]
+    sizes, several = [row["n"] for row in results["summary"]], any(len(row["seeds"]) > 1 for row in results["summary"])
+    seeded = ", and for an arm with several seeds how far other seeds could have" if several else ""
     return (
-        f"Each score is a mean over {counted(sizes)} answers. The 95 % interval in brackets says how far other prompts "
-        "of the same kind could have moved it: about 95 in 100 such intervals hold the true mean."
+        f"Each score is a mean over {counted(sizes)} prompts. The 95 % interval in brackets says how far other prompts "
+        f"of the same kind could have moved it{seeded}: about 95 in 100 such intervals hold the true mean."
     )
 
 
@@ -64,8 +65,8 @@ def _corrected(results: Mapping[str, Any]) -> list[str]:
     else:
         alone = sum(shows(row) and not holds(row) for row in rows)
         found = (
-            f"{len(rows)} comparisons were made, of which about one in twenty has p below 0.05 by chance. After Holm’s "
-            f"correction for that {beyond} hold; {alone} more hold only taken alone."
+            f"{len(rows)} comparisons were made; if nothing differed, about one in twenty would have p below 0.05. "
+            f"After Holm’s correction for that {beyond} hold; {alone} more hold only taken alone."
         )
     return [found, "Where no difference is shown there may still be one: its interval says how large."]
 
@@ -73,9 +74,15 @@ def _corrected(results: Mapping[str, Any]) -> list[str]:
 def _choices(results: Mapping[str, Any]) -> list[str]:
     asked = [row["n"] for row in results["dose_response"]]
     on = f"{counted(asked)} validation prompts" if asked else "validation prompts"
+    seen = "Vectors saw training topics only; layer and multiplier were chosen on"
+    if results["history"]:
+        # The validation loss ends the tuning and picks the weights that are kept.
+        seen = (
+            "Vectors and gradients saw training topics only; when to stop tuning was chosen on validation topics, "
+            "layer and multiplier on"
+        )
     sentences = [
-        "Vectors and weights saw training topics only. Layer and multiplier were chosen on "
-        f"{on}, and the test prompts were asked once, at the end: they chose nothing in this run. Whether somebody "
+        f"{seen} {on}. The test prompts were asked once, at the end: they chose nothing in this run. Whether somebody "
         "changed the settings after seeing answers to them in an earlier run, no page can tell."
     ]
     if results["protocol"]["calibration"]:
@@ -89,7 +96,10 @@ def _surer(results: Mapping[str, Any]) -> list[str]:
     tuned = {(row["arm"], row["direction"]) for row in results["history"]}
     few = any(len(row["seeds"]) < 3 for row in results["summary"] if (row["arm"], row["direction"]) in tuned)
     seeds = "three or more seeds for every tuned arm" if few else "more seeds"
+    # With several seeds their spread is part of the interval, and more prompts leave it as it is.
+    once = any(len(row["seeds"]) == 1 for row in results["summary"])
+    halve = " (four times as many halve the interval of an arm with one seed)" if once else ""
     return [
-        f"What would make it surer: {seeds}; more test prompts (four times as many halve an interval); another split "
-        "of the topics; another scorer, behaviour and model."
+        f"What would make it surer: {seeds}; more test prompts{halve}; another split of the topics; another scorer, "
+        "behaviour and model."
     ]

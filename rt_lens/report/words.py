@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 Row = Mapping[str, Any]
 
@@ -31,6 +31,13 @@ def arm(row: Row, which: str = "arm") -> str:
     """An arm with its direction, if it has one."""
     direction = row["direction" if which == "arm" else f"{which}_direction"]
     return str(row[which]) if direction == "none" else f"{row[which]}, {direction}"
+
+
+def harm_of(rows: Iterable[Row]) -> Literal["kl", "perplexity"] | None:
+    """The side effect to set scores against: KL, or perplexity where KL was not measured, or none."""
+    rows = list(rows)
+    kinds: tuple[Literal["kl", "perplexity"], ...] = ("kl", "perplexity")
+    return next((kind for kind in kinds if any(row[kind] is not None for row in rows)), None)
 
 
 def sample(row: Row) -> str:
