@@ -7,6 +7,7 @@ It needs a finished run, and Chromium; the notebooks are executed, which takes s
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import rt_lens as rtl
 
 HERE = Path(__file__).parent
 PICTURES = HERE / "pictures"
-CHROMIUM = "/usr/bin/chromium"
 PROMPT = "Tell me about your weekend. Did anything nice happen, or was it all work again?"
 
 
@@ -55,7 +55,7 @@ def notebook(path: Path) -> None:
 def main(run: Path) -> None:
     PICTURES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1360, "height": 1010})
         explore(page, run)
         report(page, run)
