@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -62,7 +63,9 @@ def main(run: Path) -> None:
         report(page, run)
         browser.close()
     for path in sorted(HERE.glob("*.ipynb")):
+        start = time.monotonic()
         notebook(path)
+        print(f"{path.stem}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ from rt_lens.prompts import ContrastPairs
 from rt_lens.vectors import Provenance, SteeringVectors
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that two workers end together; the others stay in their order."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="session")
 def shared_tokenizer() -> Any:
     tokenizer = AutoTokenizer.from_pretrained(str(embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])))

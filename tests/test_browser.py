@@ -294,8 +294,8 @@ def notebook(board) -> Iterator[int]:
         server.shutdown()
 
 
-def test_in_a_notebook_s_frame_it_works(context, notebook, model, vectors):
-    page = context.new_page()
+def test_in_a_notebook_s_frame_it_works(chromium, notebook, model, vectors):
+    page = chromium.new_page()
     page.goto(f"http://localhost:{notebook}/")
     frame = page.frame_locator("iframe")
     frame.locator("#explore-prompt").fill("How was your day?")
@@ -304,6 +304,7 @@ def test_in_a_notebook_s_frame_it_works(context, notebook, model, vectors):
     expect(frame.locator("#explore-status")).to_have_text("Done.")
     untuned = frame.locator("#explore-answers article p").first.text_content()
     assert untuned == replies(model, vectors, "How was your day?")["untuned"]
+    page.close()
 
 
 def test_a_page_from_elsewhere_cannot_frame_it(chromium, notebook):
