@@ -26,6 +26,7 @@ PROMPT = "Tell me about your weekend. Did anything nice happen, or was it all wo
 
 def explore(page: Page, run: Path) -> None:
     board = rtl.dashboard(rtl.load_model(), run=run)
+    page.set_viewport_size({"width": 1360, "height": 1540})  # from the map down to the trace
     page.goto(board.url)
     page.fill("#explore-prompt", PROMPT)
     page.click("#explore-start")
@@ -36,6 +37,7 @@ def explore(page: Page, run: Path) -> None:
 
 
 def report(page: Page, run: Path) -> None:
+    page.set_viewport_size({"width": 1360, "height": 1010})
     page.goto((run / "report.html").resolve().as_uri())
     page.wait_for_timeout(2000)
     page.screenshot(path=PICTURES / "report.png")
@@ -58,7 +60,7 @@ def main(run: Path) -> None:
     with sync_playwright() as playwright:
         found = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1360, "height": 1010})
+        page = browser.new_page()
         explore(page, run)
         report(page, run)
         browser.close()
