@@ -167,6 +167,7 @@ class _Look:
         shown, layers = drawable(tokens), [layer_of(name) for name in vectors.hook_names]
         title = f"Projection of the prompt's tokens ({self.about})"
         job.show("map", graph(plots.projection_heatmap(found, shown, layers, title=title), "explore-map-graph"))
+        job.let_look()
         at_layer = {name: values[layers.index(self.layer)] for name, values in found.items()}
         title = f"The prompt, coloured by its projection at layer {self.layer} ({self.about})"
         job.show("words", graph(plots.coloured_tokens(shown, at_layer, title=title), "explore-words-graph"))

@@ -15,7 +15,7 @@ from dash.exceptions import PreventUpdate
 from rt_lens.dashboard.bench import Bench
 from rt_lens.dashboard.work import Job, told
 
-TICK = 150  # milliseconds between two looks at a job
+TICK = 100  # milliseconds between two looks at a job
 # A look that is still on its way is dropped for the next one, so a busy machine must not be asked again too soon; and
 # a server that is away must be asked again some day.
 _PATIENCE = 5000
@@ -184,6 +184,8 @@ def connect(
             job.shown[slot] if now.get(f"{key} {slot}", 0) > seen.get(f"{key} {slot}", 0) else no_update
             for slot in slots
         ]
+        if any(content is not no_update for content in new):
+            job.looked.set()
         if ended:  # what earlier work has left would be taken for this one's
             new = [content if slot in job.shown else None for slot, content in zip(slots, new, strict=True)]
         step = next(iter(job.unfinished), None)

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from rt_lens.progress import Step, watched
 
 _KEPT = 64
+_A_LOOK = 0.3  # seconds
 _log = logging.getLogger(__name__)
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
@@ -44,6 +45,9 @@ class Job:
         error: what went wrong, in a sentence for the reader.
         shown: slot of the page -> what it shows by now.
         versions: slot -> how often that has changed.
+        steps: stage -> how far its bar is.
+        stop: set once the reader wants no more.
+        looked: set when the tab fetches something.
     """
 
     name: str
@@ -55,11 +59,17 @@ class Job:
     versions: dict[str, int] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
+    looked: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def show(self, slot: str, content: Any) -> None:
         """Puts something in a slot of the page, at the tab's next look."""
         self.shown[slot] = content
         self.versions[slot] = self.versions.get(slot, 0) + 1
+
+    def let_look(self) -> None:
+        """Waits a moment for the tab to fetch what is shown, before work that leaves it no core to draw it with."""
+        self.looked.clear()
+        self.looked.wait(_A_LOOK)
 
     def watch(self, step: Step | None) -> None:
         """What the bars of the work tell; raises once the reader wants no more."""
