@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dash.development.base_component import Component
+from pages import cells, figures, parts
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
@@ -101,24 +101,10 @@ def done(work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> Kept
     return job
 
 
-def parts(content: Any) -> list[Any]:
-    each = content if isinstance(content, list) else [content]
-    return [part for one in each for part in ([one, *one._traverse()] if isinstance(one, Component) else [one])]
-
-
-def figures(content: Any) -> dict[str, Any]:
-    return {part.id: part.figure for part in parts(content) if type(part).__name__ == "Graph"}
-
-
 def text(content: Any) -> str:
     held = [getattr(part, "children", part) for part in parts(content)]
     each = [child for children in held for child in (children if isinstance(children, list) else [children])]
     return " ".join(child for child in each if isinstance(child, str))
-
-
-def cells(content: Any) -> list[list[str]]:
-    rows = [part for part in parts(content) if type(part).__name__ == "Tr"]
-    return [[cell.children for cell in row.children] for row in rows]
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dash import Dash
-from dash.development.base_component import Component
+from pages import cells, figures, parts
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
@@ -79,23 +79,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def parts(content: Any) -> list[Any]:
-    return [content, *content._traverse()] if isinstance(content, Component) else [content]
-
-
-def figures(content: Any) -> dict[str, Any]:
-    return {part.id: part.figure for part in parts(content) if type(part).__name__ == "Graph"}
-
-
 def text(content: Any) -> str:
     held = [getattr(part, "children", None) for part in parts(content)]
     each = [child for children in held for child in (children if isinstance(children, list) else [children])]
     return "".join(child for child in each if isinstance(child, str))
-
-
-def cells(content: Any) -> list[list[str]]:
-    rows = [part for part in parts(content) if type(part).__name__ == "Tr"]
-    return [[cell.children for cell in row.children] for row in rows]
 
 
 def done(work: Callable[[Job], Any]) -> Job:

@@ -19,6 +19,7 @@ from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.extraction import token_projections
 from rt_lens.generation import NewToken, as_chat, generate
+from rt_lens.plots.layers import without_first
 from rt_lens.plots.look import drawable
 from rt_lens.results import Results
 from rt_lens.results.schema import choices_of
@@ -171,10 +172,9 @@ class _Look:
         at_layer = {name: values[layers.index(self.layer)] for name, values in found.items()}
         title = f"The prompt, coloured by its projection at layer {self.layer} ({self.about})"
         job.show("words", graph(plots.coloured_tokens(shown, at_layer, title=title), "explore-words-graph"))
-        later = slice(1, None) if len(tokens) > 1 else slice(None)  # the first token drowns the others
-        rest = {name: values[:, later] for name, values in found.items()}
+        averaged, rest = without_first(found, shown)
         title = f"The prompt's projection by layer ({self.about})"
-        drawn = plots.projection_by_layer(rest, tokens=shown[later], layers=layers, title=title)
+        drawn = plots.projection_by_layer(averaged, tokens=rest, layers=layers, title=title)
         job.show("curves", graph(drawn, "explore-curves-graph"))
 
     def _show_answers(self, job: Job, model: Any, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:

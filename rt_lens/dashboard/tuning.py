@@ -29,6 +29,7 @@ from rt_lens.forward import check_layers
 from rt_lens.generation import as_chat
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.losses import Direction
+from rt_lens.plots.layers import without_first
 from rt_lens.plots.look import LOSS_PARTS, drawable
 from rt_lens.progress import Step, watched
 from rt_lens.prompts import ContrastPairs
@@ -80,9 +81,8 @@ def _projections(found: Mapping[str, Any]) -> list[Component]:
     """The lines of all arms, and a map of each tuned arm against the first (`found` is safe to draw)."""
     arms = {name: np.asarray(values, dtype=float) for name, values in found["arms"].items()}
     tokens, layers = found["tokens"], found["layers"]
-    rest = slice(1, None) if len(tokens) > 1 else slice(None)  # the first token would drown the others
-    averaged = {name: values[:, rest] for name, values in arms.items()}
-    lines = plots.projection_by_layer(averaged, tokens=tokens[rest], layers=layers)
+    averaged, rest = without_first(arms, tokens)
+    lines = plots.projection_by_layer(averaged, tokens=rest, layers=layers)
     shown: list[Component] = [graph(lines, f"{PAGE}-run-lines")]
     first, *others = arms
     for place, name in enumerate(name for name in others if "tuned" in name):

@@ -7,7 +7,7 @@ import logging
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -159,7 +159,7 @@ class Jobs:
             job.error, job.state = f"{told} (unexpected; the terminal of the dashboard says more)", "failed"
 
 
-def told(job: Job, ahead: Mapping[str, Any] | list[Job]) -> str:
+def told(job: Job, ahead: list[Job]) -> str:
     """How far it is, in a line."""
     if job.state == "waiting":
         return f"Waiting for {len(ahead)} before it." if ahead else "Starting."

@@ -104,6 +104,21 @@ def projection_by_layer(
     return dressed(figure, title, "Above zero the arm lies on the vector's side, below on the other.", facts)
 
 
+def without_first(
+    projections: Mapping[str, np.ndarray], tokens: Sequence[str]
+) -> tuple[dict[str, np.ndarray], Sequence[str]]:
+    """Projections and tokens for `projection_by_layer`, without the first token, if it is not the only one.
+
+    It is an attention sink: its huge activations would drown the average of the others.
+
+    Args:
+        projections: name -> "layer pos".
+        tokens: one per position.
+    """
+    rest = slice(1, None) if len(tokens) > 1 else slice(None)
+    return {name: values[:, rest] for name, values in projections.items()}, tokens[rest]
+
+
 def projection_heatmap(
     projections: Mapping[str, PerToken],
     tokens: Sequence[str],

@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from rt_lens import plots
+from rt_lens.plots.layers import without_first
 from rt_lens.plots.look import drawable
 from rt_lens.report.markup import Part, boxed, chart, folded, items, table
 from rt_lens.report.words import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value
@@ -162,16 +163,14 @@ def _projections(projections: Mapping[str, Any], results: Mapping[str, Any]) -> 
     arms = {name: np.asarray(values, dtype=float) for name, values in projections["arms"].items()}
     tokens, layers = projections["tokens"], projections["layers"]
     prompt = f"<p>All arms read one text, the prompt <q>{projections['prompt']}</q> with an answer.</p>"
-    # The first token is an attention sink: its huge activations would drown the average of the others.
-    rest = slice(1, None) if len(tokens) > 1 else slice(None)
-    averaged = {name: values[:, rest] for name, values in arms.items()}
+    averaged, rest = without_first(arms, tokens)
     chosen = [choice["layer"] for choice in choices_of(results).values() if choice["layer"] in layers]
     layer = chosen[-1] if chosen else layers[-1]
     title = f"Where the text lies on the vector at layer {layer}"
     coloured = plots.coloured_tokens(
         tokens, {name: values[layers.index(layer)] for name, values in arms.items()}, title=title
     )
-    lines = plots.projection_by_layer(averaged, tokens=tokens[rest], layers=layers)
+    lines = plots.projection_by_layer(averaged, tokens=rest, layers=layers)
     parts = [
         Part("Token by token", chart("projection-tokens", coloured)),
         Part("Layer by layer", chart("projection-lines", lines)),
