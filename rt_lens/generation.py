@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,7 +18,18 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from rt_lens.forward import KeyValueCache, can_be_quick, final_residual, quick, unembed
 from rt_lens.progress import Bar, breathe
-from rt_lens.tokens import TokenBatch, chat_text, encode, has_chat_template, pad, pad_id_of, tokenizer_of
+from rt_lens.tokens import (
+    TokenBatch,
+    begins_with_thought,
+    chat_text,
+    encode,
+    end_ids,
+    has_chat_template,
+    is_chat,
+    pad,
+    pad_id_of,
+    tokenizer_of,
+)
 from rt_lens.vectors import SteeringVectors
 from rt_lens.whereabouts import whereabouts
 
@@ -82,8 +94,7 @@ def as_chat(model: Any, prompts: Sequence[str], *, system: str = "") -> list[str
     """User messages through the chat template; left as they are if there is none, or they went through already."""
     if not has_chat_template(model):
         return list(prompts)
-    special = tuple(str(token) for token in tokenizer_of(model).all_special_tokens)
-    return [text if text.startswith(special) else chat_text(model, text, system=system) for text in prompts]
+    return [text if is_chat(model, text) else chat_text(model, text, system=system) for text in prompts]
 
 
 def generate(
@@ -109,10 +120,10 @@ def generate(
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        prompts: user messages, put through the chat template; texts that begin with a special token are taken as they
-            are.
+        prompts: user messages, put through the chat template; what went through it already is taken as it is: a
+            `ChatText`, and any text that begins with a special token.
         chat: False takes all of them as they are.
-        max_new_tokens: at most so many tokens each; a row ends at the tokenizer's end-of-text.
+        max_new_tokens: at most so many tokens each; a row ends as the model's generation settings say, see `end_ids`.
         temperature: 0 for the most likely token, else softmax temperature.
         top_k: only so many of the most likely tokens; 0 for all.
         top_p: only the fewest tokens whose probabilities reach this sum; 1 for all.
@@ -142,7 +153,8 @@ def generate(
             raise ValueError("trace: vectors at hook_z are each head's own. Use vectors of hook='attn_out', say.")
     sampling = Sampling(temperature, top_k, top_p, seed)
     tokenizer = tokenizer_of(model)
-    encoded = [encode(model, text) for text in (as_chat(model, prompts) if chat else prompts)]
+    texts = as_chat(model, prompts) if chat else prompts
+    encoded = [encode(model, text) for text in texts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i])) if len(encoded) > batch_size else None
     rows_left = order or list(range(len(encoded)))
     answers = [""] * len(encoded)
@@ -156,7 +168,19 @@ def generate(
             for row, ids in zip(rows, new, strict=True):
                 answers[row] = tokenizer.decode(ids, skip_special_tokens=True)
             bar.update(len(rows))
+    _warn_of_thoughts(texts, answers)
     return answers
+
+
+def _warn_of_thoughts(prompts: Sequence[str], answers: Sequence[str]) -> None:
+    n = sum(begins_with_thought(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
+    if n:
+        warnings.warn(
+            f"prompts: {n} of {len(answers)} answers begin with a thought, which is what any score of them is about. "
+            "Load the model with chat_template_kwargs={'enable_thinking': False} if its template knows that, or begin "
+            "the answers with words of your own.",
+            stacklevel=3,
+        )
 
 
 def stream(
@@ -180,7 +204,7 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens {max_new_tokens} came; at least 1 is wanted.")
-    tokenizer, ends = tokenizer_of(model), _end_ids(model)
+    tokenizer, ends = tokenizer_of(model), _ends(model)
     run = _Run(model, [encode(model, text) for text in as_chat(model, [prompt])], max_new_tokens, True, (0,))
     ids: list[int] = []
     told = ""
@@ -223,7 +247,7 @@ def generate_tokens(
         on_token: called with each new token.
     """
     run = _Run(model, encoded, max_new_tokens, use_cache, tuple(rows) if rows is not None else None, n_rows)
-    ends = _end_ids(model)
+    ends = _ends(model)
     columns: list[Int[Tensor, "batch"]] = []
     tell = None if on_token is None else _Teller(model, run.rows, ends, on_token, trace)
     with tell.listening() if tell is not None else nullcontext():
@@ -412,13 +436,8 @@ def _draws(seed: int, streams: Iterable[int], n: int) -> Float[Tensor, "batch n"
     return torch.stack(rows)
 
 
-def _end_ids(model: Any) -> Int[Tensor, "n"]:
-    """Ids that end an answer: the tokenizer's end-of-text, and the end of a chat turn where that is another token."""
-    tokenizer = tokenizer_of(model)
-    marks = {tokenizer.eos_token_id}
-    vocabulary = tokenizer.get_vocab()
-    marks |= {vocabulary.get(turn) for turn in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")}
-    return torch.tensor(sorted(mark for mark in marks if mark is not None), dtype=torch.long)
+def _ends(model: Any) -> Int[Tensor, "n"]:
+    return torch.tensor(end_ids(model), dtype=torch.long)
 
 
 def _until_end(ids: list[int], ends: Tensor) -> list[int]:

@@ -38,6 +38,7 @@ class Provenance:
         seed: of the pairs' selection.
         version: of rt_lens.
         position_tokens: the tokens read in the first pair's positive side, as the model's tokenizer writes them.
+        prompts_sha256: checksum of the texts as the model read them, through its chat template.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Provenance:
     seed: int
     version: str
     position_tokens: tuple[str, ...] = ()
+    prompts_sha256: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As a dictionary that JSON can hold."""

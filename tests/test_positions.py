@@ -152,16 +152,16 @@ def test_without_an_opener_the_prompt_is_the_whole_text(stand_in):
     assert labels(row, "mean prompt") == ["A", " plain", " text", "."]
 
 
-def test_tokens_the_tokenizer_adds_are_counted_and_cover_no_character(framing):
+def test_the_start_token_that_the_tokenizer_adds_covers_no_character_and_its_end_token_is_left_out(framing):
     row = row_of(framing)
     assert list(row.ids) == encode(framing, row.text)
     assert list(row.labels) == [
-        "<|im_start|>", "Be", " kind", ".", "\n", "\n", "Kind", " of", " you", "?", "\n", "\n", *ANSWER, "<|im_end|>",
+        "<|im_start|>", "Be", " kind", ".", "\n", "\n", "Kind", " of", " you", "?", "\n", "\n", *ANSWER,
     ]  # fmt: skip
+    assert framing.tokenizer.encode(row.text)[-1] == framing.tokenizer.convert_tokens_to_ids("<|im_end|>")  # left out
     assert row.spans[0] == (0, 0)
-    assert row.spans[-1] == (len(row.text),) * 2
     assert labels(row, "first") == ["<|im_start|>"]
-    assert labels(row, "last") == ["<|im_end|>"]
+    assert labels(row, "last") == ANSWER[-1:]
     assert labels(row, "mean response") == ANSWER
     assert labels(row, 'mean "Be kind"') == ["Be", " kind"]
     assert labels(row, "mean prompt") == list(row.labels)[:12]
@@ -170,7 +170,7 @@ def test_tokens_the_tokenizer_adds_are_counted_and_cover_no_character(framing):
 
 def test_a_chat_that_holds_its_special_tokens_gets_none_added(framing, stand_in):
     text = chat_text(stand_in, "Kind of you?", system="Be kind.", opener=OPENER)
-    (row,) = rows_of(framing, [text], [len(text) - len(OPENER)])
+    (row,) = rows_of(framing, [text], [text.answer_at])
     assert list(row.labels) == PROMPT + ANSWER
     assert labels(row, "mean response") == ANSWER
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from rt_lens.evaluation.choices import likelihoods
+from rt_lens.evaluation.choices import likelihoods, text_of
 from rt_lens.evaluation.making import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Reads, Scorer, is_share, option_shares
-from rt_lens.generation import as_chat, generate
+from rt_lens.generation import generate
 from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Answer, Asked, Question, as_questions
 from rt_lens.statistics import Interval, mean_interval, share_interval
-from rt_lens.tokens import chat_text
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ def ask(
     wanted, texts = set(reads), [""] * len(questions)
     if "text" in wanted:
         texts = generate(
-            model, _texts(model, questions), chat=False, max_new_tokens=max_new_tokens, temperature=temperature,
-            seed=seed, batch_size=batch_size, progress=progress,
+            model, [text_of(model, question) for question in questions], chat=False, max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed, batch_size=batch_size, progress=progress,
         )  # fmt: skip
     found = {
         form: likelihoods(model, questions, form=form, batch_size=max(1, batch_size // 4))
@@ -76,17 +75,6 @@ def ask(
     return [
         Answer(question, text, {form: measured[row] for form, measured in found.items()})
         for row, (question, text) in enumerate(zip(questions, texts, strict=True))
-    ]
-
-
-def _texts(model: Any, questions: Sequence[Question]) -> list[str]:
-    """Questions as the model reads them; a text that went through the chat template already stays as it is."""
-    plain = as_chat(model, [question.prompt for question in questions])
-    return [
-        chat_text(model, asked.prompt, system=asked.system, opener=asked.opener)
-        if asked.system or asked.opener
-        else text
-        for asked, text in zip(questions, plain, strict=True)
     ]
 
 

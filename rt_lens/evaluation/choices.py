@@ -16,7 +16,7 @@ from rt_lens.evaluation.texts import log_normaliser
 from rt_lens.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
 from rt_lens.progress import Bar
 from rt_lens.questions import LETTERS, Likelihoods, Question, lettered
-from rt_lens.tokens import chat_text, encode, pad, pad_id_of, tokenizer_of
+from rt_lens.tokens import answered, chat_text, encode, has_chat_template, is_chat, pad, pad_id_of
 from rt_lens.whereabouts import whereabouts
 
 Form = Literal["answers", "letters"]
@@ -77,11 +77,27 @@ def likelihoods(
     return [_averaged(orders, sizes[number]) for number, orders in enumerate(found)]
 
 
+def text_of(model: Any, question: Question) -> str:
+    """A question as the model reads it, up to where it answers; one that went through a template stays as it is.
+
+    Raises:
+        ValueError: for a system text that would have to go into a chat that was written already.
+    """
+    if not is_chat(model, question.prompt):
+        return chat_text(model, question.prompt, system=question.system, opener=question.opener)
+    if question.system:
+        raise ValueError(
+            f"system must be empty for a prompt that went through the chat template already, got {question.system!r}. "
+            "Give the user's message alone as the prompt."
+        )
+    return answered(model, question.prompt, question.opener) if question.opener else question.prompt
+
+
 def start_of(model: Any, question: Question) -> tuple[str, str]:
     """The text that an answer to a question follows, and what stands between the two: a space, or nothing."""
-    text = chat_text(model, question.prompt, system=question.system, opener=question.opener)
-    marks = tuple(str(token) for token in tokenizer_of(model).all_special_tokens)
-    return text, "" if text[-1].isspace() or text.endswith(marks) else " "
+    text = text_of(model, question)
+    begins = has_chat_template(model) and not question.opener  # the template writes what stands before an answer
+    return text, "" if begins or text[-1].isspace() else " "
 
 
 def _check_options(questions: Sequence[Question], form: Form) -> None:
@@ -119,7 +135,7 @@ def _asks(model: Any, number: int, question: Question, form: Form) -> Iterator[_
 
 def _ask(model: Any, number: int, start: str, options: Sequence[str]) -> _Ask:
     # Tokens may reach over the edge between question and option, so the edge is where the token lists part.
-    whole = [encode(model, start + option) for option in options]
+    whole = [encode(model, answered(model, start, option)) for option in options]
     shared = _shared([encode(model, start), *whole])
     shared = min(shared, *(len(ids) - 1 for ids in whole))  # every option needs a token of its own
     if shared < 1:

@@ -18,7 +18,7 @@ import torch
 from rt_lens.evaluation.texts import Piece, log_normaliser, predictions, windows_of
 from rt_lens.forward import model_name
 from rt_lens.generation import NewToken, Sampling, generate_tokens
-from rt_lens.tokens import encode, has_chat_template, tokenizer_of
+from rt_lens.tokens import ChatText, encode, has_chat_template, rendered, tokenizer_of
 
 
 def harness_model(model: Any, *, batch_size: int = 16, seed: int = 0) -> Any:
@@ -112,7 +112,7 @@ def prefix_of(model: Any) -> int:
 
 
 def chat_of(model: Any, messages: Sequence[Mapping[str, str]], open_answer: bool = True) -> str:
-    """A conversation through the model's chat template; without a system role its text goes before the user's.
+    """A conversation through the model's chat template; a system role that it lacks goes before the user's text.
 
     Args:
         model: for its tokenizer.
@@ -125,21 +125,7 @@ def chat_of(model: Any, messages: Sequence[Mapping[str, str]], open_answer: bool
     if not has_chat_template(model):
         raise ValueError(f"model: {model_name(model)} has no chat template. Run the task without apply_chat_template.")
 
-    def through(turns: Sequence[Mapping[str, str]]) -> str:
-        return tokenizer_of(model).apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=open_answer, continue_final_message=not open_answer
-        )
-
-    try:
-        return through(messages)
-    except Exception as refusal:  # templates raise jinja errors of their own for a role they do not know
-        if len(messages) < 2 or messages[0]["role"] != "system":
-            raise
-        user = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        try:
-            return through([user, *messages[2:]])
-        except Exception:
-            raise refusal from None
+    return ChatText(rendered(model, messages, open_answer=open_answer), messages)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from rt_lens.questions import Question, lettered, load_questions
 from rt_lens.scoreboard import Exam
 from rt_lens.shipped import held_out_neutral_prompts
 from rt_lens.statistics import Interval, share_interval
-from rt_lens.tokens import chat_text
+from rt_lens.tokens import answered, chat_text
 from rt_lens.tuning import Choice, Target
 from rt_lens.tuning.targets import Wanted
 
@@ -203,6 +203,7 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: An
         return _taught(model, learnt, direction), _taught(model, held, direction)
 
     first = unseen[0]
+    start, gap = start_of(model, first)
     return Protocol(
         name="likelihood",
         train=answer_pairs(train),
@@ -219,7 +220,7 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: An
         },
         checks=_talk(experiment),
         writing="talk",
-        shown=(first.prompt, "".join([*start_of(model, first), first.right[0]])),
+        shown=(first.prompt, answered(model, start, gap + first.right[0])),
     )
 
 

@@ -35,6 +35,7 @@ from rt_lens.scoreboard import Board, Scoreboard
 from rt_lens.shipped import neutral_paragraphs, neutral_prompts
 from rt_lens.statistics import mean_interval
 from rt_lens.steering import FwdHook, add
+from rt_lens.tokens import answered
 from rt_lens.tuning import prepare, tune, write_neutral
 from rt_lens.vectors import SteeringVectors
 
@@ -172,10 +173,11 @@ class _Run:
         )
         board.measure("untuned")
         first = board.scoreboard().answers[0]
-        answered = first["prompt"], as_chat(self.model, [first["prompt"]])[0] + first["response"]
+        prompt, response = first["prompt"], first["response"]
+        untuned = prompt, answered(self.model, as_chat(self.model, [prompt])[0], response)
         self.shown: str
         self.shown_text: str
-        self.shown, self.shown_text = protocol.shown or answered
+        self.shown, self.shown_text = protocol.shown or untuned
         self._project("untuned", vectors)
         return board
 

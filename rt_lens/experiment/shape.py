@@ -185,12 +185,14 @@ class WordCount:
 
     chat_template = None
     all_special_ids: tuple[int, ...] = ()
+    bos_token_id = 1
     all_special_tokens: tuple[str, ...] = ()
     template_tokens = 24
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As many numbers as tokens are expected."""
-        return [0] * (round(1.4 * len(text.split())) + self.template_tokens * add_special_tokens)
+        template = [self.bos_token_id] * (self.template_tokens * add_special_tokens)
+        return template + [0] * round(1.4 * len(text.split()))
 
 
 def reader_of(tokenizer: Any) -> Any:

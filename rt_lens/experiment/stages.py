@@ -66,7 +66,8 @@ class Planner:
             pairs = wanted.sample(n, seed=config.seed).pairs
             return [(self._size(chat_text(self.model, pair.user)), config.target_tokens) for pair in pairs]
         return [
-            (self._size(each.prompt), 1 if isinstance(each, Choice) else self._option(each.answer)) for each in wanted
+            (self._size(each.prompt), 1 if isinstance(each, Choice) else self._option(each.answer) + each.ended)
+            for each in wanted
         ]
 
     def items(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from rt_lens.forward import check_layers, model_name
 from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
 from rt_lens.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
-from rt_lens.tokens import encode
+from rt_lens.tokens import ChatText, encode
 from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
 
 
@@ -47,6 +48,7 @@ class Sides:
     words: str
     tokens: tuple[str, ...]
     alike: bool
+    prompts_sha256: str
 
 
 def extract_vectors(
@@ -201,7 +203,10 @@ def read_sides(
     texts = pairs.texts(model)
     both = texts.positive + texts.negative
     openers = [pair.sides[side][2] for side in (0, 1) for pair in pairs.pairs]
-    ends = [len(text) - len(opener) for text, opener in zip(both, openers, strict=True)]
+    ends = [
+        text.answer_at if isinstance(text, ChatText) else len(text) - len(opener)
+        for text, opener in zip(both, openers, strict=True)
+    ]
     rows = rows_of(model, both, ends)
     n = len(pairs)
     reads = [
@@ -209,6 +214,7 @@ def read_sides(
         for i, row in enumerate(rows)
     ]
     found = read_activations(model, both, names, reads, batch_size=batch_size, padding=padding, progress=progress)
+    prompts = hashlib.sha256("\0".join(both).encode()).hexdigest()
     return [
         Sides(
             {name: h[:n, read] for name, h in found.items()},
@@ -216,6 +222,7 @@ def read_sides(
             f"{place.words}{OF_A_PAIR}",
             tuple(rows[0].labels[number] for number in reads[0][read]),
             all(_seen(rows[i], reads[i][read]) == _seen(rows[n + i], reads[n + i][read]) for i in range(n)),
+            prompts,
         )
         for read, place in enumerate(places)
     ]
@@ -296,4 +303,5 @@ def provenance_of(model: Any, pairs: ContrastPairs, sides: Sides, method: str, s
         seed=seed,
         version=package_version(),
         position_tokens=sides.tokens,
+        prompts_sha256=sides.prompts_sha256,
     )

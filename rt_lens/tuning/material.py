@@ -20,7 +20,7 @@ from rt_lens.losses import Direction
 from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.steering import FwdHook
-from rt_lens.tokens import encode, pad_id_of, tokenizer_of
+from rt_lens.tokens import answered, encode, end_ids, end_of_answer, pad_id_of, tokenizer_of
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.shelf import Shelf
@@ -268,14 +268,12 @@ def logits_of(model: Any, final: Float[Tensor, "read width"]) -> Float[Tensor, "
 
 def _row(model: Any, target: Wanted, places: Sequence[str]) -> Row:
     prompt = encode(model, target.prompt) if target.prompt else []
-    tokenizer = tokenizer_of(model)
     if isinstance(target, Choice):
         tokens, start = torch.tensor(prompt), len(prompt) - 1
         choices = torch.tensor([[_single(model, target.prompt, option) for option in target.options]])
         shares = torch.tensor([target.shares], dtype=torch.float32)
     else:
-        answer = tokenizer.encode(target.answer, add_special_tokens=False)  # it follows, so no start token
-        tokens, start = torch.tensor(prompt + answer), max(len(prompt) - 1, 0)
+        tokens, start = torch.tensor(prompt + _answer_ids(model, target, prompt)), max(len(prompt) - 1, 0)
         choices = tokens[start + 1 :, None]
         shares = torch.ones(choices.shape)
     end = start + len(choices)
@@ -287,9 +285,23 @@ def _row(model: Any, target: Wanted, places: Sequence[str]) -> Row:
     return Row(target.prompt, tokens, predicts, choices, shares, masks)
 
 
+def _answer_ids(model: Any, target: Target, prompt: list[int]) -> list[int]:
+    """The tokens that a target's answer adds to its prompt, as the template writes a whole answer, with its end."""
+    whole = answered(model, target.prompt, target.answer)
+    if not whole.startswith(target.prompt):  # a template that opens a thought, which the answer then stands in
+        whole = target.prompt + target.answer
+    ids = encode(model, whole)
+    answer = ids[len(prompt) :]
+    if ids[: len(prompt)] != prompt or not target.prompt:  # they join over the edge; or there is no start token
+        rest = whole[len(target.prompt) :]
+        answer = tokenizer_of(model).encode(rest, add_special_tokens=False)
+    end = end_of_answer(model) if target.ended else None
+    return answer if end is None or not answer or answer[-1] in end_ids(model) else [*answer, end]
+
+
 def _single(model: Any, prompt: str, option: str) -> int:
     # Where it follows: some tokenizers give " A" alone a token for its beginning more.
-    before, after = encode(model, prompt), encode(model, prompt + option)
+    before, after = encode(model, prompt), encode(model, answered(model, prompt, option))
     if len(after) != len(before) + 1 or after[:-1] != before:
         n = max(len(after) - len(before), 0)
         raise ValueError(

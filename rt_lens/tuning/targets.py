@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,12 +19,15 @@ class Target:
     """A prompt and the answer that the model is to learn, as texts.
 
     Attributes:
-        prompt: through the chat template already; may be empty for plain text.
+        prompt: through the chat template already (`chat_text`); may be empty for plain text.
         answer: what follows it.
+        ended: whether the answer is whole: then its end is learnt too, so that the tuned model stops there. False for
+            an answer that was cut off.
     """
 
     prompt: str
     answer: str
+    ended: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ def write_targets(
 ) -> list[Target]:
     """Targets in the model's own words: answers it writes under a persona, to be learnt without the persona.
 
+    Those that it ended by itself within `target_tokens` keep their end.
+
     Args:
         model: the untuned model.
         pairs: personas and topics.
@@ -76,9 +82,8 @@ def write_targets(
     chosen = pairs.sample(config.n_targets, seed=config.seed).pairs
     persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "out": lambda p: ""}[direction]
     asked = [chat_text(model, pair.user, system=persona(pair)) for pair in chosen]
-    answers = _answers(model, asked, config, progress)
     plain = [chat_text(model, pair.user) for pair in chosen]
-    return [Target(prompt, answer) for prompt, answer in zip(plain, answers, strict=True) if answer.strip()]
+    return _written(model, asked, plain, config, progress)
 
 
 def write_neutral(
@@ -86,12 +91,20 @@ def write_neutral(
 ) -> list[Target]:
     """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
     asked = [chat_text(model, prompt) for prompt in prompts]
-    answers = _answers(model, asked, config or TuneConfig(), progress)
-    return [Target(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.strip()]
+    return _written(model, asked, asked, config or TuneConfig(), progress)
 
 
-def _answers(model: Any, texts: Sequence[str], config: TuneConfig, progress: bool) -> list[str]:
-    return generate(
-        model, texts, chat=False, max_new_tokens=config.target_tokens, temperature=config.target_temperature,
-        seed=config.seed, progress=progress,
+def _written(
+    model: Any, asked: Sequence[str], prompts: Sequence[str], config: TuneConfig, progress: bool
+) -> list[Target]:
+    """What the model answers to the texts asked, to be learnt as answers to the prompts."""
+    lengths: Counter[int] = Counter()
+    answers = generate(
+        model, asked, chat=False, max_new_tokens=config.target_tokens, temperature=config.target_temperature,
+        seed=config.seed, progress=progress, on_token=lambda token: lengths.update([token.row]),
     )  # fmt: skip
+    return [
+        Target(prompt, answer, ended=lengths[row] < config.target_tokens)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        if answer.strip()
+    ]

@@ -1,4 +1,4 @@
-"""Text to token batches, through a model's own tokenizer and chat template. This room never runs a model.
+"""Text to token batches.
 
 Padding is on the left unless asked otherwise, and every batch carries its attention mask, so that the last real token
 of each row sits at position -1 and a batch gives what singles give.
@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from rt_lens.tokens.chats import ChatText, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -33,58 +35,21 @@ class TokenBatch:
         return TokenBatch(self.tokens.to(device), self.mask.to(device), self.rows)
 
 
-def tokenizer_of(model: Any) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        ValueError: if the model has none.
-    """
-    if getattr(model, "tokenizer", None) is None:
-        raise ValueError("model: it has no tokenizer, so text cannot be given to it. Set model.tokenizer first.")
-    return model.tokenizer
-
-
-def has_chat_template(model: Any) -> bool:
-    """True if the model's tokenizer knows how to write a chat."""
-    return bool(getattr(tokenizer_of(model), "chat_template", None))
-
-
-def chat_text(model: Any, user: str, *, system: str = "", opener: str = "") -> str:
-    """One exchange through the model's chat template, up to the point where the assistant writes.
-
-    Templates without a system role get the system text in front of the user's; tokenizers without a template get plain
-    paragraphs. The string holds the template's special tokens already: encode it without adding any.
-
-    Args:
-        user: what the user says.
-        system: a persona or instruction; empty leaves the template's default.
-        opener: first words of the assistant's answer, already written.
-    """
-    tokenizer = tokenizer_of(model)
-    if not has_chat_template(model):
-        return "\n\n".join(part for part in (system, user, opener) if part)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": user})
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as refusal:  # templates raise jinja errors of their own for a role they do not know
-        if not system:
-            raise
-        folded = [{"role": "user", "content": f"{system}\n\n{user}"}]
-        try:
-            text = tokenizer.apply_chat_template(folded, tokenize=False, add_generation_prompt=True)
-        except Exception:
-            raise refusal from None
-    return text + opener
-
-
 def encode(model: Any, text: str) -> list[int]:
-    """Token ids of a text: a chat's special tokens are taken as written, plain text gets what the tokenizer adds."""
+    """Token ids of a text that a model is to go on from.
+
+    A chat's special tokens are taken as written, and plain text gets the start token that the tokenizer adds, once.
+    An end token that it adds is left out: the text goes on.
+    """
     tokenizer = tokenizer_of(model)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if ids and ids[0] in tokenizer.all_special_ids:
+    if isinstance(text, ChatText) or (ids and ids[0] in tokenizer.all_special_ids):
         return ids
-    return tokenizer.encode(text)
+    whole = tokenizer.encode(text)
+    if not ids:
+        return [number for number in whole if number == tokenizer.bos_token_id]
+    before = next((n for n in range(len(whole) - len(ids) + 1) if whole[n : n + len(ids)] == ids), None)
+    return whole if before is None else whole[: before + len(ids)]
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"] = "left") -> TokenBatch:
