@@ -45,7 +45,7 @@ def tune(
     if experiment.honesty is None:
         train, validation, _ = parts(experiment)
     else:
-        train, validation = protocol_of(experiment, loaded).targets(config.direction)  # type: ignore[assignment]
+        train, validation = protocol_of(experiment, loaded).targets(config.direction, seed)  # type: ignore[assignment]
     neutral = neutral_prompts() if config.kl_weight else []
     try:
         delta = tune_weights(

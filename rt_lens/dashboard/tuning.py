@@ -240,7 +240,7 @@ class Tuning:
         experiment = self.bench.experiment(self.behaviour)
         if experiment.honesty is None:  # its protocol would ask for as many test topics as a whole run needs
             return self.bench.pairs(self.behaviour)
-        return protocol_of(experiment, self.bench.model).targets(self.config.direction)
+        return protocol_of(experiment, self.bench.model).targets(self.config.direction, self.config.seed)
 
     def draw(self, job: Job, history: list[dict[str, Any]]) -> None:
         title = drawable(f"Losses while tuning {self.config.direction}, seed {self.config.seed} ({self.said})")

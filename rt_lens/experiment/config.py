@@ -103,8 +103,10 @@ class Experiment:
         description: in a sentence.
         pairs: contrast pairs.
         scorer: name or `[scorer]` table.
-        tune: settings of the rep-tuned arm; the token-tuned arm is the same without the cosine loss.
-        tune_seeds: direction -> seeds; each tuned arm is tuned once per seed.
+        tune: settings of the rep-tuned arm.
+        tune_seeds: direction -> seeds. Each draws all that is random: the pairs of the vectors, the targets and those
+            for validation, the neutral answers, the order of the batches. The arms share what their seed drew.
+        token: what the token-tuned arm has otherwise than `tune`, beside having no cosine loss: its own rate, say.
         model: name or path for `load_model`.
         dtype: of its weights.
         honesty: set for the honesty experiment, whose pairs follow from facts.
@@ -117,6 +119,7 @@ class Experiment:
     scorer: str | Mapping[str, Any]
     tune: TuneConfig
     tune_seeds: Mapping[str, tuple[int, ...]]
+    token: Mapping[str, Any] = field(default_factory=dict)
     model: str = DEFAULT_MODEL
     dtype: str = "float32"
     honesty: HonestyConfig | None = None
@@ -125,6 +128,20 @@ class Experiment:
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     choose: ChooseConfig = field(default_factory=ChooseConfig)
     test: TestConfig = field(default_factory=TestConfig)
+
+    @property
+    def tuned_arms(self) -> dict[str, TuneConfig]:
+        """Each tuned arm's settings, by its name.
+
+        Raises:
+            ValueError: for a setting of `token` that is out of range.
+        """
+        return {"token_tuned": replace(self.tune, cosine_weight=0.0, **self.token), "rep_tuned": self.tune}
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of either direction, in order."""
+        return tuple(sorted({seed for seeds in self.tune_seeds.values() for seed in seeds}))
 
 
 def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Experiment:
@@ -143,7 +160,7 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
     _refuse_unknown(path.name, content, {"name", "description"} | tables)
     name = content.get("name", path.stem)
     tuning = dict(content.get("tune", {}))
-    seeds = _seeds(tuning.pop("seeds", [0, 1, 2]))
+    seeds, token = _seeds(tuning.pop("seeds", [0, 1, 2])), tuning.pop("token", {})
     honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
     _check_judge(path.name, content, honesty)
     if honesty is None:
@@ -151,13 +168,14 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
     else:
         pairs = honesty_pairs(honesty)
     _refuse_unknown("[model]", content.get("model", {}), {"name", "dtype"})
-    return Experiment(
+    made = Experiment(
         name=name,
         description=content.get("description", ""),
         pairs=pairs,
         scorer=content.get("scorer", "vader"),
         tune=_table(TuneConfig, "tune", tuning),
         tune_seeds=seeds,
+        token=_token_settings(token),
         model=model or content.get("model", {}).get("name", DEFAULT_MODEL),
         dtype=content.get("model", {}).get("dtype", "float32"),
         honesty=honesty,
@@ -167,6 +185,27 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
         choose=_table(ChooseConfig, "choose", content.get("choose", {})),
         test=_table(TestConfig, "test", content.get("test", {})),
     )
+    _ = made.tuned_arms  # refuses what is out of range now, not after an hour
+    return made
+
+
+# What both arms read is prepared once: where a cosine is read, and what is learnt.
+_SHARED = {
+    "direction", "layers", "hook", "positions", "centred", "cosine_weight", "precision", "prefix_cache", "n_targets",
+    "target_tokens", "target_temperature", "validation_share", "seed",
+}  # fmt: skip
+
+
+def _token_settings(values: Any) -> dict[str, Any]:
+    """The table `[tune.token]`."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"tune.token must be a table [tune.token], got {values!r}. Write its settings below it.")
+    if shared := sorted(_SHARED & set(values)):
+        raise ValueError(
+            f"[tune.token] must not have {shared[0]!r}, which both arms share. Set it in [tune], or leave it out."
+        )
+    _refuse_unknown("[tune.token]", values, {entry.name for entry in fields(TuneConfig)} - _SHARED)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def _check_judge(name: str, content: Mapping[str, Any], honesty: HonestyConfig | None) -> None:

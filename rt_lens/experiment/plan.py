@@ -171,7 +171,7 @@ def _check(experiment: Experiment, shape: Shape) -> None:
         raise ValueError(f"dtype: {experiment.dtype!r} came; one of {', '.join(BYTES)} is wanted.")
     for name, blocks in (
         ("choose.layers", experiment.choose.layers), ("tune.layers", experiment.tune.layers),
-        ("tune.trained_layers", experiment.tune.blocks),
+        *(("tune.trained_layers", config.blocks) for config in experiment.tuned_arms.values()),
     ):  # fmt: skip
         if wrong := [block for block in blocks if not 0 <= block < shape.n_layers]:
             raise ValueError(f"{name}: {wrong[0]} is outside this model's blocks 0..{shape.n_layers - 1}. Name others.")

@@ -45,7 +45,8 @@ class Protocol:
         why: how it was chosen, in a sentence; empty where there was nothing to choose.
         train: pairs that vectors are made from.
         unseen: pairs that they are tried on (for honesty: of held-out categories).
-        targets: direction -> what the tuned arms learn, and what they are validated on; pairs write their own.
+        targets: direction and seed -> what the tuned arms learn, and what they are validated on; pairs write their
+            own.
         choosing: questions by which layer and multiplier are chosen, with the score that counts.
         exams: set -> what is asked in the end.
         checks: set -> what is asked for side effects.
@@ -60,7 +61,7 @@ class Protocol:
     name: str
     train: ContrastPairs
     unseen: ContrastPairs
-    targets: Callable[[Direction], tuple[ContrastPairs | list[Wanted], ContrastPairs | list[Wanted]]]
+    targets: Callable[[Direction, int], tuple[ContrastPairs | list[Wanted], ContrastPairs | list[Wanted]]]
     choosing: Exam
     exams: Mapping[str, Exam]
     checks: Mapping[str, Exam]
@@ -127,7 +128,7 @@ def answers_protocol(experiment: Experiment) -> Protocol:
         train=train,
         # One pair per held-out topic: pairs of one topic are not independent.
         unseen=validation.sample(len(validation.topics), seed=experiment.split.seed),
-        targets=lambda direction: (train, validation),
+        targets=lambda direction, seed: (train, validation),
         choosing=Exam(validation.topics[: choose.n_prompts], (score,), choose.max_new_tokens),
         exams={"test": Exam(prompts, (score, *_WRITING), experiment.test.max_new_tokens)},
         checks=checks,
@@ -197,7 +198,7 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: An
     unseen = seen(list(asked.values()), config, held_out=True)
     n, seed = config.n_items, experiment.split.seed
 
-    def targets(direction: Direction) -> tuple[list[Wanted], list[Wanted]]:
+    def targets(direction: Direction, seed: int) -> tuple[list[Wanted], list[Wanted]]:
         n_train, n_held = _n_targets(experiment)
         learnt, held = _some(train, n_train, seed), _some(validation, n_held, seed)
         return _taught(model, learnt, direction), _taught(model, held, direction)
@@ -252,7 +253,7 @@ def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Any) 
     kept = _as_asked(model, asked) if config.correct_only else asked
     scorers = (_LETTERS, _LETTER_SHARE, _OTHER)
 
-    def targets(direction: Direction) -> tuple[list[Wanted], list[Wanted]]:
+    def targets(direction: Direction, seed: int) -> tuple[list[Wanted], list[Wanted]]:
         chosen = (
             _some(part, most, seed) for part, most in zip((train, validation), _n_targets(experiment), strict=True)
         )

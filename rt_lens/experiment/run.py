@@ -28,6 +28,7 @@ from rt_lens.extraction import extract_vectors, logit_lens, separability, token_
 from rt_lens.files import write_atomically
 from rt_lens.forward import check_layers, model_name
 from rt_lens.generation import as_chat
+from rt_lens.losses import Direction
 from rt_lens.models import load_model
 from rt_lens.questions import Answer
 from rt_lens.results import plain, tables_of, write_results
@@ -36,7 +37,7 @@ from rt_lens.shipped import neutral_paragraphs, neutral_prompts
 from rt_lens.statistics import mean_interval
 from rt_lens.steering import FwdHook, add
 from rt_lens.tokens import answered
-from rt_lens.tuning import prepare, tune, write_neutral
+from rt_lens.tuning import Material, Target, TuneConfig, prepare, tune, write_neutral
 from rt_lens.vectors import SteeringVectors
 
 _PAIRED = (("rep_tuned", "token_tuned"), ("rep_tuned", "steered"), ("token_tuned", "untuned"), ("steered", "untuned"))
@@ -110,17 +111,17 @@ class _Run:
             self.model = load_model(experiment.model, dtype=experiment.dtype)
             check_layers(self.model, experiment.choose.layers)
             check_layers(self.model, experiment.tune.layers)
-            check_layers(self.model, experiment.tune.blocks)
+            for config in experiment.tuned_arms.values():
+                check_layers(self.model, config.blocks)
         if experiment.honesty is not None:
             with self._stage("calibrate"):
                 self.protocol = protocol_of(experiment, self.model)
             if self.progress:
                 print(self.protocol.why, flush=True)
         with self._stage("extract"):
-            vectors = extract_vectors(
-                self.model, self.protocol.train.sample(experiment.extract.n_pairs, seed), seed=seed
-            )
+            vectors = self._extracted(seed)
             vectors.save(self.out / "vectors.safetensors")
+            drawn = {other: vectors if other == seed else self._extracted(other) for other in experiment.seeds}
             separated = separability(self.model, vectors, self.protocol.unseen)
         with self._stage("choose"):
             doses = self._dose_response(vectors)
@@ -128,9 +129,12 @@ class _Run:
         with self._stage("evaluate"):
             board = self._measured_untuned(vectors)
             for direction in DIRECTIONS:
-                board.measure("steered", self._steering(vectors, choices[direction]), direction=direction)
+                for other in experiment.tune_seeds[direction]:
+                    hooks = self._steering(drawn[other], choices[direction])
+                    board.measure("steered", hooks, direction=direction, seed=other)
             self._project("steered away", vectors, self._steering(vectors, choices["away"]))
-        self._tuned_arms(vectors, board)
+        for other in experiment.seeds:
+            self._tuned_arms(other, drawn[other], vectors, board)
         results = self._results(board.scoreboard()) | {
             "choices": {**choices, "rule": self._rule()},
             "separability": separated.to_dict("records"),
@@ -142,6 +146,10 @@ class _Run:
         }
         write_results(self.out, results, board.scoreboard(), self._projections(vectors))
         return plain(results)
+
+    def _extracted(self, seed: int) -> SteeringVectors:
+        pairs = self.protocol.train.sample(self.experiment.extract.n_pairs, seed)
+        return extract_vectors(self.model, pairs, seed=seed)
 
     def _results(self, board: Scoreboard) -> dict[str, Any]:
         """What the arms scored: the behaviour's own sets, and side effects apart."""
@@ -233,33 +241,56 @@ class _Run:
         )
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
 
-    def _tuned_arms(self, vectors: SteeringVectors, board: Board) -> None:
-        """Both tuned arms in both directions, once per seed, on the same targets, neutral prompts and settings.
+    def _tuned_arms(self, seed: int, drawn: SteeringVectors, shown: SteeringVectors, board: Board) -> None:
+        """Both tuned arms of one seed, on the same vectors, targets and neutral answers, all of which the seed draws.
 
         Each is measured as soon as it is tuned, so that one delta at a time is held.
+
+        Args:
+            seed: of all that is random.
+            drawn: the seed's own vectors.
+            shown: vectors on which projections are drawn, the same for all arms.
+            board: to measure on.
         """
-        base = self.experiment.tune
+        seeds = self.experiment.tune_seeds
+        arms = {arm: replace(config, seed=seed) for arm, config in self.experiment.tuned_arms.items()}
         with self._stage("tune"):
-            # As many neutral prompts as one run's steps can read.
-            enough = neutral_prompts()[: base.max_steps * base.neutral_batch_size]
-            neutral = write_neutral(self.model, enough, base) if base.kl_weight else []
-        for direction in DIRECTIONS:
-            aimed, seeds = replace(base, direction=direction), self.experiment.tune_seeds[direction]
+            neutral = self._neutral(list(arms.values()))
+        for direction in (direction for direction in DIRECTIONS if seed in seeds[direction]):
             with self._stage("tune"):
-                train, validation = self.protocol.targets(direction)
-                material = prepare(self.model, vectors, train, aimed, validation=validation, neutral=neutral)
-            for arm, cosine_weight in (("token_tuned", 0.0), ("rep_tuned", base.cosine_weight)):
-                for seed in seeds:
-                    config = replace(aimed, seed=seed, cosine_weight=cosine_weight)
-                    with self._stage("tune"):
-                        delta = tune(self.model, vectors, material, config, progress=self.progress)
-                    with self._stage("evaluate"):
-                        board.measure(arm, delta, direction=direction, seed=seed)
-                    named = {"arm": arm, "direction": direction, "seed": seed}
-                    self.history += [{**named, **row} for row in delta.history]
-                    if arm == "rep_tuned" and seed == seeds[0]:
-                        delta.save(self.out / f"rep_tuned_{direction}.safetensors")
-                        self._project(f"rep_tuned {direction}", vectors, delta)
+                material = self._material(direction, drawn, list(arms.values()), neutral)
+            for arm, config in arms.items():
+                with self._stage("tune"):
+                    aimed = replace(config, direction=direction)
+                    delta = tune(self.model, drawn, material, aimed, progress=self.progress)
+                with self._stage("evaluate"):
+                    board.measure(arm, delta, direction=direction, seed=seed)
+                named = {"arm": arm, "direction": direction, "seed": seed}
+                self.history += [{**named, **row} for row in delta.history]
+                if arm == "rep_tuned" and seed == seeds[direction][0]:
+                    delta.save(self.out / f"rep_tuned_{direction}.safetensors")
+                    self._project(f"rep_tuned {direction}", shown, delta)
+
+    def _neutral(self, configs: Sequence[TuneConfig]) -> list[Target]:
+        """As many neutral prompts as one run's steps can read, answered by the untuned model."""
+        if not any(config.kl_weight for config in configs):
+            return []
+        enough = max(config.max_steps * config.neutral_batch_size for config in configs if config.kl_weight)
+        return write_neutral(self.model, neutral_prompts()[:enough], configs[0])
+
+    def _material(
+        self, direction: Direction, vectors: SteeringVectors, configs: Sequence[TuneConfig], neutral: Sequence[Target]
+    ) -> Material:
+        """What all arms of one seed and direction read, cut off before the first block that any of them trains."""
+        train, validation = self.protocol.targets(direction, configs[0].seed)
+        shared = replace(
+            self.experiment.tune,
+            direction=direction,
+            seed=configs[0].seed,
+            trained_layers=tuple(sorted({block for config in configs for block in config.blocks})),
+            kl_weight=max(config.kl_weight for config in configs),
+        )
+        return prepare(self.model, vectors, train, shared, validation=validation, neutral=neutral)
 
     def _steering(self, vectors: SteeringVectors, choice: Mapping[str, Any]) -> list[FwdHook]:
         return add(vectors, [choice["layer"]], choice["multiplier"])

@@ -45,18 +45,19 @@ class Planner:
             self._sizes(paragraphs[chosen : chosen + self.experiment.test.n_texts]),
         )
         self.tests = {**protocol.exams, **protocol.checks}
-        config = experiment.tune
         both = max(map(self._targets, DIRECTIONS), key=lambda parts: sum(map(sum, parts[0])))
         self.learnt, self.checked = ([sum(sizes) for sizes in part] for part in both)
         self.longest = max(answer for _, answer in both[0])
         self.writes = protocol.name == "answers"
-        self.steps = steps_of(config, len(self.learnt))
-        enough = neutral_prompts()[: config.max_steps * config.neutral_batch_size] if config.kl_weight else []
+        self.arms = list(experiment.tuned_arms.values())
+        self.steps = max(steps_of(arm, len(self.learnt)) for arm in self.arms)
+        read = [arm.max_steps * arm.neutral_batch_size for arm in self.arms if arm.kl_weight]
+        enough = neutral_prompts()[: max(read, default=0)]
         self.neutral = self._sizes([chat_text(model, prompt) for prompt in enough])
 
     def _targets(self, direction: Direction) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Tokens of the prompt and of the answer of each target to learn, and of each to validate on."""
-        config, (learnt, checked) = self.experiment.tune, self.protocol.targets(direction)
+        config, (learnt, checked) = self.experiment.tune, self.protocol.targets(direction, self.experiment.tune.seed)
         few = max(4, round(config.n_targets * config.validation_share))
         return self._target_sizes(learnt, config.n_targets), self._target_sizes(checked, few)
 
@@ -86,12 +87,12 @@ class Planner:
     def stages(self) -> dict[str, Work]:
         """Name -> Work."""
         experiment, shape, size = self.experiment, self.shape, self.costs.size
-        arms = 3 + 2 * sum(map(len, experiment.tune_seeds.values()))
+        arms = 1 + 3 * sum(map(len, experiment.tune_seeds.values()))  # untuned; steered and both tuned, each seed
         asked = summed(self._exam(exam, 64) for exam in self.tests.values()) + self.costs.fit(
             self.test_texts, kept=True
         )
         # A tuned arm's own weights lie beside the untuned ones, and the delta beside both.
-        worn = {"a tuned arm's weights and delta": 2 * shape.trained(experiment.tune) * size}
+        worn = {"a tuned arm's weights and delta": 2 * max(map(shape.trained, self.arms)) * size}
         return {
             # The hub's files go through a Hugging Face model first; a folder's are views of the file.
             "load": Work(host={} if self.local else {"a Hugging Face model": shape.parameters * size}),
@@ -115,9 +116,10 @@ class Planner:
         return work
 
     def _extract(self) -> Work:
-        """Residuals at all blocks, of the pairs and of the unseen ones."""
+        """Residuals at all blocks, of each seed's pairs and of the unseen ones."""
         work, batch, shape = Work(), 32, self.shape
-        for pairs in (self.pairs, self.protocol.unseen):
+        draws = len({self.experiment.split.seed, *self.experiment.seeds})
+        for pairs in (*[self.pairs] * draws, self.protocol.unseen):
             sizes = [size for side in pairs.texts(self.model) for size in self._sizes(side)]
             tokens = min(batch, len(sizes)) * max(sizes)
             work += self.costs.read(sizes, batch).holding(
@@ -136,21 +138,21 @@ class Planner:
 
     def _tune(self) -> Work:
         """Targets written or given, the untuned model's part of them, and both arms' runs."""
-        base, costs, work = self.experiment.tune, self.costs, Work()
+        base, costs, work, seeds = self.experiment.tune, self.costs, Work(), self.experiment.tune_seeds
         answer = base.target_tokens
         neutral = [size + answer for size in self.neutral]
         if neutral:
-            work += costs.written(self.neutral, answer, 64)
+            work += costs.written(self.neutral, answer, 64) * len(self.experiment.seeds)
         predicted = max(self.longest, answer if neutral else 1)
         for direction in DIRECTIONS:
             if self.writes:
                 for sizes in (self.learnt, self.checked):
-                    work += costs.written([size - answer for size in sizes], answer, 64)
+                    work += costs.written([size - answer for size in sizes], answer, 64) * len(seeds[direction])
             rows = [*self.learnt, *self.checked, *neutral]
-            for config in (replace(base, cosine_weight=0.0), base):
+            for config in self.arms:
                 run = costs.tuning(config, self.learnt, self.checked, neutral, predicted)
-                work += run * len(self.experiment.tune_seeds[direction])
-            work += costs.material(rows, base)
+                work += run * len(seeds[direction])
+            work += costs.material(rows, base) * len(seeds[direction])
         return work
 
     def _exam(self, exam: Exam, batch: int) -> Work:
