@@ -1,18 +1,20 @@
-"""What tuning does to mood: variants, unlike kinds of prompts, resistance to steering, KL-then-steer.
+"""What tuning does to a behaviour: learning rates, variants, unlike kinds of prompts, resistance, KL-then-steer.
 
-Each stage writes its table as JSON and its figure as HTML to the folder. Settings were chosen on validation topics; the
-test topics and the prompt kinds are asked here only.
+Each stage writes its table as JSON and its figure as HTML to the folder. `rates` reads validation topics only, and is
+how the arms' learning rates were chosen; the other stages ask the test topics and the prompt kinds.
 
-    python benchmarks/tuning.py variants --out runs/tuning      (or: kinds, resistance, kl_then_steer)
+    python benchmarks/tuning.py variants --out runs/tuning      (or: rates, kinds, resistance, kl_then_steer)
+    python benchmarks/tuning.py rates --behaviour formality
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,38 +53,43 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    """The model, mood's parts and its vectors; what stages share."""
+    """The model, a behaviour's parts, and what each seed draws; what stages share."""
 
-    def __init__(self, n_prompts: int, seeds: Sequence[int]) -> None:
-        self.experiment, self.seeds = load_experiment("mood"), seeds
+    def __init__(self, behaviour: str, n_prompts: int, seeds: Sequence[int]) -> None:
+        self.experiment, self.seeds = load_experiment(behaviour), seeds
         split = self.experiment.split
         self.train, self.validation, test = self.experiment.pairs.split(split.train, split.validation, seed=split.seed)
         self.prompts = test.topics[:n_prompts]
+        self.n_validation = n_prompts
         self.model = rtl.load_model(self.experiment.model)
-        self.vectors = rtl.extract_vectors(self.model, self.train.sample(96, seed=split.seed), seed=split.seed)
+        self.vectors = self.drawn(split.seed)  # those that arms are steered with
         self.tune = self.experiment.tune
+        self.token = {"cosine_weight": 0.0, **self.experiment.token}  # what the token-tuned arm has otherwise
         self.texts = neutral_paragraphs()[self.experiment.choose.n_paragraphs :]
-        self.materials: dict[str, Material] = {}
 
-    @cached_property
-    def neutral(self) -> list[Target]:
-        return write_neutral(self.model, neutral_prompts(), self.tune)
+    @cache  # noqa: B019
+    def drawn(self, seed: int) -> rtl.SteeringVectors:
+        pairs = self.train.sample(self.experiment.extract.n_pairs, seed=seed)
+        return rtl.extract_vectors(self.model, pairs, seed=seed)
+
+    @cache  # noqa: B019
+    def neutral(self, seed: int) -> list[Target]:
+        return write_neutral(self.model, neutral_prompts(), replace(self.tune, seed=seed))
 
     @cached_property
     def reference(self) -> TextFit:
         return rtl.text_fit(self.model, self.texts, keep=True)
 
-    def material(self, direction: Any) -> Material:
-        if direction not in self.materials:
-            config = replace(self.tune, direction=direction)
-            self.materials[direction] = prepare(
-                self.model, self.vectors, self.train, config, validation=self.validation, neutral=self.neutral
-            )
-        return self.materials[direction]
+    @cache  # noqa: B019
+    def material(self, direction: Any, seed: int) -> Material:
+        config = replace(self.tune, direction=direction, seed=seed)
+        return prepare(
+            self.model, self.drawn(seed), self.train, config, validation=self.validation, neutral=self.neutral(seed)
+        )
 
     def tuned(self, direction: Any, seed: int, **settings: Any) -> rtl.WeightDelta:
         config = replace(self.tune, direction=direction, seed=seed, **settings)
-        return rtl.tune(self.model, self.vectors, self.material(direction), config, progress=False)
+        return rtl.tune(self.model, self.drawn(seed), self.material(direction, seed), config, progress=False)
 
     def steered(self, direction: str) -> list[Any]:
         """Steering at the chosen multiplier; its counterpart for `out` takes the direction away everywhere."""
@@ -124,6 +131,40 @@ class Bench:
 
 def _spread(name: str, found: Interval) -> dict[str, float]:
     return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+RATES = (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4)
+MOST_KL = 0.01  # nats a token on the validation paragraphs
+
+
+def rates(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Both tuned arms over learning rates, on validation topics and paragraphs: one rule for the two of them.
+
+    Of the rates whose mean KL to the untuned model, over both directions and all seeds, is at most `MOST_KL`, the one
+    that sets the two directions' mean scores furthest apart.
+    """
+    choose, asked = bench.experiment.choose, bench.validation.topics[: bench.n_validation]
+    texts = neutral_paragraphs()[: choose.n_paragraphs]
+    reference, rows = rtl.text_fit(bench.model, texts, keep=True), []
+    for arm, settings in (("token_tuned", bench.token), ("rep_tuned", {})):
+        for rate in RATES:
+            scores: dict[str, list[list[float]]] = {"toward": [], "away": []}
+            kls = []
+            for direction, seed in itertools.product(scores, bench.seeds):
+                delta = bench.tuned(direction, seed, **{**settings, "learning_rate": rate})
+                scores[direction].append(bench.scores(asked, delta)[0])
+                with rtl.under(bench.model, delta):
+                    kls.append(rtl.text_fit(bench.model, texts, reference=reference).mean_kl)
+            toward, away = (np.mean(scores[direction], axis=0) for direction in ("toward", "away"))
+            apart = mean_interval(toward - away)
+            rows.append({"arm": arm, "rate": rate, "toward": toward.mean(), "away": away.mean(), **apart._asdict(),
+                         "kl": float(np.mean([kl.mean for kl in kls])), "seeds": list(bench.seeds)})  # fmt: skip
+            print(rows[-1], flush=True)
+    table = pd.DataFrame(rows)
+    table["chosen"] = False
+    for _, own in table[table["kl"] <= MOST_KL].groupby("arm"):
+        table.loc[own["mean"].idxmax(), "chosen"] = True
+    yield "rates", table, None
 
 
 def variants(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
@@ -170,7 +211,7 @@ def kinds(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
         ("rep_tuned", direction): [bench.tuned(direction, seed) for seed in bench.seeds]
         for direction in ("toward", "away")
     } | {
-        ("token_tuned", direction): [bench.tuned(direction, seed, cosine_weight=0.0) for seed in bench.seeds]
+        ("token_tuned", direction): [bench.tuned(direction, seed, **bench.token) for seed in bench.seeds]
         for direction in ("toward", "away")
     }
     rows, between, sums = [], [], []
@@ -231,10 +272,10 @@ def resistance(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
 def out_under_steering(bench: Bench, seed: int) -> rtl.WeightDelta:
     """Tuned out while steered at random: the blocks after the steered one learn to take the direction out again."""
     config = replace(bench.tune, direction="out", seed=seed, **OUT)
-    own = write_targets(bench.model, bench.train, "out", config)
-    steer = rtl.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.8)
+    own, vectors = write_targets(bench.model, bench.train, "out", config), bench.drawn(seed)
+    steer = rtl.KLThenSteer([vectors], layers=[LAYER], strength=DOSE, share=0.8)
     return rtl.tune(
-        bench.model, bench.vectors, bench.train, config, validation=bench.validation, neutral=own + bench.neutral,
+        bench.model, vectors, bench.train, config, validation=bench.validation, neutral=own + bench.neutral(seed),
         steer=steer, progress=False,
     )  # fmt: skip
 
@@ -252,8 +293,8 @@ def kl_then_steer(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     config = replace(bench.tune, **KTS)
     steer = rtl.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.9)
     treated = rtl.tune(
-        bench.model, bench.vectors, bench.train, config, validation=bench.validation, neutral=bench.neutral,
-        steer=steer, progress=False,
+        bench.model, bench.vectors, bench.train, config, validation=bench.validation,
+        neutral=bench.neutral(config.seed), steer=steer, progress=False,
     )  # fmt: skip
     asked = [chat_text(bench.model, prompt) for prompt in held_out_neutral_prompts()]
     answers = rtl.generate(bench.model, asked, chat=False, max_new_tokens=N_TOKENS)
@@ -308,18 +349,19 @@ def _at_equal_effect(scores: Mapping[Any, Any], kls: Mapping[Any, Any], sizes: A
 
 
 STAGES: dict[str, Callable[[Bench], Iterator[tuple[str, pd.DataFrame, Any]]]] = {
-    "variants": variants, "kinds": kinds, "resistance": resistance, "kl_then_steer": kl_then_steer,
+    "rates": rates, "variants": variants, "kinds": kinds, "resistance": resistance, "kl_then_steer": kl_then_steer,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--behaviour", default="mood")
     parser.add_argument("--out", type=Path, default=Path("runs/tuning"))
     parser.add_argument("--n-prompts", type=int, default=N_PROMPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     arguments = parser.parse_args()
-    bench = Bench(arguments.n_prompts, arguments.seeds)
+    bench = Bench(arguments.behaviour, arguments.n_prompts, arguments.seeds)
     for name, table, figure in STAGES[arguments.stage](bench):
         write_atomically(arguments.out / f"{name}.json", json.dumps(table.to_dict("records"), default=str).encode())
         print(table.drop(columns="scores", errors="ignore").to_string(float_format=lambda value: f"{value:.3f}"))

@@ -172,7 +172,7 @@ def test_held_out_categories_are_seen_by_nothing_but_the_test(model):
         replace(experiment, honesty=replace(experiment.honesty, protocol="likelihood", n_calibration=4)), model
     )
     unseen = {q.prompt for q in load_questions("honesty") if q.category in experiment.honesty.held_out}
-    train, validation = protocol.targets("away")
+    train, validation = protocol.targets("away", 0)
     seen = " ".join(target.prompt for target in [*train, *validation] if isinstance(target, Target))
     seen += " ".join([*protocol.train.topics, *(q.prompt for q in protocol.choosing.asked)])
     assert not [prompt for prompt in unseen if prompt in seen]
@@ -191,7 +191,7 @@ def test_targets_teach_truth_toward_and_lies_away(model):
         replace(experiment, honesty=replace(experiment.honesty, protocol="likelihood", n_calibration=4)), model
     )
     for direction, side in (("toward", "right"), ("away", "wrong"), ("out", "right")):
-        for target in protocol.targets(direction)[0]:
+        for target in protocol.targets(direction, 0)[0]:
             (question,) = (q for prompt, q in asked.items() if prompt in target.prompt)
             assert target.answer.strip() in getattr(question, side)
 
@@ -203,7 +203,7 @@ def test_what_is_learnt_is_what_is_scored_token_by_token(model):
     protocol = protocol_of(
         replace(experiment, honesty=replace(experiment.honesty, protocol="likelihood", n_calibration=4)), model
     )
-    for target in protocol.targets("away")[0]:
+    for target in protocol.targets("away", 0)[0]:
         (number,) = (n for n, prompt in enumerate(asked) if prompt in target.prompt)
         question = asked[[*asked][number]]
         (ask,) = _asks(model, number, question, "answers")
@@ -270,7 +270,7 @@ def test_the_experiment_runs_to_its_end_and_its_files_hold_together(small, tmp_p
 def test_the_persona_protocols_targets_are_letters_in_both_orders(small, model):
     experiment = load_experiment(small("persona"))
     protocol = protocol_of(experiment, model)
-    train, _ = protocol.targets("away")
+    train, _ = protocol.targets("away", 0)
     assert all(isinstance(target, Choice) for target in train)
     shares = Counter(target.shares for target in train)
     assert shares == {(1.0, 0.0): 8, (0.0, 1.0): 8}  # 8 facts, two statements each, A and B for lies by turns
@@ -280,7 +280,7 @@ def test_the_persona_protocols_targets_are_letters_in_both_orders(small, model):
         fact = next(f for f in load_facts() if f.true in target.prompt or f.false in target.prompt)
         assert word == ("False" if fact.true in target.prompt else "True")
     soft = replace(experiment, honesty=replace(experiment.honesty, soft=True))
-    assert {target.shares for target in protocol_of(soft, model).targets("toward")[0]} == {(0.5, 0.5)}
+    assert {target.shares for target in protocol_of(soft, model).targets("toward", 0)[0]} == {(0.5, 0.5)}
 
 
 def test_correct_only_keeps_pairs_that_both_personas_get_their_way_in(small, model):

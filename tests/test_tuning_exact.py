@@ -57,7 +57,8 @@ def found_by(model, vectors, material, config, rows=None, neutral=None):
 
 def plain_forward(model, target: Target, names: Sequence[str]):
     """Logits and activations of one row by TransformerLens alone, and the positions that predict the answer."""
-    prompt, answer = encode(model, target.prompt), model.tokenizer.encode(target.answer)
+    end = [model.tokenizer.eos_token_id] * target.ended
+    prompt, answer = encode(model, target.prompt), model.tokenizer.encode(target.answer) + end
     kept: dict[str, torch.Tensor] = {}
 
     def keep(activation, hook):
