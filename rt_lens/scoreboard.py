@@ -86,11 +86,12 @@ class Board:
     """
 
     def __init__(
-        self, model: Any, exams: Mapping[str, Exam], texts: Sequence[str] = (), *, seed: int = 0, batch_size: int = 64
+        self, model: Any, exams: Mapping[str, Exam], texts: Iterable[str] = (), *, seed: int = 0, batch_size: int = 64
     ) -> None:
         if not isinstance(exams, Mapping) or not exams:
             raise ValueError("exams: none came. Give at least one, as in {'test': Exam(prompts)}.")
-        self.model, self.exams, self.texts, self.seed, self.batch_size = model, dict(exams), texts, seed, batch_size
+        self.model, self.exams, self.seed, self.batch_size = model, dict(exams), seed, batch_size
+        self.texts = text_list(texts, "texts", blank=True, none=True)
         self._scores: list[dict[str, Any]] = []
         self._texts: list[dict[str, Any]] = []
         self._answers: list[dict[str, Any]] = []
@@ -297,7 +298,7 @@ def compare_arms(
     arms: Mapping[str, Worn],
     exams: Mapping[str, Exam],
     *,
-    texts: Sequence[str] = (),
+    texts: Iterable[str] = (),
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rt_lens.generation import generate
+from rt_lens.listing import as_text, listed, text_list
 from rt_lens.losses import Direction
 from rt_lens.prompts import ContrastPairs
 from rt_lens.tokens import chat_text
@@ -81,11 +82,17 @@ def write_targets(
     return [Target(prompt, answer) for prompt, answer in zip(plain, answers, strict=True) if answer.strip()]
 
 
+def neutral_list(neutral: Iterable[Any]) -> list[Any]:
+    """Neutral prompts and Targets as a list; anything else, such as an empty cell of a table, is refused."""
+    items = enumerate(listed(neutral, "neutral", none=True))
+    return [item if isinstance(item, Target) else as_text(item, "neutral", number) for number, item in items]
+
+
 def write_neutral(
-    model: Any, prompts: Sequence[str], config: TuneConfig | None = None, *, progress: bool = False
+    model: Any, prompts: Iterable[str], config: TuneConfig | None = None, *, progress: bool = False
 ) -> list[Target]:
     """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
-    asked = [chat_text(model, prompt) for prompt in prompts]
+    asked = [chat_text(model, prompt) for prompt in text_list(prompts, "prompts", none=True)]
     answers = _answers(model, asked, config or TuneConfig(), progress)
     return [Target(prompt, answer) for prompt, answer in zip(asked, answers, strict=True) if answer.strip()]
 
