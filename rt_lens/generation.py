@@ -143,6 +143,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     tokenizer = tokenizer_of(model)
     encoded = [encode(model, text) for text in (as_chat(model, prompts) if chat else prompts)]
+    if [] in encoded:
+        raise ValueError(f"prompts must have a token each, got none in number {encoded.index([])}. Leave it out.")
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i])) if len(encoded) > batch_size else None
     rows_left = order or list(range(len(encoded)))
     answers = [""] * len(encoded)

@@ -130,7 +130,7 @@ def projection_changes(
         >>> table = projection_changes(model, vectors, texts, {"steered": add(vectors, [18]), "rep_tuned": delta})
         >>> plots.projection_changes(table).show()
     """
-    _check(arms)
+    _check(model, arms)
     texts = text_list(texts, "texts", blank=True)
     vectors.check_fits(model)
     units = vectors.unit().vectors
@@ -199,7 +199,7 @@ def residual_shifts(
         >>> shifts = residual_shifts(model, {"steered": add(vectors, [18]), "rep_tuned": delta}, prompts, vectors)
         >>> plots.residual_shifts(shifts.along, shifts.between).show()
     """
-    _check(arms)
+    _check(model, arms)
     units, names = _units(model, vectors, hook), hook_names(check_layers(model, layers), hook)
     chats = as_chat(model, text_list(texts, "texts"))
     found = _by_arm(model, arms, lambda: last_token_activations(model, chats, names))
@@ -222,7 +222,7 @@ def residual_shifts(
     return ResidualShifts(pd.DataFrame(along), pd.DataFrame(between, columns=columns))
 
 
-def _check(arms: Mapping[str, Arm]) -> None:
+def _check(model: Any, arms: Mapping[str, Arm]) -> None:
     """Refuses what is no arm, before anything is run."""
     if not arms:
         raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")

@@ -7,7 +7,7 @@ import itertools
 import json
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
 from pathlib import Path
@@ -225,7 +225,7 @@ def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
         len({*personas}) == len({*openers}) == 1
         or any(pair.negative_user for pair in pairs)
         or not is_product([topics, personas, openers])
-        or len(set(connected(_topic_keys(pairs)))) < n_topics  # a message stands in two groups
+        or (any(pair.group for pair in pairs) and len(set(connected(_topic_keys(pairs)))) < n_topics)  # of one message
     ):
         return None
     by_topic = cut(topics, bounds, seed)
@@ -249,10 +249,10 @@ def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
         )
     allowed = _off(plainly, bounds) + _SLACK
     more = {
-        "positive personas": [_filled(pair.positive) for pair in pairs],
-        "negative personas": [_filled(pair.negative) for pair in pairs],
-        "openers": [() if pair.negative_opener else _filled(pair.opener) for pair in pairs],
-        "messages of the negative side": [_filled(pair.user) + _filled(pair.negative_user) for pair in pairs],
+        "positive personas": _keys(pair.positive for pair in pairs),
+        "negative personas": _keys(pair.negative for pair in pairs),
+        "openers": _keys("" if pair.negative_opener else pair.opener for pair in pairs),
+        "messages of the negative side": _keys((pair.user for pair in pairs), (pair.negative_user for pair in pairs)),
     }
     if len({pair.negative_user for pair in pairs} - {""}) < 2:
         del more["messages of the negative side"]
@@ -266,11 +266,12 @@ def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
 
 
 def _topic_keys(pairs: Sequence[Pair]) -> list[list[tuple[str, ...]]]:
-    return [[(pair.user,) for pair in pairs], [_filled(pair.group) for pair in pairs]]
+    return [_keys(pair.user for pair in pairs), _keys(pair.group for pair in pairs)]
 
 
-def _filled(text: str) -> tuple[str, ...]:
-    return (text,) if text else ()
+def _keys(*texts: Iterable[str]) -> list[tuple[str, ...]]:
+    """For each pair the texts that another could have in common with it; an empty one is none."""
+    return [tuple(text for text in each if text) for each in zip(*texts, strict=True)]
 
 
 def _off(parts: Sequence[int], bounds: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from rt_lens.arms import Arm, under
 from rt_lens.evaluation import Scorer, ScorerLike, TextFit, ask, is_share, make_scorer, said, text_fit
+from rt_lens.listing import text_list
 from rt_lens.progress import Bar
 from rt_lens.questions import Answer, Asked, Question, as_questions
 from rt_lens.statistics import Interval, crossed_interval, holm, paired_comparison, ratio_interval, share_interval
