@@ -24,7 +24,11 @@ def peak() -> float:
 def resident() -> float:
     """Resident memory now, in MiB; where it cannot be told, the peak so far."""
     counts = Path("/proc/self/statm")
-    return int(counts.read_text().split()[1]) * resource.getpagesize() / 2**20 if counts.exists() else peak()
+    return (
+        int(counts.read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 2**20
+        if counts.exists()
+        else peak()
+    )
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rt_lens.forward import quick
+from rt_lens.listing import as_text, text_list
 from rt_lens.progress import Bar
 from rt_lens.tokens import TokenBatch, batches, encode, pad, pad_id_of, tokenizer_of
 from rt_lens.whereabouts import whereabouts
@@ -33,7 +34,7 @@ def check_hook_names(model: Any, hook_names: Sequence[str]) -> None:
 @torch.no_grad()
 def read_activations(
     model: Any,
-    texts: Sequence[str],
+    texts: Iterable[str],
     hook_names: Sequence[str],
     reads: Sequence[Sequence[Sequence[int]]],
     *,
@@ -61,6 +62,7 @@ def read_activations(
         ValueError: for an unknown hook name or an empty list of texts.
     """
     check_hook_names(model, hook_names)
+    texts = text_list(texts, "texts", blank=True)
     found: dict[str, Tensor] = {}
     with quick(model), Bar(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
         for batch in batches(model, texts, batch_size, padding):
@@ -108,13 +110,14 @@ def _weights(batch: TokenBatch, reads: Sequence[Sequence[Sequence[int]]]) -> Flo
 
 
 def last_token_activations(
-    model: Any, texts: Sequence[str], hook_names: Sequence[str], *, batch_size: int = 32, progress: bool = False
+    model: Any, texts: Iterable[str], hook_names: Sequence[str], *, batch_size: int = 32, progress: bool = False
 ) -> dict[str, Float[Tensor, "text *heads d"]]:
     """Activations at the last token of each text: see `read_activations`.
 
     Returns:
         hook name -> Float[Tensor, "text *heads d"] in the order of `texts`, float32 on the CPU.
     """
+    texts = text_list(texts, "texts", blank=True)
     ends = [[[len(encode(model, text)) - 1]] for text in texts]
     found = read_activations(model, texts, hook_names, ends, batch_size=batch_size, progress=progress)
     return {name: h[:, 0] for name, h in found.items()}
@@ -130,7 +133,7 @@ def token_activations(
         The tokens as strings, and hook name -> Float[Tensor, "pos *heads d"].
     """
     check_hook_names(model, hook_names)
-    ids = encode(model, text)
+    ids = encode(model, as_text(text, "text", blank=True))
     batch = pad([ids], pad_id_of(model)).to(model.cfg.device)
     with quick(model):
         cache = _run(model, batch, hook_names, 1)

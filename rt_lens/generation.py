@@ -17,6 +17,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from rt_lens.forward import KeyValueCache, can_be_quick, final_residual, quick, unembed
+from rt_lens.listing import as_text, text_list
 from rt_lens.progress import Bar, breathe
 from rt_lens.tokens import (
     TokenBatch,
@@ -99,7 +100,7 @@ def as_chat(model: Any, prompts: Sequence[str], *, system: str = "") -> list[str
 
 def generate(
     model: Any,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     chat: bool = True,
     max_new_tokens: int = 40,
@@ -143,8 +144,7 @@ def generate(
     if max_new_tokens < 1 or batch_size < 1:
         came = f"max_new_tokens {max_new_tokens}, batch_size {batch_size}"
         raise ValueError(f"generate: {came} came; at least 1 and 1 are wanted.")
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts: a list of at least one text is wanted. Put a single text in brackets.")
+    prompts = text_list(prompts, "prompts", blank=not (chat and has_chat_template(model)))
     if trace is not None:
         trace.check_fits(model)
         if on_token is None:
@@ -155,6 +155,8 @@ def generate(
     tokenizer = tokenizer_of(model)
     texts = as_chat(model, prompts) if chat else prompts
     encoded = [encode(model, text) for text in texts]
+    if [] in encoded:
+        raise ValueError(f"prompts must have a token each, got none in number {encoded.index([])}. Leave it out.")
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i])) if len(encoded) > batch_size else None
     rows_left = order or list(range(len(encoded)))
     answers = [""] * len(encoded)
@@ -205,6 +207,7 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens {max_new_tokens} came; at least 1 is wanted.")
     tokenizer, ends = tokenizer_of(model), _ends(model)
+    prompt = as_text(prompt, "prompt", blank=not has_chat_template(model))
     run = _Run(model, [encode(model, text) for text in as_chat(model, [prompt])], max_new_tokens, True, (0,))
     ids: list[int] = []
     told = ""

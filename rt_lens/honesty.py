@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from rt_lens.prompts import ContrastPairs, Pair
 from rt_lens.questions import Question, lettered
+from rt_lens.readers import read_lines
 from rt_lens.shipped import data_path
 
 OPENER = "The answer is"
@@ -126,4 +127,4 @@ def _answered(asked: Question, option: str) -> str:
 
 
 def _rows(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in data_path(f"honesty/{name}.jsonl").read_text().splitlines() if line.strip()]
+    return [json.loads(line) for _, line in read_lines(data_path(f"honesty/{name}.jsonl"), "data")]

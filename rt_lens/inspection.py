@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from rt_lens.arms import Arm, under
 from rt_lens.delta import WeightDelta
 from rt_lens.forward import check_layers
 from rt_lens.generation import as_chat
+from rt_lens.listing import text_list
 from rt_lens.progress import Bar
 from rt_lens.statistics import mean_interval
 from rt_lens.tokens import encode
@@ -104,7 +105,7 @@ def weight_changes(
 
 
 def projection_changes(
-    model: Any, vectors: SteeringVectors, texts: Sequence[str], arms: Mapping[str, Arm], *, seed: int = 0
+    model: Any, vectors: SteeringVectors, texts: Iterable[str], arms: Mapping[str, Arm], *, seed: int = 0
 ) -> pd.DataFrame:
     """How far each arm moves texts along the unit vector, layer by layer, against the untouched model.
 
@@ -129,7 +130,8 @@ def projection_changes(
         >>> table = projection_changes(model, vectors, texts, {"steered": add(vectors, [18]), "rep_tuned": delta})
         >>> plots.projection_changes(table).show()
     """
-    _check(model, texts, arms)
+    _check(model, arms)
+    texts = text_list(texts, "texts", blank=True)
     vectors.check_fits(model)
     units = vectors.unit().vectors
     _refuse_heads(units)
@@ -170,7 +172,7 @@ class ResidualShifts:
 def residual_shifts(
     model: Any,
     arms: Mapping[str, Arm],
-    texts: Sequence[str],
+    texts: Iterable[str],
     vectors: SteeringVectors,
     *,
     layers: Iterable[int] | None = None,
@@ -197,9 +199,9 @@ def residual_shifts(
         >>> shifts = residual_shifts(model, {"steered": add(vectors, [18]), "rep_tuned": delta}, prompts, vectors)
         >>> plots.residual_shifts(shifts.along, shifts.between).show()
     """
-    _check(model, texts, arms)
+    _check(model, arms)
     units, names = _units(model, vectors, hook), hook_names(check_layers(model, layers), hook)
-    chats = as_chat(model, texts)
+    chats = as_chat(model, text_list(texts, "texts"))
     found = _by_arm(model, arms, lambda: last_token_activations(model, chats, names))
     shifts = {(arm, name): (found[arm][name] - found[None][name]).double() for arm in arms for name in names}
     along, between = [], []
@@ -220,11 +222,8 @@ def residual_shifts(
     return ResidualShifts(pd.DataFrame(along), pd.DataFrame(between, columns=columns))
 
 
-def _check(model: Any, texts: Sequence[str], arms: Mapping[str, Arm]) -> None:
-    """Refuses what is no list of texts or no arm, before anything is run."""
-    if isinstance(texts, str) or not texts:
-        came = "one string" if texts else "nothing"
-        raise ValueError(f"texts: {came} came, a list of at least one string is wanted.")
+def _check(model: Any, arms: Mapping[str, Arm]) -> None:
+    """Refuses what is no arm, before anything is run."""
     if not arms:
         raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")
     for name, arm in arms.items():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
 import random
-import tomllib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rt_lens.readers import ROW_ENDINGS, Row, read_rows, read_toml, refuse_misspelt
 from rt_lens.shipped import behaviour_file
+from rt_lens.splitting import connected, cut, is_product, share_out, sizes_of
 from rt_lens.tokens import chat_text
 
 
@@ -48,6 +50,9 @@ class Pair:
         )
 
 
+_fields_of = attrgetter(*(field.name for field in fields(Pair)))
+
+
 class PairTexts(NamedTuple):
     """Aligned texts of the two sides, through a model's chat template."""
 
@@ -80,9 +85,16 @@ class ContrastPairs:
         if not self.pairs:
             raise ValueError(f"pairs: {self.name!r} has none. Give at least one positive and one negative side.")
         for number, pair in enumerate(self.pairs):
+            where = f"number {number} of {self.name!r}"
+            if any(not isinstance(text, str) for text in _fields_of(pair)):
+                side, text = next(each for each in asdict(pair).items() if not isinstance(each[1], str))
+                raise ValueError(
+                    f"pairs: {side} of {where} must be a text, got {text!r}. Leave out rows with empty cells, or give "
+                    "'' for what may be empty."
+                )
             for side in ("user",) if pair.negative_user or pair.negative_opener else ("positive", "negative", "user"):
                 if not getattr(pair, side).strip():
-                    raise ValueError(f"pairs: number {number} of {self.name!r} has an empty {side!r} side. Fill it in.")
+                    raise ValueError(f"pairs: {where} has an empty {side!r} side. Fill it in.")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -123,103 +135,195 @@ class ContrastPairs:
             ranked.append((seen[pair.user], place))
         return ContrastPairs(self.name, tuple(shuffled[place] for _, place in sorted(ranked)[:n]))
 
-    def split(self, *shares: float, seed: int = 0) -> tuple[ContrastPairs, ...]:
-        """Splits by topic, and by persona and opener where there are enough, so that the parts share nothing.
+    def split(self, *shares: float, seed: int = 0) -> Parts:
+        """Splits into parts that share no topic (no group, where pairs have one), and if possible nothing else.
+
+        Where every topic comes with every persona and every opener, as the table `[pairs]` of a TOML file gives them,
+        topics, personas and openers are each shared out, and a part gets the pairs whose three fall to it; the others
+        are left out. Personas or openers that are too few for a part each stand in all parts.
+
+        Else (rows of JSONL or CSV) no pair is left out. Pairs that have a topic in common stay together, and so do
+        those that share a persona, an opener or the other side's message, but only if parts near the shares can be made
+        of such groups (at most 5 % of the pairs further off than by topic alone). What would make one lump of
+        nearly all pairs, such as a persona that all of them have, keeps nothing together: the parts share it.
 
         Args:
-            shares: share of the topics in each part but the last, which gets the rest: `split(0.7)` gives two parts.
+            shares: of the topics in each part but the last, which gets the rest: `split(0.7)` gives two parts. For
+                rows, of the pairs, as nearly as whole groups allow.
             seed: of the shuffle.
 
         Returns:
-            `len(shares) + 1` parts. Pairs that would straddle two parts are left out.
+            `len(shares) + 1` parts, with `left_out`, the number of pairs that are in none.
 
         Raises:
-            ValueError: if the shares do not leave every part a topic and a pair.
+            ValueError: if the topics are too few to leave every part one.
+
+        Warns:
+            UserWarning: if pairs are left out and a part is small, or parts share one of several personas or openers.
         """
         if not shares or min(shares) <= 0 or sum(shares) >= 1:
             raise ValueError(f"shares: {shares} came; positive numbers with a sum below 1 are wanted, say 0.7.")
         bounds = list(itertools.accumulate(shares))
-        keys = [
-            _parts([pair.group or pair.user for pair in self.pairs], bounds, seed, needed=True),
-            _parts([(pair.positive, pair.negative) for pair in self.pairs], bounds, seed),
-            # Openers that differ between the sides are the answers themselves.
-            _parts(["" if pair.negative_opener else pair.opener for pair in self.pairs], bounds, seed),
-        ]
-        chosen: list[list[Pair]] = [[] for _ in range(len(shares) + 1)]
-        for number, pair in enumerate(self.pairs):
-            parts = {part for key in keys if (part := key[number]) is not None}
-            if len(parts) == 1:
-                chosen[parts.pop()].append(pair)
-        if not all(chosen):
-            raise ValueError(
-                f"shares: {shares} leave a part of {self.name!r} no pair of its own. Give more topics and personas."
+        numbers, given_up = _crossed(self.pairs, bounds, seed) or _grouped(self.pairs, bounds, seed)
+        parts = Parts(
+            ContrastPairs(self.name, tuple(pair for pair, of in zip(self.pairs, numbers, strict=True) if of == part))
+            for part in range(len(bounds) + 1)
+        )
+        parts.left_out = numbers.count(None)
+        least = min(len(part) for part in parts)
+        if parts.left_out and least < _FEW:
+            warnings.warn(
+                f"split: {parts.left_out} of the {len(self)} pairs of {self.name!r} are left out, and a part has only "
+                f"{least}. Topics, personas and openers are all kept apart, and a pair whose topic falls to one part "
+                "and whose persona to another fits in neither. Give more of them, or shares that are more alike.",
+                stacklevel=2,
             )
-        return tuple(ContrastPairs(self.name, tuple(part)) for part in chosen)
+        if given_up:
+            warnings.warn(
+                f"split: the parts of {self.name!r} have no topic in common, but {', '.join(given_up)}. Kept apart, "
+                f"these would tie so many pairs together that parts of {shares} cannot be made. Give each of them "
+                "topics of its own where the parts must not share it.",
+                stacklevel=2,
+            )
+        return parts
 
 
-def _parts(values: Sequence[Any], bounds: Sequence[float], seed: int, needed: bool = False) -> list[int | None]:
-    """For each value the part it falls in, or None for all where there are too few values to share out."""
-    distinct = list(dict.fromkeys(values))
-    random.Random(f"{seed}-{len(distinct)}").shuffle(distinct)
-    cuts = [round(bound * len(distinct)) for bound in bounds]
-    edges = [0, *cuts, len(distinct)]
-    if any(low >= high for low, high in itertools.pairwise(edges)):
-        if needed:
-            raise ValueError(f"shares: {len(distinct)} topics cannot be split at {tuple(bounds)}. Give more topics.")
-        return [None] * len(values)
-    part_of = {value: sum(place >= cut for cut in cuts) for place, value in enumerate(distinct)}
-    return [part_of[value] for value in values]
+_FEW = 30  # pairs that a part should have before it is told that others were left out
+_SLACK = 0.05  # share of the pairs that parts may be off by, more than by topic alone, to keep more apart
+
+
+class Parts(tuple[ContrastPairs, ...]):
+    """The parts of a split: a tuple of ContrastPairs.
+
+    Attributes:
+        left_out: how many pairs are in no part.
+
+    Example:
+        >>> parts = load_pairs("mood").split(0.4, 0.2, seed=0)
+        >>> train, validation, test = parts
+        >>> parts.left_out
+        83576
+    """
+
+    left_out: int = 0
+
+
+def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple[list[int | None], list[str]] | None:
+    """For each pair the part where its topic, persona and opener meet.
+
+    None if not all combinations of them are there, or there is nothing to cross.
+
+    Raises:
+        ValueError: if the topics are too few.
+    """
+    topics = [pair.group or pair.user for pair in pairs]
+    personas = [(pair.positive, pair.negative) for pair in pairs]
+    # Openers that differ between the sides are the answers themselves.
+    openers = ["" if pair.negative_opener else pair.opener for pair in pairs]
+    n_topics = len(set(topics))
+    if (
+        len({*personas}) == len({*openers}) == 1
+        or any(pair.negative_user for pair in pairs)
+        or not is_product([topics, personas, openers])
+        or (any(pair.group for pair in pairs) and len(set(connected(_topic_keys(pairs)))) < n_topics)  # of one message
+    ):
+        return None
+    by_topic = cut(topics, bounds, seed)
+    if by_topic is None:
+        raise ValueError(f"shares: {n_topics} topics cannot be split at {tuple(bounds)}. Give more topics.")
+    keys = [by_topic, *(parts for axis in (personas, openers) if (parts := cut(axis, bounds, seed)) is not None)]
+    return [falls[0] if len(set(falls)) == 1 else None for falls in zip(*keys, strict=True)], []
+
+
+def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple[list[int | None], list[str]]:
+    """For each pair its part, and what could not be kept apart though there is more than one of it.
+
+    Raises:
+        ValueError: if the topics are too few.
+    """
+    topics = _topic_keys(pairs)
+    plainly = share_out(connected(topics), bounds, seed)
+    if plainly is None:
+        raise ValueError(
+            f"shares: {len(set(connected(topics)))} topics (or groups) cannot be split at {tuple(bounds)}. Give more."
+        )
+    allowed = _off(plainly, bounds) + _SLACK
+    more = {
+        "positive personas": _keys(pair.positive for pair in pairs),
+        "negative personas": _keys(pair.negative for pair in pairs),
+        "openers": _keys("" if pair.negative_opener else pair.opener for pair in pairs),
+        "messages of the negative side": _keys((pair.user for pair in pairs), (pair.negative_user for pair in pairs)),
+    }
+    if len({pair.negative_user for pair in pairs} - {""}) < 2:
+        del more["messages of the negative side"]
+    more = {name: keys for name, keys in more.items() if len(set(keys) - {()}) > 1}
+    for n in range(len(more), 0, -1):
+        for kept in itertools.combinations(more, n):
+            parts = share_out(connected([*topics, *(more[name] for name in kept)]), bounds, seed)
+            if parts is not None and _off(parts, bounds) <= allowed:
+                return list(parts), [name for name in more if name not in kept]
+    return list(plainly), list(more)
+
+
+def _topic_keys(pairs: Sequence[Pair]) -> list[list[tuple[str, ...]]]:
+    return [_keys(pair.user for pair in pairs), _keys(pair.group for pair in pairs)]
+
+
+def _keys(*texts: Iterable[str]) -> list[tuple[str, ...]]:
+    """For each pair the texts that another could have in common with it; an empty one is none."""
+    return [tuple(text for text in each if text) for each in zip(*texts, strict=True)]
+
+
+def _off(parts: Sequence[int], bounds: Sequence[float]) -> float:
+    """By how large a share of all items a part is too large or too small, at most."""
+    wanted = sizes_of(bounds, len(parts))
+    return max(abs(parts.count(part) - size) for part, size in enumerate(wanted)) / len(parts)
 
 
 def load_pairs(name_or_path: str | Path) -> ContrastPairs:
     """Contrast pairs of a shipped behaviour, or of a TOML, JSONL or CSV file of your own.
 
     A TOML file has a table `[pairs]` with lists `positive` and `negative` (personas, aligned), `topics` (user
-    messages) and, if wanted, `openers`; every combination becomes a pair. Lines of JSONL and rows of CSV have the
-    fields `positive`, `negative`, `user` and, if wanted, `opener`, and each is one pair; `negative_user` and
-    `negative_opener` are for pairs whose sides differ in what is said.
+    messages) and, if wanted, `openers`; every combination becomes a pair. Lines of JSONL and rows of CSV (with commas,
+    semicolons or tabs) have the fields `positive`, `negative`, `user` and, if wanted, `opener` and `group`, and each is
+    one pair; `negative_user` and `negative_opener` are for pairs whose sides differ in what is said. Files are UTF-8.
 
     Raises:
-        ValueError: unknown behaviour or file type, or a side that is missing; the message says where.
+        ValueError: unknown behaviour or file type, a side that is missing, a field that is misspelt, or a file that is
+            no such text; the message says where.
+
+    Warns:
+        UserWarning: if there are fields that are not used.
     """
     path = behaviour_file(name_or_path)
-    if path.suffix == ".toml":
+    ending = path.suffix.lower()
+    if ending == ".toml":
         return pairs_from_table(path.stem, read_toml(path).get("pairs", {}), source=str(path))
-    if path.suffix == ".jsonl":
-        lines = enumerate(path.read_text().splitlines(), start=1)
-        rows = [(number, _parsed(line)) for number, line in lines if line.strip()]
-    elif path.suffix == ".csv":
-        with path.open(newline="") as stream:
-            reader = csv.DictReader(stream)
-            rows = [(reader.line_num, row) for row in reader]
-    else:
-        raise ValueError(f"pairs: {path.name} has an unknown ending. Give a .toml, .jsonl or .csv file.")
-    return ContrastPairs(path.stem, tuple(_pair(row, f"{path.name}, line {number}") for number, row in rows))
+    if ending not in ROW_ENDINGS:
+        raise ValueError(f"pairs: {path.name} has an unknown ending. Give a .toml, .jsonl, .csv or .tsv file.")
+    known = [field.name for field in fields(Pair)]
+    rows = read_rows(path, "pairs", known)
+    unused = dict.fromkeys(name for row in rows for name in refuse_misspelt(row, "pairs", known))
+    pairs = ContrastPairs(path.stem, tuple(_pair(row) for row in rows))
+    if unused:
+        warnings.warn(
+            f"pairs: {path.name} has fields that are not used: {', '.join(unused)}. Used are {', '.join(known)}.",
+            stacklevel=2,
+        )
+    return pairs
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as a dictionary; a syntax error names the file and the line."""
-    try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"config: {path} is not valid TOML: {error}.") from None
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
-def _pair(row: Any, where: str) -> Pair:
-    if not isinstance(row, dict):
-        raise ValueError(f"pairs: {where} is no JSON object. Each needs positive, negative and user.")
-    apart = row.get("negative_user") or row.get("negative_opener")
-    for side in ("user",) if apart else ("positive", "negative", "user"):
-        if not isinstance(row.get(side), str) or not row[side].strip():
-            raise ValueError(f"pairs: {where} lacks the side {side!r}. Each needs positive, negative and user.")
-    return Pair(**{field.name: row.get(field.name) or "" for field in fields(Pair)})
+def _pair(row: Row) -> Pair:
+    cells = {field.name: row.cells.get(field.name, "") for field in fields(Pair)}
+    if type(cells["group"]) is int:  # numbers for groups are natural in JSON
+        cells["group"] = str(cells["group"])
+    apart = cells["negative_user"] or cells["negative_opener"]
+    for side, text in cells.items():
+        if not isinstance(text, str):
+            raise ValueError(f"pairs: {row.where} must have a text as {side!r}, got {text!r}. Put it in quotes.")
+        if not text.strip() and side in (("user",) if apart else ("positive", "negative", "user")):
+            raise ValueError(f"pairs: {row.where} lacks the side {side!r}. Each needs positive, negative and user.")
+    return Pair(**cells)
 
 
 def pairs_from_table(name: str, table: dict[str, Any], source: str = "the table") -> ContrastPairs:

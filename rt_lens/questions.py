@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from rt_lens.listing import as_text, listed
 from rt_lens.prompts import ContrastPairs
+from rt_lens.readers import ROW_ENDINGS, Row, read_lines, read_rows, refuse_misspelt
 from rt_lens.shipped import QUESTIONS, question_file
 
 
@@ -42,12 +42,17 @@ class Question:
     check: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "category", "system", "opener"):
+            if not isinstance(text := getattr(self, name), str):
+                raise ValueError(f"{name} must be a text, got {text!r}. Leave rows with empty cells out.")
         if not self.prompt.strip():
             raise ValueError("prompt: a question's is empty. Fill it in.")
         for side in ("right", "wrong"):
             if isinstance(getattr(self, side), str):
                 raise ValueError(f"{side}: one string came for {self.prompt[:60]!r}. Put it in brackets.")
         options = [*self.right, *self.wrong]
+        if not all(isinstance(option, str) for option in options):
+            raise ValueError(f"options of {self.prompt[:60]!r} must be texts, got {options}. Put numbers in quotes.")
         if not all(option.strip() for option in options) or len(set(options)) < len(options):
             raise ValueError(f"options: {options} came for {self.prompt[:60]!r}; each wants text of its own.")
 
@@ -98,50 +103,56 @@ def lettered(prompt: str, options: Sequence[str]) -> str:
     return f"{prompt}\n\n{lines}\n\nAnswer with the letter only."
 
 
-Asked: TypeAlias = ContrastPairs | Sequence[str] | Sequence[Question]
-"""Contrast pairs (each topic once, with no persona), prompts, or questions."""
+Asked: TypeAlias = ContrastPairs | Iterable[str] | Iterable[Question]
+"""Contrast pairs (each topic once, with no persona), prompts, or questions; a column of a table will do."""
 
 
 def as_questions(asked: Asked) -> list[Question]:
     """Whatever is to be asked, as questions.
 
     Raises:
-        ValueError: if there is none, or one string came for a list.
+        ValueError: if there is none, one string came for a list, or an item is no text (NaN, None) or empty.
     """
     if isinstance(asked, ContrastPairs):
         return [Question(topic) for topic in asked.topics]
-    if isinstance(asked, str) or not asked:
-        raise ValueError("prompts: a list of at least one text is wanted. Put a single text in brackets.")
-    return [each if isinstance(each, Question) else Question(each) for each in asked]
+    return [
+        each if isinstance(each, Question) else Question(as_text(each, "prompts", number))
+        for number, each in enumerate(listed(asked, "prompts"))
+    ]
 
 
 def load_questions(name_or_path: str | Path) -> list[Question]:
     """Questions of a shipped set (`capitals`, `arithmetic`, `honesty`, ...), or of a file of your own.
 
-    Lines of JSONL and rows of CSV have the field `prompt` (or `question`) and, if wanted, `right` (or `answers`),
-    `wrong`, `category`, `system`, `opener`; in CSV several options are parted by `|`. A .txt file has a prompt a line.
+    Lines of JSONL and rows of CSV (with commas, semicolons or tabs) have the field `prompt` (or `question`) and, if
+    wanted, `right` (or `answers`), `wrong`, `category`, `system`, `opener`; in CSV several options are parted by `|`. A
+    .txt file has a prompt a line. Files are UTF-8.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: unknown ending, a field that is not known, or a question without a prompt; the message says where.
+        ValueError: unknown ending, a field that is not known, a question without a prompt, or a file that is no such
+            text; the message says where.
     """
     path = question_file(name_or_path)
     if not path.is_file():
         known = ", ".join(QUESTIONS)
         raise FileNotFoundError(f"questions: there is no file {path}. Give a .jsonl, .csv or .txt file, or: {known}.")
-    if path.suffix == ".jsonl":
-        rows = [(number, _object(line)) for number, line in _lines(path)]
-    elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            rows = [(reader.line_num, _split(row)) for row in reader]
-    elif path.suffix == ".txt":
-        rows = [(number, {"prompt": line.strip()}) for number, line in _lines(path)]
+    ending = path.suffix.lower()
+    if ending in ROW_ENDINGS:
+        rows = read_rows(path, "questions", [*_FIELDS, *_ALSO])
+    elif ending == ".txt":
+        lines = read_lines(path, "questions")
+        rows = [Row(f"{path.name}, line {number}", {"prompt": line.strip()}) for number, line in lines]
     else:
-        raise ValueError(f"questions: {path.name} has an unknown ending. Give a .jsonl, .csv or .txt file.")
+        raise ValueError(f"questions: {path.name} has an unknown ending. Give a .jsonl, .csv, .tsv or .txt file.")
     if not rows:
         raise ValueError(f"questions: {path.name} holds none. Write at least one.")
-    return [question_of(row, f"{path.name}, line {number}") for number, row in rows]
+    made = (lambda cells: cells) if ending == ".jsonl" else _split
+    return [question_of(made(row.cells), row.where) for row in rows]
+
+
+_FIELDS = tuple(each.name for each in fields(Question))
+_ALSO = {"question": "prompt", "answers": "right"}
 
 
 def question_of(row: Any, where: str = "a question") -> Question:
@@ -153,15 +164,17 @@ def question_of(row: Any, where: str = "a question") -> Question:
     if not isinstance(row, dict):
         raise ValueError(f"questions: {where} is no JSON object. Each needs a prompt.")
     given: dict[Any, Any] = row
-    if None in given:  # what csv calls the cells beyond the last column
-        raise ValueError(f"questions: {where} has more cells than columns. Put texts with commas in quotes.")
-    also = {"question": "prompt", "answers": "right"}
-    named: dict[str, Any] = {also.get(key, key): value for key, value in given.items()}
+    for other, name in _ALSO.items():
+        if other in given and name in given:
+            raise ValueError(f"questions: {where} must have either {name!r} or {other!r}, got both. Leave one out.")
+    named: dict[str, Any] = {_ALSO.get(key, key): value for key, value in given.items()}
     if "kind" in named:  # a check of the answer, see `Obeys`
-        named["check"] = {key: named.pop(key) for key in set(named) - {each.name for each in fields(Question)}}
-    known = [each.name for each in fields(Question)]
-    if unknown := sorted(set(named) - set(known)):
-        raise ValueError(f"questions: {where} has {', '.join(unknown)}; known are {', '.join(known)}.")
+        named["check"] = {key: named.pop(key) for key in set(named) - set(_FIELDS)}
+    if unknown := refuse_misspelt(Row(where, named), "questions", _FIELDS):
+        raise ValueError(
+            f"questions: {where} must have no fields but {', '.join(_FIELDS)}, got {', '.join(map(repr, unknown))}. "
+            "Leave the others out."
+        )
     for side in ("right", "wrong"):
         if side in named:
             named[side] = _options(named[side], f"{where}, {side}")
@@ -173,25 +186,9 @@ def question_of(row: Any, where: str = "a question") -> Question:
         raise ValueError(f"questions: {where}: {error}") from None
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _object(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
-def _split(row: Mapping[Any, Any]) -> dict[Any, Any]:
-    """A CSV row, with its options parted; empty cells are left out."""
-    return {
-        key: value.split("|") if key in ("right", "answers", "wrong") else value
-        for key, value in row.items()
-        if value not in (None, "")
-    }
+def _split(cells: Mapping[str, str]) -> dict[str, Any]:
+    """A CSV row, with its options parted."""
+    return {key: value.split("|") if key in ("right", "answers", "wrong") else value for key, value in cells.items()}
 
 
 def _options(value: Any, where: str) -> tuple[str, ...]:

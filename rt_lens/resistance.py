@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from rt_lens.arms import Arm, under
+from rt_lens.listing import text_list
 from rt_lens.statistics import mean_interval
 from rt_lens.sweeping import Metric, sweep
 from rt_lens.vectors import SteeringVectors
@@ -52,7 +53,7 @@ def resistance(
     model: Any,
     arms: Mapping[str, Arm],
     vectors: SteeringVectors,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     layer: int,
     multipliers: Sequence[float] = (-2, -1, 0, 1, 2),
@@ -89,7 +90,7 @@ def resistance(
         raise ValueError(
             f"multipliers: {list(multipliers)} came; the largest is wanted with both signs, as in (-2, 0, 2)."
         )
-    parts = []
+    prompts, parts = text_list(prompts, "prompts"), []
     for name, arm in arms.items():
         with under(model, arm):
             found = sweep(

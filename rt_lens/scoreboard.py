@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from rt_lens.arms import Arm, under
 from rt_lens.evaluation import Scorer, ScorerLike, TextFit, ask, is_share, make_scorer, said, text_fit
+from rt_lens.listing import text_list
 from rt_lens.progress import Bar
 from rt_lens.questions import Answer, Asked, Question, as_questions
 from rt_lens.statistics import Interval, crossed_interval, holm, paired_comparison, ratio_interval, share_interval
@@ -86,11 +87,12 @@ class Board:
     """
 
     def __init__(
-        self, model: Any, exams: Mapping[str, Exam], texts: Sequence[str] = (), *, seed: int = 0, batch_size: int = 64
+        self, model: Any, exams: Mapping[str, Exam], texts: Iterable[str] = (), *, seed: int = 0, batch_size: int = 64
     ) -> None:
         if not isinstance(exams, Mapping) or not exams:
             raise ValueError("exams: none came. Give at least one, as in {'test': Exam(prompts)}.")
-        self.model, self.exams, self.texts, self.seed, self.batch_size = model, dict(exams), texts, seed, batch_size
+        self.model, self.exams, self.seed, self.batch_size = model, dict(exams), seed, batch_size
+        self.texts = text_list(texts, "texts", blank=True, none=True)
         self._scores: list[dict[str, Any]] = []
         self._texts: list[dict[str, Any]] = []
         self._answers: list[dict[str, Any]] = []
@@ -297,7 +299,7 @@ def compare_arms(
     arms: Mapping[str, Worn],
     exams: Mapping[str, Exam],
     *,
-    texts: Sequence[str] = (),
+    texts: Iterable[str] = (),
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,

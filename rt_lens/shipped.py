@@ -6,6 +6,8 @@ import json
 from difflib import get_close_matches
 from pathlib import Path
 
+from rt_lens.readers import read_lines
+
 # An installed wheel carries the data inside the package; a checkout has it beside the package.
 _PLACES = (Path(__file__).parent / "data", Path(__file__).parent.parent / "data")
 
@@ -46,9 +48,8 @@ def behaviour_file(name_or_path: str | Path) -> Path:
 
 def neutral_paragraphs() -> list[str]:
     """The shipped mood-neutral expository text, one string per paragraph (for perplexity and KL only)."""
-    return [
-        paragraph.strip() for paragraph in data_path("neutral/text.txt").read_text().split("\n\n") if paragraph.strip()
-    ]
+    text = data_path("neutral/text.txt").read_text(encoding="utf-8")
+    return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def neutral_prompts() -> list[str]:
@@ -102,4 +103,4 @@ def question_file(name_or_path: str | Path) -> Path:
 
 
 def _lines(relative: str) -> list[str]:
-    return [line for line in data_path(relative).read_text().splitlines() if line.strip()]
+    return [line for _, line in read_lines(data_path(relative), "data")]

@@ -21,6 +21,7 @@ from rt_lens.evaluation import Likelihood, ScorerLike, ask, make_scorer
 from rt_lens.files import write_atomically
 from rt_lens.forward import logits_where, model_name
 from rt_lens.generation import as_chat
+from rt_lens.listing import text_list
 from rt_lens.progress import Bar
 from rt_lens.questions import Question, as_questions
 from rt_lens.statistics import Interval, mean_interval, share_interval
@@ -208,7 +209,7 @@ def _rank(doses: Float[np.ndarray, "dose"], means: Float[np.ndarray, "dose"]) ->
 def sweep(
     model: Any,
     vectors: SteeringVectors,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     layers: Iterable[int] | None = None,
     multipliers: Sequence[float] = (-3, -2, -1, 0, 1, 2, 3),
@@ -247,8 +248,7 @@ def sweep(
         >>> found = sweep(model, vectors, test.topics[:16], layers=[14, 18, 22], path="runs/sweep.json")
         >>> print(found.dose_response(18).spearman)
     """
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts: a list of at least one text is wanted. Put a single text in brackets.")
+    prompts = text_list(prompts, "prompts")
     doses = sorted({float(multiplier) for multiplier in multipliers})
     if not doses or not np.isfinite(doses).all():
         raise ValueError(f"multipliers: {list(multipliers)} came; finite numbers, at least one, are wanted.")
@@ -262,7 +262,7 @@ def sweep(
             if done.has(layer):
                 continue
             if 0.0 in doses and done.baseline is None:
-                done.baseline = _measured(measure, model, list(prompts))
+                done.baseline = _measured(measure, model, prompts)
             done.keep(layer, _one_layer(model, vectors, prompts, layer, doses, measure, bound, done.baseline))
             bar.set_postfix(layer=layer)
     rows = [
@@ -271,7 +271,7 @@ def sweep(
         for dose, scores in zip(doses, done.layers[str(layer)], strict=True)
         for number, score in enumerate(scores)
     ]
-    return Sweep(pd.DataFrame(rows), list(prompts), _metric_name(measure), seed)
+    return Sweep(pd.DataFrame(rows), prompts, _metric_name(measure), seed)
 
 
 def _one_layer(
@@ -383,7 +383,7 @@ class _Kept(_Done):
         if not path.exists():
             return
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text(encoding="utf-8"))
             theirs, self.baseline, self.layers = dict(stored["settings"]), stored["baseline"], dict(stored["layers"])
             same_model = np.allclose(theirs.pop("fingerprint"), settings["fingerprint"], rtol=0, atol=0.01)
         except (KeyError, TypeError, ValueError):  # no JSON, no text, or JSON of something else

@@ -22,7 +22,10 @@ _TEMPLATE = (
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
     """Llama-2's kind: every text begins with a space mark, so that " A" alone is two tokens and "A" is one."""
-    texts = [data_path(f"honesty/{name}.jsonl").read_text() for name in ("statements", "personas", "roleplays")]
+    texts = [
+        data_path(f"honesty/{name}.jsonl").read_text(encoding="utf-8")
+        for name in ("statements", "personas", "roleplays")
+    ]
     texts.append("[INST] <<SYS>> <</SYS>> [/INST] " * 20)
     made = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True))
     made.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -111,8 +111,8 @@ def test_known_hook_names_pass(tiny):
 @pytest.mark.parametrize(
     ("texts", "batch_size", "message"),
     [
-        ([], 4, "texts: the list is empty"),
-        ("one string", 4, "texts: one string came, a list of strings is wanted"),
+        ([], 4, "texts must be a list of at least one text, got an empty one"),
+        ("one string", 4, "texts must be a list of at least one text, got one string. Put a single text in brackets"),
         (["a", ""], 4, "texts: number 1 has no tokens"),
         (["a"], 0, "batch_size: 0 came"),
     ],

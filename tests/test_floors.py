@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rt_lens"
 
 FLOORS: dict[float, tuple[str, ...]] = {
+    -1: ("readers", "listing"),
     0: (
         "files",
         "shipped",
@@ -22,6 +23,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
         "whereabouts",
         "progress",
         "spans",
+        "splitting",
     ),
     0.5: ("prompts", "positions", "vectors", "printing"),
     0.75: ("questions",),

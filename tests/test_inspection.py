@@ -390,8 +390,8 @@ def test_same_seed_same_tables(tiny, tiny_vectors):
     ("texts", "arms", "says"),
     [
         (TEXTS, {}, "arms: none came"),
-        ([], {"untuned": None}, "texts: nothing came"),
-        ("one", {"untuned": None}, "texts: one string came"),
+        ([], {"untuned": None}, "texts must be a list of at least one text, got an empty one"),
+        ("one", {"untuned": None}, "texts must be .*got one string"),
         (TEXTS, {"wrong": "add"}, "arms: 'wrong' is a str"),
         (TEXTS, {"far": [("blocks.7.hook_resid_post", lambda h, hook: h)]}, "arms: 'far' does not fit this model"),
         (TEXTS, {"alien": WeightDelta({"w": torch.ones(1)}, "other", {}, [])}, "arms: 'alien' does not fit this model"),

@@ -150,8 +150,8 @@ def test_what_cannot_be_read_is_refused_first(tiny, tiny_vectors, few, provenanc
     two = SteeringVectors({name: torch.ones(32) for name in ("blocks.0.hook_resid_post", "blocks.0.hook_mlp_out")},
                           provenance)  # fmt: skip
     for refused, message in [
-        (lambda: mean_projections(tiny, tiny_vectors, "How are you?"), "texts: one string came"),
-        (lambda: norms(tiny, tiny_vectors, []), "texts: nothing came"),
+        (lambda: mean_projections(tiny, tiny_vectors, "How are you?"), "got one string"),
+        (lambda: norms(tiny, tiny_vectors, []), "texts must be a list of at least one text, got an empty one"),
         (lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={}), "arms: none came"),
         (lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={"mine": wrong_delta}), "arms: 'mine' does not fit"),
         (lambda: mean_projections(tiny, tiny_vectors, TEXTS, position=900), "past the end of text 0"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import random
 from collections import Counter
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from rt_lens.experiment import load_experiment
 from rt_lens.prompts import ContrastPairs, Pair, load_pairs, pairs_from_table
 
 ROWS = [
@@ -61,10 +64,43 @@ def test_a_file_of_ones_own_gives_its_rows_in_order(tmp_path, ending):
         assert loaded.pairs == tuple(Pair(**row) for row in ROWS)
 
 
-def test_an_opener_may_be_left_out_and_other_fields_are_ignored(tmp_path):
+def test_an_opener_may_be_left_out_or_null_and_fields_that_are_not_used_are_named(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"positive": "a", "negative": "b", "user": "c", "note": 3}))
-    assert load_pairs(path).pairs == (Pair("a", "b", "c", ""),)
+    path.write_text(json.dumps({"positive": "a", "negative": "b", "user": "c", "opener": None, "note": 3}))
+    with pytest.warns(UserWarning, match=r"pairs: mine\.jsonl has fields that are not used: note\. Used are positive"):
+        assert load_pairs(path).pairs == (Pair("a", "b", "c", ""),)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("openner", "opener"), ("Opener", "opener"), ("Group", "group"), ("negativ_user", "negative_user")],
+)
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_misspelt_field_is_refused_with_the_nearest_name(tmp_path, name, near, ending):
+    path, row = tmp_path / f"mine.{ending}", {"positive": "a", "negative": "b", "user": "c", name: "d"}
+    write_csv(path, [row]) if ending == "csv" else path.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=rf"pairs: mine\.{ending}, line 1 .*got '{name}'\. Did you mean '{near}'\?"):
+        load_pairs(path)
+
+
+def test_a_group_may_be_a_number_in_json(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({"positive": "a", "negative": "b", "user": f"u{i}", "group": i // 2}) for i in (0, 1))
+    )
+    assert [pair.group for pair in load_pairs(path).pairs] == ["0", "0"]
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_an_empty_cell_of_a_table_is_refused_as_a_side():
+    for side in ("negative", "opener", "negative_user"):
+        with pytest.raises(
+            ValueError, match=rf"pairs: {side} of number 1 of 'mine' must be a text, got nan\. Leave out"
+        ):
+            ContrastPairs(
+                "mine",
+                (Pair("a", "b", "c"), Pair(**{"positive": "a", "negative": "b", "user": "c", side: float("nan")})),
+            )
 
 
 def test_a_toml_file_gives_every_combination_with_the_personas_aligned(tmp_path):
@@ -88,11 +124,21 @@ def test_a_row_without_a_side_is_refused_with_its_line_in_the_file(tmp_path, sid
 
 
 @pytest.mark.parametrize(
-    "line", ['{"positive": "a"', '["a", "b", "c"]', '{"positive": 1, "negative": "b", "user": "c"}']
+    ("line", "says"),
+    [
+        ('{"positive": "a"', r"must be a JSON object, got .*Expecting"),
+        ('["a", "b", "c"]', r"must be a JSON object, got '\["),
+        ('{"positive": "a", "positive": "b"}', "'positive' is there twice"),
+        ('{"positive": "a", "negative": "b", "user": "cut \\ud83d"}', "must be a JSON object, .*surrogates"),
+        ('{"positive": 1, "negative": "b", "user": "c"}', r"must have a text as 'positive', got 1\. Put it in quotes"),
+        ('{"positive": "a", "negative": "b", "user": "c", "opener": 3}', "must have a text as 'opener', got 3"),
+        ('{"positive": "a", "negative": NaN, "user": "c"}', "lacks the side 'negative'"),
+        ('{"positive": "a", "negative": null, "user": "c"}', "lacks the side 'negative'"),
+    ],
 )
-def test_a_line_that_is_no_pair_is_refused_with_its_place(tmp_path, line):
+def test_a_line_that_is_no_pair_is_refused_with_its_place(tmp_path, line, says):
     (tmp_path / "mine.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + line)
-    with pytest.raises(ValueError, match=r"pairs: mine\.jsonl, line 2 .*Each needs positive, negative and user"):
+    with pytest.raises(ValueError, match=rf"pairs: mine\.jsonl, line 2 .*{says}"):
         load_pairs(tmp_path / "mine.jsonl")
 
 
@@ -101,7 +147,7 @@ def test_an_unknown_behaviour_and_an_unknown_ending_are_refused(tmp_path):
         load_pairs("moode")
     (tmp_path / "mine.txt").write_text("a")
     with pytest.raises(
-        ValueError, match=r"pairs: mine\.txt has an unknown ending. Give a \.toml, \.jsonl or \.csv file"
+        ValueError, match=r"pairs: mine\.txt has an unknown ending. Give a \.toml, \.jsonl, \.csv or \.tsv file"
     ):
         load_pairs(tmp_path / "mine.txt")
 
@@ -198,18 +244,144 @@ def test_too_few_topics_are_refused():
         product(2, 3, 1).split(0.1)
 
 
-def test_a_split_that_leaves_a_part_no_pair_is_refused_with_the_reason():
-    # Each topic comes with one persona only, so that keeping both apart can leave a part with none.
-    lame = ContrastPairs("lame", tuple(Pair(f"p{i % 2}", f"n{i % 2}", f"t{i}") for i in range(3)))
-    refused = 0
-    for seed in range(20):
-        try:
-            lame.split(0.5, seed=seed)
-        except ValueError as error:
-            refused += 1
-            assert str(error).startswith("shares: ")  # noqa: PT017
-            assert "Give more" in str(error)  # noqa: PT017
-    assert refused
+# Splitting rows that are no product
+
+
+def shared(parts, key) -> bool:
+    """Whether two parts have a filled-in value in common."""
+    values = [{key(pair) for pair in part.pairs} - {""} for part in parts]
+    return any(one & other for one, other in itertools.combinations(values, 2))
+
+
+def rows(*pairs: Pair) -> ContrastPairs:
+    return ContrastPairs("rows", pairs)
+
+
+def test_a_hundred_rows_of_which_two_share_an_opener_all_find_a_part():
+    whole = rows(*(Pair("glad", "sad", f"t{i}", f"o{max(i, 1)}") for i in range(100)))  # as one reported: 9, 2 and 15
+    parts = whole.split(0.4, 0.2, seed=0)
+    assert [len(part) for part in parts] == [40, 20, 40]
+    assert parts.left_out == 0
+    assert not shared(parts, lambda pair: pair.user) and not shared(parts, lambda pair: pair.opener)
+
+
+def test_five_openers_in_equal_numbers_are_kept_apart_and_a_persona_of_all_rows_is_not(recwarn):
+    whole = rows(*(Pair("glad", "sad", f"t{i}", f"o{i % 5}") for i in range(100)))
+    parts = whole.split(0.4, 0.2, seed=1)
+    assert [len(part) for part in parts] == [40, 20, 40]
+    assert not shared(parts, lambda pair: pair.opener)
+    assert shared(parts, lambda pair: pair.positive)
+    assert not recwarn  # that one persona is everywhere is known to whoever wrote it
+
+
+def test_personas_that_tie_all_topics_together_are_shared_and_that_is_told():
+    draw = random.Random(0)
+    whole = rows(*(Pair(f"p{p}", f"n{p}", f"t{i}") for i in range(50) for p in draw.sample(range(4), 2)))
+    with pytest.warns(UserWarning, match=r"split: the parts of 'rows' have no topic in common, but positive personas"):
+        parts = whole.split(0.4, 0.2, seed=0)
+    assert [len(part) for part in parts] == [40, 20, 40]
+    assert not shared(parts, lambda pair: pair.user)
+
+
+def test_a_negative_persona_of_all_rows_leaves_the_positive_ones_apart():
+    parts = rows(*(Pair(f"p{i // 2}", "plain", f"t{i}", "It was") for i in range(100))).split(0.7, seed=0)
+    assert [len(part) for part in parts] == [70, 30]
+    assert not shared(parts, lambda pair: pair.positive)
+
+
+def test_groups_and_messages_stay_together_even_where_they_overlap():
+    # Messages 0 and 1 are one group, 1 stands in another group with 2, and so on: chains of four.
+    whole = rows(*(Pair("a", "b", f"t{(i + 1) // 2}-{i // 6}", group=f"g{i // 2}-{i // 6}") for i in range(120)))
+    parts = whole.split(0.5, 0.25, seed=3)
+    assert [len(part) for part in parts] == [60, 30, 30]
+    assert not shared(parts, lambda pair: pair.user) and not shared(parts, lambda pair: pair.group)
+
+
+def test_unlike_groups_come_as_near_to_the_shares_as_they_can():
+    sizes = [5, 4, 3, 3, 3]  # 5 + 4 against 3 + 3 + 3; the largest first alone would give 8 and 10
+    whole = rows(
+        *(Pair("a", "b", f"{group}-{i}", group=str(group)) for group, size in enumerate(sizes) for i in range(size))
+    )
+    assert {len(part) for part in whole.split(0.5, seed=0)} == {9}
+
+
+def test_one_of_several_groups_that_is_too_large_takes_no_part_away():
+    whole = rows(*(Pair("a", "b", f"t{i}", group="g" if i < 70 else "") for i in range(100)))
+    sizes = [len(part) for part in whole.split(0.4, 0.2, seed=0)]
+    assert sum(sizes) == 100 and max(sizes) == 70 and min(sizes) > 0
+
+
+def test_repeated_rows_of_a_table_of_one_persona_are_shared_out_by_their_number():
+    whole = rows(*(Pair("a", "b", f"t{i}") for i in range(10) for _ in range(50 if i == 0 else 5)))
+    sizes = [len(part) for part in whole.split(0.5, seed=0)]
+    assert sorted(sizes) == [45, 50] or sorted(sizes) == [47, 48]
+
+
+def test_sides_that_say_the_same_across_rows_are_kept_apart_where_they_can_be():
+    whole = rows(*(Pair("", "", f"t{i}", negative_user=f"t{i ^ 1}") for i in range(40)))  # pairs, each way round
+    parts = whole.split(0.5, seed=0)
+    assert [len(part) for part in parts] == [20, 20]
+    assert not {pair.user for pair in parts[0].pairs} & {pair.negative_user for pair in parts[1].pairs}
+
+
+def test_too_few_topics_for_the_parts_are_refused_among_rows():
+    with pytest.raises(ValueError, match=r"shares: 1 topics .*cannot be split at .*Give more"):
+        rows(Pair("a", "b", "t"), Pair("c", "d", "t")).split(0.5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(*[st.integers(0, 12)] * 4), min_size=8, max_size=60, unique=True),
+    st.sampled_from([(0.5,), (0.4, 0.2), (0.7,), (0.25, 0.25, 0.25)]),
+    st.integers(0, 9),
+)
+def test_no_row_is_lost_or_doubled_and_no_topic_is_in_two_parts(drawn, shares, seed):
+    whole = rows(*(Pair(f"p{p}", f"n{p}", f"t{t}", f"o{o}", group=f"g{g}" if g > 9 else "") for t, p, o, g in drawn))
+    try:
+        parts = whole.split(*shares, seed=seed)
+    except ValueError as refused:
+        assert "Give more" in str(refused)  # noqa: PT017
+        return
+    assert all(len(part) for part in parts) and len(parts) == len(shares) + 1
+    assert Counter(pair for part in parts for pair in part.pairs) == Counter(whole.pairs) or parts.left_out
+    assert sum(map(len, parts)) + parts.left_out == len(whole)
+    assert not shared(parts, lambda pair: pair.user) and not shared(parts, lambda pair: pair.group)
+    assert whole.split(*shares, seed=seed) == parts
+
+
+# Splitting products
+
+
+def test_a_product_says_how_many_pairs_fall_to_no_part_and_warns_where_few_are_left(pairs):
+    parts = pairs.split(0.4, 0.2, seed=0)
+    assert parts.left_out == len(pairs) - sum(map(len, parts)) > 0
+    with pytest.warns(
+        UserWarning, match=r"split: 40 of the 80 pairs of 'made up' are left out, and a part has only 20"
+    ):
+        product(40, 2, 1).split(0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "checksums"),
+    [
+        ("mood", ["9da5222142d5", "6d863e72d2c1", "ae33082fecec"]),
+        ("formality", ["4cc948c04b03", "d89ef7caed67", "0cfcf9bdfb4b"]),
+        ("honesty", ["ffef72ab1d60", "aeb443a22c5b", "ffd2e49fe4fc"]),
+        ("language", ["23cbe57ead12", "986b22b6937a", "89d6d039d9e2"]),
+        ("refusal", ["a070073047ed", "81bfd3041d25", "2defa67838cb"]),
+    ],
+)
+def test_the_parts_of_the_shipped_behaviours_are_those_that_published_numbers_rest_on(name, checksums):
+    parts = load_experiment(name).pairs.split(0.4, 0.2, seed=0)
+    assert [part.sha256[:12] for part in parts] == checksums
+
+
+def test_a_few_rows_that_repeat_make_a_product_no_less_one():
+    whole = product(10, 2, 1)
+    doubled = ContrastPairs("doubled", (*whole.pairs, *whole.pairs[:2]))
+    train, test = doubled.split(0.5, seed=0)
+    assert not {pair.positive for pair in train.pairs} & {pair.positive for pair in test.pairs}
+    assert set(whole.split(0.5, seed=0)[0].pairs) == set(train.pairs)
 
 
 @settings(deadline=None, max_examples=30)

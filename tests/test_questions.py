@@ -37,21 +37,25 @@ def test_a_csv_that_a_spreadsheet_wrote_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("q.jsonl", '{"prompt": "Hi."}\n{"promt": "Hi."}', "q.jsonl, line 2 has promt; known are prompt"),
-        ("q.jsonl", '{"prompt": "Hi."}\n\nHi.', "q.jsonl, line 3 is no JSON object"),
+        ("q.jsonl", '{"prompt": "Hi."}\n{"promt": "Hi."}', "q.jsonl, line 2 must have the fields prompt, right, wrong"),
+        ("q.jsonl", '{"prompt": "Hi."}\n{"promt": "Hi."}', "got 'promt'. Did you mean 'prompt'?"),
+        ("q.jsonl", '{"prompt": "Hi.", "note": "x"}', "line 1 must have no fields but prompt, right"),
+        ("q.jsonl", '{"prompt": "Hi.", "question": "Ho."}', "line 1 must have either 'prompt' or 'question', got both"),
+        ("q.jsonl", '{"prompt": "Hi.", "right": [null]}', "line 1, right is [None]; a list of texts"),
+        ("q.jsonl", '{"prompt": "Hi."}\n\nHi.', "q.jsonl, line 3 must be a JSON object, got 'Hi.'"),
         ("q.jsonl", '{"right": ["a"]}', "line 1 lacks a prompt"),
-        ("q.jsonl", '{"prompt": 3}', "line 1 lacks a prompt, or has a field that is no text"),
+        ("q.jsonl", '{"prompt": 3}', "line 1: prompt must be a text, got 3"),
         ("q.jsonl", '{"prompt": "Hi.", "right": 3}', "line 1, right is 3; a list of texts"),
         ("q.jsonl", '{"prompt": " "}', "line 1: prompt: a question's is empty"),
         ("q.jsonl", '{"prompt": "Hi.", "right": ["a"], "wrong": ["a"]}', "each wants text of its own"),
-        ("q.csv", "text\nHi.\n", "q.csv, line 2 has text; known are prompt"),
+        ("q.csv", "text\nHi.\n", "q.csv, line 1 must name the columns (some of prompt, right"),
         ("q.csv", "prompt\nHi, there\n", "q.csv, line 2 has more cells than columns"),
         ("q.txt", "\n", "q.txt holds none"),
         ("q.xlsx", "", "unknown ending"),
     ],
 )
-def test_bad_files_are_named(tmp_path, name, content, says):
-    (tmp_path / name).write_text(content)
+def test_bad_files_are_named(tmp_path, as_a_user, name, content, says):
+    (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="questions: ") as caught:
         load_questions(tmp_path / name)
     assert says in str(caught.value)
@@ -73,7 +77,7 @@ def test_pairs_prompts_and_questions_can_be_asked():
     pairs = ContrastPairs("x", (Pair("be a", "be b", "Hi."), Pair("be c", "be d", "Hi.")))
     assert as_questions(pairs) == as_questions(["Hi."]) == as_questions([Question("Hi.")]) == [Question("Hi.")]
     for nothing in ([], "Hi."):
-        with pytest.raises(ValueError, match="prompts: a list of at least one text"):
+        with pytest.raises(ValueError, match="prompts must be a list of at least one text"):
             as_questions(nothing)
 
 

@@ -205,7 +205,7 @@ def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, exams):
         (lambda m: Exam(PROMPTS, "vader"), "scorers: 'vader' came; a list"),
         (lambda m: Exam(PROMPTS, ["vader", "vader"]), "each wants a name of its own"),
         (lambda m: Exam(PROMPTS, [rtl.evaluation.OfText("prompt", len)]), "none of arm, direction"),
-        (lambda m: Exam([]), "prompts: a list of at least one"),
+        (lambda m: Exam([]), "prompts must be a list of at least one"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")

@@ -340,7 +340,7 @@ def test_bad_arguments_are_named(tiny, tiny_vectors, arguments, says):
 
 @pytest.mark.parametrize("prompts", [[], "one string"])
 def test_no_prompts_are_refused(tiny, tiny_vectors, prompts):
-    with pytest.raises(ValueError, match="prompts: a list of at least one text"):
+    with pytest.raises(ValueError, match="prompts must be a list of at least one text"):
         rtl.sweep(tiny, tiny_vectors, prompts, progress=False)
 
 

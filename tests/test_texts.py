@@ -246,10 +246,11 @@ def test_batch_size_padding_side_and_order_change_no_score(model, pairs, monkeyp
 @pytest.mark.parametrize(
     ("texts", "changes", "message"),
     [
-        ([], {}, r"texts: the list is empty; at least one"),
-        ("one string", {}, r"texts: one string came.*brackets"),
+        ([], {}, r"texts must be a list of at least one text, got an empty one"),
+        ("one string", {}, r"texts must be .*got one string.*brackets"),
         (["A b c.", "a"], {}, r"texts: number 1, 'a', has 1 token, so there is nothing to predict\. Leave it out"),
         (["A b c.", ""], {}, r"texts: number 1, '', has no tokens, so there is nothing to predict"),
+        (["A b c.", None], {}, r"texts must be a list of texts, got None as number 1"),
         (["A b c."], {"stride": 0}, r"stride: 0 came; 1 to 256, the window, is wanted.*Use stride=128"),
         (["A b c."], {"stride": 9, "window": 8}, r"stride: 9 came; 1 to 8, the window, is wanted"),
         (["A b c."], {"window": 0}, r"window: 0 came; 1 to 256 tokens, this model's context, are wanted"),

@@ -149,8 +149,8 @@ def test_every_text_is_in_one_batch_once_under_its_own_number_longest_first(shar
 @pytest.mark.parametrize(
     ("texts", "batch_size", "message"),
     [
-        ([], 4, r"texts: the list is empty"),
-        ("one string", 4, r"texts: one string came, a list of strings is wanted\. Put it in brackets"),
+        ([], 4, r"texts must be a list of at least one text, got an empty one"),
+        ("one string", 4, r"texts must be a list of at least one text, got one string. Put a single text in brackets"),
         (["a"], 0, r"batch_size: 0 came, a whole number of at least 1 is wanted"),
         (["a", "b c d e", "", "f"], 2, r"texts: number 2 has no tokens"),
     ],

@@ -36,11 +36,14 @@ def parts_of(behaviour: str) -> tuple[str, ContrastPairs, ContrastPairs]:
 
     if behaviour_file(behaviour).suffix == ".toml":
         experiment = load_experiment(behaviour)
-        train, validation, _ = parts(experiment)
-        return experiment.name, train, validation
-    pairs = load_pairs(behaviour)
-    train, validation, _ = pairs.split(0.4, 0.2)
-    return pairs.name, train, validation
+        name, shared_out = experiment.name, parts(experiment)
+    else:
+        pairs = load_pairs(behaviour)
+        name, shared_out = pairs.name, pairs.split(0.4, 0.2)  # type: ignore[assignment]
+    if left_out := getattr(shared_out, "left_out", 0):
+        typer.echo(f"{left_out:,} pairs are left out, so that training, validation and test share nothing", err=True)
+    train, validation, _ = shared_out
+    return name, train, validation
 
 
 def model_of(behaviour: str) -> tuple[str, str]:

@@ -91,7 +91,7 @@ def _print(table: Any) -> None:
 def _scorer(text: str) -> Any:
     """A scorer from the command line: a name, a file with a [scorer] table, or pattern:REGEX."""
     from rt_lens.evaluation import make_scorer
-    from rt_lens.prompts import read_toml
+    from rt_lens.readers import read_toml
 
     if text.startswith("pattern:"):
         return make_scorer({"kind": "pattern", "pattern": text.removeprefix("pattern:")})

@@ -103,7 +103,7 @@ def _measured(file: Path, delta: WeightDelta) -> tuple[str, list[dict[str, Any]]
     if not file.is_file():
         raise FileNotFoundError(f"results: there is no file {file}. Give the results.json of a run.")
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         behaviour, model, summary = found["behaviour"], found["model"], found["summary"]
         rows = [(row["arm"], row["direction"], row) for row in summary]
     except (ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rt_lens.forward import logits_where
+from rt_lens.listing import text_list
 from rt_lens.losses import kl_divergence
 from rt_lens.progress import breathe
 from rt_lens.statistics import Interval, ratio_interval
@@ -80,7 +81,7 @@ class TextFit:
 @torch.no_grad()
 def text_fit(
     model: Any,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     reference: TextFit | None = None,
     keep: bool = False,
@@ -124,6 +125,7 @@ def text_fit(
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} came, a whole number of at least 1 is wanted.")
     window, stride = _checked(model, window, stride)
+    texts = text_list(texts, "texts", blank=True)
     encoded = _encoded(model, texts)
     checksum = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     longer = max(map(len, encoded)) > window
@@ -278,10 +280,6 @@ def _checked(model: Any, window: int | None, stride: int | None) -> tuple[int, i
 
 
 def _encoded(model: Any, texts: Sequence[str]) -> list[list[int]]:
-    if isinstance(texts, str):
-        raise ValueError("texts: one string came, a list of strings is wanted. Put it in brackets.")
-    if not texts:
-        raise ValueError("texts: the list is empty; at least one text is wanted.")
     encoded = [encode(model, text) for text in texts]
     for number, ids in enumerate(encoded):
         if len(ids) < 2:

@@ -30,7 +30,7 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
     if source is None and experiment.name not in behaviours():
         return found
     file = behaviour_file(experiment.name if source is None else source)
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8-sig")
     as_read = load_experiment(file)
     if replace(as_read, model=experiment.model) != experiment:
         return found

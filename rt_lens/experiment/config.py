@@ -12,8 +12,9 @@ from rt_lens.evaluation import make_scorer
 from rt_lens.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.losses import Direction
 from rt_lens.models import DEFAULT_MODEL
-from rt_lens.prompts import ContrastPairs, pairs_from_table, read_toml
+from rt_lens.prompts import ContrastPairs, pairs_from_table
 from rt_lens.questions import Question, load_questions
+from rt_lens.readers import read_toml
 from rt_lens.shipped import behaviour_file
 from rt_lens.tuning import TuneConfig
 

@@ -101,8 +101,7 @@ def parts(experiment: Experiment) -> tuple[ContrastPairs, ContrastPairs, Contras
     if experiment.honesty is not None and experiment.honesty.protocol == "persona":
         facts = _parted(seen(load_facts(), experiment.honesty), split.train, split.validation, split.seed)
         return tuple(persona_pairs(part, seed=split.seed) for part in facts)  # type: ignore[return-value]
-    train, validation, test = experiment.pairs.split(split.train, split.validation, seed=split.seed)
-    return train, validation, test
+    return experiment.pairs.split(split.train, split.validation, seed=split.seed)  # type: ignore[return-value]
 
 
 def answers_protocol(experiment: Experiment) -> Protocol:

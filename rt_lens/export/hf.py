@@ -65,7 +65,9 @@ def export_hf(
     with whole_folder(path) as folder:
         found.config.save_pretrained(folder)
         if found.generation is not None:
-            (folder / "generation_config.json").write_text(json.dumps(found.generation, indent=2) + "\n")
+            (folder / "generation_config.json").write_text(
+                json.dumps(found.generation, indent=2) + "\n", encoding="utf-8"
+            )
         model.tokenizer.save_pretrained(folder)
         save_torch_state_dict(found.weights, folder, max_shard_size=max_shard_size)
         text = model_card(path.name, model, delta, rows, behaviour=behaviour, note=found.note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 from rt_lens.activations import read_activations, token_activations
 from rt_lens.forward import check_layers
 from rt_lens.generation import as_chat
+from rt_lens.listing import text_list
 from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.statistics import Interval, mean_interval, share_interval
 from rt_lens.steering import Condition
@@ -40,8 +41,8 @@ class FittedCondition(Condition):
 
 def fit_condition(
     model: Any,
-    holds: Sequence[str],
-    fails: Sequence[str],
+    holds: Iterable[str],
+    fails: Iterable[str],
     *,
     layer: int,
     hook: str = "resid_post",
@@ -100,12 +101,14 @@ def fit_condition(
     )  # fmt: skip
 
 
-def _distinct(argument: str, prompts: Sequence[str]) -> list[str]:
+def _distinct(argument: str, prompts: Iterable[str]) -> list[str]:
     """Each prompt once: one that was fitted on says nothing when it is met again."""
-    distinct = list(dict.fromkeys([] if isinstance(prompts, str) else prompts))
+    distinct = list(dict.fromkeys(text_list(prompts, argument)))
     if len(distinct) < 4:
-        came = "one string" if isinstance(prompts, str) else f"{len(distinct)} different prompts"
-        raise ValueError(f"{argument}: {came} came; at least 4 are wanted, to fit on a half and test on the other.")
+        raise ValueError(
+            f"{argument}: {len(distinct)} different prompts came; at least 4 are wanted, to fit on a half and test on "
+            "the other."
+        )
     return distinct
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rt_lens.activations import check_hook_names, read_activations
 from rt_lens.forward import check_layers, model_name
+from rt_lens.listing import text_list
 from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
 from rt_lens.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
@@ -144,7 +145,7 @@ def extract_offsets(
 
 def covariate_vectors(
     model: Any,
-    texts: Sequence[str],
+    texts: Iterable[str],
     values: Sequence[float] | Literal["length"] = "length",
     *,
     name: str = "",
@@ -173,6 +174,7 @@ def covariate_vectors(
     place = position_of(position)
     if isinstance(values, str) and values != "length":
         raise ValueError(f"values: {values!r} came; 'length' or one number for each text is wanted.")
+    texts = text_list(texts, "texts", blank=True)
     numbers = [len(encode(model, text)) for text in texts] if isinstance(values, str) else list(values)
     if len(numbers) != len(texts):
         raise ValueError(f"values: {len(numbers)} numbers came for {len(texts)} texts. Give one for each text.")

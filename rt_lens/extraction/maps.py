@@ -6,7 +6,7 @@ It judges no vector (that is `evidence`) and changes no model for longer than a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from rt_lens.arms import Arm, under
 from rt_lens.extraction.extract import read_sides
 from rt_lens.forward import check_layers
 from rt_lens.generation import as_chat
+from rt_lens.listing import text_list
 from rt_lens.positions import Position, numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.statistics import mean_interval
@@ -32,7 +33,7 @@ from rt_lens.vectors import SteeringVectors, hook_names, layer_of
 def mean_projections(
     model: Any,
     vectors: SteeringVectors,
-    texts: Sequence[str],
+    texts: Iterable[str],
     *,
     arms: Mapping[str, Arm] | None = None,
     position: str | int | Position = "last",
@@ -75,7 +76,7 @@ def mean_projections(
     return pd.DataFrame(rows)
 
 
-def norms(model: Any, vectors: SteeringVectors, texts: Sequence[str], *, seed: int = 0) -> pd.DataFrame:
+def norms(model: Any, vectors: SteeringVectors, texts: Iterable[str], *, seed: int = 0) -> pd.DataFrame:
     """What a multiplier of 1 means: each vector's length beside that of the activations it would be added to.
 
     Activations are read at the last token of each prompt, where the answer begins.
@@ -236,11 +237,8 @@ def _plane(
     return fitted.transform(points), (float(first), float(second))
 
 
-def _chats(model: Any, texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str) or not texts:
-        came = "one string" if texts else "nothing"
-        raise ValueError(f"texts: {came} came, a list of at least one string is wanted.")
-    return as_chat(model, texts)
+def _chats(model: Any, texts: Iterable[str]) -> list[str]:
+    return as_chat(model, text_list(texts, "texts"))
 
 
 def _check_arms(model: Any, arms: Mapping[str, Arm]) -> None:

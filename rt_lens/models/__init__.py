@@ -207,7 +207,7 @@ def describe(name: str) -> dict[str, Any]:
     model = EMBEDDED_MODELS[name]
     folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
     manifest = folder / "rt_lens_manifest.json"
-    converted = manifest.is_file() and json.loads(manifest.read_text()).get("sha256") == model.sha256
+    converted = manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("sha256") == model.sha256
     return {
         "name": model.name,
         "parameters": f"{model.parameters / 1e6:.0f} M",

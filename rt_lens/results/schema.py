@@ -228,7 +228,7 @@ def _need(where: str, came: Any, wanted: Sequence[str]) -> None:
 def _csv(path: Path, *, words: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     try:
         # Every text as it stands: pandas takes "None" and "NA" for holes.
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
     except (ValueError, UnicodeDecodeError) as refusal:  # pandas' own errors are ValueErrors
         raise ValueError(f"{path}: no table that can be read ({refusal}). Run the experiment again.") from None
     if missing := [column for column in (*words, *numbers) if column not in frame]:

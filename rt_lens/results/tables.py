@@ -43,7 +43,7 @@ def to_markdown(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
         ValueError: no row, a column that is missing, or an arm, direction, set and scorer that come twice.
 
     Example:
-        >>> print(to_markdown(board.summary(), caption="mood on SmolLM2-135M-Instruct"))
+        >>> print(to_markdown(board.summary(), caption="mood on SmolLM2-135M-Instruct"), encoding="utf-8")
     """
     grid = _grid(rows, by_direction)
     titles = [_mark(f"{name}: {scorer}") for name, scorer in grid.columns]
@@ -67,7 +67,8 @@ def to_latex(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
         ValueError: as for `to_markdown`.
 
     Example:
-        >>> Path("table.tex").write_text(to_latex(board.summary(), caption="mood on SmolLM2-135M-Instruct"))
+        >>> table = to_latex(board.summary(), caption="mood on SmolLM2-135M-Instruct")
+        >>> Path("table.tex").write_text(table, encoding="utf-8")
     """
     grid = _grid(rows, by_direction)
     panels = [grid.columns[start : start + _PER_PANEL] for start in range(0, len(grid.columns), _PER_PANEL)]

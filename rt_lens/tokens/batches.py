@@ -6,7 +6,7 @@ of each row sits at position -1 and a batch gives what singles give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rt_lens.listing import text_list
 from rt_lens.tokens.chats import ChatText, tokenizer_of
 
 
@@ -81,7 +82,7 @@ def pad_id_of(model: Any) -> int:
 
 
 def batches(
-    model: Any, texts: Sequence[str], batch_size: int, side: Literal["left", "right"] = "left"
+    model: Any, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
 ) -> Iterator[TokenBatch]:
     """Token batches of like length, longest first (so that a batch too large for the memory fails at once).
 
@@ -90,11 +91,7 @@ def batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: {batch_size} came, a whole number of at least 1 is wanted.")
-    if isinstance(texts, str):
-        raise ValueError("texts: one string came, a list of strings is wanted. Put it in brackets.")
-    encoded = [encode(model, text) for text in texts]
-    if not encoded:
-        raise ValueError("texts: the list is empty.")
+    encoded = [encode(model, text) for text in text_list(texts, "texts", blank=True)]
     if [] in encoded:
         raise ValueError(f"texts: number {encoded.index([])} has no tokens.")
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.material import Material, Row, prepare
 from rt_lens.tuning.objective import Objective
-from rt_lens.tuning.targets import Target, Wanted
+from rt_lens.tuning.targets import Target, Wanted, neutral_list
 from rt_lens.tuning.weights import Leaf, leaves_of, trained_by
 from rt_lens.vectors import SteeringVectors
 
@@ -50,7 +50,7 @@ def tune(
     config: TuneConfig | None = None,
     *,
     validation: ContrastPairs | Sequence[Wanted] | None = None,
-    neutral: Sequence[str] | Sequence[Target] = (),
+    neutral: Iterable[str] | Iterable[Target] = (),
     steer: KLThenSteer | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 25,
@@ -88,7 +88,7 @@ def tune(
     Example:
         >>> delta = tune(model, vectors, train, TuneConfig(direction="away"), neutral=["Name three metals."])
     """
-    config = config or TuneConfig()
+    config, neutral = config or TuneConfig(), neutral_list(neutral)
     trained = trained_by(model, config)
     readings = readings_of(model, vectors, config)
     _check_request(model, train, config, validation, neutral, steer, checkpoint_every)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,7 @@ from rt_lens.tokens import answered, encode, end_ids, end_of_answer, pad_id_of, 
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.shelf import Shelf
-from rt_lens.tuning.targets import Choice, Target, Wanted, write_neutral, write_targets
+from rt_lens.tuning.targets import Choice, Target, Wanted, neutral_list, write_neutral, write_targets
 from rt_lens.vectors import SteeringVectors, layer_of
 from rt_lens.whereabouts import whereabouts
 
@@ -125,7 +125,7 @@ def prepare(
     config: TuneConfig,
     *,
     validation: ContrastPairs | Sequence[Wanted] | None = None,
-    neutral: Sequence[str] | Sequence[Target] = (),
+    neutral: Iterable[str] | Iterable[Target] = (),
     steer: KLThenSteer | None = None,
     progress: bool = False,
 ) -> Material:
@@ -147,8 +147,8 @@ def prepare(
     Raises:
         ValueError: if there is nothing to train or validate on, or a position that a text has not.
     """
-    readings = readings_of(model, vectors, config)
-    _check_texts(train, validation, neutral, config, {reading.direction for reading in readings})
+    readings, neutral = readings_of(model, vectors, config), neutral_list(neutral)
+    _check_texts(train, validation, config, {reading.direction for reading in readings})
     targets, held_out = _targets(model, train, validation, config, progress)
     anchors = _anchors(model, neutral, config)
     first = _first_block(model, config, steer)
@@ -327,15 +327,13 @@ def _mask(model: Any, target: Wanted, place: str, tokens: Int[Tensor, "pos"]) ->
     return mask
 
 
-def _check_texts(train: Any, validation: Any, neutral: Any, config: TuneConfig, directions: set[Direction]) -> None:
+def _check_texts(train: Any, validation: Any, config: TuneConfig, directions: set[Direction]) -> None:
     """Refuses what is no text to learn from, and targets written one way for aims that all point another."""
     for name, given in (("train", train), ("validation", validation)):
         if given is None or isinstance(given, ContrastPairs):
             continue
         if not isinstance(given, Sequence) or not all(isinstance(each, Target | Choice) for each in given):
             raise ValueError(f"{name}: ContrastPairs, or a list of Target and Choice, is wanted.")
-    if isinstance(neutral, str) or not all(isinstance(each, str | Target) for each in neutral):
-        raise ValueError("neutral: a list of prompts (strings) or Targets is wanted. Put a single text in brackets.")
     if isinstance(train, ContrastPairs) and config.token_weight and config.direction not in directions:
         raise ValueError(
             f"direction: targets would be written for {config.direction!r}, and the aims point "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def block_search(
     *,
     measure: Measure | None = None,
     validation: ContrastPairs | Sequence[Wanted] | None = None,
-    neutral: Sequence[str] | Sequence[Target] = (),
+    neutral: Iterable[str] | Iterable[Target] = (),
     path: str | Path | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -173,7 +173,7 @@ class _Done:
         if self.path is None or not self.path.exists():
             return
         try:
-            stored = json.loads(self.path.read_text())
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
             theirs, self.rows = dict(stored["settings"]), dict(stored["rows"])
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"path: {self.path} is no file of a block search. Give another name.") from None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rt_lens.generation import generate
+from rt_lens.generation import as_chat, generate
+from rt_lens.listing import as_text, listed, text_list
 from rt_lens.losses import Direction
 from rt_lens.prompts import ContrastPairs
 from rt_lens.tokens import chat_text
@@ -86,11 +87,17 @@ def write_targets(
     return _written(model, asked, plain, config, progress)
 
 
+def neutral_list(neutral: Iterable[Any]) -> list[Any]:
+    """Neutral prompts and Targets as a list; anything else, such as an empty cell of a table, is refused."""
+    items = enumerate(listed(neutral, "neutral", none=True))
+    return [item if isinstance(item, Target) else as_text(item, "neutral", number) for number, item in items]
+
+
 def write_neutral(
-    model: Any, prompts: Sequence[str], config: TuneConfig | None = None, *, progress: bool = False
+    model: Any, prompts: Iterable[str], config: TuneConfig | None = None, *, progress: bool = False
 ) -> list[Target]:
     """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
-    asked = [chat_text(model, prompt) for prompt in prompts]
+    asked = as_chat(model, text_list(prompts, "prompts", none=True))
     return _written(model, asked, asked, config or TuneConfig(), progress)
 
 

@@ -1,0 +1,227 @@
+"""Text files of one's own: JSONL, CSV, plain lines, TOML. This room hands rows on and does not know what they mean."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+import threading
+import tomllib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROW_ENDINGS = (".jsonl", ".csv", ".tsv")
+"""What `read_rows` reads."""
+
+
+class Row(NamedTuple):
+    """A line of JSONL or a row of CSV, without what is empty (null, NaN, an empty cell).
+
+    Attributes:
+        where: file and line, for messages; of a row that spans several lines the first.
+        cells: name -> value.
+        names_at: file and line where the names stand, if that is another one.
+    """
+
+    where: str
+    cells: dict[str, Any]
+    names_at: str = ""
+
+
+def read_text(path: Path, argument: str) -> str:
+    r"""A text file, which is UTF-8 whatever the system's own encoding is; a byte-order mark is left out.
+
+    Line ends stay as they are: `\r\n` within a quoted cell of a CSV file is part of the cell.
+
+    Raises:
+        ValueError: if it is in another encoding; the message begins with `argument` and names the line.
+    """
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    nul = content.find(b"\0")  # no text has one; UTF-16 has one in each letter
+    try:
+        text = content.decode("utf-8")
+        at = nul
+    except UnicodeDecodeError as error:
+        text, at = "", error.start
+    if at >= 0:
+        line = content[:at].count(b"\n") + 1
+        raise ValueError(
+            f"{argument}: {path.name} must be UTF-8 text, got the byte {content[at]:#04x} in line {line}. "
+            "Save it as UTF-8 (a spreadsheet calls it 'CSV UTF-8')."
+        )
+    return text
+
+
+def read_lines(path: Path, argument: str) -> list[tuple[int, str]]:
+    r"""The lines of a text file that are not blank, with their numbers from 1.
+
+    Only `\n`, `\r\n` and `\r` end a line. `str.splitlines` would also cut at U+2028, U+0085 or a form feed, which a
+    text may hold.
+    """
+    lines = _unix(read_text(path, argument)).split("\n")
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a dictionary; a syntax error names the file and the line."""
+    try:
+        return tomllib.loads(_unix(read_text(path, "config")))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config: {path} is not valid TOML: {error}.") from None
+
+
+def read_rows(path: Path, argument: str, known: Collection[str]) -> list[Row]:
+    """The rows of a .jsonl, .csv or .tsv file.
+
+    The cells of a CSV file are parted by commas, semicolons or tabs: by whatever makes most of its first line known
+    names. They may be as long as one likes, and hold line ends where they are quoted.
+
+    Args:
+        path: the file.
+        argument: what the rows are, `pairs` say; messages begin with it.
+        known: names that columns may have. They tell the delimiter, and are not enforced here: see `refuse_misspelt`.
+
+    Raises:
+        ValueError: a line that is no JSON object, a row with more cells than columns, a column without a name or twice
+            there, or quotes that do not close; the message names the line.
+    """
+    read = _objects if path.suffix.lower() == ".jsonl" else _table
+    return list(read(path, argument, known))
+
+
+def refuse_misspelt(row: Row, argument: str, known: Collection[str]) -> list[str]:
+    """The names in a row that are not known.
+
+    Raises:
+        ValueError: if what is nearest to one of them is a known one that the row lacks.
+    """
+    unknown = [name for name in row.cells if name not in known]
+    for name in unknown:
+        near = _near(name, known)
+        if near and near not in row.cells:
+            raise ValueError(
+                f"{argument}: {row.names_at or row.where} must have the fields {', '.join(known)}, got {name!r}. "
+                f"Did you mean {near!r}?"
+            )
+    return unknown
+
+
+def _near(name: str, known: Collection[str]) -> str | None:
+    return next(iter(get_close_matches(name.strip().lower(), known, n=1)), None)
+
+
+def _unix(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == "" or value != value  # NaN, as other tools write it, is not equal to itself
+
+
+def _objects(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]:
+    for number, line in read_lines(path, argument):
+        where = f"{path.name}, line {number}"
+        try:
+            cells, why = json.loads(line, object_pairs_hook=_named_once), ""
+            json.dumps(cells, ensure_ascii=False).encode()  # fails at half an emoji, as a cut text may end with
+        except ValueError as error:
+            cells, why = None, f" ({error})"
+        if not isinstance(cells, dict):
+            raise ValueError(
+                f"{argument}: {where} must be a JSON object, got {line.strip()[:60]!r}{why}. Write one object, in "
+                "braces, on each line."
+            )
+        yield Row(where, {name: value for name, value in cells.items() if not _is_empty(value)})
+
+
+def _named_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in entries]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{twice!r} is there twice")
+    return dict(entries)
+
+
+def _table(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]:
+    text = read_text(path, argument)
+    delimiter, skipped = _delimiter(text, known, "\t" if path.suffix.lower() == ".tsv" else ",;\t")
+    records = _records(text, delimiter, f"{argument}: {path.name}")[skipped:]
+    if not records:
+        return
+    number, names = records[0][0], [name.strip() for name in records[0][1]]
+    at = f"{path.name}, line {number}"
+    if twice := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"{argument}: {at} must name each column once, got {twice!r} twice. Rename one.")
+    if not any(name in known or _near(name, known) for name in names):
+        raise ValueError(
+            f"{argument}: {at} must name the columns (some of {', '.join(known)}), got {', '.join(names)[:60]!r}. "
+            "Write their names into the first line."
+        )
+    for number, cells in records[1:]:
+        where = f"{path.name}, line {number}"
+        if len(cells) > len(names):
+            raise ValueError(
+                f"{argument}: {where} has more cells than columns ({len(cells)}, not {len(names)}). Put texts that "
+                f"hold {delimiter!r} in quotes."
+            )
+        found = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+        if "" in found:
+            raise ValueError(
+                f"{argument}: {where} must have a name for each of its columns, got {found['']!r} in one that has "
+                "none. Name it in the first line."
+            )
+        yield Row(where, found, at)
+
+
+def _delimiter(text: str, known: Collection[str], candidates: str) -> tuple[str, int]:
+    """What parts the cells, told by the columns' names, and how many records stand before those."""
+    if noted := re.match(r'"?sep=(.)"?[\r\n]', text):  # a spreadsheet's own note of it
+        return noted[1], 1
+
+    def fit(delimiter: str) -> tuple[int, int]:
+        try:
+            names = next(
+                (cells for cells in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(cells)), []
+            )
+        except csv.Error:
+            return 0, 0
+        return sum(name.strip() in known for name in names), len(names)
+
+    return max(candidates, key=fit), 0  # of equals the first
+
+
+def _records(text: str, delimiter: str, where: str) -> list[tuple[int, list[str]]]:
+    """The cells of each record that is not blank, with the number of the line where it starts."""
+    with _cells_as_long_as(len(text)):
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        records, start = [], 1
+        try:
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    records.append((start, cells))
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(
+                f"{where}, line {start} must close each quote that it opens, got: {error}. Write a quote within a "
+                'quoted text twice ("").'
+            ) from None
+    return records
+
+
+_LIMIT = threading.Lock()
+
+
+@contextmanager
+def _cells_as_long_as(length: int) -> Iterator[None]:
+    """Lifts csv's limit on a cell, which is one for the whole process, and sets it back."""
+    with _LIMIT:
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, length))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
