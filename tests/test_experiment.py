@@ -7,14 +7,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from llama_folder import llama_folder
 
-from rt_lens.experiment import load_experiment, run_experiment
+import rt_lens.experiment.run as run_module
+from rt_lens.experiment import load_experiment, plan_of, run_experiment
 from rt_lens.prompts import load_pairs
 from rt_lens.report import write_report
 from rt_lens.shipped import behaviours, data_path
+from rt_lens.tuning import tune
 from rt_lens.vectors import SteeringVectors
 
 SMALL = """
@@ -85,7 +90,7 @@ def command(*arguments: str, code: int = 0) -> str:
 def test_results_hold_every_arm_and_direction_with_intervals(run):
     results = json.loads((run / "results.json").read_text())
     assert sorted((row["arm"], row["direction"]) for row in results["summary"]) == sorted(ROWS)
-    assert len(results["arms"]) == 3 + 2 * (1 + 2)  # untuned, two steered, two tuned arms x one and two seeds
+    assert len(results["arms"]) == 1 + 3 * (1 + 2)  # untuned; steered and two tuned arms x one and two seeds
     for row in results["summary"] + results["arms"]:
         assert row["n"] == 4
         assert row["low"] <= row["mean"] <= row["high"]
@@ -134,6 +139,88 @@ def test_same_seed_same_results(run, tmp_path):
     first = json.loads((run / "results.json").read_text())
     for key in ("choices", "arms", "summary", "comparisons", "dose_response", "history"):
         assert json.loads(json.dumps(again[key])) == first[key], key
+
+
+# Seeds, and the token-tuned arm's own settings
+
+
+@pytest.fixture(scope="module")
+def tiny_experiment(tmp_path_factory):
+    """The small behaviour on a tiny random Llama, with a rate that shows in two steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "sweetness.toml").write_text(SMALL, encoding="utf-8")
+    read = load_experiment(folder / "sweetness.toml", model=str(llama_folder(folder / "tiny-llama")))
+    return replace(
+        read,
+        extract=replace(read.extract, n_pairs=2),
+        choose=replace(read.choose, layers=(1,), bound=9.0),
+        tune=replace(read.tune, layers=(2,), trained_layers=(2,), target_temperature=1.0),
+        tune_seeds={"toward": (0,), "away": (0, 1)},
+        token={"learning_rate": 3e-3, "trained_layers": (1, 2)},
+    )
+
+
+@pytest.fixture
+def tuned(tiny_experiment, tmp_path, monkeypatch):
+    """What each tuned arm of a run was given, in order: vectors, material and settings."""
+    given = []
+
+    def noting(model, vectors, material, config, **others):
+        given.append((vectors, material, config))
+        return tune(model, vectors, material, config, **others)
+
+    monkeypatch.setattr(run_module, "tune", noting)
+    run_experiment(tiny_experiment, tmp_path / "out", progress=False)
+    return given
+
+
+def test_a_seed_draws_all_that_is_random_and_both_arms_share_it(tuned):
+    label = [(config.seed, config.direction, config.cosine_weight > 0) for _, _, config in tuned]
+    assert label == [
+        (0, "toward", False), (0, "toward", True), (0, "away", False), (0, "away", True), (1, "away", False),
+        (1, "away", True),
+    ]  # fmt: skip
+    for (vectors, material, _), (again, same, _) in zip(tuned[::2], tuned[1::2], strict=True):
+        assert vectors is again and material is same
+    (first, drawn, _), (second, other, _) = tuned[2], tuned[4]
+    assert not torch.equal(first["blocks.2.hook_resid_post"], second["blocks.2.hook_resid_post"])
+    for rows in ("train", "held_out", "neutral"):
+        one, two = ([tuple(row.tokens.tolist()) for row in getattr(of, rows)] for of in (drawn, other))
+        assert one and two and set(one) != set(two), rows
+
+
+def test_the_token_tuned_arm_has_settings_of_its_own(tuned, tiny_experiment):
+    (_, material, token), (_, _, rep) = tuned[:2]
+    assert (token.learning_rate, token.trained_layers, token.cosine_weight) == (3e-3, (1, 2), 0.0)
+    assert (rep.learning_rate, rep.trained_layers) == (1e-3, (2,))
+    assert material.first_block == 1  # before what either arm trains
+    plan = plan_of(tiny_experiment)
+    assert plan.runs == 6
+
+
+def test_a_table_for_the_token_tuned_arm_is_checked(tmp_path):
+    def read(line):
+        file = tmp_path / "sweetness.toml"
+        file.write_text(SMALL.replace("[test]", f"[tune.token]\n{line}\n[test]"), encoding="utf-8")
+        return load_experiment(file)
+
+    arms = read("learning_rate = 2e-3").tuned_arms
+    assert arms["token_tuned"] == replace(arms["rep_tuned"], learning_rate=2e-3, cosine_weight=0.0)
+    for line, message in (
+        ("layers = [3]", r"\[tune\.token\] must not have 'layers', which both arms share"),
+        ("learning_rat = 1e-3", r"\[tune\.token\] has an unknown key 'learning_rat'\. Did you mean 'learning_rate'"),
+        ("learning_rate = -1.0", r"learning_rate: -1\.0 came"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(line)
+
+
+def test_the_papers_arms_train_the_same_matrices_at_the_same_rate():
+    arms = load_experiment("honesty_paper").tuned_arms
+    rep, token = arms["rep_tuned"], arms["token_tuned"]
+    assert {*rep.kinds_of("cosine"), *rep.kinds_of("token")} == set(token.kinds_of("token"))
+    assert rep.blocks == token.blocks
+    assert token.token_learning_rate == rep.learning_rate == 1e-5
 
 
 def test_extract_steer_and_tune_by_command(run, tmp_path):
