@@ -107,10 +107,10 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
 
 
 def pad_id_of(model: Any) -> int:
-    """The id used for padding: the pad token, else the end-of-text token, else 0."""
+    """The id used for padding: the pad token, else the end-of-text token, else 0; always one that the model has."""
     tokenizer = tokenizer_of(model)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and candidate < model.cfg.d_vocab:
             return candidate
     return 0
 
