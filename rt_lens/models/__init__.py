@@ -133,14 +133,14 @@ def _refuse_adapter(folder: Path) -> None:
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     raise ValueError(
         f"model: {folder.name} must be the folder of a whole model, got a LoRA adapter of {base}. Merge the two with "
-        "peft (PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)), and give the new "
-        "folder."
+        "peft (PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)), and give the "
+        "new folder."
     )
 
 
 def _from_folder(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]) -> Any:
     trusted: bool = wanted["trust_remote_code"]
-    model = None if backend == "bridge" else _hooked(folder, name, backend, wanted)
+    model: Any = None if backend == "bridge" else _hooked(folder, name, backend, wanted)
     if model is None:
         model = bridge_from_folder(folder, name, **wanted)
     give_tokenizer(model, read_tokenizer(folder, trust_remote_code=trusted))

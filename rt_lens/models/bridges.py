@@ -6,7 +6,7 @@ A bridge computes attention and norms with code of its own, family by family. Wh
 from __future__ import annotations
 
 import inspect
-import math
+import json
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+
+from rt_lens.forward import allowed_error
 
 
 class CheckedBridge(TransformerBridge):
@@ -70,6 +72,12 @@ def bridge_from_folder(
             model_class=loader,  # type: ignore[arg-type]
         )  # fmt: skip
     except ValueError as error:
+        if "Could not determine supported architecture" in str(error):
+            asked = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+            raise ValueError(
+                f"model: {name} must be of an architecture that HookedTransformer or TransformerBridge covers, got "
+                f"{' or '.join(asked or ['none'])}. Use a model of another family."
+            ) from None
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(
@@ -114,9 +122,9 @@ class _Loader:
 
 def _probes(d_vocab: int, device: Any) -> list[tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]]:
     """Tokens spread over the vocabulary, with masks: a row by itself, and two of unlike lengths padded on the left."""
-    tokens = torch.linspace(0, d_vocab - 1, 24).long().view(2, 12).to(device)
+    tokens = torch.linspace(0, d_vocab - 1, 48).long().view(2, 24).to(device)
     mask = torch.ones_like(tokens)
-    mask[1, :5] = 0
+    mask[1, :11] = 0
     return [(tokens[:1], mask[:1]), (tokens, mask)]
 
 
@@ -128,9 +136,7 @@ def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
         if loader.failure is not None:
             raise loader.failure
         d_vocab = bridge.original_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        found = [
-            bridge(tokens, attention_mask=mask)[mask.bool()] for tokens, mask in _probes(d_vocab, loader.device)
-        ]
+        found = [bridge(tokens, attention_mask=mask)[mask.bool()] for tokens, mask in _probes(d_vocab, loader.device)]
     except Exception as failure:
         warnings.warn(
             f"model: {name} ({family}) could not be compared with transformers ({type(failure).__name__}: "
@@ -139,12 +145,12 @@ def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
         )
         return
     for where, ours, theirs in zip(("", " of a batch padded on the left"), found, loader.expected, strict=True):
-        error, allowed = _relative_error(ours, theirs), math.sqrt(torch.finfo(theirs.dtype).eps)
-        if not error < allowed:
+        error = _relative_error(ours, theirs)
+        if not error < allowed_error(theirs.dtype):
             raise ValueError(
-                f"model: {name} must compute what transformers computes, got other logits{where} from TransformerLens's "
-                f"bridge of {family} (relative error {error:.2g}). Use a model of another family, or a release of "
-                "transformer-lens in which this one is mended."
+                f"model: {name} must compute what transformers computes, got other logits{where} from "
+                f"TransformerLens's bridge of {family} (relative error {error:.2g}). Use a model of another family, or "
+                "a release of transformer-lens in which this one is mended."
             )
 
 

@@ -56,7 +56,7 @@ def scaled_rope(reader: Any, config: Any) -> dict[str, Any] | None:
     Raises:
         ValueError: names the field that has no form in Hugging Face's parameters.
     """
-    plain = getattr(config, "rope_parameters", None)
+    plain = getattr(config, "rope_parameters", None) or {}
     told = {key.split(_SCALING, 1)[1]: _field(reader, key) for key in reader.fields if _SCALING in key}
     if (old := _value(reader, "rope.scale_linear")) not in (None, 1.0):
         told |= {"type": "linear", "factor": old}
@@ -72,7 +72,7 @@ def scaled_rope(reader: Any, config: Any) -> dict[str, Any] | None:
         scaled = _long(reader, told, tensors, config)
     else:
         _refuse(reader, f"{_SCALING}type", f"{kind!r} with {', '.join(sorted(tensors)) or 'no tensor of factors'}")
-    if scaled is not None and not isinstance((plain or {}).get("rope_theta"), int | float):
+    if scaled is not None and not isinstance(plain.get("rope_theta"), int | float):
         _refuse(reader, f"{_SCALING}type", f"{scaled['rope_type']!r} for {type(config).__name__}")
     return None if scaled is None else {"rope_theta": plain["rope_theta"], **_partial(plain), **scaled}
 
@@ -176,9 +176,7 @@ def _by_factors(factors: Float[Tensor, "frequency"], config: Any) -> dict[str, A
     }  # fmt: skip
 
 
-def _lengths(
-    factors: Float[Tensor, "frequency"], turns: Float[Tensor, "frequency"]
-) -> list[tuple[float, int]]:
+def _lengths(factors: Float[Tensor, "frequency"], turns: Float[Tensor, "frequency"]) -> list[tuple[float, int]]:
     """High factors and original lengths that may have given these factors; only ratios to the low factor, 1, count."""
     most = factors.max()
     smooth = (1 / factors - 1 / most) / (1 - 1 / most)

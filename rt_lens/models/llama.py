@@ -302,18 +302,3 @@ def to_huggingface(name: str, parameter: Float[Tensor, "..."]) -> tuple[str, Flo
     place, _, inside = name.removeprefix("blocks.").partition(".")
     found = _INSIDE.get(inside.replace("._", ".", 1))
     return None if found is None else (f"model.layers.{place}.{found[0]}", rearrange(parameter, found[1]))
-
-
-def keep_huggingface_layout(model: HookedTransformer) -> HookedTransformer:
-    """Gives the matrices of any HookedTransformer the strides that make TransformerLens's transposes free."""
-    for name, parameter in model.named_parameters():
-        kind = name.rsplit(".", 1)[-1].lstrip("_")
-        if kind in ("W_Q", "W_K", "W_V") and parameter.ndim == 3:
-            stored = rearrange(parameter.data, "n m h -> n h m").contiguous()
-            parameter.data = rearrange(stored, "n h m -> n m h")
-        elif kind == "W_O" and parameter.ndim == 3:
-            stored = rearrange(parameter.data, "n h m -> m (n h)").contiguous()
-            parameter.data = rearrange(stored, "m (n h) -> n h m", n=parameter.shape[0])
-        elif kind in ("W_in", "W_gate", "W_out", "W_U") and parameter.ndim == 2:
-            parameter.data = parameter.data.T.contiguous().T
-    return model

@@ -132,9 +132,8 @@ def _read_gguf(file: Path) -> Any:
     reader, config = GGUFReader(file), AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     check_maths(reader, config)
     rope = scaled_rope(reader, config)
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
-    )
+    read: Any = AutoModelForCausalLM.from_pretrained
+    model, loading = read(file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
     refuse_what_has_no_place(reader, model, loading)
     if rope is not None:
         model.config.rope_parameters = rope
