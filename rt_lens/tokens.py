@@ -6,6 +6,7 @@ of each row sits at position -1 and a batch gives what singles give.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,9 +109,9 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
 
 def pad_id_of(model: Any) -> int:
     """The id used for padding: the pad token, else the end-of-text token, else 0; always one that the model has."""
-    tokenizer = tokenizer_of(model)
+    tokenizer, rows = tokenizer_of(model), getattr(getattr(model, "cfg", None), "d_vocab", math.inf)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None and candidate < model.cfg.d_vocab:
+        if candidate is not None and candidate < rows:
             return candidate
     return 0
 
