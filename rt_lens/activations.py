@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
-from rt_lens.forward import quick
+from rt_lens.forward import keeps_logits, quick
 from rt_lens.listing import as_text, text_list
 from rt_lens.progress import Bar
 from rt_lens.tokens import TokenBatch, batches, encode, pad, pad_id_of, tokenizer_of
@@ -86,16 +87,22 @@ def _run(model: Any, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) 
             names_filter=list(hook_names),
             stop_at_layer=_stop(model, hook_names),
             return_type=None,
+            **_no_logits(model),
         )
     return cache
 
 
 def _stop(model: Any, hook_names: Sequence[str]) -> int | None:
-    """The first block that need not run; None to run them all."""
+    """The first block that need not run, which after the last one is the unembedding; None to run everything."""
     if not all(name.startswith("blocks.") for name in hook_names):
         return None
     stop = 1 + max(int(name.split(".")[1]) for name in hook_names)
-    return stop if stop < model.cfg.n_layers else None
+    return stop if stop < model.cfg.n_layers or isinstance(model, HookedTransformer) else None
+
+
+def _no_logits(model: Any) -> dict[str, int]:
+    """What asks a TransformerBridge, which has no end before its unembedding, for as few logits as it can make."""
+    return {} if isinstance(model, HookedTransformer) or not keeps_logits(model) else {"logits_to_keep": 1}
 
 
 def _weights(batch: TokenBatch, reads: Sequence[Sequence[Sequence[int]]]) -> Float[Tensor, "batch read pos"]:

@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import model_name
+from rt_lens.forward import dtype_name, model_name
 from rt_lens.operators import Affine
 from rt_lens.steering import Edit, FwdHook
 from rt_lens.vectors import forward_order, hook_names, layer_of
@@ -80,7 +80,7 @@ def bake(model: Any, hooks: Sequence[FwdHook]) -> WeightDelta:
     config = {
         "baked": [f"{name}: {type(edit.operator).__name__}, multiplier {edit.multiplier:g}" for name, edit in edits]
     }
-    return WeightDelta(weights.changes(), model_name(model), config, [])
+    return WeightDelta(weights.changes(), model_name(model), config, [], dtype_name(model))
 
 
 class _Weights:

@@ -33,6 +33,7 @@ class WeightDelta:
         config: how it was made: the TuneConfig as a dictionary, what was baked, `{"sum_of": [config, config]}`, or
             `{"times": factor, "of": config}`.
         history: rows of step, split, total, token, cosine, kl.
+        dtype: of the model's weights; files from before it was kept are of float32.
 
     Raises:
         ValueError: if a change is not finite.
@@ -48,6 +49,7 @@ class WeightDelta:
     model: str
     config: dict[str, Any]
     history: list[dict[str, Any]] = field(repr=False)
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name, change in self.changes.items():
@@ -62,7 +64,7 @@ class WeightDelta:
         changes = self.changes | other.changes
         for name in self.changes.keys() & other.changes.keys():
             changes[name] = self.changes[name] + other.changes[name].to(self.changes[name].device)
-        return WeightDelta(changes, self.model, {"sum_of": [self.config, other.config]}, [])
+        return WeightDelta(changes, self.model, {"sum_of": [self.config, other.config]}, [], self.dtype)
 
     def __sub__(self, other: WeightDelta) -> WeightDelta:
         self._check_can_join(other)
@@ -75,7 +77,7 @@ class WeightDelta:
         if not isinstance(factor, Real) or isinstance(factor, bool) or not math.isfinite(factor):
             raise ValueError(f"factor: {factor!r} came, a finite number is wanted. `0.5 * delta` is half the change.")
         changes = {name: change * float(factor) for name, change in self.changes.items()}
-        return WeightDelta(changes, self.model, {"times": float(factor), "of": self.config}, [])
+        return WeightDelta(changes, self.model, {"times": float(factor), "of": self.config}, [], self.dtype)
 
     __rmul__ = __mul__
 
@@ -141,7 +143,7 @@ class WeightDelta:
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file with the configuration and history, in one rename."""
         content = {"schema": _SCHEMA, "kind": "weight_delta", "model": self.model, "config": self.config}
-        header = {"rt_lens": json.dumps({**content, "history": self.history})}
+        header = {"rt_lens": json.dumps({**content, "history": self.history, "dtype": self.dtype})}
         tensors = {name: change.detach().cpu().contiguous() for name, change in self.changes.items()}
         return write_safetensors(Path(path), tensors, header)
 
@@ -157,7 +159,7 @@ class WeightDelta:
         stored = json.loads(header.get("rt_lens", "{}"))
         if stored.get("kind") != "weight_delta" or stored.get("schema") != _SCHEMA:
             raise ValueError(f"delta: {path} is not a file of a weight delta of schema {_SCHEMA}.")
-        return cls(changes, stored["model"], stored["config"], stored["history"])
+        return cls(changes, stored["model"], stored["config"], stored["history"], stored.get("dtype", "float32"))
 
 
 class _Swap:

@@ -8,6 +8,9 @@ layer runs TransformerLens's own code. Models of another kind run as they are.
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 
 class CacheSlot:
@@ -229,6 +233,8 @@ def logits_where(
 ) -> Iterator[Float[Tensor, "chosen d_vocab"]]:
     """Logits at chosen positions, some at a time: on a HookedTransformer no others are computed.
 
+    A TransformerBridge computes those of every row at the columns where some row's are wanted.
+
     Chunks of 128 positions keep a large vocabulary's rows in memory that is used again and again, which halves the
     time of what is done with them.
 
@@ -244,7 +250,91 @@ def logits_where(
             final = final_residual(model, tokens, mask)[where]
         yield from (unembed(model, part) for part in final.split(size))
     else:
-        yield from model(tokens, attention_mask=mask)[where].split(size)
+        yield from bridge_logits(model, tokens, mask, where).split(size)
+
+
+def bridge_logits(
+    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor
+) -> Float[Tensor, "chosen d_vocab"]:
+    """Logits of a TransformerBridge at chosen positions, with no other columns than theirs in memory.
+
+    Args:
+        model: TransformerBridge.
+        tokens: Int[Tensor, "batch pos"].
+        mask: 1 for real tokens.
+        where: Bool[Tensor, "batch pos"], the positions whose logits are wanted; if none, the model runs all the same.
+    """
+    columns = where.any(0).nonzero()[:, 0]
+    if len(columns) == where.shape[1] or not keeps_logits(model):
+        return model(tokens, attention_mask=mask)[where]
+    kept = columns if len(columns) else 1
+    return model(tokens, attention_mask=mask, logits_to_keep=kept)[where[:, columns] if len(columns) else where[:, -1:]]
+
+
+def keeps_logits(model: Any) -> bool:
+    """Whether a TransformerBridge can be asked for the logits of some positions; hooks on logits want them all."""
+    unembed = getattr(model, "unembed", None)
+    points = [part for part in unembed.modules() if isinstance(part, HookPoint)] if unembed is not None else []
+    hooked = any(point._forward_hooks or point._backward_hooks for point in points)
+    return not hooked and "logits_to_keep" in inspect.signature(model.original_model.forward).parameters
+
+
+def cache_error(model: Any) -> float:
+    """How far a TransformerBridge's logits with a key-value cache are from those without, relative to their size.
+
+    Measured once, on two rows of which one is padded, without whatever hooks the model carries; remembered on
+    `model.cfg`. Infinite where the cache cannot be used at all.
+    """
+    known = getattr(model.cfg, "rt_lens_cache_error", None)
+    if known is None:
+        with _without_hooks(model):
+            known = model.cfg.rt_lens_cache_error = _measured_cache_error(model)
+    return known
+
+
+def allowed_error(dtype: torch.dtype) -> float:
+    """Relative error of logits, in norm, that rounding may explain: right families stay below half of it."""
+    return {torch.float16: 0.02, torch.bfloat16: 0.05}.get(dtype, 1e-3)
+
+
+def caches_rightly(model: Any) -> bool:
+    """Whether decoding with a key-value cache gives what decoding without one gives, but for rounding."""
+    return cache_error(model) < allowed_error(next(model.parameters()).dtype)
+
+
+@torch.no_grad()
+def _measured_cache_error(model: Any, n: int = 8, steps: int = 4) -> float:
+    tokens = torch.linspace(0, model.cfg.d_vocab - 1, 2 * (n + steps)).long().view(2, -1).to(model.cfg.device)
+    mask = torch.ones_like(tokens)
+    mask[1, : n // 2] = 0
+    whole = model(tokens, attention_mask=mask)[:, n - 1 :].double()
+    found: list[Tensor] = []
+    state: dict[str, Any] = {}
+    try:
+        for end in range(n, n + steps + 1):
+            new = tokens[:, : n if end == n else end][:, 0 if end == n else -1 :]
+            logits, state["past_key_values"] = model(
+                new, attention_mask=mask[:, :end], return_type="logits_and_cache", use_cache=True, **state
+            )
+            found.append(logits[:, -1].double())
+    except Exception:  # whatever a family's own code raises where it has no such cache
+        return math.inf
+    error = float((torch.stack(found, 1) - whole).norm() / whole.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+@contextmanager
+def _without_hooks(model: Any) -> Iterator[None]:
+    """While the block lasts, no hook point calls anything: edits by row and the like would meet rows not their own."""
+    points = [part for part in model.modules() if isinstance(part, HookPoint)]
+    kept = [(point._forward_hooks, point._backward_hooks) for point in points]
+    try:
+        for point in points:
+            point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for point, (forward, backward) in zip(points, kept, strict=True):
+            point._forward_hooks, point._backward_hooks = forward, backward
 
 
 def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:
@@ -264,6 +354,11 @@ def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:
     if not chosen:
         raise ValueError("layers: the list is empty. Name at least one block.")
     return chosen
+
+
+def dtype_name(model: Any) -> str:
+    """The type of the model's weights, as `load_model` takes it."""
+    return str(model.cfg.dtype).removeprefix("torch.")
 
 
 def model_name(model: Any) -> str:

@@ -16,7 +16,18 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from rt_lens.forward import KeyValueCache, can_be_quick, final_residual, quick, unembed
+from rt_lens.forward import (
+    KeyValueCache,
+    bridge_logits,
+    cache_error,
+    caches_rightly,
+    can_be_quick,
+    final_residual,
+    keeps_logits,
+    model_name,
+    quick,
+    unembed,
+)
 from rt_lens.listing import as_text, text_list
 from rt_lens.progress import Bar, breathe
 from rt_lens.tokens import (
@@ -283,6 +294,7 @@ class _Run:
                 f"prompts: {longest} tokens and {n} new ones exceed the context of "
                 f"{model.cfg.n_ctx}. Shorten the prompt or max_new_tokens."
             )
+        use_cache = use_cache and _may_cache(model)
         self.model, self.n = model, n
         self.rows = rows if rows is not None else tuple(range(len(encoded)))
         self.n_rows = len(encoded) if rows is None else n_rows
@@ -406,8 +418,23 @@ def _cached_stepper(model: HookedTransformer, shared: Sequence[int], rows: int, 
     return step
 
 
+def _may_cache(model: Any) -> bool:
+    """Whether decoding with a cache is right; says so, once for each model, where it is not."""
+    if isinstance(model, HookedTransformer) or caches_rightly(model):
+        return True
+    if not getattr(model.cfg, "rt_lens_cache_warned", False):
+        model.cfg.rt_lens_cache_warned = True
+        warnings.warn(
+            f"model: with a key-value cache, TransformerLens's bridge of {model_name(model)} "
+            f"({type(model.original_model).__name__}) gives other logits than without (relative error "
+            f"{cache_error(model):.2g}). Answers are therefore written without one, which is right and takes longer.",
+            stacklevel=2,
+        )
+    return False
+
+
 def _bridge_stepper(model: Any) -> Step:
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {"logits_to_keep": 1} if keeps_logits(model) else {}
 
     def step(tokens: Tensor, mask: Tensor, everything: Tensor) -> Tensor:
         logits, state["past_key_values"] = model(
@@ -426,7 +453,9 @@ def _plain_stepper(model: Any) -> Step:
         so_far.append(tokens)
         together = torch.cat(so_far, dim=1)
         if not isinstance(model, HookedTransformer):
-            return model(together, attention_mask=everything)[:, -1]
+            last = torch.zeros_like(everything, dtype=torch.bool)
+            last[:, -1] = True
+            return bridge_logits(model, together, everything, last)
         with quick(model):
             return unembed(model, final_residual(model, together, everything)[:, -1])
 

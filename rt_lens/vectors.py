@@ -39,6 +39,7 @@ class Provenance:
         version: of rt_lens.
         position_tokens: the tokens read in the first pair's positive side, as the model's tokenizer writes them.
         prompts_sha256: checksum of the texts as the model read them, through its chat template.
+        dtype: of the model's weights; files from before it was kept are of float32.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Provenance:
     version: str
     position_tokens: tuple[str, ...] = ()
     prompts_sha256: str = ""
+    dtype: str = "float32"
 
     def to_json(self) -> dict[str, Any]:
         """As a dictionary that JSON can hold."""
@@ -293,7 +295,10 @@ class SteeringVectors:
         content = hashlib.sha256()
         for name, vector in self.vectors.items():
             content.update(name.encode() + vector.detach().cpu().float().numpy().tobytes())
-        return {**self.provenance.to_json(), "sha256": content.hexdigest()}
+        told = self.provenance.to_json()
+        if told["dtype"] == "float32":  # as what was described before there was a dtype, so that it goes on
+            del told["dtype"]
+        return {**told, "sha256": content.hexdigest()}
 
     def check_fits(self, model: Any) -> None:
         """Refuses a model of another width or without these hook points.

@@ -60,6 +60,17 @@ def test_no_path_of_the_machine_is_kept(own, tmp_path):
     assert made["settings"]["model"] == "weights" and made["command"].endswith("--model weights")
 
 
+def test_the_type_and_the_templates_arguments_are_part_of_the_command(own):
+    said = {"dtype": "bfloat16", "chat_template_kwargs": {"enable_thinking": False}}
+    ran = load_experiment(own, **said)
+    made = recorded(ran, own)
+    options = ["--dtype", "bfloat16", "--chat-template-kwargs", '{"enable_thinking": false}']
+    assert shlex.split(made["command"]) == ["rt-lens", "run", "my own.toml", *options]
+    assert made["settings"]["chat_template_kwargs"] == {"enable_thinking": False}
+    own.write_text(OWN + "[model]\nchat_template_kwargs = { enable_thinking = false }\n")
+    assert load_experiment(own).chat_template_kwargs == {"enable_thinking": False}
+
+
 def test_all_settings_are_kept_but_the_pairs_own_text(own):
     settings = recorded(load_experiment(own), own)["settings"]
     assert settings["split"]["seed"] == 7 and settings["tune_seeds"] == {"toward": [3], "away": [0, 1]}
@@ -67,7 +78,7 @@ def test_all_settings_are_kept_but_the_pairs_own_text(own):
     assert "honey" not in json.dumps(settings)
 
 
-@pytest.mark.parametrize("changed", [{"dtype": "bfloat16"}, {"name": "other"}])
+@pytest.mark.parametrize("changed", [{"description": "otherwise"}, {"name": "other"}])
 def test_settings_that_no_file_has_get_no_command(own, changed):
     made = recorded(replace(load_experiment(own), **changed), own)
     assert made["command"] is made["call"] is made["toml"] is made["sha256"] is None

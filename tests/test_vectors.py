@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from rt_lens.files import write_atomically
 from rt_lens.steering import add
-from rt_lens.vectors import Eraser, SteeringVectors, hook_names
+from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names
 
 POST = "blocks.{}.hook_resid_post"
 
@@ -368,3 +368,14 @@ def test_vectors_come_back_in_the_order_of_the_forward_pass(provenance, tmp_path
     found = SteeringVectors.load(tmp_path / "v.safetensors")
     assert found.hook_names == names
     assert all(torch.equal(found[name], saved[name]) for name in names)
+
+
+def test_the_models_type_is_kept_and_files_from_before_are_of_float32(tiny_vectors, tmp_path):
+    halves = SteeringVectors(tiny_vectors.vectors, dataclasses.replace(tiny_vectors.provenance, dtype="bfloat16"))
+    assert SteeringVectors.load(halves.save(tmp_path / "new.safetensors")).provenance.dtype == "bfloat16"
+    assert halves.described()["dtype"] == "bfloat16"
+    told = tiny_vectors.provenance.to_json()
+    del told["dtype"]
+    assert Provenance.from_json(told) == tiny_vectors.provenance
+    assert Provenance.from_json(told).dtype == "float32"
+    assert tiny_vectors.described().keys() == {*told, "sha256"}  # so that what was begun before goes on

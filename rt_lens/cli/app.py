@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from rt_lens.experiment import Experiment
     from rt_lens.prompts import ContrastPairs
+    from rt_lens.vectors import SteeringVectors
 
 app = typer.Typer(
     name="rt-lens",
@@ -23,9 +27,60 @@ Behaviour = Annotated[
     str, typer.Argument(help="A shipped behaviour, or your own file (see data/behaviours/mood.toml).")
 ]
 Model = Annotated[str | None, typer.Option(help="Embedded model, Hugging Face folder, .gguf file or hub name.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default that of what was made on the model.")
+]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(help="JSON that the chat template is given besides the messages: '{\"enable_thinking\": false}'."),
+]
 VectorFile = Annotated[
     Path, typer.Argument(help="A file that `rt-lens extract` wrote, or another tool's .gguf, .pt or .npz.")
 ]
+
+
+def loaded_model(
+    name: str | None, dtype: str | None, chat_template_kwargs: str | None, *, default: str = "float32"
+) -> Any:
+    """The model of `--model`, as `--dtype` and `--chat-template-kwargs` want it.
+
+    Args:
+        name: the bundled model for None.
+        dtype: `default` for None: what the file of vectors or the change of weights that is used with it says.
+        chat_template_kwargs: JSON.
+        default: see `dtype`.
+    """
+    from rt_lens.models import DEFAULT_MODEL, load_model
+
+    told = template_kwargs(chat_template_kwargs)
+    return load_model(name or DEFAULT_MODEL, dtype=dtype or default, chat_template_kwargs=told)
+
+
+def model_for(experiment: Experiment, dtype: str | None, vectors: SteeringVectors) -> Any:
+    """An experiment's model, for vectors made on it: as `--dtype` says, else as they say, else as the experiment."""
+    from rt_lens.models import load_model
+
+    of_vectors = vectors.provenance.dtype
+    kind = dtype or (of_vectors if of_vectors != "float32" else experiment.dtype)
+    return load_model(experiment.model, dtype=kind, chat_template_kwargs=experiment.chat_template_kwargs)
+
+
+def template_kwargs(text: str | None) -> Mapping[str, Any]:
+    """What `--chat-template-kwargs` says.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"chat_template_kwargs must be a JSON object, got {text!r}. "
+            """Write it in single quotes, as in '{"enable_thinking": false}'."""
+        )
+    return found
 
 
 def parts_of(behaviour: str) -> tuple[str, ContrastPairs, ContrastPairs]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import Model, app
+from rt_lens.cli.app import ChatTemplateKwargs, Dtype, Model, app, loaded_model, template_kwargs
 
 if TYPE_CHECKING:
     from rt_lens.vectors import SteeringVectors
@@ -27,6 +27,8 @@ def dashboard(
     ] = None,
     port: Annotated[int | None, typer.Option(help="On 127.0.0.1; 8050 by default, or any that is free.")] = None,
     model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Show a finished run, and work live on the model, in a browser on this machine."""
     from rt_lens.dashboard import dashboard as open_dashboard
@@ -35,7 +37,8 @@ def dashboard(
     for own in behaviour or []:
         load_experiment(own)  # refused before the model is loaded
     named = _named(vectors or [])
-    loaded = _loaded(run, model)
+    of_vectors = next((each.provenance.dtype for each in named.values()), "float32")
+    loaded = _loaded(run, model, dtype, chat_template_kwargs, of_vectors)
     board = open_dashboard(loaded, named, run=run, behaviours=behaviour or [], port=port)
     typer.echo(f"open {board.url} in a browser on this machine; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):
@@ -58,17 +61,20 @@ def _named(files: list[Path]) -> dict[str, SteeringVectors]:
     return named
 
 
-def _loaded(run: Path | None, model: str | None) -> Any:
+def _loaded(run: Path | None, model: str | None, dtype: str | None, told: str | None, of_vectors: str) -> Any:
     """The model that was asked for, or the run's; none, with a word about it, if the run's is not at hand."""
-    from rt_lens.models import DEFAULT_MODEL, load_model
+    from rt_lens.models import load_model
     from rt_lens.results import load_results
 
     if model is not None or run is None:
-        return load_model(model or DEFAULT_MODEL)
+        return loaded_model(model, dtype, told, default=of_vectors)
     content = load_results(run).content
     settings = content.get("again", {}).get("settings") or {}
     try:
-        return load_model(content["model"], dtype=settings.get("dtype", "float32"))
+        return load_model(
+            content["model"], dtype=dtype or settings.get("dtype", "float32"),
+            chat_template_kwargs=template_kwargs(told) or settings.get("chat_template_kwargs"),
+        )  # fmt: skip
     except (ValueError, OSError) as refusal:
         typer.echo(f"the run's model is not at hand, so the pages show the run alone ({refusal})", err=True)
         return None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import Behaviour, Model, app
+from rt_lens.cli.app import Behaviour, ChatTemplateKwargs, Dtype, Model, app, loaded_model, template_kwargs
 
 
 @app.command(epilog="Example: rt-lens run mood --out runs/mood")
@@ -16,12 +16,16 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/NAME by default.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what it would take: memory, steps, time.")] = False,
     model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Run the four arms (untuned, steered, token-tuned, rep-tuned) in both directions and write report.html."""
     from rt_lens.experiment import check_writable, load_experiment, plan_of, run_experiment
     from rt_lens.report import summary_sentences, write_report
 
-    experiment = load_experiment(behaviour, model=model)
+    experiment = load_experiment(
+        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs)
+    )
     if plan:
         typer.echo(str(plan_of(experiment)))
         return
@@ -51,12 +55,13 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for scores and answers.")] = None,
     model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Ask prompts of your own, and score the answers of the untuned, the steered and the tuned model."""
     from rt_lens.delta import WeightDelta
     from rt_lens.exchange import import_vectors
     from rt_lens.experiment import check_writable
-    from rt_lens.models import DEFAULT_MODEL, load_model
     from rt_lens.questions import load_questions
     from rt_lens.results import write_scores
     from rt_lens.scoreboard import Exam, compare_arms
@@ -64,16 +69,19 @@ def evaluate(
 
     exam = Exam(load_questions(questions), [_scorer(text) for text in scorer or ["vader"]], max_new_tokens)
     arms: dict[str, Any] = {"untuned": None}
+    default = "float32"
     if vectors is not None:
         if layer is None:
             raise ValueError("layer: --vectors came without it. Name a block, as in --layer 21.")
         directions = import_vectors(vectors)
+        default = directions.provenance.dtype
         arms["steered"] = add(directions, [layer], multiplier, hook=directions.kind)
     if delta is not None:
         arms["tuned"] = WeightDelta.load(delta)
+        default = arms["tuned"].dtype
     if out is not None:
         check_writable(out)
-    loaded = load_model(model or DEFAULT_MODEL)
+    loaded = loaded_model(model, dtype, chat_template_kwargs, default=default)
     board = compare_arms(loaded, arms, {Path(questions).stem: exam}, seed=seed)
     _print(board.summary()[["arm", "set", "scorer", "n", "mean", "low", "high"]])
     if len(arms) > 1:

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from rt_lens.cli.app import Behaviour, Model, VectorFile, app, model_of, parts_of, write_page
+from rt_lens.cli.app import (
+    Behaviour,
+    ChatTemplateKwargs,
+    Dtype,
+    Model,
+    VectorFile,
+    app,
+    loaded_model,
+    model_for,
+    model_of,
+    parts_of,
+    template_kwargs,
+    write_page,
+)
 from rt_lens.spans import layers_of, multipliers_of
 
 
@@ -24,18 +37,19 @@ def extract(
     seed: Annotated[int, typer.Option(help="Of the selection of pairs, and of every interval.")] = 0,
     figure: Annotated[Path | None, typer.Option(help="HTML file for the figure of the evidence.")] = None,
     model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Extract a vector per layer, and say whether to believe them: held-out pairs, halves of the data, random ones."""
     from rt_lens import plots
     from rt_lens.experiment import check_writable
     from rt_lens.extraction import trust
-    from rt_lens.models import load_model
 
     name, train, held_out = parts_of(behaviour)
     path = out or Path(f"{name}.safetensors")
     check_writable(path.parent)
-    name_of_model, dtype = model_of(behaviour)
-    loaded = load_model(model or name_of_model, dtype=dtype)
+    name_of_model, default = model_of(behaviour)
+    loaded = loaded_model(model or name_of_model, dtype, chat_template_kwargs, default=default)
     chosen = train.sample(n_pairs, seed=seed)
     found = trust(loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True)
     found.vectors.save(path)
@@ -84,19 +98,22 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Finished layers are kept here; run again to go on.")] = Path("sweep.json"),
     figure: Annotated[Path | None, typer.Option(help="HTML file for the heat map.")] = None,
     model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
     from rt_lens import plots
     from rt_lens.exchange import import_vectors
     from rt_lens.experiment import check_writable, load_experiment
     from rt_lens.experiment.validation import validation_metric
-    from rt_lens.models import load_model
     from rt_lens.sweeping import sweep as sweep_layers
 
-    experiment = load_experiment(behaviour, model=model)
+    experiment = load_experiment(
+        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs)
+    )
     directions, chosen, doses = import_vectors(file), layers_of(layers), multipliers_of(multipliers)
     check_writable(out.parent)
-    loaded = load_model(experiment.model, dtype=experiment.dtype)
+    loaded = model_for(experiment, dtype, directions)
     prompts, metric = validation_metric(experiment, loaded, max_new_tokens)
     found = sweep_layers(
         loaded, directions, prompts[:n_prompts], layers=chosen, multipliers=doses, metric=metric,
@@ -120,16 +137,17 @@ def steer(
     multiplier: Annotated[float, typer.Option(help="Times the vector's own length; negative steers away.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 60,
     model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Answer a prompt untouched and steered."""
     from rt_lens.exchange import import_vectors
     from rt_lens.generation import generate
-    from rt_lens.models import DEFAULT_MODEL, load_model
     from rt_lens.steering import add
 
     directions = import_vectors(file)
     hooks = add(directions, [layer], multiplier, hook=directions.kind)
-    loaded = load_model(model or DEFAULT_MODEL)
+    loaded = loaded_model(model, dtype, chat_template_kwargs, default=directions.provenance.dtype)
     directions.check_fits(loaded)
     typer.echo(f"untuned:\n{generate(loaded, [prompt], max_new_tokens=max_new_tokens)[0]}\n")
     with loaded.hooks(fwd_hooks=hooks):

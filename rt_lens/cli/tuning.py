@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import Behaviour, Model, VectorFile, app
+from rt_lens.cli.app import (
+    Behaviour,
+    ChatTemplateKwargs,
+    Dtype,
+    Model,
+    VectorFile,
+    app,
+    loaded_model,
+    model_for,
+    template_kwargs,
+)
 from rt_lens.shipped import behaviours
 
 if TYPE_CHECKING:
@@ -24,24 +34,27 @@ def tune(
     lora_rank: Annotated[int | None, typer.Option(help="Train low-rank factors; else as the file says.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Keep the run's state here; run again to go on.")] = None,
     model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Tune a direction into the weights, with the settings of the behaviour's file, and save the change of weights."""
     from dataclasses import replace
 
     from rt_lens.experiment import check_writable, load_experiment, parts, protocol_of
-    from rt_lens.models import load_model
     from rt_lens.shipped import neutral_prompts
     from rt_lens.tuning import LossNotFinite
     from rt_lens.tuning import tune as tune_weights
     from rt_lens.vectors import SteeringVectors
 
-    experiment = load_experiment(behaviour, model=model)
+    experiment = load_experiment(
+        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs)
+    )
     config = replace(experiment.tune, direction=direction, seed=seed)  # type: ignore[arg-type]
     config = config if lora_rank is None else replace(config, lora_rank=lora_rank)
     path = out or Path(f"{experiment.name}_{direction}.safetensors")
     check_writable(path.parent)
     directions = SteeringVectors.load(file)
-    loaded = load_model(experiment.model, dtype=experiment.dtype)
+    loaded = model_for(experiment, dtype, directions)
     if experiment.honesty is None:
         train, validation, _ = parts(experiment)
     else:
@@ -71,16 +84,16 @@ def export(
         str | None, typer.Option(help="A LoRA adapter of this rank, or `exact`; else a whole model.")
     ] = None,
     results: Annotated[Path | None, typer.Option(help="results.json of a run, for the card's measured effect.")] = None,
+    dtype: Dtype = None,
 ) -> None:
     """Write a tuned model as a Hugging Face folder, or as a LoRA adapter with the error of its low rank."""
     from rt_lens.delta import WeightDelta
     from rt_lens.export import export_hf, export_peft
-    from rt_lens.models import load_model
 
     rank = None if peft in (None, "exact") else _rank(str(peft))
     delta = WeightDelta.load(file)
     behaviour, measured = (None, None) if results is None else _measured(results, delta)
-    loaded = load_model(model or delta.model)
+    loaded = loaded_model(model or delta.model, dtype, None, default=delta.dtype)
     if peft is None:
         export_hf(loaded, out, delta=delta, measured=measured, behaviour=behaviour)
         typer.echo(f"saved {out} - use: AutoModelForCausalLM.from_pretrained('{out}'); its card: {out / 'README.md'}")

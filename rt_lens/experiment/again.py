@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -32,14 +33,23 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
     file = behaviour_file(experiment.name if source is None else source)
     text = file.read_text(encoding="utf-8-sig")
     as_read = load_experiment(file)
-    if replace(as_read, model=experiment.model) != experiment:
+    said = {name: getattr(experiment, name) for name in ("model", "dtype", "chat_template_kwargs")}
+    if replace(as_read, **said) != experiment:
         return found
     shipped = file.stem in behaviours() and file == data_path(f"behaviours/{file.stem}.toml")
     name = file.stem if shipped else file.name
-    model = None if experiment.model == as_read.model else _last(experiment.model)
+    changed = {name: value for name, value in said.items() if value != getattr(as_read, name)}
+    if "model" in changed:
+        changed["model"] = _last(experiment.model)
+    options = [
+        part
+        for name, value in changed.items()
+        for part in (f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    arguments = "".join(f", {name}={value!r}" for name, value in changed.items())
     return found | {
-        "command": shlex.join(["rt-lens", "run", name, *(["--model", model] if model else [])]),
-        "call": f"run_experiment(load_experiment({name!r}{f', model={model!r}' if model else ''}), Path('runs/again'))",
+        "command": shlex.join(["rt-lens", "run", name, *options]),
+        "call": f"run_experiment(load_experiment({name!r}{arguments}), Path('runs/again'))",
         "file": file.name,
         "toml": text,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),

@@ -110,6 +110,7 @@ class Experiment:
         token: what the token-tuned arm has otherwise than `tune`, beside having no cosine loss: its own rate, say.
         model: name or path for `load_model`.
         dtype: of its weights.
+        chat_template_kwargs: what its chat template is given besides the messages.
         honesty: set for the honesty experiment, whose pairs follow from facts.
         judge: a `[judge]` table: an `EndpointJudge`'s settings, who then judges the persona protocol's role-plays too.
     """
@@ -123,6 +124,7 @@ class Experiment:
     token: Mapping[str, Any] = field(default_factory=dict)
     model: str = DEFAULT_MODEL
     dtype: str = "float32"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     honesty: HonestyConfig | None = None
     judge: Mapping[str, Any] | None = None
     split: SplitConfig = field(default_factory=SplitConfig)
@@ -145,12 +147,20 @@ class Experiment:
         return tuple(sorted({seed for seeds in self.tune_seeds.values() for seed in seeds}))
 
 
-def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Experiment:
+def load_experiment(
+    name_or_path: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Experiment:
     """Reads an experiment's TOML file, or a shipped behaviour's.
 
     Args:
         name_or_path: for example `mood`, or `my_behaviour.toml`.
         model: overrides the file's model.
+        dtype: overrides the file's.
+        chat_template_kwargs: override the file's.
 
     Raises:
         ValueError: unknown behaviour, a table or key that is not known (the nearest is named), or a value out of range.
@@ -168,7 +178,8 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
         pairs = pairs_from_table(name, content.get("pairs", {}), source=path.name)
     else:
         pairs = honesty_pairs(honesty)
-    _refuse_unknown("[model]", content.get("model", {}), {"name", "dtype"})
+    of_model = content.get("model", {})
+    _refuse_unknown("[model]", of_model, {"name", "dtype", "chat_template_kwargs"})
     made = Experiment(
         name=name,
         description=content.get("description", ""),
@@ -177,8 +188,9 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
         tune=_table(TuneConfig, "tune", tuning),
         tune_seeds=seeds,
         token=_token_settings(token),
-        model=model or content.get("model", {}).get("name", DEFAULT_MODEL),
-        dtype=content.get("model", {}).get("dtype", "float32"),
+        model=model or of_model.get("name", DEFAULT_MODEL),
+        dtype=dtype or of_model.get("dtype", "float32"),
+        chat_template_kwargs=chat_template_kwargs or of_model.get("chat_template_kwargs", {}),
         honesty=honesty,
         judge=content.get("judge"),
         split=_table(SplitConfig, "split", content.get("split", {})),

@@ -108,7 +108,9 @@ class _Run:
     def run(self) -> dict[str, Any]:
         experiment, seed = self.experiment, self.experiment.split.seed
         with self._stage("load"):
-            self.model = load_model(experiment.model, dtype=experiment.dtype)
+            self.model = load_model(
+                experiment.model, dtype=experiment.dtype, chat_template_kwargs=experiment.chat_template_kwargs
+            )
             check_layers(self.model, experiment.choose.layers)
             check_layers(self.model, experiment.tune.layers)
             for config in experiment.tuned_arms.values():

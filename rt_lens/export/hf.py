@@ -16,6 +16,7 @@ from rt_lens.delta import WeightDelta
 from rt_lens.export.card import check_measured, model_card
 from rt_lens.export.folder import check_free, whole_folder
 from rt_lens.export.weights import as_huggingface
+from rt_lens.models import source_tokenizer
 
 
 def export_hf(
@@ -68,7 +69,7 @@ def export_hf(
             (folder / "generation_config.json").write_text(
                 json.dumps(found.generation, indent=2) + "\n", encoding="utf-8"
             )
-        model.tokenizer.save_pretrained(folder)
+        source_tokenizer(model).save_pretrained(folder)
         save_torch_state_dict(found.weights, folder, max_shard_size=max_shard_size)
         text = model_card(path.name, model, delta, rows, behaviour=behaviour, note=found.note)
         (folder / "README.md").write_text(text, encoding="utf-8")

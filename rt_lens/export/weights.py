@@ -127,7 +127,9 @@ def _of_hooked(model: Any, config: PretrainedConfig, parameters: Mapping[str, Te
     else:
         config.tie_word_embeddings = False
     config, note = _with_biases(model, config, weights)
-    return HuggingFaceModel(config, weights, model.cfg.rt_lens_generation, note)
+    settings = model.cfg.rt_lens_generation
+    came_without = settings is None or settings.get("_from_model_config")  # they follow from the configuration
+    return HuggingFaceModel(config, weights, None if came_without else settings, note)
 
 
 def _with_biases(model: Any, config: PretrainedConfig, weights: dict[str, Tensor]) -> tuple[PretrainedConfig, str]:

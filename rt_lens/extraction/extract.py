@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rt_lens.activations import check_hook_names, read_activations
-from rt_lens.forward import check_layers, model_name
+from rt_lens.forward import check_layers, dtype_name, model_name
 from rt_lens.listing import text_list
 from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
 from rt_lens.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
@@ -185,7 +185,7 @@ def covariate_vectors(
     moved = {hook_name: _by_head(lambda head: slope, h[:, 0]) for hook_name, h in found.items()}
     provenance = Provenance(
         model_name(model), name or ("length" if isinstance(values, str) else "covariate"), "covariate", place.words,
-        "none", len(texts), "", 0, package_version(),
+        "none", len(texts), "", 0, package_version(), dtype=dtype_name(model),
     )  # fmt: skip
     return SteeringVectors(moved, provenance)
 
@@ -306,4 +306,5 @@ def provenance_of(model: Any, pairs: ContrastPairs, sides: Sides, method: str, s
         version=package_version(),
         position_tokens=sides.tokens,
         prompts_sha256=sides.prompts_sha256,
+        dtype=dtype_name(model),
     )

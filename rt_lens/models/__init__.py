@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformer_lens import HookedTransformer
 
+from rt_lens.models.bridges import bridge_from_folder
+from rt_lens.models.hub import hub_folder
 from rt_lens.models.llama import (
     FAMILIES,
     NotLlamaStyle,
     hooked_from_folder,
-    keep_huggingface_layout,
     refuse_what_is_not_covered,
     to_huggingface,
 )
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel
 from rt_lens.models.sources import cache_home, embedded_folder, gguf_folder
+from rt_lens.models.tokenizers import give_tokenizer, read_tokenizer, source_tokenizer
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -34,6 +35,7 @@ __all__ = [
     "describe",
     "load_model",
     "refuse_what_is_not_covered",
+    "source_tokenizer",
     "to_huggingface",
 ]
 
@@ -46,25 +48,32 @@ def load_model(
     backend: Backend = "auto",
     device: str | None = None,
     dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Loads a language model with TransformerLens hook points, its tokenizer and its chat template.
 
     Weights are unprocessed (nothing folded, nothing centred), so they are Hugging Face's numbers. Padding is on the
-    left, and text given to `model.to_tokens` gets no second start token.
+    left, and text given to `model.to_tokens` gets no second start token. A name on the hub becomes a folder (its
+    snapshot, or while offline the one in the local cache), and is then read as any folder is.
 
     Args:
         name_or_path: an embedded model (`rt-lens models` lists them), a local Hugging Face folder, a local `.gguf`
-            file, a name that HookedTransformer knows, or any other name on the model hub.
+            file, or a name on the model hub; TransformerLens's short names stand for those.
         backend: `hooked` for a HookedTransformer, `bridge` for a TransformerBridge, `auto` for a HookedTransformer
-            wherever its maths covers the architecture.
+            wherever our own conversion covers the architecture.
         device: torch device; by default CUDA if there is one, else the CPU.
         dtype: `float32`, `bfloat16`, `float16`, or the torch type.
+        trust_remote_code: run the Python code that a repository brings for its model or tokenizer. It can do whatever
+            you can, so only where you trust its author.
+        chat_template_kwargs: what the chat template is given besides the messages, {"enable_thinking": False} say.
 
     Returns:
         A HookedTransformer or TransformerBridge in evaluation mode.
 
     Raises:
-        ValueError: unknown name, backend or dtype, or `hooked` asked for what it does not cover.
+        ValueError: unknown name, backend or dtype, `hooked` asked for what it does not cover, code of its own that is
+            not trusted, or a bridge whose logits are not those of transformers.
         FileNotFoundError: an embedded model that is not installed and cannot be fetched.
 
     Example:
@@ -75,15 +84,16 @@ def load_model(
     if backend not in ("auto", "hooked", "bridge"):
         raise ValueError(f"backend: {backend!r} came; 'auto', 'hooked' or 'bridge' is wanted.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = _dtype(dtype)
-    folder = _local_folder(name_or_path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*HookedTransformer is deprecated.*")
-        if folder is None:
-            model = _from_hub(str(name_or_path), backend, device, kind)
-        else:
-            model = _from_folder(folder, backend, device, kind)
-    model.cfg.rt_lens_name = Path(str(name_or_path)).name
+    wanted = {"device": device, "dtype": _dtype(dtype), "trust_remote_code": trust_remote_code}
+    folder, name = _local_folder(name_or_path), Path(str(name_or_path)).name
+    if folder is None:
+        folder = hub_folder(str(name_or_path), with_code=trust_remote_code)
+        model = _from_folder(folder, str(name_or_path), backend, wanted)
+        model.cfg.model_name = name  # not that of the snapshot
+    else:
+        model = _from_folder(folder, folder.name, backend, wanted)
+    model.cfg.rt_lens_name = name
+    model.cfg.rt_lens_chat_template_kwargs = dict(chat_template_kwargs or {})
     return model.eval()
 
 
@@ -102,6 +112,7 @@ def _local_folder(name_or_path: str | Path) -> Path | None:
         return embedded_folder(EMBEDDED_MODELS[name.lower()])
     if path.is_dir():
         if not (path / "config.json").is_file():
+            _refuse_adapter(path)
             raise ValueError(f"model: the folder {name} has no config.json. Give a folder that save_pretrained wrote.")
         return path
     if path.suffix == ".gguf":
@@ -115,90 +126,53 @@ def _local_folder(name_or_path: str | Path) -> Path | None:
     return None
 
 
-def _from_folder(folder: Path, backend: Backend, device: str, dtype: torch.dtype) -> Any:
-    if backend != "bridge":
-        try:
-            model = hooked_from_folder(folder, device=device, dtype=dtype)
-        except NotLlamaStyle as refusal:
-            if backend == "hooked":
-                raise ValueError(
-                    f"backend: 'hooked' cannot load {folder.name}: {refusal}. Use backend='bridge'."
-                ) from None
-        else:
-            return _with_origin(_with_tokenizer(model, _tokenizer(str(folder))), str(folder))
-    return _bridge(str(folder), device, dtype)
-
-
-def _from_hub(name: str, backend: Backend, device: str, dtype: torch.dtype) -> Any:
-    from transformer_lens.loading_from_pretrained import get_official_model_name
-
-    try:
-        official: str | None = get_official_model_name(name)
-    except ValueError:
-        official = None
-    try:
-        if backend != "bridge" and official is not None:
-            model = HookedTransformer.from_pretrained_no_processing(name, device=device, dtype=dtype)
-            return _with_origin(_with_tokenizer(keep_huggingface_layout(model), _tokenizer(official)), official)
-        if backend == "bridge" and official is not None:
-            return _bridge(official, device, dtype)
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-        return _from_folder(Path(snapshot_download(name, allow_patterns=patterns)), backend, device, dtype)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(("backend:", "model:")):
-            raise
-        raise ValueError(_unknown(name, error)) from error
-
-
-def _unknown(name: str, error: Exception) -> str:
-    near = get_close_matches(name.lower(), EMBEDDED_MODELS, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Embedded: {', '.join(EMBEDDED_MODELS)}."
-    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-    return (
-        f"model: {name!r} is no embedded model, no local folder or .gguf file, and the model hub did not give it "
-        f"({reason}). {hint} Else give a Hugging Face folder, a .gguf file, or a hub name while online."
+def _refuse_adapter(folder: Path) -> None:
+    """Says of a folder with a LoRA adapter what it is, and how a model is made of it."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    raise ValueError(
+        f"model: {folder.name} must be the folder of a whole model, got a LoRA adapter of {base}. Merge the two with "
+        "peft (PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)), and give the "
+        "new folder."
     )
 
 
-def _bridge(name: str, device: str, dtype: torch.dtype) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
-    bridge = TransformerBridge.boot_transformers(name, device=device, dtype=dtype)
-    return _with_tokenizer(bridge, _tokenizer(name))
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name, token=os.environ.get("HF_TOKEN") or None)
+def _from_folder(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]) -> Any:
+    trusted: bool = wanted["trust_remote_code"]
+    model: Any = None if backend == "bridge" else _hooked(folder, name, backend, wanted)
+    if model is None:
+        model = bridge_from_folder(folder, name, **wanted)
+    give_tokenizer(model, read_tokenizer(folder, trust_remote_code=trusted))
+    return _with_origin(model, folder, trusted)
 
 
-def _with_tokenizer(model: Any, tokenizer: Any) -> Any:
-    # Past set_tokenizer and the bridge's setter: both rebuild the tokenizer to add a start token to every text,
-    # which chat templates already write.
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
-    if isinstance(model, HookedTransformer):
-        model.tokenizer = tokenizer
-    else:
-        model._tokenizer = tokenizer
-    model.cfg.default_prepend_bos = False
-    model.cfg.tokenizer_prepends_bos = tokenizer.encode("a")[0] == tokenizer.bos_token_id
-    return model
+def _hooked(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]) -> HookedTransformer | None:
+    """The folder as a HookedTransformer; None if a bridge may take its place."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*HookedTransformer is deprecated.*")
+            return hooked_from_folder(folder, **wanted)
+    except NotLlamaStyle as refusal:
+        if backend == "hooked":
+            raise ValueError(f"backend: 'hooked' cannot load {name}: {refusal}. Use backend='bridge'.") from None
+        return None
 
 
-def _with_origin(model: HookedTransformer, name: str) -> HookedTransformer:
-    """Keeps Hugging Face's configuration and generation settings on `model.cfg`, for `export_hf`."""
+def _with_origin(model: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """Keeps Hugging Face's configuration and generation settings on `model.cfg`, for exports and ends of turns."""
     from transformers import AutoConfig, GenerationConfig
 
-    cfg: Any = model.cfg
-    cfg.rt_lens_config = cfg.rt_lens_generation = None
-    with suppress(OSError, ValueError):  # some official names are weights alone
-        cfg.rt_lens_config = AutoConfig.from_pretrained(name).to_dict()
-        cfg.rt_lens_generation = GenerationConfig.from_pretrained(name).to_diff_dict()
+    if isinstance(model, HookedTransformer):
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model.cfg.rt_lens_config = config.to_dict()  # type: ignore[attr-defined]
+    else:
+        config = model.original_model.config
+    settings = None
+    with suppress(OSError, ValueError):  # many folders have no such file
+        settings = GenerationConfig.from_pretrained(folder)
+    settings = settings or GenerationConfig.from_model_config(config)
+    model.cfg.rt_lens_generation = settings.to_diff_dict()
     return model
 
 

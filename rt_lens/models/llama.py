@@ -7,7 +7,7 @@ name, rather than load something that is nearly right.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformer_lens import HookedTransformer
 from transformer_lens.config import HookedTransformerConfig
 
@@ -118,8 +119,12 @@ def refuse_what_is_not_covered(config: dict[str, Any]) -> None:
             raise NotLlamaStyle(f"{field} {value!r} of this configuration is not covered by HookedTransformer")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """A folder's configuration as Hugging Face reads it: missing fields and older spellings become today's.
+
+    Args:
+        folder: with a `config.json`.
+        trust_remote_code: run the folder's own Python code, if it names any.
 
     Raises:
         NotLlamaStyle: if the architecture is none of those covered.
@@ -129,21 +134,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     family = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if family not in FAMILIES:
         raise NotLlamaStyle(f"model_type {family!r} is none of {', '.join(FAMILIES)}")
-    return AutoConfig.from_pretrained(folder).to_dict()
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).to_dict()
 
 
-def hooked_from_folder(folder: Path, *, device: str, dtype: torch.dtype) -> HookedTransformer:
+def hooked_from_folder(
+    folder: Path, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> HookedTransformer:
     """Builds the HookedTransformer of a Llama-style folder (`config.json` and safetensors), unprocessed.
 
     The parameters keep the memory layout of Hugging Face's matrices, transposed as views: TransformerLens's own forward
-    pass then copies no weight.
+    pass then copies no weight. Each weight is read straight to the device, and the device holds the weights once.
 
     Raises:
         NotLlamaStyle: if the configuration is not covered, the MLPs have biases before their product, or the folder
             has no safetensors.
         ValueError: if weights are missing, left over or of another shape.
     """
-    config = read_config(folder)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     cfg = hooked_config(config, device=device, dtype=dtype)
     biased = {"llama": "QKVO" if config.get("attention_bias") else "", "mistral": "", "qwen2": "QKV"}
     weights = _read_weights(folder, device, dtype)
@@ -154,8 +161,32 @@ def hooked_from_folder(folder: Path, *, device: str, dtype: torch.dtype) -> Hook
             f"model: {folder.name} has weights that its config.json does not ask for: "
             f"{', '.join(sorted(weights)[:4])}. Mend the configuration, or save the model again with save_pretrained."
         )
-    model = HookedTransformer(cfg)
-    buffers = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(_BUFFERS)}
+    return _assembled(cfg, state)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Parameters that are made inside have shapes and no memory; what is computed (rotary angles) stays real."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _assembled(cfg: HookedTransformerConfig, state: dict[str, Tensor]) -> HookedTransformer:
+    """A HookedTransformer whose parameters are the tensors of `state`: nothing of their size is allocated besides."""
+    device, cfg.device = cfg.device, "cpu"
+    with _WithoutMemory():
+        model = HookedTransformer(cfg, move_to_device=False)
+    model.cfg.device = device
+    buffers = {
+        name: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)  # only empty ones
+        for name, tensor in model.state_dict().items()
+        if name.endswith(_BUFFERS)
+    }
     model.load_state_dict(state | buffers, assign=True)
     return model
 
@@ -271,18 +302,3 @@ def to_huggingface(name: str, parameter: Float[Tensor, "..."]) -> tuple[str, Flo
     place, _, inside = name.removeprefix("blocks.").partition(".")
     found = _INSIDE.get(inside.replace("._", ".", 1))
     return None if found is None else (f"model.layers.{place}.{found[0]}", rearrange(parameter, found[1]))
-
-
-def keep_huggingface_layout(model: HookedTransformer) -> HookedTransformer:
-    """Gives the matrices of any HookedTransformer the strides that make TransformerLens's transposes free."""
-    for name, parameter in model.named_parameters():
-        kind = name.rsplit(".", 1)[-1].lstrip("_")
-        if kind in ("W_Q", "W_K", "W_V") and parameter.ndim == 3:
-            stored = rearrange(parameter.data, "n m h -> n h m").contiguous()
-            parameter.data = rearrange(stored, "n h m -> n m h")
-        elif kind == "W_O" and parameter.ndim == 3:
-            stored = rearrange(parameter.data, "n h m -> m (n h)").contiguous()
-            parameter.data = rearrange(stored, "m (n h) -> n h m", n=parameter.shape[0])
-        elif kind in ("W_in", "W_gate", "W_out", "W_U") and parameter.ndim == 2:
-            parameter.data = parameter.data.T.contiguous().T
-    return model

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from rt_lens.models.gguf import check_maths, refuse_what_has_no_place, scaled_rope
 from rt_lens.models.registry import EmbeddedModel
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "rt_lens_manifest.json"
-_CONVERSION = 2  # raised when a folder made by older code must be made again
+_CONVERSION = 3  # raised when a folder made by older code must be made again
 
 
 def cache_home() -> Path:
@@ -95,13 +96,13 @@ def _downloaded_file(model: EmbeddedModel) -> Iterator[Path]:
 
 def _convert(file: Path, folder: Path, checksum: str) -> Path:
     """De-quantises a GGUF file into a float32 Hugging Face folder, in one rename."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model = _read_gguf(file)
         tokenizer.save_pretrained(making)
         _write_weights(model, making)
         files = {path.name: _stamp(path) for path in sorted(making.iterdir())}
@@ -117,6 +118,26 @@ def _convert(file: Path, folder: Path, checksum: str) -> Path:
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return folder
+
+
+def _read_gguf(file: Path) -> Any:
+    """transformers' model of a GGUF file, with the rotary scaling that its reader passes over.
+
+    Raises:
+        ValueError: names what the file has and the model has no place for.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    reader, config = GGUFReader(file), AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    check_maths(reader, config)
+    rope = scaled_rope(reader, config)
+    read: Any = AutoModelForCausalLM.from_pretrained
+    model, loading = read(file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
+    refuse_what_has_no_place(reader, model, loading)
+    if rope is not None:
+        model.config.rope_parameters = rope
+    return model
 
 
 def _write_weights(model: Any, folder: Path) -> None:

@@ -22,6 +22,7 @@ from rt_lens.steering.edits import (
     Schedule,
     check_multiplier,
     check_positions,
+    must_reach_stream,
 )
 from rt_lens.vectors import SteeringVectors
 
@@ -43,10 +44,15 @@ class _Place:
         heads = None if self.heads is None else tuple(self.heads)
         if heads == ():
             raise ValueError("heads: the list is empty. Name at least one, or None for all.")
-        return [
-            (name, Edit(operator(name, vector), multiplier, self.positions, self.schedule, heads))
-            for name, vector in self.vectors.at_layers(self.layers, self.hook).items()
-        ]
+        chosen = self.vectors.at_layers(self.layers, self.hook)
+        found: list[FwdHook] = []
+        for name, vector in chosen.items():
+            made = operator(name, vector)
+            once_more = chosen if self.schedule is None else ()
+            on_stream = must_reach_stream(name, made, multiplier, once_more)
+            edit = Edit(made, multiplier, self.positions, self.schedule, heads, on_stream=on_stream)
+            found.append((name, edit))
+        return found
 
 
 def add(
@@ -191,7 +197,10 @@ def scale(
     for name, alpha in alphas.items():
         if not torch.isfinite(torch.as_tensor(alpha)).all():
             raise ValueError(f"alphas: {name} has {alpha}; finite numbers are wanted.")
-    return [(name, Edit(Scale(alpha), multiplier, positions, schedule)) for name, alpha in alphas.items()]
+    return [
+        (name, Edit(made, multiplier, positions, schedule, on_stream=must_reach_stream(name, made, multiplier, ())))
+        for name, made in ((name, Scale(alpha)) for name, alpha in alphas.items())
+    ]
 
 
 def erase(

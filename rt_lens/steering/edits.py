@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rt_lens.operators import Add, AddPreservingNorm, Operator, Scale
+from rt_lens.operators import Ablate, Clamp, Erase, Operator
 from rt_lens.whereabouts import Whereabouts, assumed, said
 
 Positions = Literal["all", "prompt", "generated", "last"] | Sequence[int] | Bool[Tensor, "..."]
@@ -19,7 +19,7 @@ Schedule = Callable[[int], float]
 Multiplier = float | Float[Tensor, "row"]
 FwdHook = tuple[str, Callable[..., Any]]
 
-_BRIDGE_MID = "ln2.hook_in"
+_MID = "hook_resid_mid"
 
 
 @runtime_checkable
@@ -58,6 +58,8 @@ class Edit:
         schedule: factor by generated token.
         heads: which heads.
         gate: a condition that must hold.
+        on_stream: it must reach the residual stream between attention and MLP, which a TransformerBridge has no hook
+            point on.
     """
 
     operator: Operator
@@ -66,11 +68,12 @@ class Edit:
     schedule: Schedule | None = None
     heads: tuple[int, ...] | None = None
     gate: Gates | None = None
+    on_stream: bool = False
 
     def __call__(self, activation: Float[Tensor, "batch pos *heads d"], hook: Any) -> Tensor:
-        misses_stream = str(getattr(hook, "name", "")).endswith(_BRIDGE_MID)
-        # Projections at every point of the stream, `everywhere`, come to the same all the same.
-        if misses_stream and isinstance(self.operator, Add | AddPreservingNorm | Scale):
+        # A bridge calls by that name what the next norm or the MLP reads (`ln2.hook_in`, `mlp.hook_in`), past which the
+        # residual goes on.
+        if self.on_stream and not str(getattr(hook, "name", "")).endswith(_MID):
             raise ValueError(
                 "hook: a TransformerBridge's resid_mid is only what the MLP reads, so this edit would not reach the "
                 "residual stream. Edit at attn_out or resid_post, or load the model with backend='hooked'."
@@ -113,6 +116,21 @@ class Edit:
                 "Give one number, or one for each row of the batch."
             )
         return self.multiplier[rows, None]
+
+
+def must_reach_stream(name: str, operator: Operator, multiplier: Multiplier, names: Collection[str]) -> bool:
+    """Whether an edit is wrong where it changes only what the MLP reads instead of the residual stream.
+
+    A whole projection that is done again at the block's end comes to the same either way.
+
+    Args:
+        name: hook point of the edit.
+        operator: what it does there.
+        multiplier: how strongly.
+        names: hook points at which the same is done.
+    """
+    projects = isinstance(operator, Ablate | Clamp | Erase) and not isinstance(multiplier, Tensor) and multiplier == 1
+    return name.endswith(_MID) and not (projects and name.replace("resid_mid", "resid_post") in names)
 
 
 def _row_numbers(here: Whereabouts | None, batch: int, n: int) -> list[int] | None:

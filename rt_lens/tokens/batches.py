@@ -6,6 +6,7 @@ of each row sits at position -1 and a batch gives what singles give.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,10 +74,10 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
 
 
 def pad_id_of(model: Any) -> int:
-    """The id used for padding: the pad token, else the end-of-text token, else 0."""
-    tokenizer = tokenizer_of(model)
+    """The id used for padding: the pad token, else the end-of-text token, else 0; always one that the model has."""
+    tokenizer, rows = tokenizer_of(model), getattr(getattr(model, "cfg", None), "d_vocab", math.inf)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and candidate < rows:
             return candidate
     return 0
 

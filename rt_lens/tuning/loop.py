@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import model_name
+from rt_lens.forward import dtype_name, model_name
 from rt_lens.progress import Bar
 from rt_lens.prompts import ContrastPairs
 from rt_lens.steering import FwdHook
@@ -263,7 +263,7 @@ class _Loop:
             leaf.write()
         now = dict(self.model.named_parameters())
         changes = {name: (now[name].detach() - kept).contiguous() for name, kept in self.before.items()}
-        return WeightDelta(changes, model_name(self.model), self.about, state.history)
+        return WeightDelta(changes, model_name(self.model), self.about, state.history, dtype_name(self.model))
 
     def _stop(
         self, state: State, when: str, found: Mapping[str, float], rows: Sequence[Row], neutral: Sequence[Row]

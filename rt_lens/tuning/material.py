@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 
-from rt_lens.forward import model_name, quick, unembed
+from rt_lens.forward import bridge_logits, model_name, quick, unembed
 from rt_lens.losses import Direction
 from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
@@ -253,11 +253,12 @@ def read(
     reading = model.hooks(fwd_hooks=[*hooks, *map(keeping, names)])
     with quick(model), reading, whereabouts(batch.mask) if hooks else nullcontext():
         if not isinstance(model, HookedTransformer):
-            output = model(batch.tokens, attention_mask=everything)
-        else:
-            start, given = (None, batch.tokens) if batch.prefix is None else (first, batch.prefix)
-            stop = model.cfg.n_layers if final else 1 + max(layer_of(name) for name in names)
-            output = model(given, start_at_layer=start, stop_at_layer=stop, attention_mask=everything)
+            wanted = batch.predicts if final else torch.zeros_like(batch.predicts)
+            logits = bridge_logits(model, batch.tokens, everything, wanted)
+            return found, logits if final else None
+        start, given = (None, batch.tokens) if batch.prefix is None else (first, batch.prefix)
+        stop = model.cfg.n_layers if final else 1 + max(layer_of(name) for name in names)
+        output = model(given, start_at_layer=start, stop_at_layer=stop, attention_mask=everything)
     return found, output[batch.predicts] if final else None
 
 

@@ -1,0 +1,169 @@
+"""Hugging Face folders as TransformerBridges, whose logits are compared with transformers' own before they are used.
+
+A bridge computes attention and norms with code of its own, family by family. What it cannot do is refused here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from rt_lens.forward import allowed_error
+
+
+class CheckedBridge(TransformerBridge):
+    """A TransformerBridge that refuses hooks at points that it has not, as a HookedTransformer does.
+
+    TransformerBridge itself passes over them without a word: an edit would do nothing.
+    """
+
+    def hooks(self, fwd_hooks: Sequence[Any] = (), bwd_hooks: Sequence[Any] = (), *args: Any, **kwargs: Any) -> Any:
+        self._check_known([*fwd_hooks, *bwd_hooks])
+        found: AbstractContextManager[Any] = super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **kwargs)
+        return found
+
+    def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_known([*kwargs.get("fwd_hooks", ()), *kwargs.get("bwd_hooks", ())])
+        return super().run_with_hooks(*args, **kwargs)
+
+    def _check_known(self, hooks: Sequence[Any]) -> None:
+        known = self.hook_dict if hooks else {}
+        for name, _ in hooks:
+            if isinstance(name, str) and name not in known:
+                near = get_close_matches(name, known, n=3)
+                raise ValueError(
+                    f"hooks: {name!r} is not in this model ({self.cfg.n_layers} blocks). Near: {', '.join(near)}."
+                )
+
+
+def bridge_from_folder(
+    folder: Path, name: str, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False
+) -> TransformerBridge:
+    """The TransformerBridge of a Hugging Face folder; it gets its tokenizer elsewhere.
+
+    Args:
+        folder: with a `config.json` and weights.
+        name: what messages call it.
+        device: torch device.
+        dtype: type of the weights.
+        trust_remote_code: run the folder's own Python code.
+
+    Raises:
+        ValueError: no bridge has its architecture, it needs code of its own, or the bridge's logits are not those of
+            transformers.
+    """
+    loader = _Loader(device)
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            str(folder), device=device, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=_stand_in(),
+            model_class=loader,  # type: ignore[arg-type]
+        )  # fmt: skip
+    except ValueError as error:
+        if "Could not determine supported architecture" in str(error):
+            asked = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+            raise ValueError(
+                f"model: {name} must be of an architecture that HookedTransformer or TransformerBridge covers, got "
+                f"{' or '.join(asked or ['none'])}. Use a model of another family."
+            ) from None
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model: {name} must be of an architecture that transformers knows, got one that brings Python code of its "
+            "own. If you trust its author, load it with load_model(..., trust_remote_code=True)."
+        ) from None
+    _compare(bridge, loader, name)
+    bridge.__class__ = CheckedBridge
+    return bridge
+
+
+class _Loader:
+    """Stands where the bridge wants transformers' class: loads the model, and keeps its logits before it is wrapped.
+
+    Attributes:
+        expected: the logits of each probe.
+        failure: why there are none.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.expected: list[Float[Tensor, "real d_vocab"]] = []
+        self.failure: Exception | None = None
+
+    def from_pretrained(self, folder: str, **settings: Any) -> Any:
+        from transformer_lens.model_bridge.sources import transformers as sources
+
+        architecture = sources.determine_architecture_from_hf_config(settings["config"])
+        found: Any = sources.get_hf_model_class_for_architecture(architecture)
+        model = found.from_pretrained(folder, **settings).to(self.device).eval()
+        parameters = inspect.signature(model.forward).parameters
+        try:
+            for tokens, mask in _probes(model.get_input_embeddings().num_embeddings, self.device):
+                positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "position_ids" in parameters else {}
+                with torch.no_grad():
+                    logits = model(tokens, attention_mask=mask, use_cache=False, **positions).logits
+                self.expected.append(logits[mask.bool()])
+        except Exception as failure:  # whatever a stranger's forward pass raises: the numbers are then unverified
+            self.failure = failure
+        return model
+
+
+def _probes(d_vocab: int, device: Any) -> list[tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]]:
+    """Tokens spread over the vocabulary, with masks: a row by itself, and two of unlike lengths padded on the left."""
+    tokens = torch.linspace(0, d_vocab - 1, 48).long().view(2, 24).to(device)
+    mask = torch.ones_like(tokens)
+    mask[1, :11] = 0
+    return [(tokens[:1], mask[:1]), (tokens, mask)]
+
+
+@torch.no_grad()
+def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
+    """Refuses a bridge whose logits are not those that transformers gave for the same weights."""
+    family = type(bridge.original_model).__name__
+    try:
+        if loader.failure is not None:
+            raise loader.failure
+        d_vocab = bridge.original_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        found = [bridge(tokens, attention_mask=mask)[mask.bool()] for tokens, mask in _probes(d_vocab, loader.device)]
+    except Exception as failure:
+        warnings.warn(
+            f"model: {name} ({family}) could not be compared with transformers ({type(failure).__name__}: "
+            f"{str(failure)[:120]}), so nothing shows that its numbers are right.",
+            stacklevel=2,
+        )
+        return
+    for where, ours, theirs in zip(("", " of a batch padded on the left"), found, loader.expected, strict=True):
+        error = _relative_error(ours, theirs)
+        if not error < allowed_error(theirs.dtype):
+            raise ValueError(
+                f"model: {name} must compute what transformers computes, got other logits{where} from "
+                f"TransformerLens's bridge of {family} (relative error {error:.2g}). Use a model of another family, or "
+                "a release of transformer-lens in which this one is mended."
+            )
+
+
+def _relative_error(ours: Float[Tensor, "n d"], theirs: Float[Tensor, "n d"]) -> float:
+    """Norm of the difference over the norm, where transformers' numbers are finite."""
+    finite: Bool[Tensor, "n d"] = theirs.isfinite()
+    ours, theirs = ours[finite].double(), theirs[finite].double()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def _stand_in() -> Any:
+    """A tokenizer for the bridge to try while it is built, which any vocabulary need not stand."""
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="b", pad_token="b", unk_token="a")

@@ -1,0 +1,69 @@
+"""Tokenizers as models carry them: padding on the left with an id that the model has, no start token added twice.
+
+What the source's tokenizer had instead is remembered, so that an export writes the source's.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformer_lens import HookedTransformer
+
+from rt_lens.models.hub import hub_token
+
+
+def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """A folder's tokenizer, as it is."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), token=hub_token(), trust_remote_code=trust_remote_code)
+
+
+def give_tokenizer(model: Any, tokenizer: Any) -> Any:
+    """Sets a model's tokenizer, for batches padded on the left."""
+    # Past set_tokenizer and the bridge's setter: both rebuild the tokenizer to add a start token to every text,
+    # which chat templates already write.
+    before = {"padding_side": tokenizer.padding_side, "pad_token": tokenizer.pad_token}
+    # A padding token that was added to the tokenizer alone has no row in the embedding.
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.cfg.d_vocab:
+        tokenizer.pad_token = _safe_padding(tokenizer, model.cfg.d_vocab)
+    tokenizer.padding_side = "left"
+    model.cfg.rt_lens_tokenizer = {
+        name: (value, getattr(tokenizer, name)) for name, value in before.items() if value != getattr(tokenizer, name)
+    }
+    if isinstance(model, HookedTransformer):
+        model.tokenizer = tokenizer
+    else:
+        model._tokenizer = tokenizer
+    model.cfg.default_prepend_bos = False
+    model.cfg.tokenizer_prepends_bos = _begins_with_start(tokenizer)
+    return model
+
+
+def source_tokenizer(model: Any) -> Any:
+    """A copy of a model's tokenizer that pads as the source's did; what was set on it since loading is kept."""
+    tokenizer = copy.deepcopy(model.tokenizer)
+    for name, (before, ours) in getattr(model.cfg, "rt_lens_tokenizer", {}).items():
+        if getattr(tokenizer, name) == ours:
+            setattr(tokenizer, name, before)
+    return tokenizer
+
+
+def _safe_padding(tokenizer: Any, d_vocab: int) -> str | None:
+    """The end-of-text token, else any that the model has a row for: the mask covers it."""
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < d_vocab:
+        return tokenizer.eos_token
+    return tokenizer.convert_ids_to_tokens(0)
+
+
+def _begins_with_start(tokenizer: Any) -> bool:
+    """Whether a start token comes before every text; an empty text shows it to tokenizers that know no letter a."""
+    if tokenizer.bos_token_id is None:
+        return False
+    for text in ("a", ""):
+        with suppress(Exception):  # tokenizers raise bare ones
+            return tokenizer.encode(text)[:1] == [tokenizer.bos_token_id]
+    return False
