@@ -48,7 +48,8 @@ def as_text(given: Any, argument: str, number: int | None = None, *, blank: bool
     where = "" if number is None else f" as number {number} (the first is number 0)"
     if not isinstance(given, str):
         came = repr(given) if len(repr(given)) <= 60 else f"a {type(given).__name__}"
-        fix = "Give a text" if number is None else "Leave empty cells out (dropna in pandas)"
+        cell = number is not None and (given is None or isinstance(given, float) or type(given).__name__ == "NAType")
+        fix = "Leave empty cells out (dropna in pandas)" if cell else "Give a text"
         raise ValueError(f"{wanted}, got {came}{where}. {fix}.")
     if not blank and not given.strip():
         raise ValueError(f"{wanted}, got an empty one{where}. {'Fill it in' if number is None else 'Leave it out'}.")

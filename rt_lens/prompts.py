@@ -244,9 +244,8 @@ def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
     topics = _topic_keys(pairs)
     plainly = share_out(connected(topics), bounds, seed)
     if plainly is None:
-        raise ValueError(
-            f"shares: {len(set(connected(topics)))} topics (or groups) cannot be split at {tuple(bounds)}. Give more."
-        )
+        n_topics = len(set(connected(topics)))
+        raise ValueError(f"shares: {n_topics} topics cannot be split at {tuple(bounds)}. Give more topics.")
     allowed = _off(plainly, bounds) + _SLACK
     more = {
         "positive personas": _keys(pair.positive for pair in pairs),

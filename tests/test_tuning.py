@@ -349,8 +349,8 @@ def test_numpys_numbers_are_as_good_as_pythons(tiny, tiny_vectors, tmp_path, as_
         ({"train": "a text"}, "train: ContrastPairs, or a list of Target"),
         ({"train": [("a", "b")]}, "train: ContrastPairs, or a list of Target"),
         ({"validation": ["a"]}, "validation: ContrastPairs, or a list of Target"),
-        ({"neutral": "Iron?"}, "neutral: a list of prompts"),
-        ({"neutral": [("a", "b")]}, "neutral: a list of prompts"),
+        ({"neutral": "Iron?"}, "neutral must be a list of texts"),
+        ({"neutral": [("a", "b")]}, "neutral must be a list of texts"),
     ],
 )
 def test_texts_of_the_wrong_kind_are_named(tiny, tiny_vectors, changed, says, as_a_user):
