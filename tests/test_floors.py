@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "rt_lens"
 FLOORS: dict[float, tuple[str, ...]] = {
     0: (
         "files",
+        "checksums",
         "shipped",
         "tokens",
         "losses",
