@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from rt_lens.cli.app import Behaviour, Model, VectorFile, app, model_of, parts_of, write_page
+from rt_lens.cli.app import (
+    AllowJudge,
+    Behaviour,
+    JudgeKeyEnv,
+    Model,
+    VectorFile,
+    app,
+    model_of,
+    parts_of,
+    permissions_of,
+    write_page,
+)
 from rt_lens.spans import layers_of, multipliers_of
 
 
@@ -24,17 +35,22 @@ def extract(
     seed: Annotated[int, typer.Option(help="Of the selection of pairs, and of every interval.")] = 0,
     figure: Annotated[Path | None, typer.Option(help="HTML file for the figure of the evidence.")] = None,
     model: Model = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Extract a vector per layer, and say whether to believe them: held-out pairs, halves of the data, random ones."""
     from rt_lens import plots
     from rt_lens.experiment import check_writable
     from rt_lens.extraction import trust
+    from rt_lens.files import check_can_write
     from rt_lens.models import load_model
 
-    name, train, held_out = parts_of(behaviour)
+    permissions = permissions_of(allow_judge, judge_key_env)
+    name, train, held_out = parts_of(behaviour, permissions)
     path = out or Path(f"{name}.safetensors")
     check_writable(path.parent)
-    name_of_model, dtype = model_of(behaviour)
+    check_can_write(path, "out")
+    name_of_model, dtype = model_of(behaviour, permissions)
     loaded = load_model(model or name_of_model, dtype=dtype)
     chosen = train.sample(n_pairs, seed=seed)
     found = trust(loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True)
@@ -61,8 +77,9 @@ def vectors(
 ) -> None:
     """Show what a file of steering vectors holds (also .gguf, .pt, .npz of other tools), or convert it."""
     from rt_lens.exchange import import_vectors, save_gguf
+    from rt_lens.results import checked_file
 
-    found = import_vectors(file)
+    found = import_vectors(checked_file(file))
     if layers is not None:
         found = found.select(layers_of(layers), found.kind)
     for key, value in found.provenance.to_json().items():
@@ -84,6 +101,8 @@ def sweep(
     out: Annotated[Path, typer.Option(help="Finished layers are kept here; run again to go on.")] = Path("sweep.json"),
     figure: Annotated[Path | None, typer.Option(help="HTML file for the heat map.")] = None,
     model: Model = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
     from rt_lens import plots
@@ -91,10 +110,12 @@ def sweep(
     from rt_lens.experiment import check_writable, load_experiment
     from rt_lens.experiment.validation import validation_metric
     from rt_lens.models import load_model
+    from rt_lens.results import checked_file
     from rt_lens.sweeping import sweep as sweep_layers
 
-    experiment = load_experiment(behaviour, model=model)
-    directions, chosen, doses = import_vectors(file), layers_of(layers), multipliers_of(multipliers)
+    permissions = permissions_of(allow_judge, judge_key_env)
+    experiment = load_experiment(behaviour, model=model, permissions=permissions)
+    directions, chosen, doses = import_vectors(checked_file(file)), layers_of(layers), multipliers_of(multipliers)
     check_writable(out.parent)
     loaded = load_model(experiment.model, dtype=experiment.dtype)
     prompts, metric = validation_metric(experiment, loaded, max_new_tokens)
@@ -125,9 +146,10 @@ def steer(
     from rt_lens.exchange import import_vectors
     from rt_lens.generation import generate
     from rt_lens.models import DEFAULT_MODEL, load_model
+    from rt_lens.results import checked_file
     from rt_lens.steering import add
 
-    directions = import_vectors(file)
+    directions = import_vectors(checked_file(file))
     hooks = add(directions, [layer], multiplier, hook=directions.kind)
     loaded = load_model(model or DEFAULT_MODEL)
     directions.check_fits(loaded)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import Behaviour, Model, VectorFile, app
+from rt_lens.cli.app import AllowJudge, Behaviour, JudgeKeyEnv, Model, VectorFile, app, permissions_of
 from rt_lens.shipped import behaviours
 
 if TYPE_CHECKING:
@@ -24,23 +24,29 @@ def tune(
     lora_rank: Annotated[int | None, typer.Option(help="Train low-rank factors; else as the file says.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Keep the run's state here; run again to go on.")] = None,
     model: Model = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Tune a direction into the weights, with the settings of the behaviour's file, and save the change of weights."""
     from dataclasses import replace
 
     from rt_lens.experiment import check_writable, load_experiment, parts, protocol_of
+    from rt_lens.files import check_can_write
     from rt_lens.models import load_model
+    from rt_lens.results import checked_file
     from rt_lens.shipped import neutral_prompts
     from rt_lens.tuning import LossNotFinite
     from rt_lens.tuning import tune as tune_weights
     from rt_lens.vectors import SteeringVectors
 
-    experiment = load_experiment(behaviour, model=model)
+    permissions = permissions_of(allow_judge, judge_key_env)
+    experiment = load_experiment(behaviour, model=model, permissions=permissions)
     config = replace(experiment.tune, direction=direction, seed=seed)  # type: ignore[arg-type]
     config = config if lora_rank is None else replace(config, lora_rank=lora_rank)
     path = out or Path(f"{experiment.name}_{direction}.safetensors")
     check_writable(path.parent)
-    directions = SteeringVectors.load(file)
+    check_can_write(path, "out")
+    directions = SteeringVectors.load(checked_file(file))
     loaded = load_model(experiment.model, dtype=experiment.dtype)
     if experiment.honesty is None:
         train, validation, _ = parts(experiment)
@@ -76,9 +82,10 @@ def export(
     from rt_lens.delta import WeightDelta
     from rt_lens.export import export_hf, export_peft
     from rt_lens.models import load_model
+    from rt_lens.results import checked_file
 
     rank = None if peft in (None, "exact") else _rank(str(peft))
-    delta = WeightDelta.load(file)
+    delta = WeightDelta.load(checked_file(file))
     behaviour, measured = (None, None) if results is None else _measured(results, delta)
     loaded = load_model(model or delta.model)
     if peft is None:
