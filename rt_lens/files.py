@@ -1,10 +1,14 @@
-"""Files written whole or not at all, and read without running anything in them."""
+"""Files written whole or not at all, alone or several together, and read without running anything in them."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -13,6 +17,11 @@ from uuid import uuid4
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
+_BEFORE = ".before"
+_LONGEST = 100  # letters of a name, so that beginnings and endings can be put to it
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?", re.IGNORECASE | re.DOTALL)
 
 
 @contextmanager
@@ -63,6 +72,114 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
         except SafetensorError as error:  # it wraps the system's error in words of its own
             raise OSError(f"{path} could not be written ({error})") from error
     return path
+
+
+@contextmanager
+def together(folder: Path, replaced: Callable[[Path], Iterable[str]], last: str, *, kept: str = "") -> Iterator[Path]:
+    """A folder aside, whose files take their place in `folder` together at the end of the block.
+
+    Until then, and on any exception, `folder` is exactly as it was. What else lies in it stays.
+
+    Args:
+        folder: made if it is not there.
+        replaced: names of the files in `folder` that belong to the set before: those that the new one lacks go.
+        last: the file that stands for the whole set: the first that is taken away, and the last that is put there.
+        kept: what the files are called in the message that says where they are after an exception; without it they are
+            removed then.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written.
+    """
+    folder = folder.expanduser().resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if kept and (left := _asides_of(folder)):
+        places = ", ".join(map(str, left))
+        _log.warning(
+            "%s: what was made there by others that are under way or were broken off is in %s. Delete it if you do not "
+            "need it.", folder, places,
+        )  # fmt: skip
+    aside = _aside_of(folder)
+    aside.mkdir()
+    try:
+        yield aside
+        _take_place(aside, folder, replaced(folder), last)
+    except BaseException as error:
+        if kept and any(aside.iterdir()):
+            told = f"{kept} broken off. What was made so far is kept in {aside}; {folder} is as it was."
+            _log.warning("%s", told)
+            error.add_note(told)
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside_of(folder: Path) -> Path:
+    """A new name beside a folder, or in it where beside it nothing can be written or is another disk."""
+    name = f".{folder.name}-{uuid4().hex}"
+    if not os.access(folder.parent, os.W_OK):
+        return folder / name
+    elsewhere = folder.exists() and folder.stat().st_dev != folder.parent.stat().st_dev
+    return (folder if elsewhere else folder.parent) / name
+
+
+def _asides_of(folder: Path) -> list[Path]:
+    """Those that are there, with something in them."""
+    pattern = f".{escape(folder.name)}-{'[0-9a-f]' * 32}"
+    return [each for place in (folder.parent, folder) for each in sorted(place.glob(pattern)) if any(each.glob("*"))]
+
+
+def _take_place(aside: Path, folder: Path, replaced: Iterable[str], last: str) -> None:
+    """Moves the set before out of a folder and another one in; on any exception all is where it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == last, name))
+    old = [name for name in dict.fromkeys([last, *replaced, *new]) if os.path.lexists(folder / name)]
+    if folders := [name for name in old if (folder / name).is_dir()]:
+        raise OSError(f"{folder / folders[0]} is a folder, and a file of that name is to be written. Rename it.")
+    (aside / _BEFORE).mkdir()
+    moves = [(folder / name, aside / _BEFORE / name) for name in old]
+    moves += [(aside / name, folder / name) for name in new]
+    moved = 0
+    try:
+        for moved, (source, target) in enumerate(moves):  # noqa: B007
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(moves[: moved + 1]):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                os.replace(target, source)
+        (aside / _BEFORE).rmdir()
+        raise
+
+
+def check_name(name: object, argument: str) -> str:
+    """The name, if it may become a file's name on any system: it leads nowhere, hides nothing, and is no device.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(name, str) or name != as_name(name):
+        raise ValueError(
+            f"{argument}: must be of letters, digits, spaces and - _ . that begin with a letter, digit or _ and do not "
+            f"end with a space or dot, at most {_LONGEST}, and no name of a Windows device, got {str(name)[:60]!r}. "
+            "Files are called by it: choose another."
+        )
+    return name
+
+
+def as_name(text: str) -> str:
+    """The nearest name to a text that `check_name` lets pass."""
+    kept = "".join(sign if sign in " -_." or unicodedata.category(sign)[0] in "LMN" else "_" for sign in text)
+    kept = kept.lstrip(" -.")[:_LONGEST]
+    while len(kept.encode()) > 2 * _LONGEST:
+        kept = kept[:-1]
+    kept = kept.rstrip(" .") or "_"
+    return f"_{kept}"[:_LONGEST] if _DEVICES.fullmatch(kept) or unicodedata.combining(kept[0]) else kept
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_can_write(path: Path, argument: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -17,6 +18,14 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from rt_lens.checksums import (
+    Untellable,
+    buffers_sha256,
+    hooks_of,
+    measure_sha256,
+    parameters_sha256,
+    tensors_sha256,
+)
 from rt_lens.evaluation import Likelihood, ScorerLike, ask, make_scorer
 from rt_lens.files import write_atomically
 from rt_lens.forward import logits_where, model_name
@@ -234,7 +243,9 @@ def sweep(
             (`Answers`, `LogitDifference`, your own; it must keep the prompts' order, as rt_lens's functions do).
         steer: `add`, `add_preserving_norm`, or another function with the keywords layers, multiplier and hook.
         hook: kind of hook point.
-        path: JSON file to keep finished layers in; a sweep of the same settings goes on from there.
+        path: JSON file to keep finished layers in; a sweep of the same settings, weights and hooks goes on from there.
+            Hooks are told apart by their code and by all that they hold, so that one which has counted or gathered
+            something counts as another; metrics by their code, and the tensors and functions that they hold.
         seed: of the bootstrap intervals.
         progress: show a bar.
 
@@ -242,7 +253,8 @@ def sweep(
         A Sweep; `plots.sweep(found.summary())` draws its heat map.
 
     Raises:
-        ValueError: if there is no prompt or multiplier, a layer has no vector, or `path` holds another sweep.
+        ValueError: if there is no prompt or multiplier, a layer has no vector, or `path` holds another sweep, or
+            something on the model could not be told from others when the sweep goes on.
 
     Example:
         >>> found = sweep(model, vectors, test.topics[:16], layers=[14, 18, 22], path="runs/sweep.json")
@@ -256,7 +268,9 @@ def sweep(
     chosen = list(dict.fromkeys(layer_of(name) for name in vectors.at_layers(layers, hook)))
     vectors.select(chosen, hook).check_fits(model)
     bound = partial(steer, hook=hook)
-    done = _Done() if path is None else _Kept(Path(path), _settings(model, vectors, prompts, doses, measure, bound))
+    done = (
+        _Done() if path is None else _Kept(Path(path), _settings(model, vectors, prompts, doses, measure, bound), model)
+    )
     with Bar(chosen, desc="sweep", unit="layer", disable=not progress) as bar:
         for layer in bar:
             if done.has(layer):
@@ -308,28 +322,43 @@ def _settings(
     model: Any, vectors: SteeringVectors, prompts: Sequence[str], doses: Sequence[float], measure: Any, steer: Any
 ) -> dict[str, Any]:
     """What makes two sweeps the same."""
+    erasers = [(name, part) for name, eraser in vectors.erasers.items() for part in vars(eraser).values()]
+    try:
+        on_model = {"weights": parameters_sha256(model), "buffers": buffers_sha256(model), "hooks": hooks_of(model)}
+    except Untellable as error:
+        raise ValueError(
+            f"path: {error} when the sweep goes on. Let it hold numbers, tensors and functions, or leave path out."
+        ) from None
     return {
-        "schema": 1,
+        "schema": 2,
         "kind": "sweep",
         "model": model_name(model),
-        "fingerprint": _fingerprint(model),
+        **on_model,
         "vectors": vectors.described(),
         "prompts_sha256": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
         "multipliers": list(doses),
         "metric": _described(measure),
         "steer": _described(steer),
+        "code": {
+            "metric": measure_sha256(measure, model),
+            "steer": measure_sha256(steer, model),
+            "vectors": tensors_sha256(erasers),  # which the vectors' own checksum leaves out
+        },
     }
 
 
 @torch.no_grad()
 def _fingerprint(model: Any) -> list[float]:
-    """Some logits after a fixed text, under whatever the model carries: other weights or hooks give others."""
+    """What files of schema 1 keep of the weights and hooks: some logits after a fixed text."""
     (batch,) = batches(model, ["The weather in the hills was"], 1)
     last = torch.zeros_like(batch.mask, dtype=torch.bool)
     last[:, -1] = True
     with whereabouts(batch.mask):
         (logits,) = logits_where(model, batch.tokens, batch.mask, last)
     return logits[0, :: max(1, logits.shape[1] // 16)].float().tolist()
+
+
+_NEW = ("weights", "buffers", "hooks", "code")  # in a file's settings since schema 2
 
 
 def _described(value: Any) -> Any:
@@ -377,7 +406,7 @@ class _Done:
 class _Kept(_Done):
     """Finished layers on disk too, written after each."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], model: Any) -> None:
         super().__init__()
         self.path, self.settings = path, json.loads(json.dumps(settings))
         if not path.exists():
@@ -385,18 +414,39 @@ class _Kept(_Done):
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             theirs, self.baseline, self.layers = dict(stored["settings"]), stored["baseline"], dict(stored["layers"])
-            same_model = np.allclose(theirs.pop("fingerprint"), settings["fingerprint"], rtol=0, atol=0.01)
+            older = theirs["schema"] == 1
+            fingerprint = np.asarray(theirs.pop("fingerprint"), dtype=float) if older else None
         except (KeyError, TypeError, ValueError):  # no JSON, no text, or JSON of something else
             raise ValueError(f"path: {path} is no file of a sweep. Give another name, or remove it.") from None
-        differing = [
-            name for name, value in self.settings.items() if name != "fingerprint" and theirs.get(name) != value
-        ]
-        if not same_model:
-            differing.append("weights, hooks or precision of the model")
-        if differing:
+        if differing := self._differing(theirs, fingerprint, model):
             raise ValueError(
                 f"path: {path} holds a sweep with other {', '.join(differing)}. Give another name, or remove it."
             )
+        if fingerprint is not None:
+            self.settings = dict(stored["settings"])  # no more is known of the layers in it
+            warnings.warn(
+                f"path: {path} was written by an older rt_lens and says less about the model's weights and hooks. "
+                "Only what it says was compared. Remove it if either may have changed.",
+                stacklevel=4,
+            )
+
+    def _differing(
+        self, theirs: Mapping[str, Any], fingerprint: Float[np.ndarray, "_"] | None, model: Any
+    ) -> list[str]:
+        """What the file says otherwise, in words; one of schema 1 has a few logits for the weights and hooks."""
+        changed = [name for name, value in self.settings.items() if name in theirs and theirs[name] != value]
+        changed += [name for name in self.settings if name not in theirs and (fingerprint is None or name not in _NEW)]
+        code = self.settings["code"] if "code" in changed else {}
+        words = [name for name in changed if name not in ("schema", *_NEW)]
+        words += [name for name, value in code.items() if theirs.get("code", {}).get(name) != value]
+        on_model = [name for name in ("weights", "buffers", "hooks") if name in changed]
+        if fingerprint is not None:
+            here = np.asarray(_fingerprint(model))
+            same = here.shape == fingerprint.shape and np.allclose(fingerprint, here, rtol=0, atol=0.01)
+            on_model = [] if same else ["logits"]
+        if on_model:
+            words.append(f"weights, hooks or precision of the model (its {' and '.join(on_model)})")
+        return list(dict.fromkeys(words))
 
     def keep(self, layer: int, scores: list[list[float]]) -> None:
         super().keep(layer, scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,7 +39,9 @@ class Requests(list[dict[str, Any]]):
 
 
 @contextmanager
-def serving(rule: Callable[[Requests], Any], usage: bool = True) -> Iterator[Requests]:
+def serving(
+    rule: Callable[[Requests], Any], usage: bool = True, headers: Mapping[str, str] | None = None
+) -> Iterator[Requests]:
     """A server whose replies follow a rule: from the requests so far to a text, or to (status, body)."""
     came, lock = Requests(), threading.Lock()
 
@@ -47,11 +49,13 @@ def serving(rule: Callable[[Requests], Any], usage: bool = True) -> Iterator[Req
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             with lock:
-                came.append({**body, "key": self.headers["authorization"]})
+                came.append({**body, "key": self.headers["authorization"], "headers": dict(self.headers)})
                 said = rule(came)
             status, content = said if isinstance(said, tuple) else (200, completion(said, usage))
             self.send_response(status)
             self.send_header("content-type", "application/json" if isinstance(content, dict) else "text/html")
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
             self.end_headers()
             with suppress(BrokenPipeError):  # a client that lost patience
                 self.wfile.write(json.dumps(content).encode() if isinstance(content, dict) else content.encode())

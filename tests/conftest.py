@@ -173,7 +173,7 @@ def only_returned(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[No
 def serve() -> Iterator[Callable[..., Requests]]:
     """Starts servers that reply by a rule."""
     with ExitStack() as servers:
-        yield lambda rule, usage=True: servers.enter_context(serving(rule, usage))
+        yield lambda rule, **settings: servers.enter_context(serving(rule, **settings))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from small_runs import make_board, write_run
+from small_runs import as_an_older_run, make_board, write_run
 from typer.testing import CliRunner
 
 from rt_lens.cli import app, main
@@ -265,7 +265,7 @@ def test_two_boards_of_a_real_model_one_changed(tiny, tiny_vectors, tmp_path):
 
 
 def test_rows_that_only_one_run_has_are_listed(runs, tmp_path):
-    run = shutil.copytree(runs["before"], tmp_path / "less")
+    run = as_an_older_run(shutil.copytree(runs["before"], tmp_path / "less"))
     table = pd.read_csv(run / "scores.csv", keep_default_na=False)
     table[table["set"] != "facts"].to_csv(run / "scores.csv", index=False)
     (run / "texts.csv").unlink()
@@ -304,7 +304,7 @@ def test_another_model_is_compared_without_what_counts_its_tokens(runs, tmp_path
 
 
 def test_runs_with_nothing_in_common_are_refused(runs, tmp_path):
-    run = shutil.copytree(runs["before"], tmp_path / "other")
+    run = as_an_older_run(shutil.copytree(runs["before"], tmp_path / "other"))
     table = pd.read_csv(run / "scores.csv", keep_default_na=False)
     table.assign(set="new").to_csv(run / "scores.csv", index=False)
     (run / "texts.csv").unlink()
@@ -313,7 +313,7 @@ def test_runs_with_nothing_in_common_are_refused(runs, tmp_path):
 
 
 def test_a_score_that_is_missing_is_told(runs, tmp_path):
-    run = shutil.copytree(runs["before"], tmp_path / "torn")
+    run = as_an_older_run(shutil.copytree(runs["before"], tmp_path / "torn"))
     lines = (run / "scores.csv").read_text().splitlines()
     (run / "scores.csv").write_text("\n".join(lines[:-3]))
     with pytest.raises(ValueError, match="a score is missing, or came twice"):
@@ -364,7 +364,7 @@ def test_the_command_exits_with_1_only_if_asked_and_something_changed(runs):
     ],
 )
 def test_a_bad_folder_is_one_line_and_code_2(runs, tmp_path, file, text, message, monkeypatch, capsys):
-    run = shutil.copytree(runs["before"], tmp_path / "bad")
+    run = as_an_older_run(shutil.copytree(runs["before"], tmp_path / "bad"))
     (run / file).unlink()
     if text is not None:
         (run / file).write_text(text)

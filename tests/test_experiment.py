@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from llama_folder import llama_folder
+from typer.testing import CliRunner
 
 import rt_lens.experiment.run as run_module
+from rt_lens.cli import app
 from rt_lens.experiment import load_experiment, plan_of, run_experiment
 from rt_lens.prompts import load_pairs
 from rt_lens.report import write_report
+from rt_lens.results import load_results
+from rt_lens.scoreboard import Board
 from rt_lens.shipped import behaviours, data_path
 from rt_lens.tuning import tune
 from rt_lens.vectors import SteeringVectors
@@ -221,6 +226,68 @@ def test_the_papers_arms_train_the_same_matrices_at_the_same_rate():
     assert {*rep.kinds_of("cosine"), *rep.kinds_of("token")} == set(token.kinds_of("token"))
     assert rep.blocks == token.blocks
     assert token.token_learning_rate == rep.learning_rate == 1e-5
+
+
+@pytest.fixture
+def on_tiny(tmp_path, tiny, monkeypatch):
+    """Runs the small behaviour on a random model of two blocks, to a folder; keywords change the settings."""
+    monkeypatch.setattr(run_module, "load_model", lambda *_, **__: tiny)
+
+    def run_to(folder: Path, **changes: str) -> None:
+        text = (
+            SMALL.replace("layers = [18]", "layers = [0]").replace("[27]", "[1]").replace("bound = 1.5", "bound = 1e9")
+        )
+        few = dict.fromkeys(["n_facts", "n_instructions", "n_texts", "n_paragraphs"], "1")
+        for old, new in {**few, "max_new_tokens": "2", "seeds": "[0]", **changes}.items():
+            text = re.sub(rf"(?m)^{old} = .*$", f"{old} = {new}", text)
+        (tmp_path / "b.toml").write_text(text)
+        run_experiment(load_experiment(tmp_path / "b.toml"), folder, progress=False)
+
+    return run_to
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_second_run_in_a_folder_takes_the_place_of_the_first_whole_or_not_at_all(
+    on_tiny, tmp_path, monkeypatch, caplog
+):
+    out = tmp_path / "runs" / "sweet"
+    on_tiny(out)
+    write_report(out)
+    (out / "notes.md").write_text("mine")
+    before = bytes_in(out)
+    files = load_results(out).files
+    assert {"vectors.safetensors", "rep_tuned_toward.safetensors", "rep_tuned_away.safetensors"} <= set(files)
+
+    def breaks_off(self, arm, *worn, **label):  # by then the second run has vectors
+        if arm == "steered":
+            raise KeyboardInterrupt
+        return measure(self, arm, *worn, **label)
+
+    measure = Board.measure
+    monkeypatch.setattr(Board, "measure", breaks_off)
+    with pytest.raises(KeyboardInterrupt) as broken:
+        on_tiny(out, n_pairs="3", learning_rate="2e-3")
+    monkeypatch.setattr(Board, "measure", measure)
+    assert bytes_in(out) == before  # not one byte of the second run
+    load_results(out)
+    (left,) = [path for path in out.parent.iterdir() if path != out]
+    assert set(bytes_in(left)) == {"vectors.safetensors"}
+    assert SteeringVectors.load(left / "vectors.safetensors").provenance.n_pairs == 3
+    assert str(left) in caplog.text and str(left) in broken.value.__notes__[0]
+
+    on_tiny(out, n_pairs="3", learning_rate="2e-3")
+    after, found = bytes_in(out), load_results(out)
+    assert set(after) == {*found.files, "results.json", "notes.md"}  # the first run's page is gone with it
+    assert after["notes.md"] == b"mine" and after["vectors.safetensors"] != before["vectors.safetensors"]
+    assert left.is_dir()
+    (out / "rep_tuned_away.safetensors").write_bytes(before["rep_tuned_away.safetensors"])
+    with pytest.raises(ValueError, match=r"rep_tuned_away\.safetensors must be the file that the run .* got another"):
+        load_results(out)
+    refused = CliRunner().invoke(app, ["export", str(out / "rep_tuned_away.safetensors"), "--out", str(tmp_path / "e")])
+    assert "rep_tuned_away.safetensors must be the file" in str(refused.exception)
 
 
 def test_extract_steer_and_tune_by_command(run, tmp_path):

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from full_disk import full_disk
 from safetensors import safe_open
 
-from rt_lens.files import check_can_write, read_safetensors, remove_leftovers, write_atomically, write_safetensors
+from rt_lens.files import (
+    check_can_write,
+    read_safetensors,
+    remove_leftovers,
+    together,
+    write_atomically,
+    write_safetensors,
+)
 
 OLD = {"w": torch.arange(6.0).view(2, 3)}
 LARGE = {"w": torch.ones(100_000)}
@@ -135,3 +143,109 @@ def test_a_reader_keeps_the_file_that_it_opened(tmp_path):
         write_safetensors(path, {"w": torch.zeros(5)}, {})
         assert torch.equal(opened.get_tensor("w"), LARGE["w"])
     assert torch.equal(read_safetensors(path, "file")[0]["w"], torch.zeros(5))
+
+
+# Several together
+
+
+def write_set(folder: Path, content: bytes, names: str = "abz", **settings: Any) -> None:
+    """Files that take their place together; those of the set before are all but the user's `notes`."""
+    before = [path.name for path in folder.iterdir() if path.name != "notes"] if folder.exists() else []
+    with together(folder, lambda _: before, last="z", **settings) as aside:
+        for name in names:
+            (aside / name).write_bytes(content)
+
+
+def test_a_set_replaces_the_one_before_whole_and_leaves_what_is_somebodys_own(tmp_path):
+    folder = tmp_path / "deep" / "run"
+    write_set(folder, b"1")
+    (folder / "notes").write_bytes(b"mine")
+    write_set(folder, b"2", "acz")
+    assert kept(folder) == {"a": b"2", "c": b"2", "z": b"2", "notes": b"mine"}  # and no b of the first
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def break_off(folder: Path, fault: BaseException, word: str) -> None:
+    with together(folder, lambda _: "abz", last="z", kept=word) as aside:
+        (aside / "a").write_bytes(b"2")
+        raise fault
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device"), ValueError("?")])
+@pytest.mark.parametrize("word", ["", "out: the run was"])
+def test_a_set_that_is_broken_off_leaves_the_one_before_and_is_kept_only_if_asked(tmp_path, fault, word, caplog):
+    folder = tmp_path / "run"
+    write_set(folder, b"1")
+    with pytest.raises(type(fault)) as broken:
+        break_off(folder, fault, word)
+    assert kept(folder) == {"a": b"1", "b": b"1", "z": b"1"}
+    if not word:
+        assert list(tmp_path.iterdir()) == [folder]
+        return
+    (aside,) = [path for path in tmp_path.iterdir() if path != folder]
+    assert kept(aside) == {"a": b"2"}
+    assert f"the run was broken off. What was made so far is kept in {aside}" in caplog.text
+    assert str(aside) in broken.value.__notes__[0]
+    caplog.clear()
+    write_set(folder, b"3", kept=word)  # goes on all the same, and says what is still there
+    assert str(aside) in caplog.text and kept(aside) == {"a": b"2"}
+    assert kept(folder) == {"a": b"3", "b": b"3", "z": b"3"}
+
+
+def test_nothing_is_kept_of_a_set_that_had_made_nothing(tmp_path, caplog):
+    with pytest.raises(ValueError, match="early"), together(tmp_path / "run", lambda _: [], last="z", kept="it was"):
+        raise ValueError("early")
+    assert not list(tmp_path.iterdir()) and not caplog.text
+
+
+@pytest.mark.parametrize("fails_at", range(6))
+def test_a_move_that_fails_takes_back_all_moves_before_it(tmp_path, monkeypatch, fails_at):
+    folder = tmp_path / "run"
+    write_set(folder, b"1")
+    replace, moves = os.replace, []
+
+    def failing(source: Path, target: Path) -> None:
+        moves.append(target)
+        if len(moves) == fails_at + 1:
+            raise OSError(13, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="denied"):
+        write_set(folder, b"2")
+    assert kept(folder) == {"a": b"1", "b": b"1", "z": b"1"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_stands_for_the_set_goes_first_and_comes_last(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    write_set(folder, b"1")
+    replace, seen = os.replace, []
+
+    def looking(source: Path, target: Path) -> None:
+        replace(source, target)
+        seen.append((folder / "z").exists() and {path.read_bytes() for path in folder.iterdir()})
+
+    monkeypatch.setattr(os, "replace", looking)
+    write_set(folder, b"2")
+    assert seen == [False] * 5 + [{b"2"}]  # never one set's z beside another's files
+
+
+def test_a_folder_called_by_a_dot_and_one_whose_parent_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    write_set(Path(), b"1")
+    assert kept(tmp_path / "run") == {"a": b"1", "b": b"1", "z": b"1"}
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    with together(tmp_path / "run", lambda _: "abz", last="z") as aside:
+        assert aside.parent == tmp_path / "run"
+        (aside / "z").write_bytes(b"2")
+    assert kept(tmp_path / "run") == {"z": b"2"}
+
+
+def test_a_users_folder_of_a_files_name_is_not_taken_away(tmp_path):
+    (tmp_path / "run" / "a").mkdir(parents=True)
+    with pytest.raises(OSError, match="is a folder, and a file of that name is to be written"):
+        write_set(tmp_path / "run", b"1")
+    assert (tmp_path / "run" / "a").is_dir()

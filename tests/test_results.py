@@ -10,14 +10,16 @@ import shutil
 import numpy as np
 import pytest
 from full_disk import full_disk
-from small_runs import ARMS, PROJECTIONS, SETS, make_board, make_content, write_run
+from small_runs import ARMS, PROJECTIONS, SETS, as_an_older_run, make_board, make_content, write_run
 
 from rt_lens.evaluation import Likelihood
 from rt_lens.questions import Question
 from rt_lens.report import write_report
 from rt_lens.results import (
     checked,
+    checked_file,
     efficient,
+    files_of_run,
     load_results,
     plain,
     tables_of,
@@ -222,6 +224,78 @@ def test_a_real_board_of_a_real_model_goes_through_it_all(tiny, tiny_vectors, tm
     assert content["side_effects"] == []
 
 
+# One run, and no other's files
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"results.json"}))
+def test_a_file_of_another_run_is_refused_by_name(run, tmp_path, name):
+    other = write_run(tmp_path / "other", make_board(1), behaviour="other", model="large")
+    (run / name).write_bytes((other / name).read_bytes() + b" ")
+    says = rf"run: .*{re.escape(name)} must be the file that the run of results\.json wrote, got another"
+    with pytest.raises(ValueError, match=says):
+        load_results(run)
+    if name in ("responses.jsonl", "projections.json"):
+        with pytest.raises(ValueError, match=says):
+            write_report(run)
+
+
+@pytest.mark.parametrize("read", ["scores", "texts", "responses", "projections"])
+def test_a_run_that_was_loaded_reads_no_file_of_the_one_that_took_its_place(run, read):
+    first = load_results(run)
+    shown = getattr(first, read)()
+    assert len(shown)
+    board = make_board(1)
+    write_results(run, make_content(board), board, {**PROJECTIONS, "tokens": ["x", "y"]})
+    with pytest.raises(ValueError, match="of another run, or damaged or changed since"):
+        getattr(first, read)()
+    assert len(getattr(load_results(run), read)())
+
+
+def test_further_files_of_a_run_are_checked_as_well_and_somebodys_own_are_not(board, tmp_path, tiny_vectors):
+    folder = tmp_path / "run"
+    tiny_vectors.save(folder / "vectors.safetensors")
+    (folder / "notes.txt").write_text("mine")
+    write_results(folder, make_content(board), board, PROJECTIONS, files=["vectors.safetensors"])
+    (folder / "notes.txt").write_text("mine, later")
+    assert set(load_results(folder).files) == FILES - {"results.json"} | {"vectors.safetensors"}
+    assert checked_file(folder / "vectors.safetensors") == folder / "vectors.safetensors"
+    (2 * tiny_vectors).save(folder / "vectors.safetensors")  # by a run that was broken off, say
+    for opens in (load_results, lambda run: checked_file(run / "vectors.safetensors")):
+        with pytest.raises(ValueError, match=r"vectors\.safetensors must be the file that the run"):
+            opens(folder)
+    assert checked_file(folder / "notes.txt").read_text() == "mine, later"
+    (folder / "vectors.safetensors").unlink()  # large, and not needed for a table
+    assert load_results(folder).content == plain(make_content(board))
+
+
+def test_a_report_of_the_run_before_goes_with_it(board, run):
+    write_report(run)
+    load_results(run)  # the page is none of the run's own files
+    write_run(run, make_board(1))
+    assert {path.name for path in run.iterdir()} == FILES
+
+
+def test_scores_alone_do_not_take_the_place_of_a_runs(board, run):
+    before = (run / "scores.csv").read_bytes()
+    with pytest.raises(ValueError, match="out: must be a folder without a run, got .*Give another folder"):
+        write_scores(run, make_board(1))
+    assert (run / "scores.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "files",
+    [3, ["scores.csv"], {"../results.json": "0" * 64}, {"a/b": "0" * 64}, {"a\\b": "0" * 64}, {"..": "0" * 64},
+     {"c:x": "0" * 64}, {"scores.csv": "short"}, {"scores.csv": None}],
+)  # fmt: skip
+def test_checksums_of_files_elsewhere_are_refused_and_nothing_there_is_touched(run, files):
+    content = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**content, "files": files}))
+    with pytest.raises(ValueError, match=r"results\.json: files must be names with checksums"):
+        load_results(run)
+    assert set(files_of_run(run)) <= {*FILES, "report.html", "vectors.safetensors", "rep_tuned_toward.safetensors",
+                                      "rep_tuned_away.safetensors"}  # fmt: skip
+
+
 # What is refused
 
 
@@ -269,7 +343,7 @@ def test_damaged_json_is_refused_with_its_path(run, text, message):
     ],
 )
 def test_a_damaged_table_is_refused_with_its_path(run, text, message):
-    (run / "scores.csv").write_text(text)
+    (as_an_older_run(run) / "scores.csv").write_text(text)
     with pytest.raises(ValueError, match=rf"scores\.csv: {message}"):
         load_results(run).scores()
 
@@ -281,7 +355,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 def test_an_older_run_loads_with_what_can_be_filled_in(board, run):
     content = json.loads((run / "results.json").read_text())
-    for key in ("side_effects", "protocol"):
+    for key in ("side_effects", "protocol", "files"):
         del content[key]
     old = ("a", "b", "n", "difference", "low", "high", "p", "test", "seeds")
     told = [row for row in content["comparisons"] if row["scorer"] == "vader"]

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +21,11 @@ import torch
 import rt_lens as rtl
 from rt_lens import plots
 from rt_lens.activations import last_token_activations
+from rt_lens.checksums import hooks_of
 from rt_lens.generation import as_chat
 from rt_lens.questions import Question
-from rt_lens.sweeping import DoseResponse, Options, Sweep
+from rt_lens.steering import Condition, Linear
+from rt_lens.sweeping import _NEW, DoseResponse, Options, Sweep, _fingerprint
 from rt_lens.tokens import encode
 from rt_lens.vectors import SteeringVectors, hook_names
 
@@ -396,6 +404,204 @@ def test_another_models_sweep_is_not_gone_on_with(tmp_path, tiny, tiny_vectors):
         pytest.raises(ValueError, match=r"holds a sweep with other weights, hooks or precision of the model"),
     ):
         swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
+
+
+def only_long_prompts(strength: float) -> Any:
+    """A hook that acts far from the beginning of a text alone: no short text shows it."""
+
+    def act(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        moved = activation.clone()
+        moved[:, 12:] += strength
+        return moved
+
+    return act
+
+
+class Shift:
+    """A hook with a state."""
+
+    def __init__(self, by: torch.Tensor) -> None:
+        self.by = by
+
+    def __call__(self, activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation + self.by.to(activation)
+
+
+def hooked(model: Any, hook: Any) -> Any:
+    return model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", hook)])
+
+
+def hooks_to_tell_apart(vectors: SteeringVectors) -> dict[str, tuple[Any, Any]]:
+    """Two hooks of each kind that differ in one thing, which the logits of one short prompt need not show."""
+    edits = [dict(rtl.add(vectors, [0], 1.0, positions=places))["blocks.0.hook_resid_post"] for places in ([0], [1])]
+    condition = Condition("blocks.0.hook_resid_pre", torch.ones(32), 0.5)
+    gates = [rtl.conditional(rtl.add(vectors, [0], 1.0), replace(condition, threshold=at))[1][1] for at in (0.5, 0.6)]
+    scheduled = [rtl.add(vectors, [0], 1.0, schedule=Linear(1.0, end, 5))[0][1] for end in (0.0, 0.5)]
+    return {
+        "an edit's positions": (edits[0], edits[1]),
+        "a condition's threshold": (gates[0], gates[1]),
+        "a schedule": (scheduled[0], scheduled[1]),
+        "a closure's number": (only_long_prompts(1.0), only_long_prompts(2.0)),
+        "a partial's argument": (partial(scaled_by, factor=1.0), partial(scaled_by, factor=1.001)),
+        "an object's tensor": (Shift(torch.zeros(32)), Shift(torch.full((32,), 1e-4))),
+        "a method's object": (Shift(torch.zeros(32)).__call__, Shift(torch.ones(32)).__call__),
+        "code": (lambda x, hook: x * 1.0, lambda x, hook: x + 0.0),
+    }
+
+
+def scaled_by(activation: torch.Tensor, hook: Any, factor: float) -> torch.Tensor:
+    return activation * factor
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["an edit's positions", "a condition's threshold", "a schedule", "a closure's number", "a partial's argument",
+     "an object's tensor", "a method's object", "code"],
+)  # fmt: skip
+def test_a_sweep_goes_on_under_the_same_hooks_only(tmp_path, tiny, tiny_vectors, what):
+    first, other = hooks_to_tell_apart(tiny_vectors)[what]
+    same, _ = hooks_to_tell_apart(tiny_vectors)[what]
+    settings = {"path": tmp_path / "s.json", "metric": lengths, "layers": [1], "multipliers": [0.0]}
+    if what == "a condition's threshold":  # an edit with a gate cannot run alone: the file is all that is looked at
+        told = [checksums_of(tiny, each) for each in (first, same, other)]
+        assert told[0] == told[1] != told[2]
+        return
+    with hooked(tiny, first):
+        swept(tiny, tiny_vectors, **settings)
+    with hooked(tiny, same):
+        swept(tiny, tiny_vectors, **settings)
+    says = r"holds a sweep with other weights, hooks or precision of the model \(its hooks\)"
+    with hooked(tiny, other), pytest.raises(ValueError, match=says):
+        swept(tiny, tiny_vectors, **settings)
+    with pytest.raises(ValueError, match=says):
+        swept(tiny, tiny_vectors, **settings)
+
+
+def lengths(model: Any, prompts: Sequence[str]) -> list[float]:
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def checksums_of(model: Any, hook: Any) -> list[str]:
+    with hooked(model, hook):
+        return [each["sha256"] for each in hooks_of(model)]
+
+
+def test_hooks_are_told_by_where_they_are_and_in_which_order(tiny):
+    def told(*hooks: tuple[str, Any]) -> list[dict[str, str]]:
+        with tiny.hooks(fwd_hooks=list(hooks)):
+            return hooks_of(tiny)
+
+    one, other = Shift(torch.ones(32)), partial(scaled_by, factor=2.0)
+    here, there = "blocks.0.hook_resid_post", "blocks.1.hook_resid_pre"  # the same activations
+    assert told() == []
+    assert told((here, one)) != told((there, one))
+    assert told((here, one), (here, other)) != told((here, other), (here, one))
+    handle = tiny.blocks[1].mlp.register_forward_hook(lambda module, taken, given: 2 * given)  # torch's own
+    assert [each["point"] for each in told()] == ["blocks.1.mlp"]
+    handle.remove()
+
+
+def test_hooks_have_the_same_checksums_in_another_process(tiny, tiny_vectors):
+    names = ["an edit's positions", "a closure's number", "an object's tensor", "code"]
+    here = [checksums_of(tiny, hooks_to_tell_apart(tiny_vectors)[name][0]) for name in names]
+    script = (
+        "import test_sweeping as t, torch; from rt_lens.vectors import *\n"
+        "from transformer_lens.hook_points import HookPoint\n"
+        "noise = torch.Generator().manual_seed(2)\n"
+        "points = ['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']\n"
+        "made = Provenance('tiny', 'mood', 'mean_diff', 'last', 'none', 12, '0' * 64, 0, '0.1.0')\n"
+        "vectors = SteeringVectors({name: torch.randn(32, generator=noise) for name in points}, made)\n"
+        "class Model(torch.nn.Module): pass\n"
+        f"for name in {names!r}:\n"
+        "    model = Model(); model.point = HookPoint(); model.point.name = 'point'\n"
+        "    model.point.add_hook(t.hooks_to_tell_apart(vectors)[name][0])\n"
+        "    print(t.hooks_of(model)[0]['sha256'])\n"
+    )
+    again = []
+    for seed in ("1", "2"):  # of Python's own hashes
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        )  # fmt: skip
+        again.append(done.stdout.split())
+    assert again[0] == again[1] and len(again[0]) == len(set(again[0])) == len(here)
+
+
+def test_a_hook_that_python_cannot_look_into_is_refused_before_anything_runs(tmp_path, tiny, tiny_vectors):
+    metric, lock = Projection(), threading.Lock()
+
+    def guarded(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        with lock:
+            return activation
+
+    says = (
+        r"path: the hook at blocks\.0\.hook_resid_post holds a lock, which cannot be told from others .*leave path out"
+    )
+    with hooked(tiny, guarded), pytest.raises(ValueError, match=says):
+        swept(tiny, tiny_vectors, metric, path=tmp_path / "s.json")
+    assert not metric.asked and not list(tmp_path.iterdir())
+    with hooked(tiny, guarded):
+        swept(tiny, tiny_vectors, metric)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.W_Q", "embed.W_E", "blocks.0.attn.rotary_cos"])
+def test_one_changed_number_of_the_model_is_another_sweep(tmp_path, tiny, tiny_vectors, name):
+    swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
+    held = {**dict(tiny.named_parameters()), **dict(tiny.named_buffers())}[name]
+    held.data.view(-1)[-1 if "W_E" in name else 7] += 1e-5  # the last token's row: no prompt reads it
+    with pytest.raises(ValueError, match="holds a sweep with other weights, hooks or precision of the model"):
+        swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
+
+
+def test_tables_that_grow_with_longer_texts_are_no_other_model(tmp_path, tiny, tiny_vectors):
+    swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
+    for block in tiny.blocks:
+        block.attn._extend_rotary_embeddings(400)
+    again = Projection()
+    swept(tiny, tiny_vectors, again, path=tmp_path / "s.json")
+    assert not again.asked
+
+
+def test_a_metric_that_holds_another_direction_is_another_metric(tmp_path, tiny, tiny_vectors):
+    swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
+    with pytest.raises(ValueError, match="holds a sweep with other metric"):
+        swept(tiny, tiny_vectors, Projection(sign=-1.0), path=tmp_path / "s.json")
+
+
+def test_a_metric_of_one_name_whose_code_was_edited_is_another_metric(tmp_path, tiny, tiny_vectors):
+    def sweep_with(code: str) -> None:
+        exec(f"def score(model, prompts):\n    return [{code} for prompt in prompts]", space := {"__name__": "mine"})
+        swept(tiny, tiny_vectors, space["score"], path=tmp_path / "s.json")
+
+    sweep_with("float(len(prompt))")
+    sweep_with("float(len(prompt))")
+    with pytest.raises(ValueError, match="holds a sweep with other metric"):
+        sweep_with("-float(len(prompt))")
+
+
+def as_older(path: Path, model: Any) -> None:
+    """The file as rt_lens 0.1.0 wrote it: of the model it kept a few logits."""
+    content = json.loads(path.read_text())
+    kept = {name: value for name, value in content["settings"].items() if name not in _NEW}
+    content["settings"] = {**kept, "schema": 1, "fingerprint": _fingerprint(model)}
+    path.write_text(json.dumps(content))
+
+
+def test_an_older_file_goes_on_where_its_logits_are_the_models_with_a_warning(tmp_path, tiny, tiny_vectors):
+    path = tmp_path / "s.json"
+    swept(tiny, tiny_vectors, Projection(), path=path, layers=[0])
+    as_older(path, tiny)
+    for layers in ([0, 1], [0, 1]):
+        metric = Projection()
+        with pytest.warns(UserWarning, match=r"s\.json was written by an older rt_lens and says less"):
+            found = swept(tiny, tiny_vectors, metric, path=path, layers=layers)
+    assert not metric.asked
+    pd.testing.assert_frame_equal(found.table, swept(tiny, tiny_vectors, Projection()).table)
+    with (
+        tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], 3.0)),
+        pytest.raises(ValueError, match=r"other weights, hooks or precision of the model \(its logits\)"),
+    ):
+        swept(tiny, tiny_vectors, Projection(), path=path)
 
 
 def test_a_lambda_cannot_be_kept(tmp_path, tiny, tiny_vectors):

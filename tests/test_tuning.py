@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rt_lens as rtl
-from rt_lens import tuning
+from rt_lens import checksums, tuning
 from rt_lens.delta import WeightDelta
 from rt_lens.extraction import token_projections
 from rt_lens.tuning import Target, TuneConfig, prepare, tune
@@ -224,6 +224,36 @@ def test_shared_material_gives_the_same_delta_as_targets_and_is_checked(tiny, ti
         assert all(torch.equal(shared.changes[name], alone.changes[name]) for name in alone.changes)
     with pytest.raises(ValueError, match="Prepare it with the same layers"):
         tune(tiny, tiny_vectors, material, replace(config, layers=[0], trained_layers=[0]), progress=False)
+
+
+def test_material_is_refused_on_other_weights_of_the_same_name(tiny, tiny_vectors, tmp_path):
+    """What `prepare` computed is of the weights it saw: the KL would refer to, and blocks start from, another model."""
+    config = replace(QUICK, kl_weight=1.0)
+    material = prepare(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL)
+    delta = tune(tiny, tiny_vectors, material, config, progress=False)
+    says = "train: must be material prepared with this model's weights, got some of other weights of tiny. Prepare it"
+    for checkpoint in (None, tmp_path / "c.ckpt"):
+        with delta.applied(tiny), pytest.raises(ValueError, match=says):
+            tune(tiny, tiny_vectors, material, config, checkpoint=checkpoint, progress=False)
+    again = tune(tiny, tiny_vectors, material, config, progress=False)  # taken off, they are the same weights again
+    assert all(torch.equal(again.changes[name], delta.changes[name]) for name in delta.changes)
+    tiny.blocks[0].mlp.W_in.data[0, 0] += 1e-6  # a block before those that are tuned
+    with pytest.raises(ValueError, match=says):
+        tune(tiny, tiny_vectors, material, config, progress=False)
+
+
+def test_weights_are_read_once_a_run_and_only_where_something_is_compared(tiny, tiny_vectors, tmp_path, monkeypatch):
+    read = []
+    whole = checksums.parameters_sha256
+    for module in (tuning.loop, tuning.material, tuning.checkpoint):
+        monkeypatch.setattr(module, "parameters_sha256", lambda model: read.append(model) or whole(model))
+    tune(tiny, tiny_vectors, TARGETS, QUICK, progress=False)
+    assert len(read) == 0
+    tune(tiny, tiny_vectors, TARGETS, QUICK, checkpoint=tmp_path / "a.ckpt", progress=False)
+    assert len(read) == 1
+    material = prepare(tiny, tiny_vectors, TARGETS, QUICK)
+    tune(tiny, tiny_vectors, material, QUICK, checkpoint=tmp_path / "b.ckpt", progress=False)
+    assert len(read) == 3
 
 
 def test_same_seed_same_delta_and_another_seed_another(tiny, tiny_vectors):

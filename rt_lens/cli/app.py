@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rt_lens.evaluation.permissions import Permissions
     from rt_lens.experiment import Experiment
     from rt_lens.prompts import ContrastPairs
     from rt_lens.vectors import SteeringVectors
@@ -36,6 +37,13 @@ ChatTemplateKwargs = Annotated[
 ]
 VectorFile = Annotated[
     Path, typer.Argument(help="A file that `rt-lens extract` wrote, or another tool's .gguf, .pt or .npz.")
+]
+AllowJudge = Annotated[
+    list[str] | None,
+    typer.Option(help="https://host[:port] of a judge that the behaviour's file may use; may be repeated."),
+]
+JudgeKeyEnv = Annotated[
+    str | None, typer.Option(help="Environment variable with the key for the one judge of --allow-judge.")
 ]
 
 
@@ -83,25 +91,33 @@ def template_kwargs(text: str | None) -> Mapping[str, Any]:
     return found
 
 
-def parts_of(behaviour: str) -> tuple[str, ContrastPairs, ContrastPairs]:
+def permissions_of(allow_judge: list[str] | None, judge_key_env: str | None) -> Permissions:
+    """What a behaviour's file may use: by these options, and by the user's own settings."""
+    from rt_lens.evaluation.permissions import Permissions
+
+    return Permissions.of_user(allow_judge or [], judge_key_env)
+
+
+def parts_of(behaviour: str, permissions: Permissions) -> tuple[str, ContrastPairs, ContrastPairs]:
     """A behaviour's name, its training and its validation pairs; an experiment's test topics are in neither."""
     from rt_lens.experiment import load_experiment, parts
+    from rt_lens.files import as_name
     from rt_lens.prompts import load_pairs
     from rt_lens.shipped import behaviour_file
 
     if behaviour_file(behaviour).suffix == ".toml":
-        experiment = load_experiment(behaviour)
+        experiment = load_experiment(behaviour, permissions=permissions)
         name, shared_out = experiment.name, parts(experiment)
     else:
         pairs = load_pairs(behaviour)
-        name, shared_out = pairs.name, pairs.split(0.4, 0.2)  # type: ignore[assignment]
+        name, shared_out = as_name(pairs.name), pairs.split(0.4, 0.2)  # type: ignore[assignment]
     if left_out := getattr(shared_out, "left_out", 0):
         typer.echo(f"{left_out:,} pairs are left out, so that training, validation and test share nothing", err=True)
     train, validation, _ = shared_out
     return name, train, validation
 
 
-def model_of(behaviour: str) -> tuple[str, str]:
+def model_of(behaviour: str, permissions: Permissions) -> tuple[str, str]:
     """Name and type of the model that a behaviour's file asks for."""
     from rt_lens.experiment import load_experiment
     from rt_lens.models import DEFAULT_MODEL
@@ -109,7 +125,7 @@ def model_of(behaviour: str) -> tuple[str, str]:
 
     if behaviour_file(behaviour).suffix != ".toml":
         return DEFAULT_MODEL, "float32"
-    experiment = load_experiment(behaviour)
+    experiment = load_experiment(behaviour, permissions=permissions)
     return experiment.model, experiment.dtype
 
 

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import ChatTemplateKwargs, Dtype, Model, app, loaded_model, template_kwargs
+from rt_lens.cli.app import (
+    AllowJudge,
+    ChatTemplateKwargs,
+    Dtype,
+    JudgeKeyEnv,
+    Model,
+    app,
+    loaded_model,
+    permissions_of,
+    template_kwargs,
+)
 
 if TYPE_CHECKING:
     from rt_lens.vectors import SteeringVectors
@@ -29,17 +39,20 @@ def dashboard(
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Show a finished run, and work live on the model, in a browser on this machine."""
     from rt_lens.dashboard import dashboard as open_dashboard
     from rt_lens.experiment import load_experiment
 
-    for own in behaviour or []:
-        load_experiment(own)  # refused before the model is loaded
+    permissions = permissions_of(allow_judge, judge_key_env)
+    # Read, and refused, before the model is loaded.
+    experiments = [load_experiment(own, permissions=permissions) for own in behaviour or []]
     named = _named(vectors or [])
     of_vectors = next((each.provenance.dtype for each in named.values()), "float32")
     loaded = _loaded(run, model, dtype, chat_template_kwargs, of_vectors)
-    board = open_dashboard(loaded, named, run=run, behaviours=behaviour or [], port=port)
+    board = open_dashboard(loaded, named, run=run, behaviours=experiments, port=port)
     typer.echo(f"open {board.url} in a browser on this machine; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):
         board.wait()
@@ -49,8 +62,9 @@ def dashboard(
 def _named(files: list[Path]) -> dict[str, SteeringVectors]:
     """Vectors by behaviour; by file where two are of one behaviour, as those of other tools are all unknown."""
     from rt_lens.exchange import import_vectors
+    from rt_lens.results import checked_file
 
-    found = [(file, import_vectors(file)) for file in files]
+    found = [(file, import_vectors(checked_file(file))) for file in files]
     told = [vectors.provenance.behaviour for _, vectors in found]
     named = {
         behaviour if told.count(behaviour) == 1 else file.stem: vectors

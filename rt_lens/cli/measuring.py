@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import Behaviour, ChatTemplateKwargs, Dtype, Model, app, loaded_model, template_kwargs
+from rt_lens.cli.app import (
+    AllowJudge,
+    Behaviour,
+    ChatTemplateKwargs,
+    Dtype,
+    JudgeKeyEnv,
+    Model,
+    app,
+    loaded_model,
+    permissions_of,
+    template_kwargs,
+)
+
+if TYPE_CHECKING:
+    from rt_lens.evaluation.permissions import Permissions
 
 
 @app.command(epilog="Example: rt-lens run mood --out runs/mood")
@@ -18,14 +32,17 @@ def run(
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Run the four arms (untuned, steered, token-tuned, rep-tuned) in both directions and write report.html."""
     from rt_lens.experiment import check_writable, load_experiment, plan_of, run_experiment
     from rt_lens.report import summary_sentences, write_report
 
     experiment = load_experiment(
-        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs)
-    )
+        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
+        permissions=permissions_of(allow_judge, judge_key_env),
+    )  # fmt: skip
     if plan:
         typer.echo(str(plan_of(experiment)))
         return
@@ -57,29 +74,34 @@ def evaluate(
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Ask prompts of your own, and score the answers of the untuned, the steered and the tuned model."""
     from rt_lens.delta import WeightDelta
     from rt_lens.exchange import import_vectors
     from rt_lens.experiment import check_writable
     from rt_lens.questions import load_questions
-    from rt_lens.results import write_scores
+    from rt_lens.results import check_no_run, checked_file, write_scores
     from rt_lens.scoreboard import Exam, compare_arms
     from rt_lens.steering import add
 
-    exam = Exam(load_questions(questions), [_scorer(text) for text in scorer or ["vader"]], max_new_tokens)
+    permissions = permissions_of(allow_judge, judge_key_env)
+    scorers = [_scorer(text, permissions) for text in scorer or ["vader"]]
+    exam = Exam(load_questions(questions), scorers, max_new_tokens)
     arms: dict[str, Any] = {"untuned": None}
     default = "float32"
     if vectors is not None:
         if layer is None:
             raise ValueError("layer: --vectors came without it. Name a block, as in --layer 21.")
-        directions = import_vectors(vectors)
+        directions = import_vectors(checked_file(vectors))
         default = directions.provenance.dtype
         arms["steered"] = add(directions, [layer], multiplier, hook=directions.kind)
     if delta is not None:
-        arms["tuned"] = WeightDelta.load(delta)
+        arms["tuned"] = WeightDelta.load(checked_file(delta))
         default = arms["tuned"].dtype
     if out is not None:
+        check_no_run(out)
         check_writable(out)
     loaded = loaded_model(model, dtype, chat_template_kwargs, default=default)
     board = compare_arms(loaded, arms, {Path(questions).stem: exam}, seed=seed)
@@ -96,7 +118,7 @@ def _print(table: Any) -> None:
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="–") + "\n")
 
 
-def _scorer(text: str) -> Any:
+def _scorer(text: str, permissions: Permissions) -> Any:
     """A scorer from the command line: a name, a file with a [scorer] table, or pattern:REGEX."""
     from rt_lens.evaluation import make_scorer
     from rt_lens.readers import read_toml
@@ -106,7 +128,7 @@ def _scorer(text: str) -> Any:
     if text.endswith(".toml"):
         if not Path(text).is_file():
             raise FileNotFoundError(f"scorer: there is no file {text}. Give a .toml file with a [scorer] table.")
-        return make_scorer(read_toml(Path(text)).get("scorer", {}))
+        return make_scorer(permissions.checked(read_toml(Path(text)).get("scorer", {}), Path(text)))
     return make_scorer(text)
 
 

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from rt_lens.cli.app import (
+    AllowJudge,
     Behaviour,
     ChatTemplateKwargs,
     Dtype,
+    JudgeKeyEnv,
     Model,
     VectorFile,
     app,
@@ -18,6 +20,7 @@ from rt_lens.cli.app import (
     model_for,
     model_of,
     parts_of,
+    permissions_of,
     template_kwargs,
     write_page,
 )
@@ -39,16 +42,21 @@ def extract(
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Extract a vector per layer, and say whether to believe them: held-out pairs, halves of the data, random ones."""
     from rt_lens import plots
     from rt_lens.experiment import check_writable
     from rt_lens.extraction import trust
+    from rt_lens.files import check_can_write
 
-    name, train, held_out = parts_of(behaviour)
+    permissions = permissions_of(allow_judge, judge_key_env)
+    name, train, held_out = parts_of(behaviour, permissions)
     path = out or Path(f"{name}.safetensors")
     check_writable(path.parent)
-    name_of_model, default = model_of(behaviour)
+    check_can_write(path, "out")
+    name_of_model, default = model_of(behaviour, permissions)
     loaded = loaded_model(model or name_of_model, dtype, chat_template_kwargs, default=default)
     chosen = train.sample(n_pairs, seed=seed)
     found = trust(loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True)
@@ -75,8 +83,9 @@ def vectors(
 ) -> None:
     """Show what a file of steering vectors holds (also .gguf, .pt, .npz of other tools), or convert it."""
     from rt_lens.exchange import import_vectors, save_gguf
+    from rt_lens.results import checked_file
 
-    found = import_vectors(file)
+    found = import_vectors(checked_file(file))
     if layers is not None:
         found = found.select(layers_of(layers), found.kind)
     for key, value in found.provenance.to_json().items():
@@ -100,18 +109,22 @@ def sweep(
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
     from rt_lens import plots
     from rt_lens.exchange import import_vectors
     from rt_lens.experiment import check_writable, load_experiment
     from rt_lens.experiment.validation import validation_metric
+    from rt_lens.results import checked_file
     from rt_lens.sweeping import sweep as sweep_layers
 
     experiment = load_experiment(
-        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs)
-    )
-    directions, chosen, doses = import_vectors(file), layers_of(layers), multipliers_of(multipliers)
+        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
+        permissions=permissions_of(allow_judge, judge_key_env),
+    )  # fmt: skip
+    directions, chosen, doses = import_vectors(checked_file(file)), layers_of(layers), multipliers_of(multipliers)
     check_writable(out.parent)
     loaded = model_for(experiment, dtype, directions)
     prompts, metric = validation_metric(experiment, loaded, max_new_tokens)
@@ -143,9 +156,10 @@ def steer(
     """Answer a prompt untouched and steered."""
     from rt_lens.exchange import import_vectors
     from rt_lens.generation import generate
+    from rt_lens.results import checked_file
     from rt_lens.steering import add
 
-    directions = import_vectors(file)
+    directions = import_vectors(checked_file(file))
     hooks = add(directions, [layer], multiplier, hook=directions.kind)
     loaded = loaded_model(model, dtype, chat_template_kwargs, default=directions.provenance.dtype)
     directions.check_fits(loaded)

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rt_lens.cli.app import (
+    AllowJudge,
     Behaviour,
     ChatTemplateKwargs,
     Dtype,
+    JudgeKeyEnv,
     Model,
     VectorFile,
     app,
     loaded_model,
     model_for,
+    permissions_of,
     template_kwargs,
 )
 from rt_lens.shipped import behaviours
@@ -36,24 +39,30 @@ def tune(
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
+    allow_judge: AllowJudge = None,
+    judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Tune a direction into the weights, with the settings of the behaviour's file, and save the change of weights."""
     from dataclasses import replace
 
     from rt_lens.experiment import check_writable, load_experiment, parts, protocol_of
+    from rt_lens.files import check_can_write
+    from rt_lens.results import checked_file
     from rt_lens.shipped import neutral_prompts
     from rt_lens.tuning import LossNotFinite
     from rt_lens.tuning import tune as tune_weights
     from rt_lens.vectors import SteeringVectors
 
     experiment = load_experiment(
-        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs)
-    )
+        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
+        permissions=permissions_of(allow_judge, judge_key_env),
+    )  # fmt: skip
     config = replace(experiment.tune, direction=direction, seed=seed)  # type: ignore[arg-type]
     config = config if lora_rank is None else replace(config, lora_rank=lora_rank)
     path = out or Path(f"{experiment.name}_{direction}.safetensors")
     check_writable(path.parent)
-    directions = SteeringVectors.load(file)
+    check_can_write(path, "out")
+    directions = SteeringVectors.load(checked_file(file))
     loaded = model_for(experiment, dtype, directions)
     if experiment.honesty is None:
         train, validation, _ = parts(experiment)
@@ -89,9 +98,10 @@ def export(
     """Write a tuned model as a Hugging Face folder, or as a LoRA adapter with the error of its low rank."""
     from rt_lens.delta import WeightDelta
     from rt_lens.export import export_hf, export_peft
+    from rt_lens.results import checked_file
 
     rank = None if peft in (None, "exact") else _rank(str(peft))
-    delta = WeightDelta.load(file)
+    delta = WeightDelta.load(checked_file(file))
     behaviour, measured = (None, None) if results is None else _measured(results, delta)
     loaded = loaded_model(model or delta.model, dtype, None, default=delta.dtype)
     if peft is None:

@@ -14,6 +14,7 @@ from rt_lens.vectors import SteeringVectors
 
 if TYPE_CHECKING:
     from rt_lens.dashboard.serving import Dashboard
+    from rt_lens.experiment import Experiment
 
 __all__ = ["dashboard"]
 
@@ -23,7 +24,7 @@ def dashboard(
     vectors: SteeringVectors | Mapping[str, SteeringVectors] | None = None,
     *,
     run: str | Path | None = None,
-    behaviours: Sequence[str | Path] = (),
+    behaviours: Sequence[str | Path | Experiment] = (),
     port: int | None = None,
     height: int = 900,
 ) -> Dashboard:
@@ -36,7 +37,8 @@ def dashboard(
         model: HookedTransformer or TransformerBridge; None to look at a run only.
         vectors: of one behaviour, or name -> vectors. Those of shipped behaviours are made when they are first needed.
         run: folder of a finished run, whose figures, vectors and tuned arms are shown as well.
-        behaviours: files of behaviours of your own, to be offered beside the shipped ones.
+        behaviours: files of behaviours of your own, to be offered beside the shipped ones; or what `load_experiment`
+            made of them.
         port: on which to listen, at 127.0.0.1 only; None for 8050, or any free one if that is taken.
         height: of the frame in Jupyter, in pixels.
 

@@ -31,7 +31,7 @@ class Bench:
         model: loaded once, used by one job at a time; None for a run whose model is not at hand.
         vectors: behaviour -> vectors that are there already.
         run: a finished run, whose vectors and tuned arms are at hand as well.
-        own: files of behaviours beside the shipped ones.
+        own: files of behaviours beside the shipped ones, or what `load_experiment` made of them.
     """
 
     def __init__(
@@ -39,10 +39,11 @@ class Bench:
         model: Any,
         vectors: Mapping[str, SteeringVectors],
         run: Results | None = None,
-        own: Sequence[str | Path] = (),
+        own: Sequence[str | Path | Experiment] = (),
     ) -> None:
         self._model, self.run, self.jobs = model, run, Jobs(turn_of(model))
-        self._experiments = {each.name: each for each in map(load_experiment, own)}
+        loaded = [each if isinstance(each, Experiment) else load_experiment(each) for each in own]
+        self._experiments = {each.name: each for each in loaded}
         self._pairs: dict[str, tuple[ContrastPairs, ContrastPairs]] = {}
         # Those of the beginning, and those that a reader has put in their place.
         self._vectors, self._kept = dict(vectors), dict[str, SteeringVectors]()
@@ -50,9 +51,9 @@ class Bench:
         self._aside: dict[str, tuple[str, SteeringVectors]] = {}
         self._numbers = itertools.count()
         self._deltas = dict[str, WeightDelta]()
-        if run is not None and (run.folder / "vectors.safetensors").is_file():
+        if run is not None and (file := run.file("vectors.safetensors")).is_file():
             of_run = str(run.content["behaviour"])
-            self._vectors.setdefault(of_run, SteeringVectors.load(run.folder / "vectors.safetensors"))
+            self._vectors.setdefault(of_run, SteeringVectors.load(file))
             self._origins.setdefault(of_run, "the run’s")
         if model is not None:
             for found in self._vectors.values():
@@ -178,7 +179,8 @@ class Bench:
             files = self._files()
             if name not in files:
                 raise ValueError(f"arm: {name!r} is not here. There are: {', '.join(self.deltas()) or 'none yet'}.")
-            self._deltas[name] = WeightDelta.load(files[name])
+            assert self.run is not None
+            self._deltas[name] = WeightDelta.load(self.run.file(files[name].name))
         return self._deltas[name]
 
     def keep_delta(self, name: str, delta: WeightDelta) -> None:

@@ -58,14 +58,21 @@ def _of_run(run: Results | None) -> list[Component]:
     if separable:
         shown.append(graph(plots.separability(separable), "vectors-run-separability"))
     if (run.folder / "vectors.safetensors").is_file():
-        name = str(content["behaviour"])
-        between = cosines({name: SteeringVectors.load(run.folder / "vectors.safetensors")})
-        title = f"{drawable(name)}: do the layers' vectors agree?"
-        shown.append(graph(plots.cosines(between, title=title), "vectors-run-cosines"))
+        shown.append(_cosines(run))
     if content["logit_lens"]:
         lens = graph(plots.logit_lens(drawable(content["logit_lens"])), "vectors-run-lens")
         shown.append(html.Details([html.Summary("What the vectors say in words (logit lens)"), lens]))
     return shown
+
+
+def _cosines(run: Results) -> Component:
+    name = str(run.content["behaviour"])
+    try:
+        between = cosines({name: SteeringVectors.load(run.file("vectors.safetensors"))})
+    except ValueError as refusal:  # another run has taken the place of this one since
+        return html.P(str(refusal), className="error")
+    title = f"{drawable(name)}: do the layers' vectors agree?"
+    return graph(plots.cosines(between, title=title), "vectors-run-cosines")
 
 
 def _live(bench: Bench) -> list[Component]:

@@ -58,7 +58,8 @@ class EndpointJudge:
         criterion: completes "the answer ...", as in "sounds happy".
         pairs: compare with the baseline.
         cache: JSON lines, one for each reply; `judge.jsonl` in the cache folder for None. It holds the prompts.
-        api_key_env: environment variable with the key; only a local server may do without. The key goes nowhere else.
+        api_key_env: environment variable with the key; only a local server may do without. The key goes nowhere else,
+            and no redirect is followed. Empty: no key is sent.
         price_in: of a million prompt tokens.
         price_out: of a million reply tokens.
         seed: passed on.

@@ -46,7 +46,7 @@ class Endpoint:
     Attributes:
         url: base URL.
         model: its name there.
-        api_key_env: environment variable with the key; a local server may do without.
+        api_key_env: environment variable with the key; a local server may do without. Empty: no key is sent anywhere.
         seed: passed on.
         max_tokens: of a reply.
         timeout: of one request, in seconds.
@@ -84,8 +84,8 @@ class Endpoint:
 
     def key(self) -> str:
         """The API key, read anew each time, so that nothing keeps it."""
-        key = os.environ.get(self.api_key_env, "")
-        if not key and not self.is_local:
+        key = os.environ.get(self.api_key_env, "") if self.api_key_env else ""
+        if not key and self.api_key_env and not self.is_local:
             raise ValueError(f"api_key_env: {self.api_key_env} is not set. Put the key for {self.url} into it.")
         return key or "none"
 
@@ -120,9 +120,13 @@ class Replies:
         self._client = openai.OpenAI(
             base_url=self.endpoint.url, api_key=self.endpoint.key(), timeout=self.endpoint.timeout,
             max_retries=self.endpoint.retries,
-            # What is on this machine is not to be sought through a proxy.
-            http_client=openai.DefaultHttpxClient(trust_env=False) if self.endpoint.is_local else None,
+            # Prompts and key go where they were meant to go, wherever a server would send them on to. What is on this
+            # machine is not to be sought through a proxy.
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not self.endpoint.is_local),
         )  # fmt: skip
+        if urlsplit(self.endpoint.url).hostname != "api.openai.com":  # what the client adds from variables of OpenAI's
+            self._client.organization = self._client.project = None
+            self._client._custom_headers = {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,6 +177,11 @@ class Replies:
                 "so far is kept."
             ) from None
         except openai.APIStatusError as error:
+            if 300 <= error.status_code < 400:
+                raise ConnectionError(
+                    f"url: {where} sends on to {_place_in(error.response)}, and neither answers nor key follow. Give "
+                    "that address if you trust it."
+                ) from None
             # Servers quote the key they refuse, or parts of it.
             quoted = "the key was refused" if error.status_code in (401, 403) else error.message[:300]
             told = quoted.replace(self.endpoint.key(), "...")
@@ -184,6 +193,14 @@ class Replies:
         if not getattr(completion, "choices", None):
             raise ConnectionError(f"url: what {where} says is no chat completion. Does the address end in /v1?")
         return completion
+
+
+def _place_in(response: Any) -> str:
+    """Where a redirect points to, without what may be secret in an address."""
+    target = urlsplit(response.headers.get("location", ""))
+    place = f"{target.scheme}://{target.hostname}{f':{target.port}' if target.port else ''}" if target.hostname else ""
+    shown = f"{place}{target.path}"[:200]
+    return "".join(sign for sign in shown if sign.isprintable()) or "nowhere"
 
 
 def _openai() -> Any:

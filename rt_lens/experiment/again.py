@@ -32,7 +32,7 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
         return found
     file = behaviour_file(experiment.name if source is None else source)
     text = file.read_text(encoding="utf-8-sig")
-    as_read = load_experiment(file)
+    as_read = load_experiment(file, permissions=experiment.permissions)
     said = {name: getattr(experiment, name) for name in ("model", "dtype", "chat_template_kwargs")}
     if replace(as_read, **said) != experiment:
         return found
@@ -61,7 +61,7 @@ def _told(experiment: Experiment) -> dict[str, Any]:
     settings = {
         entry.name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         for entry in fields(experiment)
-        if (value := getattr(experiment, entry.name)) is not experiment.pairs
+        if (value := getattr(experiment, entry.name)) is not experiment.pairs and entry.name != "permissions"
     }
     pairs = {"n": len(experiment.pairs), "topics": len(experiment.pairs.topics)}
     return plain(settings | {"model": _last(experiment.model), "pairs": pairs})

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rt_lens.evaluation import make_scorer
+from rt_lens.evaluation.permissions import Permissions, check_model
+from rt_lens.files import as_name, check_name
 from rt_lens.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.losses import Direction
 from rt_lens.models import DEFAULT_MODEL
@@ -113,6 +115,7 @@ class Experiment:
         chat_template_kwargs: what its chat template is given besides the messages.
         honesty: set for the honesty experiment, whose pairs follow from facts.
         judge: a `[judge]` table: an `EndpointJudge`'s settings, who then judges the persona protocol's role-plays too.
+        permissions: what the file that it was read from may use; None where it was read from none.
     """
 
     name: str
@@ -131,6 +134,7 @@ class Experiment:
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     choose: ChooseConfig = field(default_factory=ChooseConfig)
     test: TestConfig = field(default_factory=TestConfig)
+    permissions: Permissions | None = field(default=None, repr=False, compare=False)
 
     @property
     def tuned_arms(self) -> dict[str, TuneConfig]:
@@ -153,6 +157,7 @@ def load_experiment(
     model: str | None = None,
     dtype: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    permissions: Permissions | None = None,
 ) -> Experiment:
     """Reads an experiment's TOML file, or a shipped behaviour's.
 
@@ -161,42 +166,49 @@ def load_experiment(
         model: overrides the file's model.
         dtype: overrides the file's.
         chat_template_kwargs: override the file's.
+        permissions: which judges behind endpoints the file may use; what the user's settings allow for None.
 
     Raises:
-        ValueError: unknown behaviour, a table or key that is not known (the nearest is named), or a value out of range.
+        ValueError: unknown behaviour, a table or key that is not known (the nearest is named), a value out of range, or
+            something that only the user may allow (see `rt_lens.evaluation.permissions`).
     """
     path = behaviour_file(name_or_path)
     content = read_toml(path)
+    permissions = Permissions.of_user() if permissions is None else permissions
     tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test", "honesty", "judge"}
     _refuse_unknown(path.name, content, {"name", "description"} | tables)
-    name = content.get("name", path.stem)
+    name = check_name(content["name"], f"name in {path.name}") if "name" in content else as_name(path.stem)
     tuning = dict(content.get("tune", {}))
     seeds, token = _seeds(tuning.pop("seeds", [0, 1, 2])), tuning.pop("token", {})
     honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
-    _check_judge(path.name, content, honesty)
+    judge = _judge(path, content, honesty, permissions)
     if honesty is None:
         pairs = pairs_from_table(name, content.get("pairs", {}), source=path.name)
     else:
         pairs = honesty_pairs(honesty)
     of_model = content.get("model", {})
     _refuse_unknown("[model]", of_model, {"name", "dtype", "chat_template_kwargs"})
+    if model is None:
+        model = str(of_model.get("name", DEFAULT_MODEL))
+        check_model(model, path)
     made = Experiment(
         name=name,
         description=content.get("description", ""),
         pairs=pairs,
-        scorer=content.get("scorer", "vader"),
+        scorer=permissions.checked(content.get("scorer", "vader"), path),  # type: ignore[arg-type]
         tune=_table(TuneConfig, "tune", tuning),
         tune_seeds=seeds,
         token=_token_settings(token),
-        model=model or of_model.get("name", DEFAULT_MODEL),
+        model=model,
         dtype=dtype or of_model.get("dtype", "float32"),
         chat_template_kwargs=chat_template_kwargs or of_model.get("chat_template_kwargs", {}),
         honesty=honesty,
-        judge=content.get("judge"),
+        judge=judge,
         split=_table(SplitConfig, "split", content.get("split", {})),
         extract=_table(ExtractConfig, "extract", content.get("extract", {})),
         choose=_table(ChooseConfig, "choose", content.get("choose", {})),
         test=_table(TestConfig, "test", content.get("test", {})),
+        permissions=permissions,
     )
     _ = made.tuned_arms  # refuses what is out of range now, not after an hour
     return made
@@ -221,14 +233,22 @@ def _token_settings(values: Any) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _check_judge(name: str, content: Mapping[str, Any], honesty: HonestyConfig | None) -> None:
-    """Refuses, before anything is loaded, a judge that cannot be made, and tables that nothing would read."""
+def _judge(
+    path: Path, content: Mapping[str, Any], honesty: HonestyConfig | None, permissions: Permissions
+) -> Mapping[str, Any] | None:
+    """The `[judge]` table as it may be used.
+
+    Refuses, before anything is loaded, a judge that cannot be made, and tables that nothing would read.
+    """
     unread = {"judge"} if honesty is None else {"pairs", "scorer"}
     if found := sorted(unread & set(content)):
         why = "only [honesty] has role-plays to judge" if honesty is None else "[honesty] brings its own"
-        raise ValueError(f"config: {name} has [{found[0]}], and {why}. Leave it out.")
-    if "judge" in content:
-        make_scorer({"kind": "endpoint_judge", **content["judge"]})
+        raise ValueError(f"config: {path.name} has [{found[0]}], and {why}. Leave it out.")
+    if "judge" not in content:
+        return None
+    judge = permissions.checked({**content["judge"], "kind": "endpoint_judge"}, path)
+    make_scorer(judge)
+    return {key: value for key, value in judge.items() if key != "kind"}  # type: ignore[union-attr]
 
 
 def honesty_pairs(config: HonestyConfig) -> ContrastPairs:

@@ -25,13 +25,13 @@ from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
 from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
-from rt_lens.files import write_atomically
+from rt_lens.files import together, write_atomically
 from rt_lens.forward import check_layers, model_name
 from rt_lens.generation import as_chat
 from rt_lens.losses import Direction
 from rt_lens.models import load_model
 from rt_lens.questions import Answer
-from rt_lens.results import plain, tables_of, write_results
+from rt_lens.results import files_of_run, plain, tables_of, write_results
 from rt_lens.scoreboard import Board, Scoreboard
 from rt_lens.shipped import neutral_paragraphs, neutral_prompts
 from rt_lens.statistics import mean_interval
@@ -64,7 +64,9 @@ def run_experiment(
 
     Args:
         experiment: from `load_experiment`.
-        out: folder; checked before the long work. Vectors and deltas are written as they are made.
+        out: folder; checked before the long work. A run that was there stays as it is until this one is done, and goes
+            then; files that are of no run stay. If this one is broken off, a message says where the vectors and deltas
+            are that were made by then.
         source: what `load_experiment` was given, so that the results say how to make them again; a shipped behaviour is
             known without.
         progress: show bars and the stages.
@@ -79,7 +81,8 @@ def run_experiment(
         >>> run_experiment(load_experiment("my.toml"), Path("runs/my"), source="my.toml")
     """
     check_writable(out)
-    return _Run(experiment, out, source, progress).run()
+    with together(out, files_of_run, last="results.json", kept="out: the run was") as aside:
+        return _Run(experiment, aside, source, progress).run()
 
 
 class _Run:
@@ -146,7 +149,8 @@ class _Run:
             "logit_lens": logit_lens(self.model, vectors).to_dict("records"),
             "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
         }
-        write_results(self.out, results, board.scoreboard(), self._projections(vectors))
+        made = [file.name for file in self.out.iterdir()]
+        write_results(self.out, results, board.scoreboard(), self._projections(vectors), files=made)
         return plain(results)
 
     def _extracted(self, seed: int) -> SteeringVectors:

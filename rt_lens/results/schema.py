@@ -2,13 +2,18 @@
 
 | file | what |
 |---|---|
-| results.json | the run: settings, choices and tables, see below; written last, so that it stands for a whole run |
+| results.json | the run: settings, choices and tables, see below; put there last, so that it stands for a whole run |
 | scores.csv | a row per arm, direction, seed, set, item and scorer: prompt, category, score |
 | texts.csv | a row per arm, direction, seed and text: tokens, nll, kl (nats, summed over tokens); none without texts |
 | summary.csv | a row per arm, direction, set and scorer, side effects too: n, mean, low, high, perplexity, kl, seeds |
 | responses.jsonl | a row per arm, direction, seed, set and prompt: response, every score, score (the first scorer's) |
 | projections.json | prompt, tokens, layers, and arms: name -> projections [layer][token] |
 | table.md, table.tex | summary and side effects as tables |
+| vectors.safetensors, rep_tuned_DIRECTION.safetensors | what an experiment found and tuned |
+| report.html | the page that is made of them, later: no part of the run |
+
+All of them take their place together, and results.json has a checksum of each: what another run has left, or somebody
+has changed, is refused by its name. Files of other names are somebody's own, and stay.
 
 results.json, schema 1. Intervals are of 95 %; null is what was not measured.
 
@@ -32,18 +37,20 @@ results.json, schema 1. Intervals are of 95 %; null is what was not measured.
 | history | a row per arm, direction, seed, split and step of tuning: losses |
 | logit_lens | a row per layer and sign: tokens |
 | seconds | stage -> seconds |
+| files | name -> SHA-256 of each other file of the run; kept apart when it is read |
 
 Columns of arms and summary: arm, direction, set, scorer, n, mean, low, high (score); perplexity, perplexity_low,
 perplexity_high, kl, kl_low, kl_high (nats per token), n_texts; facts, facts_low, facts_high, n_facts (share of plain
 questions answered right); repetition, repetition_low, repetition_high.
 
-Runs without `again`, `side_effects`, `protocol`, scores.csv and texts.csv, and with comparisons of `direction`, a, b
-alone, were written before these were; they load, with what can be filled in.
+Runs without `files`, `again`, `side_effects`, `protocol`, scores.csv and texts.csv, and with comparisons of
+`direction`, a, b alone, were written before these were; they load, with what can be filled in.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +58,16 @@ from typing import Any
 
 import pandas as pd
 
+from rt_lens.files import file_sha256
+
 SCHEMA = 1
+TABLES = (
+    *("results.json", "scores.csv", "texts.csv", "summary.csv", "responses.jsonl", "projections.json"),
+    *("table.md", "table.tex"),
+)
+"""What `write_results` writes."""
+REPORT = "report.html"
+_MADE_BEFORE = ("vectors.safetensors", "rep_tuned_toward.safetensors", "rep_tuned_away.safetensors")
 _KEYS = (
     *("schema", "behaviour", "description", "model", "versions", "seed", "choices", "arms", "summary", "comparisons"),
     *("separability", "dose_response", "bound", "history", "logit_lens", "seconds"),
@@ -82,10 +98,26 @@ class Results:
     Attributes:
         folder: where its files lie; the methods read those beside results.json.
         content: results.json, checked and with newer keys filled in.
+        files: name -> SHA-256 of the run's other files; empty for older runs, of which none is checked.
     """
 
     folder: Path
     content: Mapping[str, Any] = field(repr=False)
+    files: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def file(self, name: str) -> Path:
+        """The path of a file in the folder; whether it is there is for the caller to see.
+
+        Raises:
+            ValueError: if it is not the one that the run wrote.
+        """
+        path = self.folder / name
+        if name in self.files and path.is_file() and file_sha256(path) != self.files[name]:
+            raise ValueError(
+                f"run: {path} must be the file that the run of results.json wrote, got another: it is of another run, "
+                "or damaged or changed since. Run the experiment again, to its end."
+            )
+        return path
 
     def scores(self) -> pd.DataFrame:
         """A row per arm, direction, set, scorer, seed and item: prompt, score. Older runs: from responses.jsonl.
@@ -94,7 +126,7 @@ class Results:
             FileNotFoundError: if neither file is there.
             ValueError: if the file is damaged; the message says how.
         """
-        path = self.folder / "scores.csv"
+        path = self.file("scores.csv")
         if path.is_file():
             return _csv(path, words=("arm", "direction", "set", "scorer", "prompt"), numbers=("seed", "item", "score"))
         # Before there was scores.csv, a run had one set and one scorer.
@@ -109,7 +141,7 @@ class Results:
         Raises:
             ValueError: if the file is damaged.
         """
-        path = self.folder / "texts.csv"
+        path = self.file("texts.csv")
         numbers = ("seed", "text", "tokens", "nll", "kl")
         return _csv(path, words=("arm", "direction"), numbers=numbers) if path.is_file() else None
 
@@ -120,7 +152,7 @@ class Results:
             FileNotFoundError: if it is not there.
             ValueError: if a line is not valid JSON, or lacks a key.
         """
-        path = self.folder / "responses.jsonl"
+        path = self.file("responses.jsonl")
         # Not splitlines(), which also parts at characters that JSON leaves as they are.
         rows = [_json(path, line) for line in _text(path).split("\n") if line.strip()]
         for row in rows:
@@ -134,7 +166,7 @@ class Results:
             FileNotFoundError: if it is not there.
             ValueError: if it is not valid JSON, or lacks a key.
         """
-        path = self.folder / "projections.json"
+        path = self.file("projections.json")
         found = _json(path, _text(path))
         _need(path.name, found, ("prompt", "tokens", "layers", "arms"))
         return found
@@ -145,7 +177,8 @@ def load_results(path: str | Path) -> Results:
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it is not valid JSON, lacks a key, or has a schema that this version does not know.
+        ValueError: if it is not valid JSON, lacks a key, or has a schema that this version does not know; or if a file
+            of the run is not the one that it wrote.
 
     Example:
         >>> run = load_results("runs/mood")
@@ -153,7 +186,56 @@ def load_results(path: str | Path) -> Results:
     """
     path = Path(path).expanduser()
     file = path if path.suffix == ".json" else path / "results.json"
-    return Results(file.parent, checked(_json(file, _text(file))))
+    content = checked(_json(file, _text(file)))
+    run = Results(file.parent, content, _checksums(content.pop("files", {})))
+    for name in run.files:
+        run.file(name)
+    return run
+
+
+def checked_file(path: str | Path) -> Path:
+    """A file by itself, such as vectors; if it lies in a run's folder as one of its files, it must be the run's.
+
+    Raises:
+        ValueError: if it is not the one that the run wrote.
+    """
+    path = Path(path).expanduser()
+    return Results(path.parent, {}, _known(path.parent) or {}).file(path.name)
+
+
+def check_no_run(folder: Path) -> None:
+    """Raises ValueError if there is a finished run in a folder, whose scores others would replace."""
+    if (folder / "results.json").exists():
+        raise ValueError(f"out: must be a folder without a run, got {folder}, which has one. Give another folder.")
+
+
+def files_of_run(folder: Path) -> list[str]:
+    """Names of the files in a folder that are of the run there, finished or not, and not somebody's own."""
+    known = _known(folder)
+    return [*TABLES, REPORT, *(_MADE_BEFORE if known is None else known)]
+
+
+def _known(folder: Path) -> dict[str, str] | None:
+    """The checksums of the run in a folder; None if there is none, or none that has some."""
+    file = folder / "results.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return _checksums(content["files"]) if "files" in content else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _checksums(files: Any) -> dict[str, str]:
+    """The entry `files`, whose names may lead nowhere but into the run's own folder."""
+    if not isinstance(files, Mapping) or not all(map(_is_checksum, files.items())):
+        raise ValueError("results.json: files must be names with checksums. The file is damaged.")
+    return dict(files)
+
+
+def _is_checksum(entry: tuple[Any, Any]) -> bool:
+    name, checksum = entry
+    inside = isinstance(name, str) and not set(name) & set("/\\:\0") and name not in ("", ".", "..", "results.json")
+    return inside and isinstance(checksum, str) and re.fullmatch("[0-9a-f]{64}", checksum) is not None
 
 
 def checked(content: Any) -> dict[str, Any]:

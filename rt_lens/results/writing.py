@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rt_lens.files import write_atomically
+from rt_lens.files import file_sha256, together, write_atomically
+from rt_lens.results.schema import REPORT, TABLES, check_no_run
 from rt_lens.results.tables import to_latex, to_markdown
 from rt_lens.scoreboard import Scoreboard
 
@@ -74,15 +75,21 @@ def plain(value: Any) -> Any:
 
 
 def write_results(
-    folder: str | Path, results: Mapping[str, Any], board: Scoreboard, projections: Mapping[str, Any]
+    folder: str | Path,
+    results: Mapping[str, Any],
+    board: Scoreboard,
+    projections: Mapping[str, Any],
+    *,
+    files: Iterable[str] = (),
 ) -> Path:
-    """Writes all files of a run (see `rt_lens.results.schema`), each whole or not at all, results.json last.
+    """Writes all files of a run (see `rt_lens.results.schema`), all or none of them; those of a run before go.
 
     Args:
         folder: made if it is not there.
         results: the content of results.json, with what `tables_of` gives.
         board: what was measured.
         projections: the content of projections.json.
+        files: names of further files of the run that lie in the folder already, such as its vectors.
 
     Returns:
         The path of results.json.
@@ -100,14 +107,18 @@ def write_results(
         raise ValueError(f"results: no key {', '.join(missing)}. Add what tables_of gives, and the run's names.")
     caption = f"{content['behaviour']} on {content['model']}"
     effects, damage = content["summary"], content["side_effects"]
-    for name, make in (("table.md", to_markdown), ("table.tex", to_latex)):
-        pieces = [make(effects, caption=f"{caption}: scores of every arm")]
-        if damage:
-            pieces.append(make(damage, caption=f"{caption}: side effects", by_direction=False))
-        _write(folder / name, "\n".join(pieces))
-    write_scores(folder, board)
-    _write(folder / "projections.json", _json(plain(projections)))
-    return _write(folder / "results.json", json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
+    checksums = {name: file_sha256(folder / name) for name in files}
+    with together(folder, lambda _: [*TABLES, REPORT], last="results.json") as aside:
+        for name, make in (("table.md", to_markdown), ("table.tex", to_latex)):
+            pieces = [make(effects, caption=f"{caption}: scores of every arm")]
+            if damage:
+                pieces.append(make(damage, caption=f"{caption}: side effects", by_direction=False))
+            _write(aside / name, "\n".join(pieces))
+        _write_scores(aside, board)
+        _write(aside / "projections.json", _json(plain(projections)))
+        content["files"] = checksums | {path.name: file_sha256(path) for path in sorted(aside.iterdir())}
+        _write(aside / "results.json", json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
+    return folder / "results.json"
 
 
 def write_scores(folder: str | Path, board: Scoreboard) -> Path:
@@ -121,22 +132,28 @@ def write_scores(folder: str | Path, board: Scoreboard) -> Path:
         The folder.
 
     Raises:
+        ValueError: if there is a run in the folder, whose scores these would replace.
         OSError: if the disk is full or the folder cannot be written.
 
     Example:
         >>> write_scores("scores", compare_arms(model, {"untuned": None}, {"test": Exam(prompts)}))
     """
     folder = Path(folder)
+    check_no_run(folder)
+    names = ("scores.csv", "texts.csv", "summary.csv", "responses.jsonl")
+    with together(folder, lambda _: names, last="scores.csv") as aside:
+        _write_scores(aside, board)
+    return folder
+
+
+def _write_scores(folder: Path, board: Scoreboard) -> None:
     _write(folder / "scores.csv", _csv(_with_prompts(board)))
     summary = board.summary()
     seeds = [" ".join(map(str, each)) for each in summary["seeds"]]
     _write(folder / "summary.csv", _csv(summary.assign(seeds=seeds)))
     if len(board.texts):
         _write(folder / "texts.csv", _csv(board.texts))
-    else:  # else those of an older run in this folder would be taken for this one's
-        (folder / "texts.csv").unlink(missing_ok=True)
     _write(folder / "responses.jsonl", "".join(f"{_json(row)}\n" for row in _responses(board)))
-    return folder
 
 
 def _scored(rows: Sequence[Mapping[str, Any]], exams: Sequence[str], writing: str) -> list[dict[str, Any]]:

@@ -58,6 +58,10 @@ class Gate:
         self._open: Tensor | None = None
         self._waiting = 0  # edits that have yet to ask in this forward pass
 
+    def described(self) -> dict[str, Any]:
+        """What it decides by, without what it has seen last."""
+        return {"condition": self.condition, "n_edits": self.n_edits}
+
     def __call__(self, activation: Float[Tensor, "batch pos d"], hook: Any) -> None:
         condition = self.condition
         unit = (condition.direction / condition.direction.norm()).to(activation)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rt_lens.checksums import parameters_sha256, tensors_sha256
 from rt_lens.files import check_can_write, read_safetensors, remove_leftovers, write_safetensors
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.material import Material, Row
@@ -143,16 +143,18 @@ class Checkpoint:
             )
 
 
-def run_of(config: TuneConfig, model: nn.Module, about: Mapping[str, Any]) -> dict[str, Any]:
+def run_of(
+    config: TuneConfig, model: nn.Module, about: Mapping[str, Any], weights: str | None = None
+) -> dict[str, Any]:
     """What makes two runs the same beside the texts: settings, and checksums of the model's weights and the vectors.
 
     How memory is used is no part of it, so that a run which ran out of it can go on with less; nor is the model's name,
-    since one model has several.
+    since one model has several. `weights` is the checksum of the model's, where it is known already.
     """
     memory = ("micro_batch_size", "prefix_cache")
     return {
         **{name: value for name, value in asdict(config).items() if name not in memory},
-        "model": _checksum(model.named_parameters()),
+        "model": parameters_sha256(model) if weights is None else weights,
         **about,
     }
 
@@ -164,20 +166,12 @@ def contents_of(material: Material) -> dict[str, str]:
     give it other last bits.
     """
     rows = {"train": material.train, "validation": material.held_out, "neutral": material.neutral}
-    return {name: _checksum(part for row in some for part in _parts(row)) for name, some in rows.items()}
+    return {name: tensors_sha256(part for row in some for part in _parts(row)) for name, some in rows.items()}
 
 
 def _parts(row: Row) -> Iterator[tuple[str, Tensor]]:
     yield from (("tokens", row.tokens), ("predicts", row.predicts), ("choices", row.choices), ("shares", row.shares))
     yield from row.places.items()
-
-
-def _checksum(named: Iterable[tuple[str, Tensor]]) -> str:
-    content = hashlib.sha256()
-    for name, tensor in named:
-        content.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return content.hexdigest()
 
 
 def _as_stored(run: Mapping[str, Any]) -> dict[str, Any]:

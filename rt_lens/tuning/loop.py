@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rt_lens.checksums import parameters_sha256
 from rt_lens.delta import WeightDelta
 from rt_lens.forward import dtype_name, model_name
 from rt_lens.progress import Bar
@@ -93,12 +94,17 @@ def tune(
     readings = readings_of(model, vectors, config)
     _check_request(model, train, config, validation, neutral, steer, checkpoint_every)
     about = {"vectors": described(vectors), "steer": None if steer is None else steer.described()}
-    kept = None if checkpoint is None else Checkpoint(Path(checkpoint).expanduser(), run_of(config, model, about))
+    # Reading 8 billion weights takes as long as some steps do: once, and only for who compares it.
+    weights = parameters_sha256(model) if checkpoint is not None or isinstance(train, Material) else ""
+    kept = (
+        None if checkpoint is None else Checkpoint(Path(checkpoint).expanduser(), run_of(config, model, about, weights))
+    )
     if not isinstance(train, Material):
         train = prepare(
-            model, vectors, train, config, validation=validation, neutral=neutral, steer=steer, progress=progress
-        )
-    _check_material(model, train, readings, config, steer)
+            model, vectors, train, config, validation=validation, neutral=neutral, steer=steer, progress=progress,
+            weights=weights,
+        )  # fmt: skip
+    _check_material(model, weights, train, readings, config, steer)
     union = {name: parameter for found in trained.values() for name, parameter in found.items()}
     if kept:
         kept.reads(train)
@@ -135,10 +141,20 @@ def _check_request(
 
 
 def _check_material(
-    model: Any, material: Material, readings: Sequence[Reading], config: TuneConfig, steer: KLThenSteer | None
+    model: Any,
+    weights: str,
+    material: Material,
+    readings: Sequence[Reading],
+    config: TuneConfig,
+    steer: KLThenSteer | None,
 ) -> None:
     if material.model != model_name(model):
         raise ValueError(f"train: this material was prepared with {material.model}, this model is {model_name(model)}.")
+    if material.weights and material.weights != weights:
+        raise ValueError(
+            f"train: must be material prepared with this model's weights, got some of other weights of {material.model}"
+            ". Prepare it anew, or take off the change of weights that is on the model."
+        )
     if config.token_weight and material.direction not in (None, config.direction):
         raise ValueError(
             f"train: this material's targets were written for {material.direction!r}, direction is "

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 
+from rt_lens.checksums import parameters_sha256
 from rt_lens.forward import bridge_logits, model_name, quick, unembed
 from rt_lens.losses import Direction
 from rt_lens.positions import numbers_in, position_of, rows_of
@@ -106,6 +107,7 @@ class Material:
         first_block: the block that `prefix` stands before; 0 if the model runs from the beginning.
         model: name of the model that it was prepared with.
         direction: that the model wrote the targets for; None if they were given.
+        weights: checksum of the model's weights, which all of this was computed from; empty if nobody checks it.
     """
 
     train: list[Row]
@@ -115,6 +117,7 @@ class Material:
     first_block: int
     model: str
     direction: Direction | None
+    weights: str = ""
 
 
 @torch.no_grad()
@@ -128,6 +131,7 @@ def prepare(
     neutral: Iterable[str] | Iterable[Target] = (),
     steer: KLThenSteer | None = None,
     progress: bool = False,
+    weights: str | None = None,
 ) -> Material:
     """Writes targets where pairs came, and runs the untuned model once over all that stays constant while tuning.
 
@@ -143,6 +147,7 @@ def prepare(
         neutral: prompts or targets for the KL term.
         steer: steering that the losses are computed under; its layers are not cut off.
         progress: show bars.
+        weights: checksum of the model's weights, where it is known already; read for None.
 
     Raises:
         ValueError: if there is nothing to train or validate on, or a position that a text has not.
@@ -162,6 +167,7 @@ def prepare(
         first_block=first,
         model=model_name(model),
         direction=config.direction if isinstance(train, ContrastPairs) else None,
+        weights=parameters_sha256(model) if weights is None else weights,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from rt_lens.checksums import measure_sha256
 from rt_lens.files import write_atomically
 from rt_lens.progress import Bar
 from rt_lens.prompts import ContrastPairs
@@ -65,7 +66,8 @@ def block_search(
         measure: the effect on validation prompts, larger for better; without one the losses must do.
         validation: as for `tune`.
         neutral: as for `tune`.
-        path: JSON file that keeps finished candidates; a search of the same settings goes on from there.
+        path: JSON file that keeps finished candidates; a search of the same settings, weights and measure goes on from
+            there.
         progress: show bars.
 
     Returns:
@@ -160,7 +162,9 @@ def _settings(
         "vectors": described(vectors),
         "measure": None if measure is None else getattr(measure, "__qualname__", type(measure).__qualname__),
     }
-    run = {**run_of(candidate, model, about), **contents_of(material)}
+    weights = material.weights or None  # `tune` will see to it that they are the model's
+    code = None if measure is None else measure_sha256(measure, model)
+    run = {**run_of(candidate, model, about, weights), **contents_of(material), "code": code}
     return {name: value for name, value in run.items() if name not in ("kinds", "trained_layers")}
 
 
@@ -177,7 +181,10 @@ class _Done:
             theirs, self.rows = dict(stored["settings"]), dict(stored["rows"])
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"path: {self.path} is no file of a block search. Give another name.") from None
-        if differing := [name for name, value in self.settings.items() if theirs.get(name) != value]:
+        theirs = {"code": self.settings["code"], **theirs}  # older files do not say
+        differing = [name for name, value in self.settings.items() if theirs.get(name) != value]
+        if differing:
+            differing = ["measure" if name == "code" else name for name in differing]
             raise ValueError(
                 f"path: {self.path} holds a search with other {', '.join(differing)}. Give another name, or remove it."
             )
