@@ -24,7 +24,7 @@ from rt_lens.plots.look import drawable
 from rt_lens.results import Results
 from rt_lens.results.schema import choices_of
 from rt_lens.steering import FwdHook, ablate, add, add_preserving_norm, clamp
-from rt_lens.tokens import encode, tokenizer_of
+from rt_lens.tokens import encode, text_of, token_texts
 from rt_lens.vectors import SteeringVectors, layer_of
 
 PAGE = "explore"
@@ -238,8 +238,7 @@ class _Answers:
             self.job.watch(None)
             self.tokens[names[new.row]].append(new.token)
             for projection in new.projections.values():
-                told = {"arm": drawable(names[new.row]), "token": drawable(new.text)}
-                self.rows.append({**told, "place": new.place, "projection": projection})
+                self.rows.append({"arm": names[new.row], "place": new.place, "projection": projection})
             if time.monotonic() - self.shown_at > _BETWEEN:
                 self.show()
 
@@ -247,13 +246,13 @@ class _Answers:
 
     def show(self, *, ended: bool = False) -> None:
         self.shown_at = time.monotonic()
-        # Together, since one letter or emoji may be spread over several tokens.
-        decode = tokenizer_of(self.model).decode
-        texts = {name: decode(tokens, skip_special_tokens=True) for name, tokens in self.tokens.items()}
+        texts = {name: text_of(self.model, tokens) for name, tokens in self.tokens.items()}
         columns = [
             html.Article([html.H3(name), html.P(text or ("(nothing)" if ended else "…"), className="answer")])
             for name, text in texts.items()
         ]
         self.job.show("answers", html.Div(columns, className="answers"))
         if self.rows:
-            self.job.show("trace", graph(plots.trace(list(self.rows), title=self.title), "explore-trace-graph"))
+            labels = {name: token_texts(self.model, tokens) for name, tokens in self.tokens.items()}
+            rows = [{**row, "token": labels[row["arm"]][row["place"]]} for row in self.rows]
+            self.job.show("trace", graph(plots.trace(rows, title=self.title), "explore-trace-graph"))

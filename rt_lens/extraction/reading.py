@@ -14,7 +14,7 @@ from rt_lens.extraction.extract import read_sides
 from rt_lens.positions import Position, position_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.statistics import share_interval
-from rt_lens.tokens import tokenizer_of
+from rt_lens.tokens import token_text
 from rt_lens.vectors import SteeringVectors, layer_of
 
 
@@ -69,12 +69,11 @@ def logit_lens(model: Any, vectors: SteeringVectors, *, top: int = 8) -> pd.Data
     """
     _refuse_heads(vectors)
     vectors.check_fits(model)
-    tokenizer = tokenizer_of(model)
     rows = []
     for name in vectors.hook_names:
         scores = model.ln_final(vectors[name].to(model.W_U)[None, None])[0, 0] @ model.W_U
         for sign, ranked in (("+v", scores), ("-v", -scores)):
-            words = [tokenizer.decode([i]) for i in ranked.topk(top).indices.tolist()]
+            words = [token_text(model, token) for token in ranked.topk(top).indices.tolist()]
             rows.append({"layer": layer_of(name), "sign": sign, "tokens": words})
     return pd.DataFrame(rows)
 
