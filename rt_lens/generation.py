@@ -77,8 +77,8 @@ class NewToken:
         row: number of its prompt in the list.
         place: its number in the answer, from 0.
         token: its id.
-        text: what it adds to the answer: nothing where it is special or ends within a letter, whose bytes the token that
-            completes it brings. All texts of a row, joined, are its answer.
+        text: what it adds to the answer; all texts of a row, joined, are its answer. It is empty where the token is
+            special, or ends within a letter, which the token that completes it has.
         projections: hook name -> projection of its own activation, under the hooks, on the unit vector.
     """
 
@@ -131,8 +131,8 @@ def generate(
         batch_size: prompts per batch.
         use_cache: False runs the whole text again for each token: slow, and what attention patterns need to be hooked.
         trace: vectors on which each new token is projected, for `on_token`.
-        on_token: called with each new token, as soon as it (and with `trace` its own activation) is there; with one that
-            ends within a letter as soon as the next is there, or none follows.
+        on_token: called with each new token, as soon as it (and with `trace` its own activation) is there; one that
+            ends within a letter waits for the next, or for the end.
         progress: show a bar.
 
     Returns:
@@ -323,7 +323,9 @@ class _Teller:
         self.read: dict[str, list[float]] = {}
         self.ended = [False] * len(rows)
         self.pieces = [Pieces(model) for _ in rows]
-        self.held: dict[int, NewToken] = {}  # rows whose last token ends within a letter: the next one, or none, decides
+        self.held: dict[
+            int, NewToken
+        ] = {}  # rows whose last token ends within a letter: the next one, or none, decides
 
     def listening(self) -> AbstractContextManager[Any]:
         """The readers come after whatever hooks there are, so that they see what the edits left."""

@@ -298,7 +298,7 @@ class _Watch:
             text = text_of(self.model, self.ids[new.row], special=True)  # a task may name a special token
             if any(stop in text for stop in self.wish.until):
                 self.stopped.add(new.row)
-        # A row that was not told of the two places before this one has ended by itself; of the last one it may be told late.
+        # A row told of neither of the two places before this one has ended by itself; of one place it may be told late.
         if not any(len(ids) >= new.place - 1 for row, ids in self.ids.items() if row not in self.stopped):
             raise _AllStoppedError
 
