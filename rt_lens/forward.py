@@ -247,6 +247,11 @@ def logits_where(
         yield from model(tokens, attention_mask=mask)[where].split(size)
 
 
+def finest_dtype(device: Any) -> torch.dtype:
+    """The most exact type that a device computes in: float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:
     """The block indices, all for None.
 

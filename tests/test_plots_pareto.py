@@ -188,5 +188,8 @@ def test_a_reliability_diagram_draws_the_table():
 
 
 def test_names_that_look_like_markup_are_drawn_as_they_are():
-    named = [{**row, "arm": HOSTILE if row["arm"] == "steered" else row["arm"], "scorer": HOSTILE} for row in efficient(rows())]
+    named = [
+        {**row, "arm": HOSTILE if row["arm"] == "steered" else row["arm"], "scorer": HOSTILE}
+        for row in efficient(rows())
+    ]
     check_drawn_as_it_is(pareto(named, title=HOSTILE), least=6)

@@ -303,7 +303,7 @@ def _show_weights(job: Job, slot: str, bench: Bench, arm: str) -> None:
     own = bench.vectors(behaviour) if behaviour is not None and bench.has_vectors(behaviour) else None
     kind, along = (own.kind, f" (along {behaviour}: {made(own)})") if own is not None else ("resid_post", "")
     title = f"Changed weights: {arm}{along}"
-    drawn = plots.weight_changes(weight_changes(bench.model, delta, own, hook=kind), title=title)
+    drawn = plots.weight_changes(weight_changes(bench.model, delta, own, hook=kind, progress=False), title=title)
     job.show(slot, graph(drawn, f"{PAGE}-{slot}-weights-graph"))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rt_lens.evaluation import make_scorer
+from rt_lens.evaluation import Scorer, ScorerLike, make_scorer, unmade_scorer
 from rt_lens.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.losses import Direction
 from rt_lens.models import DEFAULT_MODEL
@@ -102,29 +103,53 @@ class Experiment:
         name: of the behaviour.
         description: in a sentence.
         pairs: contrast pairs.
-        scorer: name or `[scorer]` table.
+        scorer: name, `[scorer]` table or Scorer.
         tune: settings of the rep-tuned arm; the token-tuned arm is the same without the cosine loss.
         tune_seeds: direction -> seeds; each tuned arm is tuned once per seed.
         model: name or path for `load_model`.
         dtype: of its weights.
         honesty: set for the honesty experiment, whose pairs follow from facts.
-        judge: a `[judge]` table: an `EndpointJudge`'s settings, who then judges the persona protocol's role-plays too.
+        judge: a `[judge]` table: an `EndpointJudge`'s settings, or a Scorer, who then judges the role-plays too.
     """
 
     name: str
     description: str
     pairs: ContrastPairs
-    scorer: str | Mapping[str, Any]
+    scorer: ScorerLike
     tune: TuneConfig
     tune_seeds: Mapping[str, tuple[int, ...]]
     model: str = DEFAULT_MODEL
     dtype: str = "float32"
     honesty: HonestyConfig | None = None
-    judge: Mapping[str, Any] | None = None
+    judge: Mapping[str, Any] | Scorer | None = None
     split: SplitConfig = field(default_factory=SplitConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     choose: ChooseConfig = field(default_factory=ChooseConfig)
     test: TestConfig = field(default_factory=TestConfig)
+
+    @cached_property
+    def made_scorer(self) -> Scorer:
+        """The scorer, made once, and only where it is used: it may take a model of its own."""
+        return make_scorer(self.scorer)
+
+    @cached_property
+    def made_judge(self) -> Scorer | None:
+        """The judge, made once."""
+        return None if self.judge is None else make_scorer(judge_table(self.judge))
+
+    def unmade(self) -> Experiment:
+        """The same with scorer and judge that say what they read, and are never made: for a plan.
+
+        Raises:
+            ValueError: for a table that no scorer can be made of.
+        """
+        judge = None if self.judge is None else unmade_scorer(judge_table(self.judge))
+        return replace(self, scorer=unmade_scorer(self.scorer), judge=judge)
+
+
+def judge_table(judge: Mapping[str, Any] | Scorer) -> ScorerLike:
+    """What a scorer is made of for a `[judge]` table."""
+    return {"kind": "endpoint_judge", **judge} if isinstance(judge, Mapping) else judge
 
 
 def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Experiment:
@@ -145,7 +170,7 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
     tuning = dict(content.get("tune", {}))
     seeds = _seeds(tuning.pop("seeds", [0, 1, 2]))
     honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
-    _check_judge(path.name, content, honesty)
+    _check_scorers(path.name, content, honesty)
     if honesty is None:
         pairs = pairs_from_table(name, content.get("pairs", {}), source=path.name)
     else:
@@ -169,14 +194,15 @@ def load_experiment(name_or_path: str | Path, *, model: str | None = None) -> Ex
     )
 
 
-def _check_judge(name: str, content: Mapping[str, Any], honesty: HonestyConfig | None) -> None:
-    """Refuses, before anything is loaded, a judge that cannot be made, and tables that nothing would read."""
+def _check_scorers(name: str, content: Mapping[str, Any], honesty: HonestyConfig | None) -> None:
+    """Refuses, with nothing loaded or made, a scorer or judge of wrong keys, and tables that nothing would read."""
     unread = {"judge"} if honesty is None else {"pairs", "scorer"}
     if found := sorted(unread & set(content)):
         why = "only [honesty] has role-plays to judge" if honesty is None else "[honesty] brings its own"
         raise ValueError(f"config: {name} has [{found[0]}], and {why}. Leave it out.")
     if "judge" in content:
-        make_scorer({"kind": "endpoint_judge", **content["judge"]})
+        unmade_scorer(judge_table(content["judge"]))
+    unmade_scorer(content.get("scorer", "vader"))
 
 
 def honesty_pairs(config: HonestyConfig) -> ContrastPairs:
