@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 from rt_lens.forward import keeps_logits, quick
 from rt_lens.listing import as_text, text_list
 from rt_lens.progress import Bar
-from rt_lens.tokens import TokenBatch, batches, encode, pad, pad_id_of, tokenizer_of
+from rt_lens.tokens import TokenBatch, batches, encode, pad, pad_id_of, token_texts
 from rt_lens.whereabouts import whereabouts
 
 
@@ -137,12 +137,11 @@ def token_activations(
     """Activations at every token of one text.
 
     Returns:
-        The tokens as strings, and hook name -> Float[Tensor, "pos *heads d"].
+        The tokens as strings (see `token_texts`), and hook name -> Float[Tensor, "pos *heads d"].
     """
     check_hook_names(model, hook_names)
     ids = encode(model, as_text(text, "text", blank=True))
     batch = pad([ids], pad_id_of(model)).to(model.cfg.device)
     with quick(model):
         cache = _run(model, batch, hook_names, 1)
-    words = [tokenizer_of(model).decode([token]) for token in ids]
-    return words, {name: cache[name][0].float().cpu() for name in hook_names}
+    return token_texts(model, ids), {name: cache[name][0].float().cpu() for name in hook_names}

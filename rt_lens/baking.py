@@ -94,18 +94,13 @@ class _Weights:
         if name not in self.before:
             raise ValueError(f"model: it has no parameter {name} that an edit could be folded into. Keep the hooks.")
         weight = self.now.get(name, self.before[name])
-        return weight.to(_precision(weight.device))
+        return weight.to(finest_dtype(weight.device))  # each of many weights is rounded once, not once for each product
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         self.now[name] = value.to(self.before[name])
 
     def changes(self) -> dict[str, Tensor]:
         return {name: now - self.before[name] for name, now in self.now.items()}
-
-
-def _precision(device: Any) -> torch.dtype:
-    """Twice the usual one: each of many weights is rounded once, not once for each product."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64  # Apple's GPUs have no float64
 
 
 def _writes_as_it_is(model: Any) -> bool:
@@ -152,7 +147,7 @@ def _shape(model: Any, name: str) -> tuple[int, ...]:
 
 def _affine(model: Any, name: str, edits: Sequence[Edit]) -> Affine:
     """The edits at one hook point, one after the other, as h A + c; heads that are left alone get the identity."""
-    shape, kind = _shape(model, name), {"device": model.cfg.device, "dtype": _precision(model.cfg.device)}
+    shape, kind = _shape(model, name), {"device": model.cfg.device, "dtype": finest_dtype(model.cfg.device)}
     matrix, offset = torch.eye(shape[-1], **kind).expand(*shape, -1), torch.zeros(shape, **kind)
     for edit in edits:
         found = edit.operator.affine(float(edit.multiplier), shape)

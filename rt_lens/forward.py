@@ -337,6 +337,11 @@ def _without_hooks(model: Any) -> Iterator[None]:
             point._forward_hooks, point._backward_hooks = forward, backward
 
 
+def finest_dtype(device: Any) -> torch.dtype:
+    """The most exact type that a device computes in: float64, or float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:
     """The block indices, all for None.
 

@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from rt_lens.forward import (
 from rt_lens.listing import as_text, text_list
 from rt_lens.progress import Bar, breathe
 from rt_lens.tokens import (
+    Pieces,
     TokenBatch,
     begins_with_thought,
     chat_text,
@@ -40,7 +41,7 @@ from rt_lens.tokens import (
     is_chat,
     pad,
     pad_id_of,
-    tokenizer_of,
+    text_of,
 )
 from rt_lens.vectors import SteeringVectors
 from rt_lens.whereabouts import whereabouts
@@ -91,7 +92,8 @@ class NewToken:
         row: number of its prompt in the list.
         place: its number in the answer, from 0.
         token: its id.
-        text: its text.
+        text: what it adds to the answer; all texts of a row, joined, are its answer. It is empty where the token is
+            special, or ends within a letter, which the token that completes it has.
         projections: hook name -> projection of its own activation, under the hooks, on the unit vector.
     """
 
@@ -143,7 +145,8 @@ def generate(
         batch_size: prompts per batch.
         use_cache: False runs the whole text again for each token: slow, and what attention patterns need to be hooked.
         trace: vectors on which each new token is projected, for `on_token`.
-        on_token: called with each new token, as soon as it (and with `trace` its own activation) is there.
+        on_token: called with each new token, as soon as it (and with `trace` its own activation) is there; one that
+            ends within a letter waits for the next, or for the end.
         progress: show a bar.
 
     Returns:
@@ -163,7 +166,6 @@ def generate(
         if any(vector.ndim > 1 for vector in trace.vectors.values()):
             raise ValueError("trace: vectors at hook_z are each head's own. Use vectors of hook='attn_out', say.")
     sampling = Sampling(temperature, top_k, top_p, seed)
-    tokenizer = tokenizer_of(model)
     texts = as_chat(model, prompts) if chat else prompts
     encoded = [encode(model, text) for text in texts]
     if [] in encoded:
@@ -179,7 +181,7 @@ def generate(
                 use_cache=use_cache, trace=trace, on_token=on_token,
             )  # fmt: skip
             for row, ids in zip(rows, new, strict=True):
-                answers[row] = tokenizer.decode(ids, skip_special_tokens=True)
+                answers[row] = text_of(model, ids)
             bar.update(len(rows))
     _warn_of_thoughts(texts, answers)
     return answers
@@ -217,22 +219,16 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens {max_new_tokens} came; at least 1 is wanted.")
-    tokenizer, ends = tokenizer_of(model), _ends(model)
+    pieces, ends = Pieces(model), _ends(model)
     prompt = as_text(prompt, "prompt", blank=not has_chat_template(model))
     run = _Run(model, [encode(model, text) for text in as_chat(model, [prompt])], max_new_tokens, True, (0,))
-    ids: list[int] = []
-    told = ""
     for column in run.columns(Sampling(temperature, top_k, top_p, seed), ends):
         if column[0] in ends:
             break
-        ids.append(int(column[0]))
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character of which not all bytes are there
-            yield text[len(told) :]
-            told = text
-    rest = tokenizer.decode(ids, skip_special_tokens=True)[len(told) :]
-    if rest:
-        yield rest
+        if piece := pieces(int(column[0])):
+            yield piece
+    if pieces.rest:
+        yield pieces.rest
 
 
 def generate_tokens(
@@ -274,6 +270,8 @@ def generate_tokens(
         if tell is not None and tell.traces and tell.open_rows(columns[-1]):
             run.step(columns[-1][:, None])
             tell(len(columns) - 1, columns[-1])
+        if tell is not None:
+            tell.finish()
     return [_until_end(row, ends) for row in torch.stack(columns, 1).tolist()]
 
 
@@ -354,6 +352,10 @@ class _Teller:
         self.traces = trace is not None
         self.read: dict[str, list[float]] = {}
         self.ended = [False] * len(rows)
+        self.pieces = [Pieces(model) for _ in rows]
+        self.held: dict[
+            int, NewToken
+        ] = {}  # rows whose last token ends within a letter: the next one, or none, decides
 
     def listening(self) -> AbstractContextManager[Any]:
         """The readers come after whatever hooks there are, so that they see what the edits left."""
@@ -369,12 +371,29 @@ class _Teller:
         return any(not ended and int(t) not in self.ends for ended, t in zip(self.ended, column, strict=True))
 
     def __call__(self, place: int, column: Int[Tensor, "batch"]) -> None:
-        decode = tokenizer_of(self.model).decode
         for i, token in enumerate(column.tolist()):
-            self.ended[i] = self.ended[i] or token in self.ends
-            if not self.ended[i]:
-                projections = {name: values[i] for name, values in self.read.items()}
-                self.on_token(NewToken(self.rows[i], place, token, decode([token]), projections))
+            if self.ended[i]:
+                continue
+            self.ended[i] = token in self.ends
+            if self.ended[i]:
+                self._tell_held(i, self.pieces[i].rest)
+                continue
+            self._tell_held(i)
+            projections = {name: values[i] for name, values in self.read.items()}
+            new = NewToken(self.rows[i], place, token, self.pieces[i](token), projections)
+            if self.pieces[i].rest:
+                self.held[i] = new
+            else:
+                self.on_token(new)
+
+    def finish(self) -> None:
+        """Tells of the tokens that no other one follows."""
+        for i in list(self.held):
+            self._tell_held(i, self.pieces[i].rest)
+
+    def _tell_held(self, i: int, rest: str = "") -> None:
+        if new := self.held.pop(i, None):
+            self.on_token(replace(new, text=new.text + rest))
 
 
 def _shared_beginning(model: Any, encoded: Sequence[Sequence[int]]) -> int:

@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rt_lens.activations import last_token_activations, read_activations
 from rt_lens.arms import Arm, under
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import check_layers
+from rt_lens.forward import check_layers, finest_dtype
 from rt_lens.generation import as_chat
 from rt_lens.listing import text_list
 from rt_lens.progress import Bar
@@ -49,7 +49,12 @@ _AS_MATRIX |= dict.fromkeys(("gate", "up", "down", "embed"), "read write -> writ
 
 
 def weight_changes(
-    model: Any, delta: WeightDelta, vectors: SteeringVectors | None = None, *, hook: str = "resid_post"
+    model: Any,
+    delta: WeightDelta,
+    vectors: SteeringVectors | None = None,
+    *,
+    hook: str = "resid_post",
+    progress: bool = True,
 ) -> pd.DataFrame:
     """How much each weight changed, over how many directions, and how much of it lies along the layer's vector.
 
@@ -59,12 +64,14 @@ def weight_changes(
     down, their biases, embed) is |v' dW| / |dW| with the layer's own unit vector v; that of what reads from it (q, k,
     v, gate, up) is |dW v| / |dW| with the vector of the stream before the block, that is, of the layer below at
     `resid_post` where there is one, else the layer's own. The norm in front of a reader is left out of it.
+    All is computed on the model's device, in float64 where that has it.
 
     Args:
         model: the untuned model, HookedTransformer or TransformerBridge.
         delta: the change.
         vectors: of the residual stream; without them there is no alignment.
         hook: kind of hook point of the vectors.
+        progress: show a bar.
 
     Returns:
         One row per parameter of the delta: parameter, layer (NaN outside the blocks), kind (q, k, v, o, gate, up, down,
@@ -85,9 +92,10 @@ def weight_changes(
         pass
     weights = dict(model.named_parameters())
     rows = []
-    for name, change in Bar(delta.changes.items(), desc="weights", unit="parameter", disable=True):
-        kind, matrix = _as_matrix(name, change)
-        weight, norm = float(weights[name].detach().cpu().double().norm()), float(matrix.norm())
+    for name, change in Bar(delta.changes.items(), desc="weights", unit="parameter", disable=not progress):
+        exact: dict[str, Any] = {"device": model.cfg.device, "dtype": finest_dtype(model.cfg.device)}
+        kind, matrix = _as_matrix(name, change.detach().to(**exact))
+        weight, norm = float(weights[name].detach().to(**exact).norm()), float(matrix.norm())
         found = _LAYER.search(name)
         row = {
             "parameter": name,
@@ -283,7 +291,7 @@ def _kind(name: str) -> str:
 
 def _as_matrix(name: str, change: Tensor) -> tuple[str, Float[Tensor, "write read"]]:
     """The kind of a parameter, and its change as a matrix of rows written to and columns read from."""
-    kind, change = _kind(name), change.detach().cpu().double()
+    kind = _kind(name)
     if kind in _AS_MATRIX and (name.rsplit(".", 1)[-1] != "weight" or kind == "embed"):
         return kind, rearrange(change, _AS_MATRIX[kind])
     if kind in _AS_MATRIX:
@@ -292,14 +300,68 @@ def _as_matrix(name: str, change: Tensor) -> tuple[str, Float[Tensor, "write rea
 
 
 def _spectrum(matrix: Float[Tensor, "write read"]) -> dict[str, float]:
-    singular = torch.linalg.svdvals(matrix)
+    singular = _singular_values(matrix)
     shares = singular / singular.sum()
     entropy = -torch.special.xlogy(shares, shares).sum()  # 0 log 0 is 0; all is NaN where there is no change
     return {
         "effective_rank": float(entropy.exp()),
         "rank_limit": min(matrix.shape),
-        "top_share": float(singular[0] ** 2 / (singular**2).sum()),
+        "top_share": float(singular.max() ** 2 / (singular**2).sum()),
     }
+
+
+def _singular_values(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rank"]:
+    """The singular values, in no order, from eigenvalues of the Gram matrix of the smaller side.
+
+    They cost a fraction of a decomposition of the matrix itself, but squares lose what is small: beside the largest
+    square, those below the type's precision are noise. So the large ones are taken away with their directions, and the
+    rest has a Gram matrix of its own, until all that is left is alike in size, or nothing is.
+    """
+    rest = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    n, cut = len(rest), torch.finfo(matrix.dtype).eps ** 0.5
+    found, least = matrix.new_empty(0), 8 * torch.finfo(matrix.dtype).eps * matrix.norm()
+    while len(found) < n and rest.norm() > least:
+        squares, directions = _large_squares(rest @ rest.T, n - len(found), cut)
+        found = torch.cat([found, squares.clamp(min=0).sqrt()])
+        rest = rest - directions @ (directions.T @ rest)
+    return torch.cat([found, matrix.new_zeros(n - len(found))])
+
+
+def _large_squares(
+    gram: Float[Tensor, "n n"], n_left: int, cut: float
+) -> tuple[Float[Tensor, "found"], Float[Tensor, "n found"]]:
+    """The eigenvalues above a share of the largest, with their directions; no directions where that is all of them.
+
+    Args:
+        gram: of what is left of a matrix.
+        n_left: dimensions that were not taken away; the others have an eigenvalue of 0.
+        cut: the share.
+    """
+    n, few = len(gram), min(len(gram), 64)
+    noise = torch.Generator().manual_seed(0)
+    basis = torch.randn(n, few, generator=noise, dtype=torch.float64).to(gram)
+    for _ in range(3):  # a change of low rank is found by a few products (Halko et al. 2011)
+        basis = torch.linalg.qr(gram @ basis)[0]
+    values, turn = torch.linalg.eigh(basis.T @ gram @ basis)
+    large = _large(values, n_left, cut)
+    directions = basis @ turn[:, large]
+    miss = (gram @ directions - directions * values[large]).norm()
+    apart = miss <= n**0.5 * torch.finfo(gram.dtype).eps * gram.norm()
+    if not large.all() and apart:
+        return values[large], directions
+    values = torch.linalg.eigvalsh(gram)[n - n_left :].clamp(min=0)
+    noise, singular = torch.finfo(gram.dtype).eps * values[-1], values.sqrt()
+    lost = (noise / (singular + noise.sqrt())).sum() / singular.sum()  # of the singular values, as a share of their sum
+    if n * lost < 4e6 * torch.finfo(gram.dtype).eps:  # 1e-9, in float64
+        return values, gram.new_zeros(n, 0)
+    values, directions = torch.linalg.eigh(gram)
+    large = _large(values, n_left, cut)
+    return values[large], directions[:, large]
+
+
+def _large(values: Float[Tensor, "n"], most: int, cut: float) -> Bool[Tensor, "n"]:
+    """Which of some values in rising order are above a share of the last; at most so many."""
+    return (values > cut * values[-1]) & (torch.arange(len(values), 0, -1, device=values.device) <= most)
 
 
 def _alignment(
@@ -310,10 +372,10 @@ def _alignment(
     layer = int(found[1]) if found else 0  # what the embedding writes is read by the first block
     if kind in _WRITERS or re.search(r"\.(b_O|b_out)$|\.(o|down)_proj\..*bias$", name):
         unit = units.get(layer)
-        along = unit @ matrix if unit is not None else None
+        along = unit.to(matrix) @ matrix if unit is not None else None
     elif kind in _READERS:
         unit = units.get(layer - 1, units.get(layer)) if hook.endswith("resid_post") else units.get(layer)
-        along = matrix @ unit if unit is not None else None
+        along = matrix @ unit.to(matrix) if unit is not None else None
     else:
         along = None
     return float(along.norm() / matrix.norm()) if along is not None else missing

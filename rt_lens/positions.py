@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rt_lens.tokens import encode, tokenizer_of
+from rt_lens.tokens import encode, token_texts, tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Row:
     Attributes:
         text: special tokens included.
         ids: its token ids.
-        labels: its tokens as strings.
+        labels: its tokens as strings, see `token_texts`.
         spans: characters that each token covers; empty for tokens the tokenizer put in by itself.
         prompt_end: character at which the answer begins: the opener, or the end of the text.
     """
@@ -158,8 +158,7 @@ def rows_of(model: Any, texts: Sequence[str], prompt_ends: Sequence[int] | None 
         spans = [(int(low), int(high)) for low, high in plain["offset_mapping"]]
         before = next((n for n in range(len(ids)) if ids[n : n + len(spans)] == plain["input_ids"]), 0)
         spans = [(0, 0)] * before + spans + [(len(text), len(text))] * (len(ids) - len(spans) - before)
-        labels = tuple(tokenizer.decode([token]) for token in ids)
-        rows.append(Row(text, tuple(ids), labels, tuple(spans), end))
+        rows.append(Row(text, tuple(ids), tuple(token_texts(model, ids)), tuple(spans), end))
     return rows
 
 

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from rt_lens.checksums import (
     parameters_sha256,
     tensors_sha256,
 )
-from rt_lens.evaluation import Likelihood, ScorerLike, ask, make_scorer
+from rt_lens.evaluation import Likelihood, Scorer, ScorerLike, ask, make_scorer
 from rt_lens.files import write_atomically
 from rt_lens.forward import logits_where, model_name
 from rt_lens.generation import as_chat
@@ -57,8 +57,13 @@ class Answers:
     max_new_tokens: int = 24
     batch_size: int = 64
 
+    @cached_property
+    def made(self) -> Scorer:
+        """The scorer, made once: it may take a model of its own."""
+        return make_scorer(self.scorer)
+
     def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
-        score, asked = make_scorer(self.scorer), as_questions(prompts)
+        score, asked = self.made, as_questions(prompts)
         answers = ask(
             model, asked, {score.reads}, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
         )  # fmt: skip
@@ -385,7 +390,7 @@ def _described(value: Any) -> Any:
 
 def _metric_name(measure: Any) -> str:
     if isinstance(measure, Answers):
-        return make_scorer(measure.scorer).name
+        return measure.made.name
     return getattr(measure, "__name__", type(measure).__name__)
 
 

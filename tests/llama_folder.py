@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -41,6 +42,15 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     wrapped = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     wrapped.chat_template = _TEMPLATE
     return wrapped
+
+
+def spelling_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with the bytes as plain tokens, as Llama-2 has them: letters that no word has are spelt in bytes."""
+    made = llama_tokenizer()
+    state = json.loads(made.backend_tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
+    plain = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def llama_folder(folder: Path) -> Path:

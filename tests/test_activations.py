@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from llama_folder import spelling_tokenizer
 
 from rt_lens.activations import check_hook_names, last_token_activations, token_activations
 from rt_lens.tokens import encode
@@ -126,3 +127,10 @@ def test_texts_that_cannot_be_read_are_refused(tiny, hooks_on, texts, batch_size
 def test_no_hook_name_is_refused(tiny):
     with pytest.raises(ValueError, match=r"hook: the list is empty. Name at least one hook point"):
         last_token_activations(tiny, TEXTS, [])
+
+
+def test_labels_of_tokens_tell_a_words_beginning_from_its_middle(tiny):
+    tiny.tokenizer = spelling_tokenizer()
+    words, found = token_activations(tiny, "The sun is 日", POST)
+    assert words[:3] == ["<s>", " T", "he"] and words[-3:] == ["<0xE6>", "<0x97>", "日"]
+    assert len(words) == len(found[POST[0]])

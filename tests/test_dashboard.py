@@ -24,7 +24,6 @@ from rt_lens.dashboard.explore import OPERATORS, SLOTS, _Look, layout, steering
 from rt_lens.dashboard.serving import Dashboard
 from rt_lens.dashboard.work import Job, Jobs, told, turn_of
 from rt_lens.generation import as_chat
-from rt_lens.plots.look import drawable
 from rt_lens.progress import Bar, watched
 from rt_lens.tokens import encode
 
@@ -354,10 +353,6 @@ def test_explore_without_the_model_shows_the_run_and_says_why(tmp_path):
     assert "Nothing can be typed here: tiny is not on this machine." in str(page)
     held = page.children[-1]
     np.testing.assert_allclose(held.children.figure.data[0].z, [[0.1, 0.2]])
-
-
-def test_strings_for_figures_lose_their_markup_and_numbers_stay():
-    assert drawable({"<b>": ["<i>", 1.5, ("a & b",)]}) == {"&lt;b&gt;": ["&lt;i&gt;", 1.5, ["a &amp; b"]]}
 
 
 def test_each_page_has_its_place_in_the_frame(tiny, tiny_vectors):

@@ -20,7 +20,7 @@ from rt_lens.models.sources import embedded_folder
 from rt_lens.operators import Erase
 from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs, Pair
-from rt_lens.tokens import encode
+from rt_lens.tokens import encode, token_text
 from rt_lens.vectors import SteeringVectors, hook_names
 
 POST = hook_names([0, 1])
@@ -105,6 +105,38 @@ def test_logit_lens_is_the_final_norm_and_unembedding_of_the_vector(tiny, tiny_v
     table = logit_lens(tiny, tiny_vectors.select([1]), top=3).set_index("sign")["tokens"]
     assert table["+v"] == [tiny.tokenizer.decode([i]) for i in scores.topk(3).indices.tolist()]
     assert table["-v"] == [tiny.tokenizer.decode([i]) for i in (-scores).topk(3).indices.tolist()]
+
+
+@torch.no_grad()
+def test_logit_lens_of_a_model_with_biases_is_the_directions_own(make_tiny, tiny_vectors):
+    """LayerNorm as GPT-2 and Pythia have it: what is the same for every direction is no part of this one."""
+    tiny = make_tiny(normalization_type="LN", final_rms=False)
+    vector = tiny_vectors["blocks.1.hook_resid_post"]
+    loud = 1234
+    tiny.ln_final.b += 100 * tiny.W_U[:, loud] / tiny.W_U[:, loud].norm()  # raises one token whatever the direction
+    tiny.unembed.b_U[4321] = 1e4
+    centred = vector - vector.mean()
+    scores = (tiny.ln_final.w * centred / (centred.pow(2).mean() + tiny.cfg.eps).sqrt()) @ tiny.W_U
+    own = logit_lens(tiny, tiny_vectors.select([1]), top=5).set_index("sign")["tokens"]
+    assert own["+v"] == [token_text(tiny, i) for i in scores.topk(5).indices.tolist()]
+    assert own["-v"] == [token_text(tiny, i) for i in (-scores).topk(5).indices.tolist()]
+    assert not set(own["+v"]) & set(own["-v"])
+    shared = tiny.ln_final(vector[None, None])[0, 0] @ tiny.W_U
+    assert shared.argmax() == loud == (tiny.ln_final(-vector[None, None])[0, 0] @ tiny.W_U).argmax()
+    turned = dataclasses.replace(tiny_vectors, vectors={name: -each for name, each in tiny_vectors.vectors.items()})
+    other = logit_lens(tiny, turned.select([1]), top=5).set_index("sign")["tokens"]
+    assert (other["+v"], other["-v"]) == (own["-v"], own["+v"])
+
+
+@torch.no_grad()
+def test_logit_lens_of_the_bundled_model_has_no_bias_to_leave_out(model, provenance):
+    noise = torch.Generator().manual_seed(0)
+    vector = torch.randn(model.cfg.d_model, generator=noise)
+    found = logit_lens(model, SteeringVectors({"blocks.20.hook_resid_post": vector}, provenance), top=20)
+    plain = model.ln_final(vector[None, None])[0, 0] @ model.W_U
+    for sign, scores in (("+v", plain), ("-v", -plain)):
+        (tokens,) = found.loc[found["sign"] == sign, "tokens"]
+        assert tokens == [token_text(model, i) for i in scores.topk(20).indices.tolist()]
 
 
 # Reading

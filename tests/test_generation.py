@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from llama_folder import spelling_tokenizer
 
 from rt_lens import generation
 from rt_lens.extraction import token_projections
@@ -467,7 +468,7 @@ def test_each_new_token_is_told_with_its_row_its_place_and_its_text(tiny, tiny_v
         mine = [new for new in told if new.row == row]
         assert [new.place for new in mine] == list(range(5))
         assert tiny.tokenizer.decode([new.token for new in mine]) == answer
-        assert all(new.text == tiny.tokenizer.decode([new.token]) for new in mine)
+        assert "".join(new.text for new in mine) == answer
         assert all(list(new.projections) == (POST if traced else []) for new in mine)
     if batch_size == 64:
         assert [(new.place, new.row) for new in told] == [(place, row) for place in range(5) for row in range(3)]
@@ -598,3 +599,39 @@ def test_texts_can_be_taken_as_they_are(tiny, monkeypatch):
     assert plain != generate(tiny, PROMPTS, max_new_tokens=4)
     ids = generate_tokens(tiny, [encode(tiny, prompt) for prompt in PROMPTS], 4)
     assert plain == [tiny.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("cut", [None, "by the limit", "by its end"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_texts_that_are_told_are_together_the_answer(tiny, tiny_vectors, kind, cut, traced):
+    """Spaces are kept, and a letter of several tokens comes with the last of them."""
+    if kind == "sentencepiece":
+        tiny.tokenizer = spelling_tokenizer()
+    tokenizer = tiny.tokenizer
+    ids = tokenizer.encode("It was  a sunny day 日本🦩", add_special_tokens=False)
+    unbroken = len(tokenizer.encode("It was  a sunny day", add_special_tokens=False))
+    ids = ids[: -1 if cut else None]
+    ids = ids if cut == "by the limit" else [*ids, tokenizer.eos_token_id]
+    told: dict[str, list[NewToken]] = {"told": []}
+    forced = say(tiny, [*ids, 0])  # a trace runs the last token too
+    (answer,) = generate(
+        tiny, [PROMPTS[0]], chat=False, max_new_tokens=len(ids), on_token=told["told"].append,
+        trace=tiny_vectors if traced else None,
+    )  # fmt: skip
+    forced.remove()
+    new = told["told"]
+    assert "".join(each.text for each in new) == answer
+    assert [each.token for each in new] == [token for token in ids if token != tokenizer.eos_token_id]
+    assert [each.place for each in new] == list(range(len(new)))
+    if cut is None:
+        assert answer == "It was  a sunny day 日本🦩" and not any("\ufffd" in each.text for each in new)
+        assert new[-1].text == "🦩" and "" in [each.text for each in new[unbroken:]]
+    else:
+        assert answer.startswith("It was  a sunny day 日本\ufffd") and new[-1].text.endswith("\ufffd")
+    if traced:
+        assert all(set(each.projections) == set(POST) for each in new)
+        assert len({each.projections[POST[0]] for each in new}) > 3
+    forced = say(tiny, ids)
+    assert "".join(stream(tiny, tokenizer.bos_token + PROMPTS[0], max_new_tokens=len(ids))) == answer
+    forced.remove()

@@ -15,6 +15,7 @@ from rt_lens.extraction import token_projections
 from rt_lens.generation import as_chat
 from rt_lens.inspection import (
     ResidualShifts,
+    _spectrum,
     projection_changes,
     residual_shifts,
     weight_changes,
@@ -46,6 +47,53 @@ def unit(vectors, name=L1):
 
 
 # --- the weights
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (200, 200)])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, None, "decay", "two sizes"])
+def test_rank_and_share_are_those_of_the_singular_value_decomposition(shape, rank):
+    """Squares of singular values lose all that is below 1e-8 of the largest: rounding of a change of low rank, say."""
+    draw = torch.Generator().manual_seed(7)
+    n, m = shape
+    if rank is None:
+        matrix = torch.randn(n, m, generator=draw, dtype=torch.float64)
+    elif isinstance(rank, int):
+        left, right = torch.randn(n, rank, generator=draw), torch.randn(rank, m, generator=draw)
+        matrix = (left @ right).double()  # with float32's rounding, which is of full rank
+        exact = left.double() @ right.double()
+        assert _spectrum(exact)["effective_rank"] == pytest.approx(by_svd(exact)["effective_rank"], abs=1e-6)
+        assert rank > 1 or _spectrum(exact)["effective_rank"] == pytest.approx(1, abs=1e-9)
+    else:
+        sizes = torch.logspace(0, -10, min(n, m), dtype=torch.float64)
+        sizes = sizes if rank == "decay" else torch.where(torch.arange(min(n, m)) < min(n, m) // 2, 1.0, 1e-9).double()
+        left, right = (torch.linalg.qr(torch.randn(k, k, generator=draw).double())[0] for k in shape)
+        matrix = left[:, : min(n, m)] * sizes @ right[: min(n, m)]
+    found, wanted = _spectrum(matrix), by_svd(matrix)
+    assert found["effective_rank"] == pytest.approx(wanted["effective_rank"], abs=1e-6)
+    assert found["top_share"] == pytest.approx(wanted["top_share"], abs=1e-6)
+    assert found["rank_limit"] == min(shape)
+
+
+def by_svd(matrix):
+    singular = torch.linalg.svdvals(matrix)
+    shares = singular / singular.sum()
+    return {
+        "effective_rank": float((-torch.special.xlogy(shares, shares).sum()).exp()),
+        "top_share": float(singular[0] ** 2 / (singular**2).sum()),
+    }
+
+
+def test_nothing_and_a_single_number_have_a_spectrum_too():
+    assert math.isnan(_spectrum(torch.zeros(5, 3).double())["effective_rank"])
+    assert _spectrum(torch.full((1, 1), -2.0).double()) == {"effective_rank": 1.0, "rank_limit": 1, "top_share": 1.0}
+
+
+def test_the_bar_is_seen_unless_it_is_switched_off(tiny, capfd):
+    delta = WeightDelta({"blocks.1.mlp.b_out": torch.ones(32)}, "tiny", {}, [])
+    weight_changes(tiny, delta, progress=False)
+    assert "weights" not in capfd.readouterr().err
+    weight_changes(tiny, delta)
+    assert "weights: 100%" in capfd.readouterr().err
 
 
 def test_a_baked_addition_lies_along_the_vector_and_has_the_size_of_the_multiple(tiny, tiny_vectors):

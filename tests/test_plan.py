@@ -5,6 +5,7 @@ The paper's experiment is the shipped file on a tiny random Llama of Llama-2's f
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rt_lens.delta import WeightDelta
-from rt_lens.evaluation import likelihoods, text_fit
+from rt_lens.evaluation import OfText, likelihoods, making, text_fit
 from rt_lens.experiment import Experiment, load_experiment, run_experiment
 from rt_lens.experiment.costs import Costs, Work
 from rt_lens.experiment.plan import GPU, Plan, plan_of
+from rt_lens.experiment.protocols import answers_protocol
 from rt_lens.experiment.shape import WordCount, reader_of, shape_of
 from rt_lens.experiment.stages import Planner, protocols_of
 from rt_lens.extraction import extract_vectors
@@ -33,6 +35,23 @@ from rt_lens.tokens import encode
 from rt_lens.tuning import TuneConfig
 from rt_lens.tuning.weights import as_matrix, trained_by
 from rt_lens.vectors import SteeringVectors
+
+BEHAVIOUR = """
+name = "scored"
+[pairs]
+positive = ["Be glad.", "Be merry."]
+negative = ["Be sad.", "Be grim."]
+topics = ["Rain?", "Snow?", "The sea?", "The road?", "Bread?", "The bus?", "Tea?", "The moon?", "Soup?", "Birds?"]
+[scorer]
+{scorer}
+[choose]
+layers = [1]
+n_prompts = 2
+[tune]
+layers = [2]
+[test]
+n_prompts = 3
+"""
 
 
 @pytest.fixture(scope="module")
@@ -345,3 +364,66 @@ def test_other_families_and_files_are_counted_too(tmp_path):
 def test_what_cannot_be_planned_is_named(paper, change, says, offline):
     with pytest.raises(ValueError, match=says):
         plan_of(replace(paper, **change))
+
+
+@pytest.mark.parametrize(
+    ("table", "reads"),
+    [
+        ("kind = 'classifier'\nmodel = 'no such model'\npairs = 'mood'", "text"),
+        ("kind = 'logit_judge'\nmodel = 'no such model'\ncriterion = 'sounds happy'", "text"),
+        ("kind = 'endpoint_judge'\nurl = 'https://api.example/v1'\nmodel = 'm'\ncriterion = 'is kind'", "text"),
+        ("kind = 'likelihood'\nform = 'letters'", "letters"),
+    ],
+)
+def test_a_plan_makes_no_scorer(tmp_path, folder, monkeypatch, table, reads):
+    """No model of a scorer's own is loaded, no key is asked for: what it reads stands in its table."""
+
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("a scorer was made")
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for kind in ("classifier", "logit_judge", "endpoint_judge", "likelihood"):
+        monkeypatch.setitem(making._KINDS, kind, functools.wraps(making._KINDS[kind])(forbidden))
+    file = tmp_path / "scored.toml"
+    file.write_text(BEHAVIOUR.format(scorer=table), encoding="utf-8")
+    experiment = load_experiment(file, model=str(folder))
+    (protocol,) = protocols_of(experiment, reader_of(None))
+    assert {scorer.reads for scorer in protocol.choosing.made} == {reads}
+    assert "scored" in str(plan_of(experiment))
+    with pytest.raises(RuntimeError, match="was not made, so it cannot score"):
+        protocol.choosing.made[0]([])
+    with pytest.raises(AssertionError, match="a scorer was made"):
+        experiment.made_scorer  # noqa: B018
+
+
+def test_a_plan_counts_the_writing_that_a_judge_reads_and_makes_no_judge(paper, plan, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    judge = {"url": "https://api.example/v1", "model": "m", "criterion": "is honest"}
+    judged = plan_of(replace(paper, judge=judge))
+    assert judged.stages["evaluate"].tokens > plan.stages["evaluate"].tokens
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("kind = 'clasifier'", "scorer: 'clasifier' came; one of"),
+        ("kind = 'classifier'\npairs = 'mood'", "scorer: 'classifier' came with pairs: missing .*'model'"),
+        ("kind = 'pattern'\npatern = 'x'", "scorer: 'pattern' came with patern: .*"),
+    ],
+)
+def test_a_scorers_table_is_checked_when_the_file_is_read(tmp_path, table, says):
+    file = tmp_path / "scored.toml"
+    file.write_text(BEHAVIOUR.format(scorer=table), encoding="utf-8")
+    with pytest.raises(ValueError, match=says):
+        load_experiment(file)
+
+
+def test_an_experiment_makes_its_scorer_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setitem(making._KINDS, "counted", lambda: made.append(1) or OfText("counted", len))
+    file = tmp_path / "scored.toml"
+    file.write_text(BEHAVIOUR.format(scorer="kind = 'counted'"), encoding="utf-8")
+    experiment = load_experiment(file)
+    assert not made
+    first, second = answers_protocol(experiment), answers_protocol(experiment)
+    assert made == [1] and first.choosing.made[0] is second.exams["test"].made[0]

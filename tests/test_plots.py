@@ -10,6 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
+from drawn import HOSTILE, as_drawn, check_drawn_as_it_is
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -379,7 +380,7 @@ def test_projection_heatmap_keeps_repeated_tokens_apart(tokens):
     assert all(np.asarray(trace.z).shape == (30, tokens) and trace.x is None for trace in figure.data)
     assert len(axis.ticktext) <= 80
     wanted = [words[pos].replace("\n", "⏎").replace(" ", "·") for pos in axis.tickvals]
-    assert list(axis.ticktext) == wanted
+    assert [as_drawn(label) for label in axis.ticktext] == wanted
 
 
 @settings(max_examples=25, deadline=None)
@@ -448,3 +449,72 @@ def test_side_effects_refuses_another_measure():
     # A runtime type checker, when it is on, refuses first.
     with pytest.raises((ValueError, TypeError), match="speed"):
         plots.side_effects(arm_rows(), against="speed")
+
+
+# What Plotly would take for markup
+
+
+def hostile(rows: list[dict], **named: str) -> list[dict]:
+    """The rows with one name of each of these columns made hostile."""
+    return [{**row, **{key: HOSTILE for key, old in named.items() if row.get(key) == old}} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    {
+        "arms": lambda: plots.arms(
+            [{**row, "scorer": HOSTILE} for row in hostile(arm_rows(), arm="rep_tuned")],
+            comparisons=[{**row, "scorer": HOSTILE} for row in hostile(compared_rows(), a="rep_tuned", b="rep_tuned")],
+            title=HOSTILE,
+        ),
+        "side_effects": lambda: plots.side_effects(hostile(arm_rows(), arm="steered"), title=HOSTILE),
+        "losses": lambda: plots.losses(hostile(history_rows(), arm="rep_tuned", direction="away")),
+        "logit_lens": lambda: plots.logit_lens([{"layer": 3, "sign": "+v", "tokens": [" x", HOSTILE]}], title=HOSTILE),
+        "projection_by_layer": lambda: plots.projection_by_layer(
+            {HOSTILE: np.ones((30, 2))}, tokens=[HOSTILE, HOSTILE], title=HOSTILE
+        ),
+        "projection_heatmap": lambda: plots.projection_heatmap(
+            {HOSTILE: np.ones((2, 2)), "b": np.zeros((2, 2))}, [HOSTILE, "</b>"], [0, 1], title=HOSTILE
+        ),
+        "dose_response": lambda: plots.dose_response(dose_rows(), title=f"{HOSTILE} {HOSTILE}"),
+        "separability": lambda: plots.separability(separability_rows(), title=HOSTILE),
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_what_a_caller_gives_is_drawn_as_it_is_and_is_no_markup(draw):
+    name, figure = draw[0], draw[1]()
+    check_drawn_as_it_is(figure, least=1 if name in ("dose_response", "separability") else 2)
+
+
+def test_tokens_of_markup_tex_and_entities_are_drawn_letter_by_letter_and_blank_ones_are_seen():
+    tokens = [
+        "<s>",
+        "</s>",
+        "<br>",
+        "$a$",
+        "$$",
+        "&lt;",
+        "&#36;",
+        "%{z}",
+        " <b>",
+        "",
+        " ",
+        "\n",
+        "\r",
+        "\u200b",
+        "\u3000",
+    ]
+    figure = plots.projection_heatmap({"untuned": np.ones((2, 15))}, tokens, [0, 1])
+    seen = [as_drawn(label) for label in figure.layout.xaxis.ticktext]
+    assert seen[:8] == tokens[:8]
+    assert seen[8:] == ["·<b>", "∅", "·", "⏎", "␍", "U+200B", "U+3000"]
+    assert [as_drawn(label) for label in figure.data[0].text[0]] == [f"{s}, position {n}" for n, s in enumerate(seen)]
+    cells = plots.coloured_tokens(tokens, {"untuned": np.ones(15)}).data[0]
+    assert [as_drawn(label) for label in cells.text] == [*seen[:8], "\u00a0<b>", *seen[9:]]
+    table = plots.logit_lens([{"layer": 0, "sign": "+v", "tokens": tokens}]).data[0]
+    assert as_drawn(table.cells.values[1][0]).split("\u2003") == seen
+
+
+def test_a_message_names_an_arm_as_the_caller_wrote_it():
+    with pytest.raises(ValueError, match=r"table: <s>, toward came more than once"):
+        plots.arms([row | {"arm": "<s>"} for row in arm_rows() if row["direction"] == "toward"] + arm_rows())

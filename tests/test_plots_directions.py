@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from drawn import HOSTILE, check_drawn_as_it_is
 
 from rt_lens import plots
 
@@ -189,3 +190,8 @@ def test_a_map_refuses_a_third_side():
 def test_a_table_without_rows_is_refused(draw):
     with pytest.raises(ValueError, match="no rows came"):
         draw([])
+
+
+def test_names_that_look_like_markup_are_drawn_as_they_are():
+    check_drawn_as_it_is(plots.cosines([*cosine_rows(("mood", HOSTILE))], title=HOSTILE), least=4)
+    check_drawn_as_it_is(plots.activation_map([{**row, "text": HOSTILE} for row in map_rows()]), least=6)

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from drawn import HOSTILE, check_drawn_as_it_is
 
 from rt_lens.plots import inside
-from rt_lens.plots.look import drawable
 
 NAN = float("nan")
 
@@ -267,19 +267,18 @@ def test_no_rows_are_refused(draw):
         inside.residual_shifts([], [])
 
 
-def test_what_is_drawable_holds_no_tag_in_names_or_values_and_numbers_stay():
-    row = {"<b>": ["<i>", 1.5, ("a & b", None)], "arm": "<img src=x>", "n": 3}
-    safe = {"&lt;b&gt;": ["&lt;i&gt;", 1.5, ["a &amp; b", None]], "arm": "&lt;img src=x&gt;", "n": 3}
-    assert drawable(row) == safe and row["arm"] == "<img src=x>"
-    frame = pd.DataFrame([row, {**row, "n": 4}], index=[5, 6])
-    found = drawable(frame)
-    assert found.to_dict("records") == [safe, {**safe, "n": 4}]
-    assert list(found.index) == [5, 6] and found["n"].dtype == frame["n"].dtype
-    assert frame["arm"].eq("<img src=x>").all(), "the caller's table is as it was"
-
-
 def test_a_hostile_arm_is_drawn_as_the_text_it_is():
     rows = [{**row, "arm": "<b>bold</b>"} for row in projection_rows() if row["arm"] == "steered"]
-    figure = inside.projection_curves(drawable(pd.DataFrame(rows)))
+    figure = inside.projection_curves(pd.DataFrame(rows))
     line = named(figure, "&lt;b&gt;bold&lt;/b&gt;")
     assert list(line.y) == [row["mean"] for row in rows] and "<b>" not in line.hovertext[0]
+
+
+def test_names_that_look_like_markup_are_drawn_as_they_are():
+    def hostile(rows: list[dict], *columns: str) -> list[dict]:
+        return [{**row, **{key: HOSTILE for key in columns if row[key] == "steered"}} for row in rows]
+
+    check_drawn_as_it_is(inside.projection_changes(hostile(projection_rows(), "arm"), title=HOSTILE))
+    check_drawn_as_it_is(inside.residual_shifts(hostile(along_rows(), "arm"), hostile(between_rows(), "a", "b")))
+    named = [{**row, "parameter": HOSTILE} for row in weight_rows()]
+    check_drawn_as_it_is(inside.weight_changes(named, title=HOSTILE))

@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from drawn import HOSTILE, check_drawn_as_it_is
 
 from rt_lens import plots
 from rt_lens.plots import pareto
@@ -184,3 +185,11 @@ def test_a_reliability_diagram_draws_the_table():
     assert "n = 6 questions" in figure.layout.title.subtitle.text
     with pytest.raises(ValueError, match="no column low"):
         plots.calibration(table.drop(columns="low"))
+
+
+def test_names_that_look_like_markup_are_drawn_as_they_are():
+    named = [
+        {**row, "arm": HOSTILE if row["arm"] == "steered" else row["arm"], "scorer": HOSTILE}
+        for row in efficient(rows())
+    ]
+    check_drawn_as_it_is(pareto(named, title=HOSTILE), least=6)

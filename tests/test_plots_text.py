@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import re
 import unicodedata
@@ -11,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
+from drawn import HOSTILE, as_drawn, check_drawn_as_it_is
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +34,6 @@ TOKENS = [
     "\n\n",
     " so",
 ]
-ESCAPED = [html.escape(token) for token in TOKENS]
 VALUES = np.r_[-300.0, np.linspace(-4, 6, len(TOKENS) - 1)]
 
 
@@ -47,7 +46,7 @@ def trace_rows(places: int = 6, arms=("untuned", "steered")) -> list[dict]:
 
 
 FIGURES = {
-    "coloured": lambda: plots.coloured_tokens(ESCAPED, {"untuned": VALUES, "steered": VALUES + 1}),
+    "coloured": lambda: plots.coloured_tokens(TOKENS, {"untuned": VALUES, "steered": VALUES + 1}),
     "coloured, one token": lambda: plots.coloured_tokens(["Hi"], {"untuned": np.array([3.0])}),
     "trace": lambda: plots.trace(trace_rows()),
     "trace of one token": lambda: plots.trace(trace_rows(1, ("untuned",))),
@@ -60,7 +59,7 @@ def test_a_figure_is_returned_and_nothing_else_happens(draw, only_returned):
 
 
 def test_every_token_is_coloured_by_its_own_number():
-    figure = plots.coloured_tokens(ESCAPED, {"untuned": VALUES, "steered": torch.from_numpy(VALUES + 1)})
+    figure = plots.coloured_tokens(TOKENS, {"untuned": VALUES, "steered": torch.from_numpy(VALUES + 1)})
     *blocks, scale = figure.data
     assert scale.marker.coloraxis == "coloraxis"
     for cells, values in zip(blocks, (VALUES, VALUES + 1), strict=True):
@@ -73,7 +72,7 @@ def test_every_token_is_coloured_by_its_own_number():
 
 
 def test_the_scale_is_centred_and_the_first_token_does_not_set_it():
-    figure = plots.coloured_tokens(ESCAPED, {"untuned": VALUES, "steered": VALUES + 1})
+    figure = plots.coloured_tokens(TOKENS, {"untuned": VALUES, "steered": VALUES + 1})
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-7.0, 7.0)
     assert "first token goes off the scale" in figure.layout.title.subtitle.text
     calm = plots.coloured_tokens(["a", "b"], {"untuned": np.array([1.0, -2.0])})
@@ -104,12 +103,15 @@ def test_whitespace_is_marked_only_where_it_would_be_invisible():
     assert list(cells.text) == ["\u00a0me", "⇥", "··", "∅", "a⇥b"]
 
 
-def test_escaped_html_is_measured_as_what_it_means():
-    escaped = plots.coloured_tokens(ESCAPED, {"untuned": VALUES}).data[0]
-    plain = plots.coloured_tokens(TOKENS, {"untuned": VALUES}).data[0]
-    assert list(escaped.x) == list(plain.x)
-    assert escaped.text[8] == "&lt;script&gt;"
-    assert escaped.x[8] == len("<script>")
+def test_what_looks_like_markup_is_drawn_and_measured_as_it_is():
+    cells = plots.coloured_tokens(TOKENS, {"untuned": VALUES}).data[0]
+    assert TOKENS[8] == "<script>" and cells.text[8] == "&lt;script&gt;"
+    assert cells.x[8] == len("<script>")
+    check_drawn_as_it_is(plots.coloured_tokens([HOSTILE], {HOSTILE: np.ones(1)}, title=HOSTILE), least=3)
+    rows = [{"arm": HOSTILE, "place": 0, "token": HOSTILE, "projection": 1.0}]
+    check_drawn_as_it_is(plots.trace(rows, title=HOSTILE), least=4)
+    (cut,) = plots.trace(rows).layout.xaxis.ticktext
+    assert as_drawn(cut) == HOSTILE[:8] + "…"
 
 
 def test_wide_letters_take_two_columns_and_accents_none():
@@ -122,11 +124,10 @@ def test_wide_letters_take_two_columns_and_accents_none():
 
 @pytest.mark.parametrize("letter", ["a", "<", "日"])
 def test_a_token_longer_than_a_line_is_cut_but_not_within_an_entity(letter):
-    (label,) = plots.coloured_tokens([html.escape(letter * 500)], {"untuned": np.ones(1)}).data[0].text
-    meant = html.unescape(label)
+    (label,) = plots.coloured_tokens([letter * 500], {"untuned": np.ones(1)}).data[0].text
+    meant = as_drawn(label)
     assert meant.endswith("…")
     assert set(meant[:-1]) == {letter}
-    assert html.escape(meant) == label
 
 
 @settings(max_examples=30)

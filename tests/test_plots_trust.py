@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from drawn import HOSTILE, as_drawn, check_drawn_as_it_is
 
 from rt_lens import plots
 
@@ -312,3 +313,11 @@ def test_steerability_shortens_long_prompts_in_the_hover():
     rows = [{**row, "prompt": "Tell me about your weekend. " * 40} for row in prompt_rows()[:7]]
     hover = plots.steerability(rows, summary_rows()).data[0].hovertext[0]
     assert hover.startswith("Tell me about your weekend.") and len(hover) < 220
+
+
+def test_a_prompt_that_looks_like_markup_is_drawn_as_it_is():
+    rows = [{**row, "prompt": HOSTILE} for row in prompt_rows()]
+    check_drawn_as_it_is(plots.steerability(rows, summary_rows(), note=HOSTILE, title=HOSTILE), least=4)
+    long = [{**row, "prompt": "<" * 150} for row in prompt_rows()]
+    figure = plots.steerability(long, summary_rows())
+    assert as_drawn(figure.data[0].hovertext[0]).startswith(" ".join(["<" * 60, "<" * 60, "<" * 30]))

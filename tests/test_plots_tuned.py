@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from drawn import HOSTILE, check_drawn_as_it_is
 
 from rt_lens.plots import tuned, tuned_steered
 from rt_lens.plots.look import ARM_COLOURS, SPARE_COLOURS, arm_colours
@@ -391,3 +392,17 @@ def test_no_stranger_gets_the_colour_of_an_arm_beside_it():
 def test_strangers_still_get_colours_when_the_known_arms_took_them_all():
     colours = arm_colours([*ARM_COLOURS, *(f"arm {place}" for place in range(6))])
     assert {colours[f"arm {place}"] for place in range(6)} <= set(SPARE_COLOURS)
+
+
+def test_names_that_look_like_markup_are_drawn_as_they_are():
+    def hostile(rows: list[dict], **named: str) -> list[dict]:
+        return [{**row, **{key: HOSTILE for key, old in named.items() if row[key] == old}} for row in rows]
+
+    check_drawn_as_it_is(variants(hostile(variant_rows(), variant="LoRA"), title=HOSTILE))
+    check_drawn_as_it_is(block_search([{**search_rows()[0], "cosine": HOSTILE, "perplexity": 1.0}]))
+    check_drawn_as_it_is(kinds(hostile(kind_rows(), kind="stories", arm="steered")))
+    arm = resistance_rows()[0]["arm"]
+    rows, moved = hostile(resistance_rows(), arm=arm), hostile(moved_rows(), arm=arm)
+    check_drawn_as_it_is(resistance(rows, moved, title=HOSTILE))
+    rows = hostile(damage_rows(), arm=damage_rows()[0]["arm"])
+    check_drawn_as_it_is(effect_against_damage(rows, effect=HOSTILE, damage=HOSTILE, title=HOSTILE), least=6)

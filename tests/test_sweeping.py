@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ import rt_lens as rtl
 from rt_lens import plots
 from rt_lens.activations import last_token_activations
 from rt_lens.checksums import hooks_of
+from rt_lens.evaluation import making
 from rt_lens.generation import as_chat
 from rt_lens.questions import Question
 from rt_lens.steering import Condition, Linear
@@ -645,3 +647,24 @@ def test_options_sweep_the_share_of_the_right_ones(tiny, tiny_vectors, tmp_path)
     assert found.table.groupby("multiplier")["score"].mean().nunique() == 3
     with pytest.raises(ValueError, match="prompts: 'Hi.' is none of the metric's questions"):
         Options(asked)(tiny, ["Hi."])
+
+
+def test_a_costly_scorer_is_made_once_for_a_whole_sweep(tiny, tiny_vectors, tmp_path, monkeypatch):
+    """A classifier loads a model and has it write: not for every layer, the baseline and the name."""
+    topics = [f"What of the {thing}?" for thing in ("rain", "sea", "moon", "road", "bread", "bus", "tea", "snow")]
+    rows = [json.dumps({"positive": "Be glad.", "negative": "Be sad.", "user": topic}) for topic in topics]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    loaded = []
+    monkeypatch.setattr(making, "load_model", lambda name: loaded.append(name) or tiny)
+    metric = rtl.Answers(
+        {"kind": "classifier", "model": "tiny", "pairs": str(tmp_path / "pairs.jsonl")}, max_new_tokens=3
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="classifier: on held-out topics")
+        found = swept(tiny, tiny_vectors, metric, path=tmp_path / "sweep.json")
+    assert loaded == ["tiny"]
+    assert found.metric == "classifier_pairs" and len(found.table["layer"].unique()) == 2
+    assert (
+        json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["settings"]["metric"]["scorer"]["model"]
+        == "tiny"
+    )

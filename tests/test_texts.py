@@ -296,3 +296,11 @@ def test_pooling_averages_and_refuses_other_texts_or_windows(tiny):
         TextFit.pooled([one, text_fit(tiny, [SHORT, LONG])])
     with pytest.raises(ValueError, match="fits: none came"):
         TextFit.pooled([])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_no_distance_from_itself_in_any_type(make_tiny, dtype):
+    model = make_tiny(dtype=dtype)
+    texts = neutral_paragraphs()[:3]
+    untuned = text_fit(model, texts, keep=True)
+    assert text_fit(model, texts, reference=untuned).mean_kl.mean == 0

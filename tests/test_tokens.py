@@ -9,9 +9,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_folder import spelling_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from rt_lens.tokens import batches, chat_text, encode, has_chat_template, pad, pad_id_of, tokenizer_of
+from rt_lens.tokens import (
+    Pieces,
+    batches,
+    chat_text,
+    encode,
+    has_chat_template,
+    pad,
+    pad_id_of,
+    text_of,
+    token_text,
+    token_texts,
+    tokenizer_of,
+)
 
 NO_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -176,3 +189,88 @@ def test_the_copies_that_tests_change_leave_the_shared_tokenizer_alone(tokenizer
     tokenizer.eos_token, tokenizer.padding_side, tokenizer.chat_template = "<|endoftext|>", "right", None
     assert tokenizer.eos_token_id == 0 != before[0]
     assert (shared_tokenizer.eos_token_id, shared_tokenizer.padding_side, shared_tokenizer.chat_template) == before
+
+
+# Text
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """What this room needs of a model with a tokenizer of Llama-2's kind: space marks, and letters in bytes."""
+    return SimpleNamespace(tokenizer=spelling_tokenizer())
+
+
+def by_bytes(model, text: str) -> list[int]:
+    """The text's tokens with every byte that is no ASCII as a token of its own."""
+    vocabulary = model.tokenizer.get_vocab()
+    return [vocabulary[f"<0x{byte:02X}>"] if byte > 127 else vocabulary[chr(byte)] for byte in text.encode()]
+
+
+def test_a_tokens_text_keeps_the_space_before_its_word(stand_in, sentencepiece):
+    text = "The sun is a star, and  so it goes."
+    for model in (stand_in, sentencepiece):
+        texts = token_texts(model, encode(model, text))
+        assert "".join(texts) == model.tokenizer.decode(encode(model, text))
+        assert " sun" in texts or " s" in texts
+    assert token_texts(sentencepiece, encode(sentencepiece, text))[:3] == ["<s>", " T", "he"]
+    assert token_texts(stand_in, encode(stand_in, "<|im_start|>user\nHi"))[:2] == ["<|im_start|>", "user"]
+
+
+def test_the_last_token_of_a_letter_has_it_and_the_others_show_their_bytes(stand_in, sentencepiece):
+    ids = stand_in.tokenizer.encode("go 🦩!", add_special_tokens=False)
+    assert token_texts(stand_in, ids) == ["go", " <0xF0><0x9F>", "<0xA6>", "🦩", "!"]
+    assert token_texts(sentencepiece, by_bytes(sentencepiece, "a日b")) == ["a", "<0xE6>", "<0x97>", "日", "b"]
+    cut = by_bytes(sentencepiece, "日")[:2]
+    assert token_texts(sentencepiece, [*cut, *by_bytes(sentencepiece, "b")]) == ["<0xE6>", "<0x97>", "b"]
+    assert token_texts(stand_in, stand_in.tokenizer.encode("x\ufffd y"))[1:] == ["<0xEF><0xBF><0xBD>", " y"]
+
+
+def test_a_token_alone_keeps_its_space_too_and_all_of_a_vocabulary_can_be_read(stand_in, sentencepiece):
+    vocabulary = sentencepiece.tokenizer.get_vocab()
+    assert token_text(sentencepiece, vocabulary["▁the"]) == " the"
+    assert token_text(sentencepiece, vocabulary["▁"]) == " "
+    assert token_text(sentencepiece, vocabulary["<0xE6>"]) == "<0xE6>"
+    assert token_text(sentencepiece, vocabulary["<0x0A>"]) == "\n"
+    assert token_text(sentencepiece, vocabulary["<s>"]) == "<s>"
+    assert token_text(stand_in, stand_in.tokenizer.encode("a the")[-1]) == " the"
+    assert token_text(stand_in, 10**6) == "<token 1000000>"
+    for model in (stand_in, sentencepiece):
+        texts = [token_text(model, token) for token in range(0, len(model.tokenizer), 1 + len(model.tokenizer) // 3000)]
+        assert all(texts) and not any("\ufffd" in text for text in texts)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pieces_together_are_the_text_and_labels_never_a_broken_letter(data, shared_tokenizer, sentencepiece):
+    model = data.draw(st.sampled_from([SimpleNamespace(tokenizer=shared_tokenizer), sentencepiece]))
+    some = st.integers(0, 600) | st.sampled_from(
+        model.tokenizer.encode("Ça va? 日本は🦩 👍🏽 it was", add_special_tokens=False)
+    )
+    ids = data.draw(st.lists(some, min_size=1, max_size=14))
+    for special in (False, True):
+        pieces = Pieces(model, special=special)
+        text = "".join([*map(pieces, ids), pieces.rest])
+        assert text == text_of(model, ids, special=special)
+        whole = model.tokenizer.decode(ids, skip_special_tokens=not special)
+        assert text == whole or ("\ufffd" in whole and model is sentencepiece)
+    labels = token_texts(model, ids)
+    assert len(labels) == len(ids) and not any("\ufffd" in label for label in labels)
+    if "\ufffd" not in "".join(map(Pieces(model, special=True), ids)) and all("<0x" not in label for label in labels):
+        assert "".join(labels) == model.tokenizer.decode(ids)
+
+
+def test_a_broken_letter_spoils_no_whole_one_before_it(sentencepiece):
+    """Hugging Face's decoder gives U+FFFD for every byte of a run that ends within a letter."""
+    ids = by_bytes(sentencepiece, "é日")[:-1]
+    assert sentencepiece.tokenizer.decode(ids) == "\ufffd" * 4
+    assert text_of(sentencepiece, ids) == "é\ufffd\ufffd"
+
+
+def test_a_token_late_in_a_long_text_costs_no_more_than_an_early_one(sentencepiece):
+    """Told by what is decoded: a few tokens at a time, however long the text."""
+    lengths = []
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, **how: lengths.append(len(ids)) or sentencepiece.tokenizer.decode(ids, **how)
+    )
+    token_texts(SimpleNamespace(tokenizer=tokenizer), encode(sentencepiece, "The sun is a star. " * 20))
+    assert max(lengths) <= 3 < len(lengths) / 20

@@ -423,3 +423,28 @@ def test_without_a_gpu_auto_is_float32(tiny, tiny_vectors, precision):
     losses, _ = found_by(tiny, tiny_vectors, material, config)
     plain, _ = found_by(tiny, tiny_vectors, material, replace(config, precision="float32"))
     assert losses == plain
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 1])
+@pytest.mark.parametrize("prefix_cache", ["memory", "off"])
+def test_in_mixed_precision_an_untouched_model_is_no_further_from_itself(
+    tiny, tiny_vectors, prefix_cache, micro_batch_size
+):
+    config = replace(
+        CONFIG, layers=[1], trained_layers=[1], precision="bfloat16", prefix_cache=prefix_cache,
+        micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+    with torch.no_grad():
+        tiny.unembed.W_U *= 20  # a model that is sure of something, as trained ones are
+    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+    objective = Objective(tiny, readings_of(tiny, tiny_vectors, config), config, material, trained_by(tiny, config))
+    for neutral in (material.neutral, material.neutral[1:]):
+        assert 0 <= objective.values(material.held_out, neutral, [[]])["kl"] < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):  # whatever the caller has switched on
+        again = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+        assert objective.values(again.held_out, again.neutral, [[]])["kl"] < 1e-6
+    rounded, _ = found_by(tiny, tiny_vectors, material, config)
+    full, _ = found_by(tiny, tiny_vectors, material, replace(config, precision="float32"))
+    assert rounded["token"] != full["token"] and rounded["cosine"] != full["cosine"]  # the rest is in mixed precision
+    delta = tune(tiny, tiny_vectors, material, replace(config, max_steps=1), progress=False)
+    assert delta.history[0]["split"] == "train" and 0 <= delta.history[0]["kl"] < 1e-6

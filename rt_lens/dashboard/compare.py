@@ -151,7 +151,7 @@ class Comparing:
                     f"prompts: {self.behaviour} has {len(topics)} validation topics; at least {FEWEST} are wanted. "
                     "Give its file more topics."
                 )
-            return _with_repetition(Exam(topics, (experiment.scorer,), self.length))
+            return _with_repetition(Exam(topics, (experiment.made_scorer,), self.length))
         choose = replace(experiment.choose, n_prompts=self.n_prompts, max_new_tokens=self.length)
         return _with_repetition(protocol_of(replace(experiment, choose=choose), self.bench.model).choosing)
 

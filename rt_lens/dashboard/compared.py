@@ -10,7 +10,6 @@ from dash.development.base_component import Component
 
 from rt_lens import plots
 from rt_lens.dashboard.panel import graph, table
-from rt_lens.plots.look import drawable
 from rt_lens.report.words import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value, sample
 from rt_lens.results import efficient
 
@@ -64,7 +63,7 @@ def answers_to(responses: Sequence[Row], name: str, prompt: str | None) -> Compo
 
 def arms_figure(rows: Sequence[Row], compared: Sequence[Row], title: str, name: str) -> Component:
     """Scores of one set and scorer, with brackets; `name` is the figure's id."""
-    drawn = plots.arms(drawable(rows), comparisons=drawable(compared), title=drawable(title))
+    drawn = plots.arms(rows, comparisons=compared, title=title)
     return graph(drawn, name)
 
 
@@ -118,8 +117,8 @@ def effect_against_cost(rows: Sequence[Row], about: str, name: str) -> Component
     harm = harm_of(rows)
     if harm is None:
         return html.P("No side effect to set the scores against was measured.")
-    title = drawable(f"{about}: effect against side effect")
-    return graph(plots.pareto(drawable(efficient(rows, harm=harm)), against=harm, title=title), name)
+    title = f"{about}: effect against side effect"
+    return graph(plots.pareto(efficient(rows, harm=harm), against=harm, title=title), name)
 
 
 def answers_table(answers: Sequence[Row], seed: int) -> Component:

@@ -20,11 +20,10 @@ from rt_lens.dashboard.work import Job
 from rt_lens.extraction import token_projections
 from rt_lens.generation import NewToken, as_chat, generate
 from rt_lens.plots.layers import without_first
-from rt_lens.plots.look import drawable
 from rt_lens.results import Results
 from rt_lens.results.schema import choices_of
 from rt_lens.steering import FwdHook, ablate, add, add_preserving_norm, clamp
-from rt_lens.tokens import encode, tokenizer_of
+from rt_lens.tokens import encode, text_of, token_texts
 from rt_lens.vectors import SteeringVectors, layer_of
 
 PAGE = "explore"
@@ -55,23 +54,23 @@ def layout(bench: Bench) -> Component:
 def _found(run: Results) -> list[Component]:
     """The run's own text under its first arm and each other one."""
     try:
-        drawn = drawable(run.projections())
+        found = run.projections()
     except (FileNotFoundError, ValueError) as refusal:
         return [html.P(str(refusal), className="error")]
-    values = {name: np.asarray(rows, dtype=float) for name, rows in drawn["arms"].items()}
+    values = {name: np.asarray(rows, dtype=float) for name, rows in found["arms"].items()}
     first, *others = values
     maps = [
         plots.projection_heatmap(
             {first: values[first], name: values[name]},
-            drawn["tokens"],
-            drawn["layers"],
+            found["tokens"],
+            found["layers"],
             title=f"Before and after: {name}",
         )
         for name in others
-    ] or [plots.projection_heatmap(values, drawn["tokens"], drawn["layers"])]
+    ] or [plots.projection_heatmap(values, found["tokens"], found["layers"])]
     told: list[str | Component] = [
         "All arms read one text, the prompt ",
-        html.Q(run.projections()["prompt"]),
+        html.Q(found["prompt"]),
         " with an answer.",
     ]
     return [html.H3("What the run found"), html.P(told), *map(graph, maps)]
@@ -142,7 +141,7 @@ class _Look:
 
     def run(self, job: Job) -> None:
         model, vectors = self.bench.model, _of_one_kind(self.bench.vectors(self.behaviour))
-        self.about = drawable(f"{self.behaviour}: {made(vectors)}")
+        self.about = f"{self.behaviour}: {made(vectors)}"
         (text,) = as_chat(model, [self.prompt])
         n = len(encode(model, text))
         if n > LONGEST:
@@ -164,15 +163,15 @@ class _Look:
         for name, worn in arms.items():
             with under(model, worn):
                 tokens, values = token_projections(model, vectors, text)
-            found[drawable(_said(name))] = values.numpy()
-        shown, layers = drawable(tokens), [layer_of(name) for name in vectors.hook_names]
+            found[_said(name)] = values.numpy()
+        layers = [layer_of(name) for name in vectors.hook_names]
         title = f"Projection of the prompt's tokens ({self.about})"
-        job.show("map", graph(plots.projection_heatmap(found, shown, layers, title=title), "explore-map-graph"))
+        job.show("map", graph(plots.projection_heatmap(found, tokens, layers, title=title), "explore-map-graph"))
         job.let_look()
         at_layer = {name: values[layers.index(self.layer)] for name, values in found.items()}
         title = f"The prompt, coloured by its projection at layer {self.layer} ({self.about})"
-        job.show("words", graph(plots.coloured_tokens(shown, at_layer, title=title), "explore-words-graph"))
-        averaged, rest = without_first(found, shown)
+        job.show("words", graph(plots.coloured_tokens(tokens, at_layer, title=title), "explore-words-graph"))
+        averaged, rest = without_first(found, tokens)
         title = f"The prompt's projection by layer ({self.about})"
         drawn = plots.projection_by_layer(averaged, tokens=rest, layers=layers, title=title)
         job.show("curves", graph(drawn, "explore-curves-graph"))
@@ -238,8 +237,7 @@ class _Answers:
             self.job.watch(None)
             self.tokens[names[new.row]].append(new.token)
             for projection in new.projections.values():
-                told = {"arm": drawable(names[new.row]), "token": drawable(new.text)}
-                self.rows.append({**told, "place": new.place, "projection": projection})
+                self.rows.append({"arm": names[new.row], "place": new.place, "projection": projection})
             if time.monotonic() - self.shown_at > _BETWEEN:
                 self.show()
 
@@ -247,13 +245,13 @@ class _Answers:
 
     def show(self, *, ended: bool = False) -> None:
         self.shown_at = time.monotonic()
-        # Together, since one letter or emoji may be spread over several tokens.
-        decode = tokenizer_of(self.model).decode
-        texts = {name: decode(tokens, skip_special_tokens=True) for name, tokens in self.tokens.items()}
+        texts = {name: text_of(self.model, tokens) for name, tokens in self.tokens.items()}
         columns = [
             html.Article([html.H3(name), html.P(text or ("(nothing)" if ended else "…"), className="answer")])
             for name, text in texts.items()
         ]
         self.job.show("answers", html.Div(columns, className="answers"))
         if self.rows:
-            self.job.show("trace", graph(plots.trace(list(self.rows), title=self.title), "explore-trace-graph"))
+            labels = {name: token_texts(self.model, tokens) for name, tokens in self.tokens.items()}
+            rows = [{**row, "token": labels[row["arm"]][row["place"]]} for row in self.rows]
+            self.job.show("trace", graph(plots.trace(rows, title=self.title), "explore-trace-graph"))

@@ -17,7 +17,6 @@ from rt_lens.dashboard.panel import Work, choice, field, graph, table, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.experiment.validation import validation_metric
-from rt_lens.plots.look import drawable
 from rt_lens.progress import Bar
 from rt_lens.report.words import estimate
 from rt_lens.results import Results
@@ -45,7 +44,7 @@ def _of_run(run: Results | None) -> list[Component]:
     content, made = run.content, choices_of(run.content)
     shown: list[Component] = [html.H3("What the run found")]
     if content["dose_response"]:
-        rows = drawable([{"seed": content["seed"], **row} for row in content["dose_response"]])
+        rows = [{"seed": content["seed"], **row} for row in content["dose_response"]]
         chosen = [(choice["layer"], choice["multiplier"]) for choice in made.values()]
         shown.append(graph(plots.dose_response(rows, bound=content["bound"], chosen=chosen), "steering-run-dose"))
     choices = [
@@ -133,7 +132,7 @@ def _steer(
             )  # fmt: skip
             responses.append(found.dose_response(layer))
             scored = found.metric if experiment.honesty is None else "likelihood share of the right options"
-            _show(job, responses, found.prompts, drawable(scored), drawable(f"{behaviour}: {made(vectors)}"))
+            _show(job, responses, found.prompts, scored, f"{behaviour}: {made(vectors)}")
 
 
 def _show(job: Job, responses: list[DoseResponse], prompts: list[str], scored: str, said: str) -> None:
@@ -143,7 +142,7 @@ def _show(job: Job, responses: list[DoseResponse], prompts: list[str], scored: s
     job.show("told", _told(responses, steepest))
     title = f"Steering: {scored} ({said})"
     job.show("heat", graph(plots.sweep(summary, title=title), "steering-heat-graph"))
-    words = dict(enumerate(drawable(prompts)))
+    words = dict(enumerate(prompts))
     by_prompt = steepest.table.assign(prompt=steepest.table["prompt"].map(words))
     title = f"Layer {steepest.layer}: {scored} ({said})"
     job.show("dose", graph(plots.steerability(by_prompt, steepest.summary, title=title), "steering-dose-graph"))

@@ -30,7 +30,7 @@ from rt_lens.generation import as_chat
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.losses import Direction
 from rt_lens.plots.layers import without_first
-from rt_lens.plots.look import LOSS_PARTS, drawable
+from rt_lens.plots.look import LOSS_PARTS
 from rt_lens.progress import Step, watched
 from rt_lens.prompts import ContrastPairs
 from rt_lens.results.schema import choices_of
@@ -68,17 +68,17 @@ def _of_run(bench: Bench) -> list[Component]:
     if bench.run is None:
         return []
     below = [html.P(html.A("Tune an arm of your own, below", href=f"#{PAGE}-live"))] if bench.has_model else []
-    history = drawable(bench.run.content["history"])
+    history = bench.run.content["history"]
     losses = graph(plots.losses(history), f"{PAGE}-run-losses") if history else html.P("The run tuned nothing.")
     shown: list[Component] = [*below, html.H3("What the run found"), losses]
     try:
-        return [*shown, *_projections(drawable(bench.run.projections()))]
+        return [*shown, *_projections(bench.run.projections())]
     except (FileNotFoundError, ValueError) as refusal:
         return [*shown, html.P(str(refusal), className="error")]
 
 
 def _projections(found: Mapping[str, Any]) -> list[Component]:
-    """The lines of all arms, and a map of each tuned arm against the first (`found` is safe to draw)."""
+    """The lines of all arms, and a map of each tuned arm against the first."""
     arms = {name: np.asarray(values, dtype=float) for name, values in found["arms"].items()}
     tokens, layers = found["tokens"], found["layers"]
     averaged, rest = without_first(arms, tokens)
@@ -243,7 +243,7 @@ class Tuning:
         return protocol_of(experiment, self.bench.model).targets(self.config.direction, self.config.seed)
 
     def draw(self, job: Job, history: list[dict[str, Any]]) -> None:
-        title = drawable(f"Losses while tuning {self.config.direction}, seed {self.config.seed} ({self.said})")
+        title = f"Losses while tuning {self.config.direction}, seed {self.config.seed} ({self.said})"
         job.show("losses", graph(plots.losses(history, title=title), f"{PAGE}-losses-graph"))
 
     def _show_inside(self, job: Job, vectors: SteeringVectors, delta: WeightDelta) -> None:
@@ -253,11 +253,11 @@ class Tuning:
         hooks, told = self._steering(vectors)
         arms: dict[str, Arm] = {"steered": hooks, self.arm: delta}
         moved = projection_changes(model, vectors, as_chat(model, prompts), arms, seed=config.seed)
-        title = drawable(f"Change of projection ({told}; {self.said})")
+        title = f"Change of projection ({told}; {self.said})"
         job.show("projections", graph(plots.projection_changes(moved, title=title), f"{PAGE}-projections-graph"))
         job.watch(None)
         shifts = residual_shifts(model, arms, prompts, vectors, hook=vectors.kind, seed=config.seed)
-        title = drawable(f"Tuned beside steered ({told}; {self.said})")
+        title = f"Tuned beside steered ({told}; {self.said})"
         drawn = plots.residual_shifts(shifts.along, shifts.between, title=title)
         job.show("shifts", graph(drawn, f"{PAGE}-shifts-graph"))
 
@@ -302,8 +302,8 @@ def _show_weights(job: Job, slot: str, bench: Bench, arm: str) -> None:
     behaviour = next((own.get("behaviour") for own in delta.config.get("vectors", ())), None)
     own = bench.vectors(behaviour) if behaviour is not None and bench.has_vectors(behaviour) else None
     kind, along = (own.kind, f" (along {behaviour}: {made(own)})") if own is not None else ("resid_post", "")
-    title = drawable(f"Changed weights: {arm}{along}")
-    drawn = plots.weight_changes(weight_changes(bench.model, delta, own, hook=kind), title=title)
+    title = f"Changed weights: {arm}{along}"
+    drawn = plots.weight_changes(weight_changes(bench.model, delta, own, hook=kind, progress=False), title=title)
     job.show(slot, graph(drawn, f"{PAGE}-{slot}-weights-graph"))
 
 

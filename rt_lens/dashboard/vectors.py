@@ -18,7 +18,6 @@ from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.extraction import Trust, activation_map, cosines, logit_lens, norms, trust
 from rt_lens.methods import METHODS
-from rt_lens.plots.look import drawable
 from rt_lens.prompts import ContrastPairs
 from rt_lens.report.words import estimate
 from rt_lens.results import Results
@@ -53,14 +52,14 @@ def _of_run(run: Results | None) -> list[Component]:
     if run is None:
         return []
     content = run.content
-    separable = drawable([{"seed": content["seed"], **row} for row in content["separability"]])
+    separable = [{"seed": content["seed"], **row} for row in content["separability"]]
     shown: list[Component] = [html.H3("What the run found")]
     if separable:
         shown.append(graph(plots.separability(separable), "vectors-run-separability"))
     if (run.folder / "vectors.safetensors").is_file():
         shown.append(_cosines(run))
     if content["logit_lens"]:
-        lens = graph(plots.logit_lens(drawable(content["logit_lens"])), "vectors-run-lens")
+        lens = graph(plots.logit_lens(content["logit_lens"]), "vectors-run-lens")
         shown.append(html.Details([html.Summary("What the vectors say in words (logit lens)"), lens]))
     return shown
 
@@ -71,7 +70,7 @@ def _cosines(run: Results) -> Component:
         between = cosines({name: SteeringVectors.load(run.file("vectors.safetensors"))})
     except ValueError as refusal:  # another run has taken the place of this one since
         return html.P(str(refusal), className="error")
-    title = f"{drawable(name)}: do the layers' vectors agree?"
+    title = f"{name}: do the layers' vectors agree?"
     return graph(plots.cosines(between, title=title), "vectors-run-cosines")
 
 
@@ -204,18 +203,18 @@ def _find(bench: Bench, behaviour: str, method: str, n_pairs: int, seed: int, jo
     found = trust(model, chosen, held_out, method=method, seed=seed)
     key = bench.set_aside(behaviour, found.vectors)
     job.show("told", _told(bench, {"key": key, "behaviour": behaviour}, found, held_out))
-    title = f"{drawable(behaviour)}, {SAID.get(method, method)}: are the vectors to be trusted?"
+    title = f"{behaviour}, {SAID.get(method, method)}: are the vectors to be trusted?"
     figure = plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended, title=title)
     job.show("trust", graph(figure, "vectors-trust-graph"))
     job.show("table", _layers(found))
     layers = _few(bench, found.best)
     mapped = activation_map(model, held_out.sample(_SHOWN, seed), layers=layers, seed=seed)
-    job.show("map", graph(plots.activation_map(drawable(mapped)), "vectors-map-graph"))
+    job.show("map", graph(plots.activation_map(mapped), "vectors-map-graph"))
     job.watch(None)
     lengths = norms(model, found.vectors, held_out.topics[:_SHOWN], seed=seed)
     job.show("norms", graph(plots.norms(lengths), "vectors-norms-graph"))
     job.show("cosines", _beside_others(bench, behaviour, found))
-    job.show("lens", graph(plots.logit_lens(drawable(logit_lens(model, found.vectors))), "vectors-lens-graph"))
+    job.show("lens", graph(plots.logit_lens(logit_lens(model, found.vectors)), "vectors-lens-graph"))
 
 
 def _told(bench: Bench, remembered: Mapping[str, str], found: Trust, held_out: ContrastPairs) -> Component:
@@ -263,7 +262,7 @@ def _beside_others(bench: Bench, behaviour: str, found: Trust) -> Component | No
     (name,) = hook_names([layer], "resid_post")
     others = [each for each in bench.behaviours() if each != behaviour and bench.has_vectors(each)]
     here = {behaviour: found.vectors, **{each: bench.vectors(each) for each in others}}
-    fitting = {drawable(each): own for each, own in here.items() if name in own.hook_names}
+    fitting = {each: own for each, own in here.items() if name in own.hook_names}
     if len(fitting) < 2:
         return None
     title = f"Do behaviours share a direction? Layer {layer}"

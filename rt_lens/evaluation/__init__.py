@@ -9,7 +9,7 @@ from rt_lens.evaluation.classifier import TextClassifier, classifier_of
 from rt_lens.evaluation.endpoint import EndpointJudge, Usage
 from rt_lens.evaluation.harness import harness_model
 from rt_lens.evaluation.judges import LogitJudge
-from rt_lens.evaluation.making import ScorerLike, make_scorer
+from rt_lens.evaluation.making import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.scorers import (
     Lexicon,
     Likelihood,
@@ -61,5 +61,6 @@ __all__ = [
     "said",
     "start_of",
     "text_fit",
+    "unmade_scorer",
     "vader",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rt_lens.evaluation.choices import likelihoods, text_of
+from rt_lens.evaluation.choices import likelihoods, question_text
 from rt_lens.evaluation.making import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Reads, Scorer, is_share, option_shares
 from rt_lens.generation import generate
@@ -63,9 +63,10 @@ def ask(
     """
     wanted, texts = set(reads), [""] * len(questions)
     if "text" in wanted:
+        asked = [question_text(model, question) for question in questions]
         texts = generate(
-            model, [text_of(model, question) for question in questions], chat=False, max_new_tokens=max_new_tokens,
-            temperature=temperature, seed=seed, batch_size=batch_size, progress=progress,
+            model, asked, chat=False, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            batch_size=batch_size, progress=progress,
         )  # fmt: skip
     found = {
         form: likelihoods(model, questions, form=form, batch_size=max(1, batch_size // 4))

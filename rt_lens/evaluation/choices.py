@@ -77,7 +77,7 @@ def likelihoods(
     return [_averaged(orders, sizes[number]) for number, orders in enumerate(found)]
 
 
-def text_of(model: Any, question: Question) -> str:
+def question_text(model: Any, question: Question) -> str:
     """A question as the model reads it, up to where it answers; one that went through a template stays as it is.
 
     Raises:
@@ -95,7 +95,7 @@ def text_of(model: Any, question: Question) -> str:
 
 def start_of(model: Any, question: Question) -> tuple[str, str]:
     """The text that an answer to a question follows, and what stands between the two: a space, or nothing."""
-    text = text_of(model, question)
+    text = question_text(model, question)
     begins = has_chat_template(model) and not question.opener  # the template writes what stands before an answer
     return text, "" if begins or text[-1].isspace() else " "
 

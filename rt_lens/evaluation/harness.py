@@ -18,7 +18,7 @@ import torch
 from rt_lens.evaluation.texts import Piece, log_normaliser, predictions, windows_of
 from rt_lens.forward import model_name
 from rt_lens.generation import NewToken, Sampling, generate_tokens
-from rt_lens.tokens import ChatText, encode, has_chat_template, rendered, tokenizer_of
+from rt_lens.tokens import ChatText, encode, has_chat_template, rendered, text_of, tokenizer_of
 
 
 def harness_model(model: Any, *, batch_size: int = 16, seed: int = 0) -> Any:
@@ -274,24 +274,24 @@ class _Watch:
     """Gathers new tokens, and ends the batch when no row is left that goes on."""
 
     def __init__(self, model: Any, rows: Sequence[int], wish: Wish) -> None:
-        self.tokenizer, self.wish = tokenizer_of(model), wish
+        self.model, self.wish = model, wish
         self.ids: dict[int, list[int]] = {row: [] for row in rows}
         self.stopped: set[int] = set()
 
     def __call__(self, new: NewToken) -> None:
         if new.row not in self.stopped:
             self.ids[new.row].append(new.token)
-            text = self.tokenizer.decode(self.ids[new.row])  # special tokens too: a task may name one
+            text = text_of(self.model, self.ids[new.row], special=True)  # a task may name a special token
             if any(stop in text for stop in self.wish.until):
                 self.stopped.add(new.row)
-        # A row that was not told of the place before this one has ended by itself.
-        if not any(len(ids) >= new.place for row, ids in self.ids.items() if row not in self.stopped):
+        # A row told of neither of the two places before this one has ended by itself; of one place it may be told late.
+        if not any(len(ids) >= new.place - 1 for row, ids in self.ids.items() if row not in self.stopped):
             raise _AllStoppedError
 
     def texts(self) -> list[str]:
         found = []
         for ids in self.ids.values():
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            text = text_of(self.model, ids)
             ends = [text.find(stop) for stop in self.wish.until if stop in text]
             found.append(text[: min(ends)] if ends else text)
         return found

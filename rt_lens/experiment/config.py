@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from rt_lens.evaluation import make_scorer
+from rt_lens.evaluation import Scorer, ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.permissions import Permissions, check_model
 from rt_lens.files import as_name, check_name
 from rt_lens.honesty import Fact, answer_pairs, load_facts, persona_pairs
@@ -105,7 +106,7 @@ class Experiment:
         name: of the behaviour.
         description: in a sentence.
         pairs: contrast pairs.
-        scorer: name or `[scorer]` table.
+        scorer: name, `[scorer]` table or Scorer.
         tune: settings of the rep-tuned arm.
         tune_seeds: direction -> seeds. Each draws all that is random: the pairs of the vectors, the targets and those
             for validation, the neutral answers, the order of the batches. The arms share what their seed drew.
@@ -114,14 +115,14 @@ class Experiment:
         dtype: of its weights.
         chat_template_kwargs: what its chat template is given besides the messages.
         honesty: set for the honesty experiment, whose pairs follow from facts.
-        judge: a `[judge]` table: an `EndpointJudge`'s settings, who then judges the persona protocol's role-plays too.
+        judge: a `[judge]` table: an `EndpointJudge`'s settings, or a Scorer, who then judges the role-plays too.
         permissions: what the file that it was read from may use; None where it was read from none.
     """
 
     name: str
     description: str
     pairs: ContrastPairs
-    scorer: str | Mapping[str, Any]
+    scorer: ScorerLike
     tune: TuneConfig
     tune_seeds: Mapping[str, tuple[int, ...]]
     token: Mapping[str, Any] = field(default_factory=dict)
@@ -129,7 +130,7 @@ class Experiment:
     dtype: str = "float32"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     honesty: HonestyConfig | None = None
-    judge: Mapping[str, Any] | None = None
+    judge: Mapping[str, Any] | Scorer | None = None
     split: SplitConfig = field(default_factory=SplitConfig)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     choose: ChooseConfig = field(default_factory=ChooseConfig)
@@ -149,6 +150,30 @@ class Experiment:
     def seeds(self) -> tuple[int, ...]:
         """The seeds of either direction, in order."""
         return tuple(sorted({seed for seeds in self.tune_seeds.values() for seed in seeds}))
+
+    @cached_property
+    def made_scorer(self) -> Scorer:
+        """The scorer, made once, and only where it is used: it may take a model of its own."""
+        return make_scorer(self.scorer)
+
+    @cached_property
+    def made_judge(self) -> Scorer | None:
+        """The judge, made once."""
+        return None if self.judge is None else make_scorer(judge_table(self.judge))
+
+    def unmade(self) -> Experiment:
+        """The same with scorer and judge that say what they read, and are never made: for a plan.
+
+        Raises:
+            ValueError: for a table that no scorer can be made of.
+        """
+        judge = None if self.judge is None else unmade_scorer(judge_table(self.judge))
+        return replace(self, scorer=unmade_scorer(self.scorer), judge=judge)
+
+
+def judge_table(judge: Mapping[str, Any] | Scorer) -> ScorerLike:
+    """What a scorer is made of for a `[judge]` table."""
+    return {"kind": "endpoint_judge", **judge} if isinstance(judge, Mapping) else judge
 
 
 def load_experiment(
@@ -247,7 +272,7 @@ def _judge(
     if "judge" not in content:
         return None
     judge = permissions.checked({**content["judge"], "kind": "endpoint_judge"}, path)
-    make_scorer(judge)
+    unmade_scorer(judge)
     return {key: value for key, value in judge.items() if key != "kind"}  # type: ignore[union-attr]
 
 

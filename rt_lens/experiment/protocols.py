@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rt_lens.evaluation import Likelihood, OtherMass, ask, make_scorer, start_of
+from rt_lens.evaluation import Likelihood, OtherMass, ask, start_of
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.honesty import (
     OPENER,
@@ -114,7 +114,7 @@ def answers_protocol(experiment: Experiment) -> Protocol:
             f"test.n_prompts: {wanted} asked for, {len(prompts)} topics fall to the "
             "test part. Give more topics, or smaller shares to train and validation."
         )
-    score = make_scorer(experiment.scorer)
+    score = experiment.made_scorer
     facts = Exam(load_questions("capitals")[: experiment.test.n_facts], ("names_right", _ACCURACY, _MARGIN), 10)
     sums = [question for question in load_questions("honesty") if question.category == "arithmetic"]
     checks = {
@@ -337,9 +337,8 @@ def _judging(config: HonestyConfig, seed: int) -> Exam:
 
 def _on_roleplays(experiment: Experiment) -> tuple[Any, ...]:
     """Likelihood of the honest answer, and an endpoint's judgement where the file names one."""
-    if experiment.judge is None:
-        return (_ACCURACY_PER_TOKEN,)
-    return (_ACCURACY_PER_TOKEN, make_scorer({"kind": "endpoint_judge", **experiment.judge}))
+    judge = experiment.made_judge
+    return (_ACCURACY_PER_TOKEN,) if judge is None else (_ACCURACY_PER_TOKEN, judge)
 
 
 def _talk(experiment: Experiment) -> dict[str, Exam]:

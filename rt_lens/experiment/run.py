@@ -91,6 +91,7 @@ class _Run:
     def __init__(self, experiment: Experiment, out: Path, source: str | Path | None, progress: bool) -> None:
         self.experiment, self.out, self.progress = experiment, out, progress
         self.again = recorded(experiment, source)  # now, for the file may be edited while it runs
+        self.judge = experiment.made_judge  # refuses a missing key before anything is loaded
         self.seconds: dict[str, float] = {}
         self.history: list[dict[str, Any]] = []
         self.projections: dict[str, list[list[float]]] = {}

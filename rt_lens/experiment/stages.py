@@ -24,7 +24,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def protocols_of(experiment: Experiment, model: Any) -> list[Protocol]:
-    """The protocols that may run. Where the model's answers decide what is kept, all is."""
+    """The protocols that may run, with no scorer made. Where the model's answers decide what is kept, all is."""
+    experiment = experiment.unmade()
     if experiment.honesty is None:
         return [answers_protocol(experiment)]
     config = replace(experiment.honesty, correct_only=False)

@@ -14,7 +14,7 @@ from rt_lens.extraction.extract import read_sides
 from rt_lens.positions import Position, position_of
 from rt_lens.prompts import ContrastPairs
 from rt_lens.statistics import share_interval
-from rt_lens.tokens import tokenizer_of
+from rt_lens.tokens import token_text
 from rt_lens.vectors import SteeringVectors, layer_of
 
 
@@ -64,17 +64,23 @@ def token_projections(model: Any, vectors: SteeringVectors, text: str) -> tuple[
 def logit_lens(model: Any, vectors: SteeringVectors, *, top: int = 8) -> pd.DataFrame:
     """Tokens whose unembedding each vector, and its negative, points to most (nostalgebraist 2020).
 
+    A token's score is what the direction itself adds to its logit: W_U applied to the odd part of the last norm,
+    (LN(v) - LN(-v)) / 2, which is the norm without its bias. That bias and the unembedding's are the same whatever the
+    direction, and left out, as in direct logit attribution (Elhage et al. 2021); else they would put the same tokens
+    first for v and for -v. So the scores of -v are minus those of v. LayerNorm centres v, a root-mean-square norm does
+    not.
+
     Returns:
-        Columns layer, sign (`+v` or `-v`), tokens (list of strings, the strongest first).
+        Columns layer, sign (`+v` or `-v`), tokens (list of strings, the strongest first; see `token_text`).
     """
     _refuse_heads(vectors)
     vectors.check_fits(model)
-    tokenizer = tokenizer_of(model)
     rows = []
     for name in vectors.hook_names:
-        scores = model.ln_final(vectors[name].to(model.W_U)[None, None])[0, 0] @ model.W_U
+        vector = vectors[name].to(model.W_U)[None, None]
+        scores = ((model.ln_final(vector) - model.ln_final(-vector)) / 2)[0, 0] @ model.W_U
         for sign, ranked in (("+v", scores), ("-v", -scores)):
-            words = [tokenizer.decode([i]) for i in ranked.topk(top).indices.tolist()]
+            words = [token_text(model, token) for token in ranked.topk(top).indices.tolist()]
             rows.append({"layer": layer_of(name), "sign": sign, "tokens": words})
     return pd.DataFrame(rows)
 

@@ -2,7 +2,7 @@
 
 A table is a pandas DataFrame, or the list of dicts it would be made from. Error bars and bands are 95 % intervals, an
 arm keeps one colour in every figure, and signed values get a diverging scale centred on zero. Text is drawn as it
-comes: Plotly renders a few HTML tags, so a caller who puts a model's words on a web page escapes them first.
+comes: what Plotly would take for HTML or TeX (a token `<s>`, an arm `$x$`) is escaped here, and by no caller.
 """
 
 from rt_lens.plots.calibration import calibration

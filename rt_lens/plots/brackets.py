@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import unescape
 from typing import NamedTuple
 
 import pandas as pd
@@ -45,8 +46,8 @@ def compared(comparisons: Table | None, frame: pd.DataFrame) -> pd.DataFrame:
         for side in ("a", "b"):
             if (row[side], row[f"{side}_direction"]) not in drawn:
                 raise ValueError(
-                    f"comparisons: {row[side]}, {row[f'{side}_direction']} came, which is no arm of the table. Give "
-                    "rows about the arms drawn."
+                    f"comparisons: {unescape(str(row[side]))}, {row[f'{side}_direction']} came, which is no arm of the "
+                    "table. Give rows about the arms drawn."
                 )
     if (again := rows[rows.duplicated(pair)]).size:
         told = " ".join(map(str, again.iloc[0][pair]))

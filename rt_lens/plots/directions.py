@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from html import unescape
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from rt_lens.plots.look import FAINT, Table, band, dressed, estimate, key, number, ordered, sample, tidy
+from rt_lens.plots.look import FAINT, Table, band, dressed, estimate, key, number, ordered, sample, tidy, with_numbers
 from rt_lens.plots.tuned import once
 
 SIDES = {"positive": ("#D55E00", "circle"), "negative": ("#0072B2", "diamond")}
@@ -48,10 +49,10 @@ def cosines(table: Table, *, title: str = "Do the directions agree?") -> go.Figu
     reading = "Red: two directions point the same way; blue: opposite ways; white: they have nothing in common."
     facts = ""
     if "chance" in frame:
-        chance = tidy(frame, numbers=("chance",))["chance"].max()
+        chance = with_numbers(frame, ["chance"])["chance"].max()
         facts = f"95 % of pairs of random directions lie within ±{chance:.2f}."
     dressed(figure, title, reading, facts, height=230 + min(max(26 * len(names), 300), 520))
-    return figure.update_layout(margin_l=max(80, 30 + 8 * max(map(len, names))))
+    return figure.update_layout(margin_l=max(80, 30 + 8 * max(len(unescape(name)) for name in names)))
 
 
 def square(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:

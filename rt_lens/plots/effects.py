@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import unescape
 from typing import Any, Literal
 
 import numpy as np
@@ -254,8 +255,8 @@ def _arm_rows(table: Table) -> pd.DataFrame:
     if not repeated.empty:
         arm, direction = repeated.iloc[0][["arm", "direction"]]
         raise ValueError(
-            f"table: {arm}, {direction} came more than once, one row for each arm and direction is wanted. "
-            "Keep one set and one scorer, pooled over seeds."
+            f"table: {unescape(str(arm))}, {direction} came more than once, one row for each arm and direction is "
+            "wanted. Keep one set and one scorer, pooled over seeds."
         )
     return frame
 
@@ -264,7 +265,7 @@ def _untuned(frame: pd.DataFrame) -> pd.Series:
     rows = frame[frame["arm"] == "untuned"]
     if rows.empty:
         raise ValueError(
-            f"table: arms {', '.join(ordered(frame['arm']))} came, a row of the arm untuned is wanted too."
+            f"table: arms {unescape(', '.join(ordered(frame['arm'])))} came, a row of the arm untuned is wanted too."
         )
     return rows.iloc[0]
 
@@ -334,7 +335,7 @@ def _label_sides(points: pd.DataFrame, spans: Sequence[Sequence[float]], line: f
     taken.append((edge - 2, edge + 2, 0.0, 300.0, 0.5))
     sides = []
     for px, py, label in zip(x, y, points["label"], strict=True):
-        width, boxes = 8 * len(label), {}
+        width, boxes = 8 * len(unescape(label)), {}
         for vertical, shift in (("middle", 0), ("top", 16), ("bottom", -16)):
             boxes[f"{vertical} right"] = (px + 9, px + 12 + width, py + shift - 9, py + shift + 9)
             boxes[f"{vertical} left"] = (px - 12 - width, px - 9, py + shift - 9, py + shift + 9)

@@ -11,7 +11,20 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from rt_lens.plots.look import FAINT, INK, Table, arm_colours, band, dressed, estimate, number, ordered, sample, tidy
+from rt_lens.plots.look import (
+    FAINT,
+    INK,
+    Table,
+    arm_colours,
+    band,
+    dressed,
+    estimate,
+    number,
+    ordered,
+    sample,
+    tidy,
+    with_numbers,
+)
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "bias", "norm", "embed", "other")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -37,7 +50,7 @@ def weight_changes(table: Table, *, title: str = "Which weights changed") -> go.
     numbers = ["layer", "norm", "relative", "effective_rank", "rank_limit", "top_share"]
     frame = tidy(table, words=("parameter", "kind"), numbers=numbers)
     if "alignment" in frame:
-        frame = tidy(frame, numbers=("alignment", "chance"))
+        frame = with_numbers(frame, ("alignment", "chance"))
     frame = frame[frame["norm"] > 0]
     if frame.empty:
         raise ValueError("table: no parameter changed (every norm is 0), at least one change is wanted.")

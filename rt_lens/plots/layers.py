@@ -18,6 +18,7 @@ from rt_lens.plots.look import (
     Table,
     arm_colours,
     band,
+    drawable,
     dressed,
     estimate,
     number,
@@ -99,7 +100,7 @@ def projection_by_layer(
     figure.update_xaxes(title_text="layer (block index)")
     figure.update_yaxes(title_text="mean projection on unit vector<br>(activation units)")
     sizes = sorted({values.shape[1] for values in arrays.values() if values.ndim == 2})
-    ends = f", “{shown(tokens[0])}” to “{shown(tokens[-1])}”" if tokens else ""
+    ends = ", “{}” to “{}”".format(*(drawable(shown(tokens[place])) for place in (0, -1))) if tokens else ""
     facts = f"Mean over n = {' or '.join(map(str, sizes))} tokens{ends}; one text, so no interval." if sizes else ""
     return dressed(figure, title, "Above zero the arm lies on the vector's side, below on the other.", facts)
 
@@ -133,7 +134,7 @@ def projection_heatmap(
 
     Args:
         projections: name -> "layer pos", in activation units.
-        tokens: one per position, repeats welcome.
+        tokens: one per position, as they are (what Plotly would take for markup is escaped here); repeats welcome.
         layers: block index of every row.
         title: heading of the figure.
 
@@ -148,6 +149,7 @@ def projection_heatmap(
     rows, columns = (1, len(panels)) if beside else (len(panels), 1)
     labels = [shown(token) for token in tokens]
     longest = min(max(map(len, labels)), 30)  # the labels stand upright and would eat into the panels
+    labels = drawable(labels)
     height = (480 if beside else 150 + 230 * rows) + 7 * longest
     gap = 60 / height  # in shares of the height, so that every panel's name keeps its own line
     figure = make_subplots(
@@ -207,7 +209,7 @@ def logit_lens(table: Table, *, title: str = "The vector read through the logit 
     Raises:
         ValueError: if a column or all rows are missing.
     """
-    frame = tidy(table, words=("sign", "tokens"), numbers=("layer",))
+    frame = tidy(table, words=("sign", "tokens"), numbers=("layer",), unescaped=("tokens",))
     layers = sorted(int(layer) for layer in frame["layer"].unique())
     signs = ordered(frame["sign"], ("+v", "-v"))
     words = {(int(row["layer"]), row["sign"]): "\u2003".join(map(shown, row["tokens"])) for _, row in frame.iterrows()}
@@ -218,7 +220,7 @@ def logit_lens(table: Table, *, title: str = "The vector read through the logit 
         columnwidth=[1] + [14 / len(signs)] * len(signs),
         header={"values": ["layer", *signs], "align": "left", "fill_color": "#EEEEEE", "height": 30},
         cells={
-            "values": [layers, *columns],
+            "values": [layers, *drawable(columns)],
             "align": "left",
             "fill_color": "white",
             "line_color": "#DDDDDD",
@@ -248,7 +250,7 @@ def _arrays(
         if array.ndim not in (1, 2) or not (fits_layers and fits_tokens):
             wanted = f"({'layer' if layers is None else len(layers)}, {'pos' if tokens is None else len(tokens)})"
             raise ValueError(f"projections: {name!r} has shape {array.shape}, {wanted} is wanted (layers, tokens).")
-        arrays[name] = array
+        arrays[drawable(name)] = array
     return arrays
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, TypeAlias
@@ -36,18 +37,41 @@ INK, FAINT = "#222222", "#8A8A8A"
 
 
 def tidy(
-    table: Table, *, words: Sequence[str] = (), numbers: Sequence[str] = (), argument: str = "table"
+    table: Table,
+    *,
+    words: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    unescaped: Sequence[str] = (),
+    argument: str = "table",
 ) -> pd.DataFrame:
-    """The table as a DataFrame with these columns checked and the numbers made float (None becomes NaN)."""
+    """The table as a DataFrame with these columns checked, numbers made float (None becomes NaN), and text drawable.
+
+    Args:
+        table: as it came.
+        words: columns of anything.
+        numbers: columns of numbers.
+        unescaped: columns whose text stays as it came, for a figure that measures or cuts it before it is drawn.
+        argument: its name in messages.
+    """
     frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table))
     wanted = ", ".join([*words, *numbers])
     if frame.empty:
         raise ValueError(f"{argument}: no rows came, at least one is wanted, with columns {wanted}.")
+    frame = with_numbers(frame.reset_index(drop=True), numbers, words=words, argument=argument)
+    for column in frame.columns:
+        if column not in unescaped and not pd.api.types.is_numeric_dtype(frame[column]):
+            frame[column] = frame[column].map(drawable)
+    return frame
+
+
+def with_numbers(
+    frame: pd.DataFrame, numbers: Sequence[str], *, words: Sequence[str] = (), argument: str = "table"
+) -> pd.DataFrame:
+    """The frame, which must have all these columns, with the numbers made float (None becomes NaN)."""
     missing = [column for column in (*words, *numbers) if column not in frame.columns]
     if missing:
-        came = ", ".join(map(str, frame.columns))
+        came, wanted = ", ".join(map(str, frame.columns)), ", ".join([*words, *numbers])
         raise ValueError(f"{argument}: no column {', '.join(missing)} (came: {came}). Wanted: {wanted}.")
-    frame = frame.reset_index(drop=True)
     for column in numbers:
         try:
             frame = frame.assign(**{column: frame[column].astype(float)})
@@ -66,7 +90,7 @@ def dressed(
         template="plotly_white",
         font={"family": "Helvetica, Arial, sans-serif", "size": 14, "color": INK},
         title={
-            "text": title,
+            "text": drawable(title),
             "font_size": 19,
             "x": 0.01,
             "y": 1,
@@ -85,24 +109,20 @@ def dressed(
 
 
 def drawable(value: Any) -> Any:
-    """A copy whose every string, in keys and column names too, is safe to draw: Plotly renders some HTML.
+    """A copy whose every string is drawn as it is: Plotly renders some HTML, `$...$` as TeX, and fills in `%{...}`.
 
-    For whoever puts a model's or a user's words on a page. Quotes stay: Plotly knows &lt; &gt; &amp; but not &quot;.
+    Every figure does this once to what a caller gives, where it comes in; so callers give text as it is. Quotes stay:
+    Plotly knows &lt; &gt; &amp; and numbers such as &#36;, but not &quot;.
 
     Args:
-        value: a string, a mapping, a list, a tuple (a list comes back), a table, or any of these in one another; what
-            is none of them comes back as it is.
+        value: a string, a list or a tuple (a list comes back); what is none of them comes back as it is.
 
     Example:
-        >>> drawable({"token": "<b>"})
-        {'token': '&lt;b&gt;'}
+        >>> drawable(["<b>", "$x$"])
+        ['&lt;b&gt;', '&#36;x&#36;']
     """
     if isinstance(value, str):
-        return escape(value, quote=False)
-    if isinstance(value, Mapping):
-        return {drawable(key): drawable(inner) for key, inner in value.items()}
-    if isinstance(value, pd.DataFrame):
-        return value.rename(columns=drawable).map(drawable)
+        return escape(value, quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
     return [drawable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
@@ -136,9 +156,15 @@ def number(value: float, decimals: int = 3) -> str:
 
 
 def shown(token: str) -> str:
-    """The token with its whitespace made visible: ⏎ for a newline, ⇥ for a tab, · for each leading space."""
+    """The token with its whitespace made visible: ⏎ for a newline, ⇥ for a tab, · for each leading space.
+
+    One of which nothing would be seen is named by its code points, as in U+200B; ∅ is an empty one.
+    """
     words = token.lstrip(" ")
-    return ("·" * (len(token) - len(words)) + words).replace("\n", "⏎").replace("\t", "⇥")
+    marked = ("·" * (len(token) - len(words)) + words).replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    if all(unicodedata.category(letter)[0] in "CMZ" for letter in marked):  # control, format, accents, separators
+        return " ".join(f"U+{ord(letter):04X}" for letter in marked) or "∅"
+    return marked
 
 
 def band(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from html import unescape
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -56,8 +57,8 @@ def pareto(
     if len(repeated := frame[frame.duplicated(["arm", "direction"])]):
         arm, direction = repeated.iloc[0][["arm", "direction"]]
         raise ValueError(
-            f"table: {arm}, {direction} came more than once, one row for each arm and direction is wanted. "
-            "Keep one set and one scorer, pooled over seeds."
+            f"table: {unescape(str(arm))}, {direction} came more than once, one row for each arm and direction is "
+            "wanted. Keep one set and one scorer, pooled over seeds."
         )
     for end in ("_low", "_high"):
         frame[f"harm{end}"] = frame.get(f"{against}{end}", pd.Series(np.nan, frame.index)).astype(float)
@@ -157,7 +158,7 @@ def _add_labels(figure: go.Figure, frame: pd.DataFrame, spans: list[list[float]]
             taken.append(_Box(x - 3, x + 3, low, high))
     rows = frame[["harm", "mean", "label"]].itertuples(index=False, name=None)
     for (harm, mean, label), x, y in zip(rows, pixels["harm"], pixels["mean"], strict=True):
-        found, (right, up) = _free_place(x, y, _LETTER * len(label) + 6, taken)
+        found, (right, up) = _free_place(x, y, _LETTER * len(unescape(label)) + 6, taken)
         taken.append(found._replace(weight=10.0))
         figure.add_annotation(
             x=harm, y=mean, ax=right, ay=-up, text=label, showarrow=True, arrowhead=0, arrowwidth=1, standoff=8,

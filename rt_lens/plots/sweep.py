@@ -13,6 +13,7 @@ from rt_lens.plots.look import (
     Table,
     band,
     doses_by_layer,
+    drawable,
     dressed,
     estimate,
     key,
@@ -96,7 +97,7 @@ def steerability(
     Raises:
         ValueError: if a column or all rows are missing.
     """
-    frame = tidy(table, words=("prompt", "wrong_way"), numbers=("multiplier", "score"))
+    frame = tidy(table, words=("prompt", "wrong_way"), numbers=("multiplier", "score"), unescaped=("prompt",))
     columns = ("multiplier", "n", "mean", "low", "high")
     middle = tidy(summary, numbers=columns, argument="summary").sort_values("multiplier")
     wrong = frame["wrong_way"].astype(bool).groupby(frame["prompt"], sort=False).any()
@@ -105,14 +106,14 @@ def steerability(
     # The wrong ones come last, so that the crowd does not hide them.
     for prompt in wrong.sort_values(kind="stable").index:
         own = frame[frame["prompt"] == prompt].sort_values("multiplier")
-        words = "<br>".join(textwrap.wrap(textwrap.shorten(str(prompt), 160), 60))
+        words = "<br>".join(drawable(textwrap.wrap(textwrap.shorten(str(prompt), 160), 60)))
         line = go.Scatter(
             x=own["multiplier"],
             y=own["score"],
             mode="lines",
             line={"color": colours[wrong[prompt]], "width": 1.5},
             opacity=0.8 if wrong[prompt] else 0.4,
-            name=str(prompt),
+            name=drawable(str(prompt)),
             showlegend=False,
             hovertext=[
                 f"{words}<br>multiplier {row['multiplier']:g}: {number(row['score'])}" for _, row in own.iterrows()
@@ -144,7 +145,7 @@ def steerability(
     figure.update_yaxes(title_text="score", zerolinecolor=FAINT)
     reading = (
         f"Each thin line is a prompt; {astray} of {every} move against the multiplier. Thick: their mean, with its "
-        f"95 % interval. {note}"
+        f"95 % interval. {drawable(note)}"
     )
     return dressed(figure, title, reading.strip(), sample(middle), legend_traceorder="normal")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,20 @@ from plotly.colors import colorscale_to_colors, get_colorscale, unlabel_rgb
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from rt_lens.plots.look import FAINT, INK, Table, arm_colours, dressed, key, number, ordered, sample, shown, tidy
+from rt_lens.plots.look import (
+    FAINT,
+    INK,
+    Table,
+    arm_colours,
+    drawable,
+    dressed,
+    key,
+    number,
+    ordered,
+    sample,
+    shown,
+    tidy,
+)
 from rt_lens.plots.tuned import once
 
 PerPosition: TypeAlias = Float[Tensor, " pos"] | Float[np.ndarray, " pos"]
@@ -39,7 +51,7 @@ def coloured_tokens(
     alone as ·.
 
     Args:
-        tokens: one per position, repeats welcome. Escaped HTML (`&lt;b&gt;`) is drawn, and measured, as what it means.
+        tokens: one per position, as they are; repeats welcome.
         projections: name -> "pos", in activation units.
         title: heading of the figure.
 
@@ -48,7 +60,7 @@ def coloured_tokens(
 
     Example:
         >>> tokens, found = token_projections(model, vectors.select([21]), "What a lovely day!")
-        >>> coloured_tokens([html.escape(token, quote=False) for token in tokens], {"untuned": found[0]}).show()
+        >>> coloured_tokens(tokens, {"untuned": found[0]}).show()
     """
     values = _per_token(tokens, projections)
     labels = [_label(token) for token in tokens]
@@ -76,14 +88,14 @@ def coloured_tokens(
             # Beside text inside a bar, Plotly takes a number for the name of a colour and warns of each.
             marker={"color": [f"rgb({r:.0f},{g:.0f},{b:.0f})" for r, g, b in 255 * shades], "line": border},
             customdata=own,
-            text=labels,
+            text=drawable(labels),
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
             constraintext="none",
             textfont={**MONOSPACE, "color": _inks(shades)},
             hovertext=[
-                f"{name}<br>{shown(token)}, token {position}<br>projection {number(value)} activation units"
+                f"{name}<br>{drawable(shown(token))}, token {position}<br>projection {number(value)} activation units"
                 for position, (token, value) in enumerate(zip(tokens, own, strict=True))
             ],
             hoverinfo="text",
@@ -129,7 +141,7 @@ def trace(table: Table, *, title: str = "Projection of each new token") -> go.Fi
         >>> rows = [{"arm": "steered", "place": 0, "token": " Hello", "projection": 3.2}]
         >>> figure = trace(rows)
     """
-    frame = tidy(table, words=("arm", "token"), numbers=("place", "projection"))
+    frame = tidy(table, words=("arm", "token"), numbers=("place", "projection"), unescaped=("token",))
     once(frame, ["arm", "place"])
     names, n_places = ordered(frame["arm"]), int(frame["place"].max()) + 1
     colours, plot = arm_colours(names), 260 + STRIP * len(names)  # px
@@ -167,7 +179,7 @@ def _answer(own: pd.DataFrame, name: str, symbol: str, look: dict[str, Any]) -> 
         mode="lines+markers",
         marker={"size": 6, "symbol": symbol},
         hovertext=[
-            f"{name}<br>{shown(token)}, new token {place:g}<br>projection {number(value)} activation units"
+            f"{name}<br>{drawable(shown(token))}, new token {place:g}<br>projection {number(value)} activation units"
             for token, place, value in zip(own["token"], own["place"], own["projection"], strict=True)
         ],
         hoverinfo="text",
@@ -181,7 +193,7 @@ def _strip(own: pd.DataFrame, n_places: int, top: float) -> dict[str, Any]:
     return {
         "range": [-0.5, 20 * -(-n_places // 20) - 0.5],
         "tickvals": own["place"].tolist()[::step],
-        "ticktext": [_cut(shown(token), 9) for token in own["token"]][::step],
+        "ticktext": [drawable(_cut(shown(token), 9)) for token in own["token"]][::step],
         "tickangle": -90,
         "tickfont": {"size": 11, "color": INK},  # the arms' own colours are too pale for letters
         "showgrid": False,
@@ -193,8 +205,9 @@ def _strip(own: pd.DataFrame, n_places: int, top: float) -> dict[str, Any]:
 
 def _label(token: str) -> str:
     """The token as it stands in the text: a space before a word stays one, what would be invisible is marked."""
-    label = shown(token) if not token.strip() else token.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
-    return _cut(label.replace(" ", "\u00a0"), COLUMNS) or "∅"  # an empty token would have no cell to hover over
+    words = token.lstrip(" ") if token.strip() else token
+    label = token[: len(token) - len(words)] + shown(words)
+    return _cut(label.replace(" ", "\u00a0"), COLUMNS)
 
 
 def _counted(n: int) -> str:
@@ -202,16 +215,15 @@ def _counted(n: int) -> str:
 
 
 def _cut(label: str, columns: int) -> str:
-    """The label if it fits in so many columns, else its beginning; one that was escaped stays so."""
+    """The label if it fits in so many columns, else its beginning."""
     if _width(label) <= columns:
         return label
-    meant = html.unescape(label)
     kept = ""
-    for letter in meant:
+    for letter in label:
         if _width(kept + letter) >= columns:
             break
         kept += letter
-    return (html.escape(kept, quote=False) if meant != label else kept) + "…"
+    return kept + "…"
 
 
 def _width(label: str) -> int:
@@ -219,7 +231,7 @@ def _width(label: str) -> int:
     wide = (
         0 if unicodedata.combining(letter) or unicodedata.category(letter) in ("Cf", "Mn") else
         1 + (unicodedata.east_asian_width(letter) in "WF")
-        for letter in html.unescape(label)
+        for letter in label
     )  # fmt: skip
     return sum(wide)
 
@@ -255,7 +267,7 @@ def _per_token(tokens: Sequence[str], projections: Mapping[str, Any]) -> dict[st
         if not np.isfinite(own).all():
             position = int(np.flatnonzero(~np.isfinite(own))[0])
             raise ValueError(f"projections: {name!r} is {own[position]} at token {position}, a number is wanted.")
-        arrays[name] = own
+        arrays[drawable(name)] = own
     return arrays
 
 

@@ -5,6 +5,7 @@ Scores come measured; no figure here knows of a model or a scorer.
 
 from __future__ import annotations
 
+from html import unescape
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from rt_lens.plots.look import (
     ordered,
     sample,
     tidy,
+    with_numbers,
 )
 
 ROW = 30  # pixels that a row of dots needs
@@ -128,7 +130,7 @@ def block_search(table: Table, *, title: str = "Which weights to tune") -> go.Fi
     frame = frame.assign(**{part: [_blocks_named(names) for names in frame[part]] for part in parts})
     once(frame, parts)
     if "perplexity" in frame:
-        frame, losses = tidy(frame, numbers=("perplexity",)), losses | {"perplexity": "perplexity"}
+        frame, losses = with_numbers(frame, ["perplexity"]), losses | {"perplexity": "perplexity"}
     frame = renamed(frame, "effect").sort_values(["effect", "total_loss"], ascending=[False, True], kind="stable")
     panels = {name: words for name, words in ({"effect": "effect"} | losses).items() if frame[name].notna().any()}
     if not panels:
@@ -233,7 +235,9 @@ def once(frame: pd.DataFrame, columns: list[str], argument: str = "table") -> No
     """Refuses a second row of the same names."""
     repeated = frame[frame.duplicated(columns)]
     if not repeated.empty:
-        names = ", ".join(f"{name:g}" if isinstance(name, float) else str(name) for name in repeated.iloc[0][columns])
+        names = ", ".join(
+            f"{name:g}" if isinstance(name, float) else unescape(str(name)) for name in repeated.iloc[0][columns]
+        )
         raise ValueError(
             f"{argument}: {names} came more than once, one row for each {' and '.join(columns)} is wanted. "
             "Pool the seeds first."

@@ -5,12 +5,26 @@ Scores come measured; no figure here knows of a model or a scorer.
 
 from __future__ import annotations
 
+from html import unescape
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from rt_lens.plots.look import ARM_COLOURS, FAINT, INK, Table, arm_colours, dressed, number, ordered, sample, tidy
+from rt_lens.plots.look import (
+    ARM_COLOURS,
+    FAINT,
+    INK,
+    Table,
+    arm_colours,
+    drawable,
+    dressed,
+    number,
+    ordered,
+    sample,
+    tidy,
+)
 from rt_lens.plots.tuned import once, renamed, stated, whiskers
 
 
@@ -114,6 +128,7 @@ def effect_against_damage(
     measured = [f"{name}{end}" for name in ("effect", "damage") for end in ("", "_low", "_high")]
     frame = tidy(table, words=("arm", "seed"), numbers=("multiplier", *measured, "n", "n_damage"))
     once(frame, ["arm", "multiplier"])
+    effect, damage = drawable([effect, damage])
     colours = arm_colours(frame["arm"])
     figure = go.Figure()
     for place, arm in enumerate(ordered(frame["arm"], list(ARM_COLOURS))):
@@ -164,7 +179,8 @@ def _moved_rows(moved: Table, arms: list[str]) -> pd.DataFrame:
     strangers = [arm for arm in frame["arm"] if arm not in arms]
     if strangers:
         raise ValueError(
-            f"moved: {', '.join(strangers)} is not in the table (arms {', '.join(arms)}). Add its rows there."
+            f"moved: {unescape(', '.join(strangers))} is not in the table (arms {unescape(', '.join(arms))}). "
+            "Add its rows there."
         )
     return renamed(frame.sort_values("arm", key=lambda own: own.map(arms.index)), "shift")
 

@@ -88,7 +88,7 @@ def chart(name: str, figure: go.Figure) -> str:
 
     Args:
         name: of this chart alone; not a section's.
-        figure: with its labels escaped, for Plotly reads some markup; it loses its title.
+        figure: of `rt_lens.plots`, which escapes its labels; it loses its title.
     """
     title = figure.layout.title
     heading, reading = (escape(unescape(text.replace("<br>", " "))) for text in (title.text, title.subtitle.text))

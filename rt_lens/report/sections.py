@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape, unescape
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import plotly.graph_objects as go
 
 from rt_lens import plots
 from rt_lens.plots.layers import without_first
-from rt_lens.plots.look import drawable
 from rt_lens.report.markup import Part, boxed, chart, folded, items, table
 from rt_lens.report.words import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value
 from rt_lens.results import efficient
@@ -31,10 +30,10 @@ def sections(results: Mapping[str, Any], responses: Sequence[Row], projections: 
         _comparisons(results),
         _side_effects(results),
         Part("Dose-response", _dose_response(results)),
-        Part("Separability", _figure("separability", plots.separability, drawable(_seeded(results, "separability")))),
-        _projections(drawable(projections), results),
-        Part("Losses", _figure("losses", plots.losses, drawable(results["history"]))),
-        Part("Logit lens", _figure("logit-lens", plots.logit_lens, drawable(results["logit_lens"]))),
+        Part("Separability", _figure("separability", plots.separability, _seeded(results, "separability"))),
+        _projections(projections, results),
+        Part("Losses", _figure("losses", plots.losses, results["history"])),
+        Part("Logit lens", _figure("logit-lens", plots.logit_lens, results["logit_lens"])),
         _responses(responses),
     ]
 
@@ -55,10 +54,10 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
 def _arms(results: Mapping[str, Any]) -> Part:
     """For each set a chart of its first scorer and a table of all its scorers; at the end each seed by itself."""
     first, parts, chance = of_first_scorer(results["summary"]), [], results["protocol"].get("chance", {})
-    pairs = drawable(results["comparisons"])
+    pairs = results["comparisons"]
     for place, ((name,), rows) in enumerate(grouped(results["summary"], "set").items()):
-        title = drawable(f"Score of every arm: {name}")
-        drawn = plots.arms(drawable(first[name]), comparisons=pairs, title=title)
+        title = f"Score of every arm: {name}"
+        drawn = plots.arms(first[name], comparisons=pairs, title=title)
         blind = f"<p>Blind choice among the options scores {number(chance[name])}.</p>" if name in chance else ""
         n = ", ".join(sorted({str(row["n"]) for row in rows}))
         html = blind + chart(f"arms-{place}", drawn) + _scored(f"scores, {name}", rows)
@@ -128,7 +127,7 @@ def _paretos(summary: Sequence[Row]) -> Iterator[Part]:
         heading = f"{name}: effect against side effect"
         harm = harm_of(own)
         if harm is not None:
-            drawn = plots.pareto(drawable(efficient(own, harm=harm)), against=harm, title=drawable(heading))
+            drawn = plots.pareto(efficient(own, harm=harm), against=harm, title=heading)
             yield Part(f"{name}, against its cost", chart(f"pareto-{place}", drawn))
 
 
@@ -153,16 +152,16 @@ def _dose_response(results: Mapping[str, Any]) -> str:
         for direction, choice in made.items()
     )
     chosen = [(choice["layer"], choice["multiplier"]) for choice in made.values()]
-    rows = drawable(_seeded(results, "dose_response"))
+    rows = _seeded(results, "dose_response")
     figure = _figure("dose-response", plots.dose_response, rows, bound=results["bound"], chosen=chosen)
     return rule + told + figure
 
 
 def _projections(projections: Mapping[str, Any], results: Mapping[str, Any]) -> Part:
-    """The text in colours, the lines of all arms, and a heat map for each arm against the first (safe to draw)."""
+    """The text in colours, the lines of all arms, and a heat map for each arm against the first."""
     arms = {name: np.asarray(values, dtype=float) for name, values in projections["arms"].items()}
     tokens, layers = projections["tokens"], projections["layers"]
-    prompt = f"<p>All arms read one text, the prompt <q>{projections['prompt']}</q> with an answer.</p>"
+    prompt = f"<p>All arms read one text, the prompt <q>{escape(projections['prompt'])}</q> with an answer.</p>"
     averaged, rest = without_first(arms, tokens)
     chosen = [choice["layer"] for choice in choices_of(results).values() if choice["layer"] in layers]
     layer = chosen[-1] if chosen else layers[-1]
@@ -179,7 +178,7 @@ def _projections(projections: Mapping[str, Any], results: Mapping[str, Any]) -> 
     for place, name in enumerate(later):
         pair = {first: arms[first], name: arms[name]}
         drawn = plots.projection_heatmap(pair, tokens, layers, title=f"Projection before and after: {name}")
-        parts.append(Part(f"{unescape(name)}, every layer", chart(f"projection-{place}", drawn)))
+        parts.append(Part(f"{name}, every layer", chart(f"projection-{place}", drawn)))
     return Part("Projections", prompt, tuple(parts))
 
 

@@ -13,9 +13,11 @@ from rt_lens.tokens.chats import (
     rendered,
     tokenizer_of,
 )
+from rt_lens.tokens.texts import Pieces, text_of, token_text, token_texts
 
 __all__ = [
     "ChatText",
+    "Pieces",
     "TokenBatch",
     "answered",
     "batches",
@@ -29,5 +31,8 @@ __all__ = [
     "pad",
     "pad_id_of",
     "rendered",
+    "text_of",
+    "token_text",
+    "token_texts",
     "tokenizer_of",
 ]

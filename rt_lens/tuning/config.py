@@ -45,8 +45,9 @@ class TuneConfig:
         batch_size: targets per step.
         neutral_batch_size: neutral prompts per step, for the KL term.
         micro_batch_size: rows run at once; the step is the same, its memory less. All at once for None.
-        precision: `bfloat16` runs the blocks in mixed precision (weights and losses stay float32), `auto` does so
-            where a GPU has it, `float32` never.
+        precision: `bfloat16` runs the blocks in mixed precision (weights and losses stay float32, and so does the whole
+            KL term: the rounding would be as large as what it measures), `auto` does so where a GPU has it, `float32`
+            never.
         prefix_cache: where the untrained first blocks' output is kept: `memory`, `disk`, `auto` (by size), or `off`
             (run them at every step).
         n_targets: how many targets to have the model write.

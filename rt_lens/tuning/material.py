@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -171,6 +171,14 @@ def prepare(
     )
 
 
+def unmixed(model: Any) -> AbstractContextManager[Any]:
+    """Runs the model in its weights' own precision: both sides of the KL do, and mixed precision changes neither.
+
+    In bfloat16 a row's logits depend on the rows beside it: an untouched model would be 0.0005 nats from itself.
+    """
+    return torch.autocast(torch.device(model.cfg.device).type, enabled=False)
+
+
 def _first_block(model: Any, config: TuneConfig, steer: KLThenSteer | None) -> int:
     """The first block that training or steering changes anything in; 0 where the model cannot start later."""
     if config.prefix_cache == "off" or not isinstance(model, HookedTransformer):
@@ -191,14 +199,15 @@ def _rows(
     found: list[Row] = []
     for batch_rows, batch in _in_batches(model, rows):
         if first:
-            with quick(model):
+            with quick(model), unmixed(model):
                 prefix = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=first)
             batch_rows = [
                 replace(row, prefix=prefixes.put(prefix[i, : len(row.tokens)])) for i, row in enumerate(batch_rows)
             ]
             batch = replace(batch, prefix=prefix)
         if reference:
-            _, final = read(model, batch, [], first, final=True)
+            with unmixed(model):
+                _, final = read(model, batch, [], first, final=True)
             assert final is not None
             parts = final.split([int(row.predicts.sum()) for row in batch_rows])
             if isinstance(model, HookedTransformer):

@@ -14,7 +14,7 @@ from rt_lens.steering import FwdHook
 from rt_lens.tokens import pad_id_of
 from rt_lens.tuning.aims import Reading
 from rt_lens.tuning.config import LOSSES, TuneConfig
-from rt_lens.tuning.material import Batch, Material, Row, logits_of, read
+from rt_lens.tuning.material import Batch, Material, Row, logits_of, read, unmixed
 
 
 class Objective:
@@ -129,14 +129,14 @@ class Objective:
         return torch.stack(sums).mean()
 
     def _kl(self, batch: Batch, hooks: Sequence[FwdHook]) -> Tensor:
-        """KL to the untuned model, summed over positions."""
-        with self._precision():
+        """KL to the untuned model, summed over positions; both sides in the weights' own precision."""
+        assert batch.reference is not None
+        with unmixed(self.model):
             _, final = read(self.model, batch, [], self.material.first_block, final=True, hooks=hooks)
             assert final is not None
             tuned = logits_of(self.model, final).float().log_softmax(-1)
-        assert batch.reference is not None
-        with torch.no_grad():
-            untuned = logits_of(self.model, batch.reference).float().log_softmax(-1)
+            with torch.no_grad():
+                untuned = logits_of(self.model, batch.reference).float().log_softmax(-1)
         return (kl_divergence(untuned, tuned) if self.steered else kl_divergence(tuned, untuned)).sum()
 
     def _precision(self) -> AbstractContextManager[Any]:
