@@ -133,7 +133,7 @@ def _spread(name: str, found: Interval) -> dict[str, float]:
     return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
-RATES = (5e-5, 1e-4, 1.5e-4, 2e-4, 3e-4)
+RATES = (1e-4, 2e-4, 3e-4)
 MOST_KL = 0.01  # nats a token on the validation paragraphs
 
 
