@@ -197,7 +197,6 @@ def test_a_pass_that_may_be_in_the_middle_of_an_answer_is_refused(tiny, tiny_vec
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"holds": [*TEXTS, None]}, r"holds must be a list of texts, got None"),
         ({"by": "row"}, r"by: 'row' and position 'last' came; 'example' or 'token', and 'last' or 'mean', are wanted"),
         ({"position": "first"}, r"by: 'example' and position 'first' came"),
         ({"direction": torch.zeros(32)}, r"condition: a direction of length 0 and threshold 0\.5 came"),

@@ -47,20 +47,21 @@ def once() -> dict[str, Any]:
 
 
 @pytest.fixture
-def glad(tmp_path: Path) -> Path:
+def glad(tmp_path: Path) -> Experiment:
     """A behaviour whose name would be markup if it were not escaped."""
     path = tmp_path / "glad.toml"
     topics = ", ".join(f'"What do you think of {thing}?"' for thing in THINGS)
     path.write_text(
-        f'name = "{BEHAVIOUR}"\n[pairs]\npositive = ["You are glad."]\nnegative = ["You are sad."]\n'
+        f'[pairs]\npositive = ["You are glad."]\nnegative = ["You are sad."]\n'
         f'topics = [{topics}]\n[scorer]\nkind = "pattern"\npattern = "a"\n[tune]\n{TUNE}validate_every = 2\n'
         "[choose]\nn_paragraphs = 2\n"
     )
-    return path
+    read = load_experiment(path)  # no file may have such a name; what is made in Python may
+    return replace(read, name=BEHAVIOUR, pairs=replace(read.pairs, name=BEHAVIOUR))
 
 
 @pytest.fixture
-def bench(make_tiny: Callable[..., Any], once: dict[str, Any], glad: Path) -> Bench:
+def bench(make_tiny: Callable[..., Any], once: dict[str, Any], glad: Experiment) -> Bench:
     if "model" not in once:
         once["model"] = make_tiny()
         once["weights"] = weights(once["model"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rt_lens.dashboard import steering, vectors
 from rt_lens.dashboard.app import make_app
 from rt_lens.dashboard.bench import MOST_ASIDE, Bench, made
 from rt_lens.dashboard.work import Job, Stopped
-from rt_lens.experiment import load_experiment
+from rt_lens.experiment import Experiment, load_experiment
 from rt_lens.experiment.validation import validation_metric
 from rt_lens.extraction import Trust
 from rt_lens.progress import Step, watched
@@ -35,19 +36,19 @@ TOPICS = [f"What do you think of {thing}?" for thing in (
 
 
 @pytest.fixture
-def own_file(tmp_path: Path) -> Path:
+def own_file(tmp_path: Path) -> Experiment:
     """A behaviour with a name that would be markup if it were not escaped."""
     path = tmp_path / "glad.toml"
     topics = ", ".join(f'"{topic}"' for topic in TOPICS)
     path.write_text(
-        f'name = "{BEHAVIOUR}"\nscorer = "length"\n[pairs]\npositive = ["You are glad."]\nnegative = ["You are sad."]\n'
-        f"topics = [{topics}]\n"
+        f'scorer = "length"\n[pairs]\npositive = ["You are glad."]\nnegative = ["You are sad."]\ntopics = [{topics}]\n'
     )
-    return path
+    read = load_experiment(path)  # no file may have such a name; what is made in Python may
+    return replace(read, name=BEHAVIOUR, pairs=replace(read.pairs, name=BEHAVIOUR))
 
 
 @pytest.fixture
-def bench(tiny: Any, own_file: Path) -> Bench:
+def bench(tiny: Any, own_file: Experiment) -> Bench:
     return Bench(tiny, {}, own=[own_file])
 
 
