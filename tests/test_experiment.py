@@ -106,6 +106,7 @@ def test_results_hold_every_arm_and_direction_with_intervals(run):
     assert all(row["kl"] > 1e-5 for row in results["summary"][1:])
     assert results["choices"]["away"]["multiplier"] < 0 < results["choices"]["toward"]["multiplier"]
     assert {"rt_lens", "torch", "transformer-lens"} <= set(results["versions"])
+    assert "the targets" in results["seed_draws"]
 
 
 def test_each_mean_is_the_mean_of_its_responses(run):

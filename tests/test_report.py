@@ -569,6 +569,9 @@ def test_how_sure_one_may_be_counts_seeds_comparisons_and_prompts():
     text = "\n".join(sentences)
     assert "rep_tuned away: tuned once, with seed 4." in text
     assert "token_tuned toward, token_tuned away and rep_tuned toward: tuned with seeds 0, 1 and 2." in text
+    assert "In this run a seed drew the order of the batches only" in text
+    told = "\n".join(report.sureness_sentences({**results, "seed_draws": ["the targets", "the order of the batches"]}))
+    assert "A seed draws the targets and the order of the batches; all arms of a seed share what it drew." in told
     assert "48 comparisons were made; if nothing differed, about one in twenty would have p below 0.05." in text
     assert "16 hold; 16 more hold only taken alone" in text
     assert "72 validation prompts" in text and "mean over 216 prompts" in text

@@ -40,6 +40,7 @@ from rt_lens.tokens import answered
 from rt_lens.tuning import Material, Target, TuneConfig, prepare, tune, write_neutral
 from rt_lens.vectors import SteeringVectors
 
+_SEED_DRAWS = ["the pairs of the vectors", "the targets", "the neutral answers", "the order of the batches"]
 _PAIRED = (("rep_tuned", "token_tuned"), ("rep_tuned", "steered"), ("token_tuned", "untuned"), ("steered", "untuned"))
 
 
@@ -169,6 +170,7 @@ class _Run:
             "model": model_name(self.model),
             "versions": _versions(),
             "seed": experiment.split.seed,
+            "seed_draws": _SEED_DRAWS,
             "again": self.again,
             "protocol": {
                 "name": self.protocol.name, "why": self.protocol.why, "calibration": self.protocol.calibration,

@@ -52,6 +52,11 @@ def _seeds(results: Mapping[str, Any]) -> list[str]:
                 f"{arms}: tuned with seeds {joined(map(str, seeds))}. The interval holds how these differ, and is the "
                 "wider for it."
             )
+    drawn = results.get("seed_draws")
+    if sentences and drawn:
+        sentences.append(f"A seed draws {joined(drawn)}; all arms of a seed share what it drew.")
+    elif sentences:
+        sentences.append("In this run a seed drew the order of the batches only (an older version of rt_lens).")
     return sentences
 
 

@@ -37,6 +37,7 @@ results.json, schema 1. Intervals are of 95 %; null is what was not measured.
 | history | a row per arm, direction, seed, split and step of tuning: losses |
 | logit_lens | a row per layer and sign: tokens |
 | seconds | stage -> seconds |
+| seed_draws | what a tuning seed draws, in words; runs without it drew the order of the batches only |
 | files | name -> SHA-256 of each other file of the run; kept apart when it is read |
 
 Columns of arms and summary: arm, direction, set, scorer, n, mean, low, high (score); perplexity, perplexity_low,
