@@ -329,7 +329,7 @@ def _singular_values(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "ra
 
 def _large_squares(
     gram: Float[Tensor, "n n"], n_left: int, cut: float
-) -> tuple[Float[Tensor, "found"], Float[Tensor, "n found"]]:
+) -> tuple[Float[Tensor, "found"], Float[Tensor, "n taken"]]:
     """The eigenvalues above a share of the largest, with their directions; no directions where that is all of them.
 
     Args:

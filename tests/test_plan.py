@@ -367,28 +367,30 @@ def test_what_cannot_be_planned_is_named(paper, change, says, offline):
 
 
 @pytest.mark.parametrize(
-    ("table", "reads"),
+    "table",
     [
-        ("kind = 'classifier'\nmodel = 'no such model'\npairs = 'mood'", "text"),
-        ("kind = 'logit_judge'\nmodel = 'no such model'\ncriterion = 'sounds happy'", "text"),
-        ("kind = 'endpoint_judge'\nurl = 'https://api.example/v1'\nmodel = 'm'\ncriterion = 'is kind'", "text"),
-        ("kind = 'likelihood'\nform = 'letters'", "letters"),
+        "kind = 'classifier'\nmodel = 'no such model'\npairs = 'mood'",
+        "kind = 'logit_judge'\nmodel = 'no such model'\ncriterion = 'sounds happy'",
+        "kind = 'endpoint_judge'\nurl = 'https://api.example/v1'\nmodel = 'm'\ncriterion = 'is kind'",
     ],
 )
-def test_a_plan_makes_no_scorer(tmp_path, folder, monkeypatch, table, reads):
+def test_a_plan_makes_no_scorer(tmp_path, folder, monkeypatch, table):
     """No model of a scorer's own is loaded, no key is asked for: what it reads stands in its table."""
 
-    def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("a scorer was made")
+    def forbidden(made: Any) -> Any:
+        def make(**_: Any) -> None:
+            raise AssertionError("a scorer was made")
+
+        return functools.wraps(made)(make)
 
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for kind in ("classifier", "logit_judge", "endpoint_judge", "likelihood"):
-        monkeypatch.setitem(making._KINDS, kind, functools.wraps(making._KINDS[kind])(forbidden))
+    for kind in ("classifier", "logit_judge", "endpoint_judge"):
+        monkeypatch.setitem(making._KINDS, kind, forbidden(making._KINDS[kind]))
     file = tmp_path / "scored.toml"
     file.write_text(BEHAVIOUR.format(scorer=table), encoding="utf-8")
     experiment = load_experiment(file, model=str(folder))
     (protocol,) = protocols_of(experiment, reader_of(None))
-    assert {scorer.reads for scorer in protocol.choosing.made} == {reads}
+    assert {scorer.reads for scorer in protocol.choosing.made} == {"text"}
     assert "scored" in str(plan_of(experiment))
     with pytest.raises(RuntimeError, match="was not made, so it cannot score"):
         protocol.choosing.made[0]([])

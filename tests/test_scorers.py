@@ -5,7 +5,19 @@ from __future__ import annotations
 import pytest
 
 import rt_lens as rtl
-from rt_lens.evaluation import Lexicon, NamesRight, Obeys, OfText, Scorer, ask, evaluate, make_scorer, said, vader
+from rt_lens.evaluation import (
+    Lexicon,
+    NamesRight,
+    Obeys,
+    OfText,
+    Scorer,
+    ask,
+    evaluate,
+    make_scorer,
+    said,
+    unmade_scorer,
+    vader,
+)
 from rt_lens.questions import Answer, Likelihoods, Question, load_questions
 
 
@@ -149,3 +161,10 @@ def test_a_scorer_of_ones_own_sees_the_whole_answer(tiny):
     assert isinstance(make_scorer(Longest()), Longest)
     assert OfText("len", len)([Answer(asked[0], "abc")]) == [3.0]
     assert Likelihoods((0.0,), (1,), 0.0).other == 0
+
+
+@pytest.mark.parametrize(
+    "given", ["vader", "names_right", {"kind": "likelihood", "form": "letters"}, {"kind": "other"}, len, NamesRight()]
+)
+def test_a_scorer_that_is_not_made_says_what_it_would_read(given):
+    assert unmade_scorer(given).reads == make_scorer(given).reads
