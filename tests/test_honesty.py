@@ -208,7 +208,8 @@ def test_what_is_learnt_is_what_is_scored_token_by_token(model):
         question = asked[[*asked][number]]
         (ask,) = _asks(model, number, question, "answers")
         learnt = _row(model, target, []).tokens.tolist()
-        assert learnt == [*ask.start, *ask.options[1]]  # the first wrong answer
+        end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert learnt == [*ask.start, *ask.options[1], end]  # the first wrong answer, and that it ends there
     assert protocol.shown is not None
     assert encode(model, protocol.shown[1])[-1] in {
         ids[-1] for q in load_questions("honesty") for ids in [encode(model, " " + q.right[0])]

@@ -66,7 +66,7 @@ def test_the_token_loss_is_the_cross_entropy_of_the_answer_by_a_plain_forward_pa
     config = replace(QUICK, cosine_weight=0.0, batch_size=1, max_steps=1)
     found = loss(tune(tiny, tiny_vectors, one, config, validation=one, progress=False), "train", "token")[0]
     prompt = tiny.tokenizer.encode(one[0].prompt)
-    answer = tiny.tokenizer.encode(one[0].answer)
+    answer = [*tiny.tokenizer.encode(one[0].answer), tiny.tokenizer.eos_token_id]  # a whole answer, with its end
     with torch.no_grad():
         logits = tiny(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
     assert found == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer))), abs=1e-5)
@@ -131,6 +131,7 @@ def test_best_weights_are_kept_not_the_last(tiny, tiny_vectors):
     assert len(seen) == 6
     assert min(seen) < seen[-1] - 0.1
     prompt, answer = (tiny.tokenizer.encode(text) for text in (HELD_OUT[0].prompt, HELD_OUT[0].answer))
+    answer.append(tiny.tokenizer.eos_token_id)  # a whole answer, with its end
     with torch.no_grad(), delta.applied(tiny):
         logits = tiny(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
     found = float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
