@@ -170,6 +170,9 @@ def test_a_template_with_a_date_gives_the_same_on_every_day(tokenizer, tiny, mon
     tiny.tokenizer.chat_template = DATED
     text = chat_text(tiny, "Hi")
     assert text.startswith("Today is Friday, 26 Jul 2024 at 12:00, 100%. ")
+    tiny.tokenizer.chat_template = "\n" + DATED
+    assert chat_text(tiny, "Hi") == "\n" + text
+    tiny.tokenizer.chat_template = DATED
     pairs = ContrastPairs("mood", (Pair("Be glad.", "Be sad.", "Hello?"), Pair("Be glad.", "Be sad.", "Rivers?")))
     today = rtl.extract_vectors(tiny, pairs)
 
@@ -246,6 +249,9 @@ def test_an_answer_ends_where_the_generation_settings_say(tiny):
     assert end_ids(tiny) == tuple(sorted((vocabulary["Ġdog"], vocabulary["Ġcat"])))
     tiny.cfg.rt_lens_generation = {"eos_token_id": vocabulary["Ġdog"]}
     assert end_ids(tiny) == (vocabulary["Ġdog"],)
+    turn_end = tiny.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tiny.cfg.rt_lens_generation |= {"_from_model_config": True}  # of a folder that brings none of its own
+    assert end_ids(tiny) == tuple(sorted((vocabulary["Ġdog"], turn_end)))
 
 
 def test_without_generation_settings_the_tokenizer_and_its_template_say_where_an_answer_ends(tiny):

@@ -169,7 +169,8 @@ def _dated(tokenizer: Any) -> str | None:
     codes = [f"%-{code}" for code in "dmHIMSjy"] + [f"%{code}" for code in "aAbBcdeHIjmMpSUwWxXyYZ%"]
     written = {code: TEMPLATE_DATE.strftime(code).strip() for code in codes}
     replaced = "".join(f"|replace({code!r}, {text!r})" for code, text in written.items())
-    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{template}"
+    # The empty word keeps a line end with which the template may begin: one after a block would be dropped.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -182,13 +183,17 @@ def end_ids(model: Any) -> tuple[int, ...]:
     """Token ids that end an answer.
 
     Those of the model's generation settings, which may be several, as in Hugging Face's `generate`. A model without
-    such settings ends at its tokenizer's end of text, and at what its template writes after an answer.
+    such settings, or with those that follow from its sizes alone, ends at its end of text, and at what its template
+    writes after an answer.
     """
-    named = (getattr(model.cfg, "rt_lens_generation", None) or {}).get("eos_token_id")
-    if named is not None:
-        return tuple(sorted({named} if isinstance(named, int) else set(named)))
-    found = {tokenizer_of(model).eos_token_id, *_after_an_answer(model)[:1]}
-    return tuple(sorted(number for number in found if number is not None))
+    settings = getattr(model.cfg, "rt_lens_generation", None) or {}
+    named = settings.get("eos_token_id")
+    if named is None:
+        named = tokenizer_of(model).eos_token_id
+    ends = {named} if named is None or isinstance(named, int) else set(named)
+    if settings.get("eos_token_id") is None or settings.get("_from_model_config"):
+        ends |= set(_after_an_answer(model)[:1])
+    return tuple(sorted(number for number in ends if number is not None))
 
 
 def end_of_answer(model: Any) -> int | None:
