@@ -20,6 +20,7 @@ Multiplier = float | Float[Tensor, "row"]
 FwdHook = tuple[str, Callable[..., Any]]
 
 _MID = "hook_resid_mid"
+_READ = ".hook_in"  # of a bridge's norm or MLP
 
 
 @runtime_checkable
@@ -73,7 +74,7 @@ class Edit:
     def __call__(self, activation: Float[Tensor, "batch pos *heads d"], hook: Any) -> Tensor:
         # A bridge calls by that name what the next norm or the MLP reads (`ln2.hook_in`, `mlp.hook_in`), past which the
         # residual goes on.
-        if self.on_stream and not str(getattr(hook, "name", "")).endswith(_MID):
+        if self.on_stream and str(getattr(hook, "name", "")).endswith(_READ):
             raise ValueError(
                 "hook: a TransformerBridge's resid_mid is only what the MLP reads, so this edit would not reach the "
                 "residual stream. Edit at attn_out or resid_post, or load the model with backend='hooked'."
