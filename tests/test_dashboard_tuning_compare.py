@@ -301,7 +301,7 @@ def test_honesty_learns_what_its_protocol_says(bench, monkeypatch):
 
     def protocol_of(experiment: Experiment, model: Any) -> Any:  # the real one first asks what the model can do
         assert experiment.name == "honesty" and model is bench.model
-        return SimpleNamespace(targets=lambda direction: tuple(asked if direction == "away" else []))
+        return SimpleNamespace(targets=lambda direction, seed: tuple(asked if (direction, seed) == ("away", 0) else []))
 
     monkeypatch.setattr(tuning, "protocol_of", protocol_of)
     made = tuning.Tuning(bench, "honesty", bench.experiment("honesty").tune)
