@@ -388,7 +388,8 @@ def test_a_plan_makes_no_scorer(tmp_path, folder, monkeypatch, table):
         monkeypatch.setitem(making._KINDS, kind, forbidden(making._KINDS[kind]))
     file = tmp_path / "scored.toml"
     file.write_text(BEHAVIOUR.format(scorer=table), encoding="utf-8")
-    experiment = load_experiment(file, model=str(folder))
+    allowed = Permissions.of_user(["https://api.example"])
+    experiment = load_experiment(file, model=str(folder), permissions=allowed)
     (protocol,) = protocols_of(experiment, reader_of(None))
     assert {scorer.reads for scorer in protocol.choosing.made} == {"text"}
     assert "scored" in str(plan_of(experiment))

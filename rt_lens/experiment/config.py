@@ -207,6 +207,8 @@ def load_experiment(
     seeds, token = _seeds(tuning.pop("seeds", [0, 1, 2])), tuning.pop("token", {})
     honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
     judge = _judge(path, content, honesty, permissions)
+    scorer = permissions.checked(content.get("scorer", "vader"), path)
+    unmade_scorer(scorer)  # refuses a wrong table now, with nothing loaded
     if honesty is None:
         pairs = pairs_from_table(name, content.get("pairs", {}), source=path.name)
     else:
@@ -220,7 +222,7 @@ def load_experiment(
         name=name,
         description=content.get("description", ""),
         pairs=pairs,
-        scorer=permissions.checked(content.get("scorer", "vader"), path),  # type: ignore[arg-type]
+        scorer=scorer,
         tune=_table(TuneConfig, "tune", tuning),
         tune_seeds=seeds,
         token=_token_settings(token),
