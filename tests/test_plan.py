@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rt_lens.delta import WeightDelta
 from rt_lens.evaluation import OfText, likelihoods, making, text_fit
+from rt_lens.evaluation.permissions import Permissions
 from rt_lens.experiment import Experiment, load_experiment, run_experiment
 from rt_lens.experiment.costs import Costs, Work
 from rt_lens.experiment.plan import GPU, Plan, plan_of
