@@ -13,3 +13,8 @@ CONFIG = TuneConfig(
     layers=[1], trained_layers=[1], max_steps=8, epochs=20, batch_size=2, validate_every=2, patience=9,
     learning_rate=3e-3,
 )  # fmt: skip
+
+
+def answer_of(model, target: Target) -> list[int]:
+    """The answer's tokens with the end that a whole one is learnt with."""
+    return model.tokenizer.encode(target.answer) + [model.tokenizer.eos_token_id] * target.ended

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_tuning import answer_of
 
 import rt_lens as rtl
 from rt_lens.extraction import token_projections
@@ -132,7 +133,7 @@ def test_choices_hard_and_soft_beside_texts_give_the_loss_by_hand(tiny, tiny_vec
             ids = [tiny.tokenizer.encode(option)[0] for option in choice.options]
             each.append(-sum(share * float(likely[i]) for share, i in zip(choice.shares, ids, strict=True)))
         for target in TARGETS[:2]:
-            prompt, answer = encode(tiny, target.prompt), tiny.tokenizer.encode(target.answer)
+            prompt, answer = encode(tiny, target.prompt), answer_of(tiny, target)
             likely = tiny(torch.tensor([prompt + answer]))[0].log_softmax(-1)
             each += [-float(likely[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)]
     assert losses["token"] == pytest.approx(sum(each) / len(each), rel=1e-5)
@@ -251,7 +252,7 @@ def test_every_direction_is_drawn_and_held_out_steers_each_both_ways(tiny, tiny_
 
 def log_probabilities(model, target, hooks=()) -> torch.Tensor:
     """At the positions that predict the answer."""
-    prompt, answer = encode(model, target.prompt), model.tokenizer.encode(target.answer)
+    prompt, answer = encode(model, target.prompt), answer_of(model, target)
     with torch.no_grad():
         logits = model.run_with_hooks(torch.tensor([prompt + answer]), fwd_hooks=list(hooks))
     return logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -292,7 +293,7 @@ def test_cosine_and_token_loss_are_those_under_steering_too(tiny, tiny_vectors, 
     plain = tune(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, progress=False)
     name, tokens, cosines = "blocks.1.hook_resid_post", [], []
     for target in TARGETS:
-        prompt, answer = encode(tiny, target.prompt), tiny.tokenizer.encode(target.answer)
+        prompt, answer = encode(tiny, target.prompt), answer_of(tiny, target)
         with torch.no_grad(), tiny.hooks(fwd_hooks=steer.drawn(tiny, "0-steer-1")):
             logits, cache = tiny.run_with_cache(torch.tensor([prompt + answer]))
         predicting = slice(len(prompt) - 1, -1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_tuning import answer_of
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import rt_lens as rtl
@@ -53,11 +54,6 @@ def found_by(model, vectors, material, config, rows=None, neutral=None):
         losses = objective.gradients(rows, material.neutral if neutral is None else neutral, [])
         grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     return losses, grads
-
-
-def answer_of(model, target: Target) -> list[int]:
-    """The answer's tokens with the end that a whole one is learnt with."""
-    return model.tokenizer.encode(target.answer) + [model.tokenizer.eos_token_id] * target.ended
 
 
 def plain_forward(model, target: Target, names: Sequence[str]):

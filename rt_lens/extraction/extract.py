@@ -42,6 +42,7 @@ class Sides:
         tokens: the tokens read in the first pair's positive side.
         alike: whether the sides of every pair are the same, token by token, up to what is read: activations then differ
             by rounding only.
+        prompts_sha256: checksum of the texts as the model read them.
     """
 
     positive: dict[str, Float[Tensor, "pair *heads d"]]
@@ -49,7 +50,7 @@ class Sides:
     words: str
     tokens: tuple[str, ...]
     alike: bool
-    prompts_sha256: str
+    prompts_sha256: str = ""
 
 
 def extract_vectors(
