@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 import rt_lens as rtl
 from rt_lens.evaluation import likelihoods
 from rt_lens.evaluation.asking import ask
-from rt_lens.evaluation.choices import start_of
+from rt_lens.evaluation.choices import _asks, start_of
 from rt_lens.prompts import ContrastPairs, Pair
 from rt_lens.questions import Question
 from rt_lens.tokens import ChatText, answered, chat_text, encode, end_ids, end_of_answer, is_chat
@@ -100,8 +100,9 @@ def test_what_went_through_a_template_does_not_go_through_it_again(tokenizer, ti
     )  # a string of one's own is a message
     assert rtl.generate(tiny, [once], max_new_tokens=4) == rtl.generate(tiny, ["Who are you?"], max_new_tokens=4)
     asked = [Question(once, ("Bob",), ("Eve",)), Question("Who are you?", ("Bob",), ("Eve",))]
-    first, second = likelihoods(tiny, asked)
-    assert first.totals == second.totals
+    (first,), (second,) = (tuple(_asks(tiny, 0, question, "answers")) for question in asked)
+    assert first == second  # the same tokens
+    assert likelihoods(tiny, asked)[0].totals == pytest.approx(likelihoods(tiny, asked)[1].totals, abs=1e-5)
 
 
 def test_a_system_text_for_a_chat_that_is_written_already_is_refused(tiny):
@@ -223,6 +224,8 @@ def test_pairs_targets_choices_and_options_are_tokenised_alike(llama_2):
     text, gap = start_of(llama_2, Question("Is it true?", ("Yes",), ("No",)))
     assert gap == "" and answered(llama_2, text, gap + "Yes").endswith("[/INST] Yes")
     text, gap = start_of(llama_2, Question("Is it true?", ("A",), ("B",), opener="The answer is"))
+    assert encode(llama_2, answered(llama_2, text, gap + "A")) == whole
+    text, gap = start_of(llama_2, Question(opened, ("A",), ("B",)))  # a chat whose answer is opened already
     assert encode(llama_2, answered(llama_2, text, gap + "A")) == whole
     pair = ContrastPairs(
         "honesty", (Pair("", "", "Is it true?", "The answer is A", negative_opener="The answer is B"),)

@@ -96,7 +96,8 @@ def question_text(model: Any, question: Question) -> str:
 def start_of(model: Any, question: Question) -> tuple[str, str]:
     """The text that an answer to a question follows, and what stands between the two: a space, or nothing."""
     text = question_text(model, question)
-    begins = has_chat_template(model) and not question.opener  # the template writes what stands before an answer
+    opened = question.opener or getattr(text, "prefill", "")  # of a prompt that is a chat already, too
+    begins = has_chat_template(model) and not opened  # the template writes what stands before an answer
     return text, "" if begins or text[-1].isspace() else " "
 
 
