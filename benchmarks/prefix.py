@@ -19,7 +19,8 @@ from pathlib import Path
 import rt_lens as rtl
 from rt_lens.delta import WeightDelta
 from rt_lens.shipped import neutral_prompts
-from rt_lens.tuning import prepare, write_neutral, write_targets
+from rt_lens.tuning.material import prepare
+from rt_lens.tuning.targets import write_neutral, write_targets
 
 MODES = ("off", "memory", "disk")
 

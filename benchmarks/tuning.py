@@ -22,19 +22,17 @@ import numpy as np
 import pandas as pd
 
 import rt_lens as rtl
-from rt_lens.evaluation import TextFit, repetition
-from rt_lens.experiment import load_experiment
-from rt_lens.files import write_atomically
+from rt_lens.common.files import write_atomically
+from rt_lens.common.statistics.comparisons import paired_comparison
+from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
+from rt_lens.evaluation.texts import TextFit
+from rt_lens.evaluation.writing import repetition
+from rt_lens.experiment.config import load_experiment
 from rt_lens.questions import load_questions
-from rt_lens.shipped import (
-    held_out_neutral_prompts,
-    neutral_paragraphs,
-    neutral_prompts,
-    prompt_kinds,
-)
-from rt_lens.statistics import Interval, mean_interval, paired_comparison, share_interval
-from rt_lens.tokens import chat_text
-from rt_lens.tuning import Material, Target, prepare, write_neutral, write_targets
+from rt_lens.shipped import held_out_neutral_prompts, neutral_paragraphs, neutral_prompts, prompt_kinds
+from rt_lens.tokens.chats import chat_text
+from rt_lens.tuning.material import Material, prepare
+from rt_lens.tuning.targets import Target, write_neutral, write_targets
 
 LAYER, DOSE = 21, 3.0  # what the shipped mood experiment chooses on validation prompts, away from happy
 SEEDS = (0, 1, 2)

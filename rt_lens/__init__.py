@@ -5,57 +5,43 @@ from rt_lens.arms import under
 from rt_lens.baking import bake
 from rt_lens.dashboard import dashboard
 from rt_lens.delta import WeightDelta
-from rt_lens.evaluation import (
-    EndpointJudge,
-    LogitJudge,
-    ask,
-    calibration,
-    classifier_of,
-    correct_only,
-    evaluate,
-    harness_model,
-    likelihoods,
-    make_scorer,
-    text_fit,
-)
-from rt_lens.exchange import import_vectors, load_gguf, save_gguf
-from rt_lens.export import export_hf, export_peft
-from rt_lens.extraction import (
-    activation_map,
-    cosines,
-    covariate_vectors,
-    extract_offsets,
-    extract_vectors,
-    fit_condition,
-    logit_lens,
-    mean_projections,
-    norms,
-    separability,
-    token_projections,
-    trust,
-)
+from rt_lens.evaluation.asking import ask, correct_only, evaluate
+from rt_lens.evaluation.choices import likelihoods
+from rt_lens.evaluation.classifier import classifier_of
+from rt_lens.evaluation.endpoint import EndpointJudge
+from rt_lens.evaluation.harness import harness_model
+from rt_lens.evaluation.judges import LogitJudge
+from rt_lens.evaluation.making import make_scorer
+from rt_lens.evaluation.scorers import calibration
+from rt_lens.evaluation.texts import text_fit
+from rt_lens.exchange.gguf import load_gguf, save_gguf
+from rt_lens.exchange.tensors import import_vectors
+from rt_lens.export.hf import export_hf
+from rt_lens.export.peft import export_peft
+from rt_lens.extraction.conditions import fit_condition
+from rt_lens.extraction.evidence import trust
+from rt_lens.extraction.extract import covariate_vectors, extract_offsets, extract_vectors
+from rt_lens.extraction.maps import activation_map, cosines, mean_projections, norms
+from rt_lens.extraction.reading import logit_lens, separability, token_projections
 from rt_lens.generation import generate, stream
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.models import load_model
-from rt_lens.printing import save_figure
+from rt_lens.plots.figure_export import save_figure
 from rt_lens.prompts import ContrastPairs, load_pairs
 from rt_lens.questions import Question, load_questions
 from rt_lens.resistance import resistance
-from rt_lens.results import compare_runs, load_results
+from rt_lens.results.comparing import compare_runs
+from rt_lens.results.schema import load_results
 from rt_lens.scoreboard import Exam, compare_arms
-from rt_lens.steering import (
-    Linear,
-    ablate,
-    add,
-    add_preserving_norm,
-    clamp,
-    conditional,
-    erase,
-    scale,
-    steered,
-)
+from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
+from rt_lens.steering.conditions import conditional
+from rt_lens.steering.edits import Linear
 from rt_lens.sweeping import Answers, LogitDifference, sweep
-from rt_lens.tuning import Aim, Choice, KLThenSteer, Target, TuneConfig, block_search, tune
+from rt_lens.tuning.aims import Aim, KLThenSteer
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.loop import tune
+from rt_lens.tuning.search import block_search
+from rt_lens.tuning.targets import Choice, Target
 from rt_lens.vectors import SteeringVectors, orthogonalised
 from rt_lens.whereabouts import whereabouts
 

@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from rt_lens.common.inputs import as_text, text_list
+from rt_lens.common.progress import Bar
 from rt_lens.forward import keeps_logits, quick
-from rt_lens.listing import as_text, text_list
-from rt_lens.progress import Bar
-from rt_lens.tokens import TokenBatch, batches, encode, pad, pad_id_of, token_texts
+from rt_lens.tokens import batches
+from rt_lens.tokens.batches import TokenBatch, encode, pad, pad_id_of
+from rt_lens.tokens.texts import token_texts
 from rt_lens.whereabouts import whereabouts
 
 

@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 from rt_lens.delta import WeightDelta
-from rt_lens.steering import FwdHook, steered
+from rt_lens.steering.binding import steered
+from rt_lens.steering.edits import FwdHook
 
 Arm: TypeAlias = WeightDelta | Sequence[FwdHook] | None
 """A WeightDelta, the hooks that `add` and the like give, or None for the model as it is."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rt_lens.files import read_safetensors, write_safetensors
+from rt_lens.common.files import read_safetensors, write_safetensors
 
 _SCHEMA = 1
 

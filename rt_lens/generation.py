@@ -16,6 +16,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from rt_lens.common.inputs import as_text, text_list
+from rt_lens.common.progress import Bar, breathe
 from rt_lens.forward import (
     KeyValueCache,
     bridge_logits,
@@ -28,21 +30,9 @@ from rt_lens.forward import (
     quick,
     unembed,
 )
-from rt_lens.listing import as_text, text_list
-from rt_lens.progress import Bar, breathe
-from rt_lens.tokens import (
-    Pieces,
-    TokenBatch,
-    begins_with_thought,
-    chat_text,
-    encode,
-    end_ids,
-    has_chat_template,
-    is_chat,
-    pad,
-    pad_id_of,
-    text_of,
-)
+from rt_lens.tokens.batches import TokenBatch, encode, pad, pad_id_of
+from rt_lens.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
+from rt_lens.tokens.texts import Pieces, text_of
 from rt_lens.vectors import SteeringVectors
 from rt_lens.whereabouts import whereabouts
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rt_lens.listing import as_text, listed
+from rt_lens.common.inputs import as_text, listed
 from rt_lens.prompts import ContrastPairs
 from rt_lens.readers import ROW_ENDINGS, Row, read_lines, read_rows, refuse_misspelt
 from rt_lens.shipped import QUESTIONS, question_file

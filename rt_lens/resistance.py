@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from rt_lens.arms import Arm, under
-from rt_lens.listing import text_list
-from rt_lens.statistics import mean_interval
+from rt_lens.common.inputs import text_list
+from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.sweeping import Metric, sweep
 from rt_lens.vectors import SteeringVectors
 

@@ -18,24 +18,21 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from rt_lens.checksums import (
-    Untellable,
-    buffers_sha256,
-    hooks_of,
-    measure_sha256,
-    parameters_sha256,
-    tensors_sha256,
-)
-from rt_lens.evaluation import Likelihood, Scorer, ScorerLike, ask, make_scorer
-from rt_lens.files import write_atomically
+from rt_lens.checksums import Untellable, buffers_sha256, hooks_of, measure_sha256, parameters_sha256, tensors_sha256
+from rt_lens.common.files import write_atomically
+from rt_lens.common.inputs import text_list
+from rt_lens.common.progress import Bar
+from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
+from rt_lens.evaluation.asking import ask
+from rt_lens.evaluation.making import ScorerLike, make_scorer
+from rt_lens.evaluation.scorers import Likelihood, Scorer
 from rt_lens.forward import logits_where, model_name
 from rt_lens.generation import as_chat
-from rt_lens.listing import text_list
-from rt_lens.progress import Bar
 from rt_lens.questions import Question, as_questions
-from rt_lens.statistics import Interval, mean_interval, share_interval
-from rt_lens.steering import FwdHook, add, steered
-from rt_lens.tokens import batches, tokenizer_of
+from rt_lens.steering.binding import add, steered
+from rt_lens.steering.edits import FwdHook
+from rt_lens.tokens import batches
+from rt_lens.tokens.chats import tokenizer_of
 from rt_lens.vectors import SteeringVectors, layer_of
 from rt_lens.whereabouts import whereabouts
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from rt_lens.files import read_safetensors, write_atomically
+from rt_lens.common.files import read_safetensors, write_atomically
 from rt_lens.operators import Ablate
 
 _SCHEMA = 1

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rt_lens.results import tables_of, write_results
+from rt_lens.results.writing import tables_of, write_results
 from rt_lens.scoreboard import Scoreboard
 
 ARMS = (("untuned", "none"), ("steered", "away"), ("rep_tuned", "toward"), ("rep_tuned", "away"))

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from rt_lens.tuning import Target, TuneConfig
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.targets import Target
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is thing {i}, I think.") for i in range(7)]
 NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}.") for i in range(4)]

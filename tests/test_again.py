@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from rt_lens.experiment import load_experiment
 from rt_lens.experiment.again import recorded
+from rt_lens.experiment.config import load_experiment
 from rt_lens.shipped import data_path
 
 OWN = """

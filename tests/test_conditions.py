@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import rt_lens as rtl
-from rt_lens.evaluation import vader
-from rt_lens.extraction import FittedCondition, fit_condition
-from rt_lens.extraction.conditions import _threshold
+from rt_lens.evaluation.scorers import vader
+from rt_lens.extraction.conditions import FittedCondition, _threshold, fit_condition
 from rt_lens.generation import as_chat, generate, generate_tokens
-from rt_lens.steering import Condition, ablate, add, conditional, steered
-from rt_lens.tokens import encode, pad
+from rt_lens.steering.binding import ablate, add, steered
+from rt_lens.steering.conditions import Condition, conditional
+from rt_lens.tokens.batches import encode, pad
 from rt_lens.vectors import SteeringVectors
 from rt_lens.whereabouts import whereabouts
 

@@ -18,14 +18,14 @@ from dash.development.base_component import Component
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
+from rt_lens.common.progress import Bar, watched
 from rt_lens.dashboard.app import make_app
 from rt_lens.dashboard.bench import Bench
 from rt_lens.dashboard.explore import OPERATORS, SLOTS, _Look, layout, steering
 from rt_lens.dashboard.serving import Dashboard
 from rt_lens.dashboard.work import Job, Jobs, told, turn_of
 from rt_lens.generation import as_chat
-from rt_lens.progress import Bar, watched
-from rt_lens.tokens import encode
+from rt_lens.tokens.batches import encode
 
 
 @pytest.fixture

@@ -16,15 +16,15 @@ from pages import cells, figures, parts
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
+from rt_lens.common.progress import Step, watched
 from rt_lens.dashboard import steering, vectors
 from rt_lens.dashboard.app import make_app
 from rt_lens.dashboard.bench import MOST_ASIDE, Bench, made
 from rt_lens.dashboard.work import Job, Stopped
-from rt_lens.experiment import Experiment, load_experiment
+from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.validation import validation_metric
-from rt_lens.extraction import Trust
-from rt_lens.progress import Step, watched
-from rt_lens.results import load_results
+from rt_lens.extraction.evidence import Trust
+from rt_lens.results.schema import load_results
 from rt_lens.sweeping import Answers, Options, Sweep
 from rt_lens.vectors import Provenance, SteeringVectors
 

@@ -16,10 +16,12 @@ import pytest
 from chat_server import HAPPY, SAD, Requests, against, alone, by_sense
 
 import rt_lens as rtl
-from rt_lens.evaluation import Scorer, evaluate
-from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
+from rt_lens.evaluation.asking import evaluate
+from rt_lens.evaluation.scorers import Scorer
+from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.tokens import chat_text, encode
+from rt_lens.tokens.batches import encode
+from rt_lens.tokens.chats import chat_text
 
 # The embedded model behind a server
 

@@ -17,9 +17,10 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 
-from rt_lens.exchange import import_vectors, load_gguf, save_gguf
+from rt_lens.exchange.gguf import load_gguf, save_gguf
+from rt_lens.exchange.tensors import import_vectors
 from rt_lens.models import load_model
-from rt_lens.steering import add
+from rt_lens.steering.binding import add
 from rt_lens.vectors import Eraser, SteeringVectors, hook_names
 
 FOREIGN = Path(__file__).parent / "foreign"

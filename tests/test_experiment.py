@@ -18,13 +18,15 @@ from typer.testing import CliRunner
 
 import rt_lens.experiment.run as run_module
 from rt_lens.cli import app
-from rt_lens.experiment import load_experiment, plan_of, run_experiment
+from rt_lens.experiment.config import load_experiment
+from rt_lens.experiment.plan import plan_of
+from rt_lens.experiment.run import run_experiment
 from rt_lens.prompts import load_pairs
-from rt_lens.report import write_report
-from rt_lens.results import load_results
+from rt_lens.report.page import write_report
+from rt_lens.results.schema import load_results
 from rt_lens.scoreboard import Board
 from rt_lens.shipped import behaviours, data_path
-from rt_lens.tuning import tune
+from rt_lens.tuning.loop import tune
 from rt_lens.vectors import SteeringVectors
 
 SMALL = """

@@ -11,7 +11,7 @@ import torch
 from full_disk import full_disk
 from safetensors import safe_open
 
-from rt_lens.files import (
+from rt_lens.common.files import (
     check_can_write,
     read_safetensors,
     remove_leftovers,

@@ -9,10 +9,11 @@ import torch
 from llama_folder import spelling_tokenizer
 
 from rt_lens import generation
-from rt_lens.extraction import token_projections
+from rt_lens.extraction.reading import token_projections
 from rt_lens.generation import NewToken, Sampling, as_chat, generate, generate_tokens, stream
-from rt_lens.steering import add
-from rt_lens.tokens import chat_text, encode
+from rt_lens.steering.binding import add
+from rt_lens.tokens.batches import encode
+from rt_lens.tokens.chats import chat_text
 from rt_lens.vectors import SteeringVectors
 from rt_lens.whereabouts import said
 

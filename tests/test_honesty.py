@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from rt_lens.evaluation import evaluate
+from rt_lens.evaluation.asking import evaluate
 from rt_lens.evaluation.choices import _asks
-from rt_lens.experiment import load_experiment, parts, protocol_of, run_experiment
-from rt_lens.experiment.config import questions_of
-from rt_lens.experiment.protocols import calibrate
+from rt_lens.experiment.config import load_experiment, questions_of
+from rt_lens.experiment.protocols import calibrate, parts, protocol_of
+from rt_lens.experiment.run import run_experiment
 from rt_lens.honesty import (
     OPENER,
     Fact,
@@ -28,11 +28,11 @@ from rt_lens.honesty import (
     true_or_false,
 )
 from rt_lens.questions import Question, load_questions
-from rt_lens.report import write_report
-from rt_lens.results import load_results
-from rt_lens.tokens import encode
-from rt_lens.tuning import Choice, Target
+from rt_lens.report.page import write_report
+from rt_lens.results.schema import load_results
+from rt_lens.tokens.batches import encode
 from rt_lens.tuning.material import _row
+from rt_lens.tuning.targets import Choice, Target
 
 CATEGORIES = {
     "capitals", "elements", "arithmetic", "animals", "opposites", "inventions", "geography", "physics", "language",

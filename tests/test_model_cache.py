@@ -23,8 +23,10 @@ from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel, cache_home, describe, load_model, sources
+from rt_lens.models import describe, load_model, sources
 from rt_lens.models.gguf import _by_factors
+from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel
+from rt_lens.models.sources import cache_home
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 PACKAGE = "rt_lens_tiny_gguf"

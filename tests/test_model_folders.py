@@ -24,12 +24,15 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rt_lens.export import export_hf
+from rt_lens.export.hf import export_hf
 from rt_lens.forward import quick
 from rt_lens.generation import generate_tokens
-from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS, llama, load_model, to_huggingface
+from rt_lens.models import llama, load_model
+from rt_lens.models.llama import to_huggingface
+from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.tokens import chat_text, encode, pad_id_of
+from rt_lens.tokens.batches import encode, pad_id_of
+from rt_lens.tokens.chats import chat_text
 
 SIZES = {
     "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

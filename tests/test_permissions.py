@@ -11,10 +11,10 @@ from chat_server import HAPPY, alone
 from typer.testing import CliRunner
 
 from rt_lens.cli import app, main
-from rt_lens.evaluation import make_scorer
+from rt_lens.common.files import as_name, check_name
+from rt_lens.evaluation.making import make_scorer
 from rt_lens.evaluation.permissions import Permissions, settings_file
-from rt_lens.experiment import load_experiment
-from rt_lens.files import as_name, check_name
+from rt_lens.experiment.config import load_experiment
 
 PAIRS = """
 [pairs]

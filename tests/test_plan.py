@@ -19,21 +19,25 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rt_lens.delta import WeightDelta
-from rt_lens.evaluation import OfText, likelihoods, making, text_fit
+from rt_lens.evaluation import making
+from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.permissions import Permissions
-from rt_lens.experiment import Experiment, load_experiment, run_experiment
+from rt_lens.evaluation.scorers import OfText
+from rt_lens.evaluation.texts import text_fit
+from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.costs import Costs, Work
 from rt_lens.experiment.plan import GPU, Plan, plan_of
 from rt_lens.experiment.protocols import answers_protocol
+from rt_lens.experiment.run import run_experiment
 from rt_lens.experiment.shape import WordCount, reader_of, shape_of
 from rt_lens.experiment.stages import Planner, protocols_of
-from rt_lens.extraction import extract_vectors
+from rt_lens.extraction.extract import extract_vectors
 from rt_lens.forward import KeyValueCache, quick
 from rt_lens.models import load_model
 from rt_lens.questions import Question
 from rt_lens.shipped import neutral_paragraphs
-from rt_lens.tokens import encode
-from rt_lens.tuning import TuneConfig
+from rt_lens.tokens.batches import encode
+from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.weights import as_matrix, trained_by
 from rt_lens.vectors import SteeringVectors
 

@@ -11,11 +11,11 @@ import pytest
 from drawn import HOSTILE, check_drawn_as_it_is
 
 from rt_lens import plots
+from rt_lens.common.statistics.calibration import calibration_curve
 from rt_lens.plots import pareto
 from rt_lens.plots import pareto as exported
 from rt_lens.plots.look import ARM_COLOURS, SYMBOLS
-from rt_lens.results import efficient
-from rt_lens.statistics import calibration_curve
+from rt_lens.results.tables import efficient
 
 MEANS = {
     ("untuned", "none"): (0.31, 21.4, 0.0),

@@ -10,7 +10,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from rt_lens.positions import Row, numbers_in, position_named, position_of, rows_of
-from rt_lens.tokens import chat_text, encode
+from rt_lens.tokens.batches import encode
+from rt_lens.tokens.chats import chat_text
 
 OPENER = "Well, I'd"
 PROMPT = [

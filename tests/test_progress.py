@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import rt_lens
-from rt_lens.progress import Bar, Step, breathe, watched
-from rt_lens.steering import add
+from rt_lens.common.progress import Bar, Step, breathe, watched
+from rt_lens.steering.binding import add
 
 
 class Enough(Exception):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rt_lens.experiment import load_experiment
+from rt_lens.experiment.config import load_experiment
 from rt_lens.prompts import ContrastPairs, Pair, load_pairs, pairs_from_table
 
 ROWS = [

@@ -18,7 +18,7 @@ from rt_lens.report.again import again
 from rt_lens.report.sections import sections
 from rt_lens.report.sentences import headline
 from rt_lens.report.words import harm_of
-from rt_lens.results import checked
+from rt_lens.results.schema import checked
 
 HOSTILE = ("<script>alert(1)</script>", "</script>", "<b>", '"><img src=x onerror=alert(2)>', "]]><!--")
 _MEANS = {

@@ -8,7 +8,8 @@ from itertools import combinations
 
 import pytest
 
-from rt_lens.evaluation import make_scorer, vader
+from rt_lens.evaluation.making import make_scorer
+from rt_lens.evaluation.scorers import vader
 from rt_lens.questions import Answer, Question, load_questions
 from rt_lens.readers import read_toml
 from rt_lens.shipped import (

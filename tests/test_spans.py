@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rt_lens.spans import layers_of, multipliers_of, whole_number
+from rt_lens.common.parsing import layers_of, multipliers_of, whole_number
 
 
 @pytest.mark.parametrize(

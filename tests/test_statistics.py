@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.regression.mixed_linear_model import MixedLM
 
-from rt_lens.statistics import (
-    crossed_interval,
-    mean_interval,
-    ratio_interval,
-    share_interval,
-)
+from rt_lens.common.statistics.intervals import crossed_interval, mean_interval, ratio_interval, share_interval
 
 algebra = settings(deadline=None, max_examples=25)
 SCORES = st.lists(st.integers(-100, 100).map(lambda x: x / 100), min_size=4, max_size=12)

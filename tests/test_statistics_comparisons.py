@@ -13,23 +13,18 @@ from scipy import stats
 from sklearn.metrics import brier_score_loss
 from statsmodels.stats.power import TTestPower
 
-from rt_lens.statistics import (
-    Interval,
-    brier_score,
-    calibration_curve,
-    calibration_error,
+from rt_lens.common.statistics.calibration import brier_score, calibration_curve, calibration_error
+from rt_lens.common.statistics.comparisons import (
     cliffs_delta,
-    crossed_interval,
-    detectable,
     holm,
     mcnemar,
     paired_comparison,
-    prompts_needed,
-    share_interval,
     standardised_difference,
     unpaired_comparison,
     wilcoxon,
 )
+from rt_lens.common.statistics.intervals import Interval, crossed_interval, share_interval
+from rt_lens.common.statistics.power import detectable, prompts_needed
 
 algebra = settings(deadline=None, max_examples=25)
 SCORES = st.lists(st.integers(-100, 100).map(lambda x: x / 100), min_size=4, max_size=12)

@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rt_lens.statistics import (
+from rt_lens.common.statistics.comparisons import (
     cliffs_delta,
-    crossed_interval,
     mcnemar,
-    mean_interval,
     paired_comparison,
-    ratio_interval,
-    share_interval,
     unpaired_comparison,
     wilcoxon,
 )
+from rt_lens.common.statistics.intervals import crossed_interval, mean_interval, ratio_interval, share_interval
 
 
 def share_of(draw: Callable[[np.random.Generator, int], bool], times: int) -> float:

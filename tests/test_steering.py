@@ -5,17 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rt_lens.steering import (
-    Linear,
-    ablate,
-    add,
-    add_preserving_norm,
-    clamp,
-    erase,
-    scale,
-    steered,
-)
-from rt_lens.tokens import encode, pad
+from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
+from rt_lens.steering.edits import Linear
+from rt_lens.tokens.batches import encode, pad
 from rt_lens.vectors import SteeringVectors
 from rt_lens.whereabouts import whereabouts
 

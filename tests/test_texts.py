@@ -14,9 +14,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import rt_lens as rtl
-from rt_lens.evaluation import TextFit, text_fit
-from rt_lens.evaluation.texts import log_normaliser, windows_of
-from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
+from rt_lens.evaluation.texts import TextFit, log_normaliser, text_fit, windows_of
+from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.shipped import neutral_paragraphs
 

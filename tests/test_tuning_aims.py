@@ -10,12 +10,16 @@ import torch
 from small_tuning import answer_of
 
 import rt_lens as rtl
-from rt_lens.extraction import token_projections
+from rt_lens.extraction.reading import token_projections
 from rt_lens.losses import kl_divergence
-from rt_lens.tokens import encode
-from rt_lens.tuning import Aim, Choice, KLThenSteer, Target, TuneConfig, aims, prepare, tune
-from rt_lens.tuning.aims import readings_of
+from rt_lens.tokens.batches import encode
+from rt_lens.tuning import aims
+from rt_lens.tuning.aims import Aim, KLThenSteer, readings_of
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.loop import tune
+from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
+from rt_lens.tuning.targets import Choice, Target
 from rt_lens.tuning.weights import leaves_of, trained_by
 from rt_lens.vectors import SteeringVectors
 

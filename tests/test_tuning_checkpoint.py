@@ -24,9 +24,13 @@ from safetensors.torch import load_file, save_file
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
 from rt_lens.delta import WeightDelta
-from rt_lens.extraction import extract_vectors
-from rt_lens.tuning import Aim, Choice, KLThenSteer, Target, TuneConfig, prepare, tune
+from rt_lens.extraction.extract import extract_vectors
+from rt_lens.tuning.aims import Aim, KLThenSteer
 from rt_lens.tuning.checkpoint import Checkpoint, State
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.loop import tune
+from rt_lens.tuning.material import prepare
+from rt_lens.tuning.targets import Choice, Target
 from rt_lens.tuning.weights import Whole
 from rt_lens.vectors import SteeringVectors
 

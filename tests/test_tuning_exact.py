@@ -12,10 +12,13 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 import rt_lens as rtl
 from rt_lens.losses import cosine_loss, kl_divergence
-from rt_lens.tokens import encode
-from rt_lens.tuning import Target, TuneConfig, prepare, tune
+from rt_lens.tokens.batches import encode
 from rt_lens.tuning.aims import readings_of
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.loop import tune
+from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
+from rt_lens.tuning.targets import Target
 from rt_lens.tuning.weights import leaves_of, trained_by
 from rt_lens.vectors import SteeringVectors
 

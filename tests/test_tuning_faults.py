@@ -13,7 +13,9 @@ import torch
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
 from rt_lens.delta import WeightDelta
-from rt_lens.tuning import LossNotFinite, Target, TuneConfig, tune
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.loop import LossNotFinite, tune
+from rt_lens.tuning.targets import Target
 
 # A step is two training passes, the targets' and the neutral texts'.
 POINT = "blocks.1.hook_resid_post"

@@ -8,7 +8,11 @@ from dataclasses import replace
 import pytest
 
 import rt_lens as rtl
-from rt_lens.tuning import Target, TuneConfig, block_search, candidates_of, prepare, tune
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.loop import tune
+from rt_lens.tuning.material import prepare
+from rt_lens.tuning.search import block_search, candidates_of
+from rt_lens.tuning.targets import Target
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]
 BASE = TuneConfig(

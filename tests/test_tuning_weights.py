@@ -15,10 +15,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import rt_lens as rtl
-from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
+from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.tuning import Target, TuneConfig, tune
-from rt_lens.tuning.config import KINDS, MATRICES
+from rt_lens.tuning.config import KINDS, MATRICES, TuneConfig
+from rt_lens.tuning.loop import tune
+from rt_lens.tuning.targets import Target
 from rt_lens.tuning.weights import leaves_of, parts_of, trained_by
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(4)]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rt_lens.files import write_atomically
-from rt_lens.steering import add
+from rt_lens.common.files import write_atomically
+from rt_lens.steering.binding import add
 from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names
 
 POST = "blocks.{}.hook_resid_post"

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from rt_lens.generation import Sampling, generate, generate_tokens
-from rt_lens.steering import Edit, Linear, ablate, add, add_preserving_norm, clamp, scale
-from rt_lens.tokens import encode, pad, pad_id_of
+from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, scale
+from rt_lens.steering.edits import Edit, Linear
+from rt_lens.tokens.batches import encode, pad, pad_id_of
 from rt_lens.vectors import SteeringVectors
 from rt_lens.whereabouts import said, whereabouts
 

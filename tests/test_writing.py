@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_lens.evaluation import distinct, evaluate, length, loops, make_scorer, repetition
+from rt_lens.evaluation.asking import evaluate
+from rt_lens.evaluation.making import make_scorer
+from rt_lens.evaluation.writing import distinct, length, loops, repetition
 
 RIVER = "Der Fluß trägt Sand ins Meer, und am Ufer wächst Schilf."
 

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from rt_lens.evaluation.permissions import Permissions
-    from rt_lens.experiment import Experiment
+    from rt_lens.experiment.config import Experiment
     from rt_lens.prompts import ContrastPairs
     from rt_lens.vectors import SteeringVectors
 
@@ -58,7 +58,8 @@ def loaded_model(
         chat_template_kwargs: JSON.
         default: see `dtype`.
     """
-    from rt_lens.models import DEFAULT_MODEL, load_model
+    from rt_lens.models import load_model
+    from rt_lens.models.registry import DEFAULT_MODEL
 
     told = template_kwargs(chat_template_kwargs)
     return load_model(name or DEFAULT_MODEL, dtype=dtype or default, chat_template_kwargs=told)
@@ -100,8 +101,9 @@ def permissions_of(allow_judge: list[str] | None, judge_key_env: str | None) -> 
 
 def parts_of(behaviour: str, permissions: Permissions) -> tuple[str, ContrastPairs, ContrastPairs]:
     """A behaviour's name, its training and its validation pairs; an experiment's test topics are in neither."""
-    from rt_lens.experiment import load_experiment, parts
-    from rt_lens.files import as_name
+    from rt_lens.common.files import as_name
+    from rt_lens.experiment.config import load_experiment
+    from rt_lens.experiment.protocols import parts
     from rt_lens.prompts import load_pairs
     from rt_lens.shipped import behaviour_file
 
@@ -119,8 +121,8 @@ def parts_of(behaviour: str, permissions: Permissions) -> tuple[str, ContrastPai
 
 def model_of(behaviour: str, permissions: Permissions) -> tuple[str, str]:
     """Name and type of the model that a behaviour's file asks for."""
-    from rt_lens.experiment import load_experiment
-    from rt_lens.models import DEFAULT_MODEL
+    from rt_lens.experiment.config import load_experiment
+    from rt_lens.models.registry import DEFAULT_MODEL
     from rt_lens.shipped import behaviour_file
 
     if behaviour_file(behaviour).suffix != ".toml":
@@ -130,7 +132,7 @@ def model_of(behaviour: str, permissions: Permissions) -> tuple[str, str]:
 
 
 def write_page(figure: Any, path: Path) -> None:
-    from rt_lens.files import write_atomically
+    from rt_lens.common.files import write_atomically
 
     write_atomically(path, figure.to_html(include_plotlyjs=True).encode())
     typer.echo(f"saved {path} - look: open it in a browser")

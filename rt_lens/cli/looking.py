@@ -44,7 +44,7 @@ def dashboard(
 ) -> None:
     """Show a finished run, and work live on the model, in a browser on this machine."""
     from rt_lens.dashboard import dashboard as open_dashboard
-    from rt_lens.experiment import load_experiment
+    from rt_lens.experiment.config import load_experiment
 
     permissions = permissions_of(allow_judge, judge_key_env)
     # Read, and refused, before the model is loaded.
@@ -61,8 +61,8 @@ def dashboard(
 
 def _named(files: list[Path]) -> dict[str, SteeringVectors]:
     """Vectors by behaviour; by file where two are of one behaviour, as those of other tools are all unknown."""
-    from rt_lens.exchange import import_vectors
-    from rt_lens.results import checked_file
+    from rt_lens.exchange.tensors import import_vectors
+    from rt_lens.results.schema import checked_file
 
     found = [(file, import_vectors(checked_file(file))) for file in files]
     told = [vectors.provenance.behaviour for _, vectors in found]
@@ -78,7 +78,7 @@ def _named(files: list[Path]) -> dict[str, SteeringVectors]:
 def _loaded(run: Path | None, model: str | None, dtype: str | None, told: str | None, of_vectors: str) -> Any:
     """The model that was asked for, or the run's; none, with a word about it, if the run's is not at hand."""
     from rt_lens.models import load_model
-    from rt_lens.results import load_results
+    from rt_lens.results.schema import load_results
 
     if model is not None or run is None:
         return loaded_model(model, dtype, told, default=of_vectors)

@@ -36,8 +36,11 @@ def run(
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Run the four arms (untuned, steered, token-tuned, rep-tuned) in both directions and write report.html."""
-    from rt_lens.experiment import check_writable, load_experiment, plan_of, run_experiment
-    from rt_lens.report import summary_sentences, write_report
+    from rt_lens.experiment.config import load_experiment
+    from rt_lens.experiment.plan import plan_of
+    from rt_lens.experiment.run import check_writable, run_experiment
+    from rt_lens.report.page import write_report
+    from rt_lens.report.sentences import summary_sentences
 
     experiment = load_experiment(
         behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
@@ -79,12 +82,13 @@ def evaluate(
 ) -> None:
     """Ask prompts of your own, and score the answers of the untuned, the steered and the tuned model."""
     from rt_lens.delta import WeightDelta
-    from rt_lens.exchange import import_vectors
-    from rt_lens.experiment import check_writable
+    from rt_lens.exchange.tensors import import_vectors
+    from rt_lens.experiment.run import check_writable
     from rt_lens.questions import load_questions
-    from rt_lens.results import check_no_run, checked_file, write_scores
+    from rt_lens.results.schema import check_no_run, checked_file
+    from rt_lens.results.writing import write_scores
     from rt_lens.scoreboard import Exam, compare_arms
-    from rt_lens.steering import add
+    from rt_lens.steering.binding import add
 
     permissions = permissions_of(allow_judge, judge_key_env)
     scorers = [_scorer(text, permissions) for text in scorer or ["vader"]]
@@ -120,7 +124,7 @@ def _print(table: Any) -> None:
 
 def _scorer(text: str, permissions: Permissions) -> Any:
     """A scorer from the command line: a name, a file with a [scorer] table, or pattern:REGEX."""
-    from rt_lens.evaluation import make_scorer
+    from rt_lens.evaluation.making import make_scorer
     from rt_lens.readers import read_toml
 
     if text.startswith("pattern:"):
@@ -141,7 +145,8 @@ def compare(
     ] = False,
 ) -> None:
     """Say what changed from one run to another beyond noise: scores and side effects of every arm, row by row."""
-    from rt_lens.results import compare_runs, load_results
+    from rt_lens.results.comparing import compare_runs
+    from rt_lens.results.schema import load_results
 
     found = compare_runs(load_results(run_a), load_results(run_b))
     typer.echo(str(found))

@@ -24,7 +24,7 @@ from rt_lens.cli.app import (
     template_kwargs,
     write_page,
 )
-from rt_lens.spans import layers_of, multipliers_of
+from rt_lens.common.parsing import layers_of, multipliers_of
 
 
 @app.command(epilog="Example: rt-lens extract mood --method mean_diff --out mood.safetensors --figure mood.html")
@@ -47,9 +47,9 @@ def extract(
 ) -> None:
     """Extract a vector per layer, and say whether to believe them: held-out pairs, halves of the data, random ones."""
     from rt_lens import plots
-    from rt_lens.experiment import check_writable
-    from rt_lens.extraction import trust
-    from rt_lens.files import check_can_write
+    from rt_lens.common.files import check_can_write
+    from rt_lens.experiment.run import check_writable
+    from rt_lens.extraction.evidence import trust
 
     permissions = permissions_of(allow_judge, judge_key_env)
     name, train, held_out = parts_of(behaviour, permissions)
@@ -82,8 +82,9 @@ def vectors(
     layers: Annotated[str | None, typer.Option(help="Blocks, such as 14-22 or 14,18; all by default.")] = None,
 ) -> None:
     """Show what a file of steering vectors holds (also .gguf, .pt, .npz of other tools), or convert it."""
-    from rt_lens.exchange import import_vectors, save_gguf
-    from rt_lens.results import checked_file
+    from rt_lens.exchange.gguf import save_gguf
+    from rt_lens.exchange.tensors import import_vectors
+    from rt_lens.results.schema import checked_file
 
     found = import_vectors(checked_file(file))
     if layers is not None:
@@ -114,10 +115,11 @@ def sweep(
 ) -> None:
     """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
     from rt_lens import plots
-    from rt_lens.exchange import import_vectors
-    from rt_lens.experiment import check_writable, load_experiment
+    from rt_lens.exchange.tensors import import_vectors
+    from rt_lens.experiment.config import load_experiment
+    from rt_lens.experiment.run import check_writable
     from rt_lens.experiment.validation import validation_metric
-    from rt_lens.results import checked_file
+    from rt_lens.results.schema import checked_file
     from rt_lens.sweeping import sweep as sweep_layers
 
     experiment = load_experiment(
@@ -154,10 +156,10 @@ def steer(
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Answer a prompt untouched and steered."""
-    from rt_lens.exchange import import_vectors
+    from rt_lens.exchange.tensors import import_vectors
     from rt_lens.generation import generate
-    from rt_lens.results import checked_file
-    from rt_lens.steering import add
+    from rt_lens.results.schema import checked_file
+    from rt_lens.steering.binding import add
 
     directions = import_vectors(checked_file(file))
     hooks = add(directions, [layer], multiplier, hook=directions.kind)

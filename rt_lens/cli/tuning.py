@@ -45,12 +45,14 @@ def tune(
     """Tune a direction into the weights, with the settings of the behaviour's file, and save the change of weights."""
     from dataclasses import replace
 
-    from rt_lens.experiment import check_writable, load_experiment, parts, protocol_of
-    from rt_lens.files import check_can_write
-    from rt_lens.results import checked_file
+    from rt_lens.common.files import check_can_write
+    from rt_lens.experiment.config import load_experiment
+    from rt_lens.experiment.protocols import parts, protocol_of
+    from rt_lens.experiment.run import check_writable
+    from rt_lens.results.schema import checked_file
     from rt_lens.shipped import neutral_prompts
-    from rt_lens.tuning import LossNotFinite
-    from rt_lens.tuning import tune as tune_weights
+    from rt_lens.tuning.loop import LossNotFinite
+    from rt_lens.tuning.loop import tune as tune_weights
     from rt_lens.vectors import SteeringVectors
 
     experiment = load_experiment(
@@ -97,8 +99,9 @@ def export(
 ) -> None:
     """Write a tuned model as a Hugging Face folder, or as a LoRA adapter with the error of its low rank."""
     from rt_lens.delta import WeightDelta
-    from rt_lens.export import export_hf, export_peft
-    from rt_lens.results import checked_file
+    from rt_lens.export.hf import export_hf
+    from rt_lens.export.peft import export_peft
+    from rt_lens.results.schema import checked_file
 
     rank = None if peft in (None, "exact") else _rank(str(peft))
     delta = WeightDelta.load(checked_file(file))
@@ -144,7 +147,8 @@ def _measured(file: Path, delta: WeightDelta) -> tuple[str, list[dict[str, Any]]
 @app.command(epilog="Example: rt-lens models")
 def models() -> None:
     """List the embedded models and the shipped behaviours."""
-    from rt_lens.models import EMBEDDED_MODELS, describe
+    from rt_lens.models import describe
+    from rt_lens.models.registry import EMBEDDED_MODELS
 
     for name in EMBEDDED_MODELS:
         typer.echo("\n".join(f"{key:>11}: {value}" for key, value in describe(name).items()))

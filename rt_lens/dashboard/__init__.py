@@ -14,7 +14,7 @@ from rt_lens.vectors import SteeringVectors
 
 if TYPE_CHECKING:
     from rt_lens.dashboard.serving import Dashboard
-    from rt_lens.experiment import Experiment
+    from rt_lens.experiment.config import Experiment
 
 __all__ = ["dashboard"]
 
@@ -64,7 +64,7 @@ def dashboard(
     from rt_lens.dashboard.app import make_app
     from rt_lens.dashboard.bench import Bench
     from rt_lens.dashboard.serving import Dashboard
-    from rt_lens.results import load_results
+    from rt_lens.results.schema import load_results
 
     if model is None and run is None:
         raise ValueError("model, run: neither came. Give a model, the folder of a finished run, or both.")

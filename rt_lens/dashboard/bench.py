@@ -11,11 +11,12 @@ from typing import Any
 
 from rt_lens.dashboard.work import Jobs, turn_of
 from rt_lens.delta import WeightDelta
-from rt_lens.experiment import Experiment, load_experiment, parts
-from rt_lens.extraction import extract_vectors
+from rt_lens.experiment.config import Experiment, load_experiment
+from rt_lens.experiment.protocols import parts
+from rt_lens.extraction.extract import extract_vectors
 from rt_lens.forward import model_name
 from rt_lens.prompts import ContrastPairs
-from rt_lens.results import Results
+from rt_lens.results.schema import Results
 from rt_lens.shipped import behaviours
 from rt_lens.vectors import SteeringVectors, layer_of
 

@@ -13,6 +13,8 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 
 from rt_lens.arms import Arm
+from rt_lens.common.parsing import whole_number
+from rt_lens.common.progress import Bar
 from rt_lens.dashboard.bench import Bench, made
 from rt_lens.dashboard.compared import (
     answers_table,
@@ -28,15 +30,13 @@ from rt_lens.dashboard.compared import (
 from rt_lens.dashboard.panel import Work, choice, field, slider, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
-from rt_lens.experiment import protocol_of
-from rt_lens.progress import Bar
+from rt_lens.experiment.protocols import protocol_of
 from rt_lens.report.words import of_first_scorer
-from rt_lens.results import plain, tables_of
 from rt_lens.results.schema import choices_of
+from rt_lens.results.writing import plain, tables_of
 from rt_lens.scoreboard import Board, Exam
 from rt_lens.shipped import neutral_paragraphs
-from rt_lens.spans import whole_number
-from rt_lens.steering import add
+from rt_lens.steering.binding import add
 from rt_lens.vectors import SteeringVectors
 
 PAGE = "compare"

@@ -11,7 +11,7 @@ from dash.development.base_component import Component
 from rt_lens import plots
 from rt_lens.dashboard.panel import graph, table
 from rt_lens.report.words import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value, sample
-from rt_lens.results import efficient
+from rt_lens.results.tables import efficient
 
 # Who looks often enough finds something, and who chose on these topics finds it sooner.
 _CAUTION = (

@@ -19,26 +19,28 @@ from flask import Response, abort, send_file
 
 from rt_lens import plots
 from rt_lens.arms import Arm
+from rt_lens.common.parsing import layers_of, whole_number
+from rt_lens.common.progress import Step, watched
 from rt_lens.dashboard.bench import Bench, made
 from rt_lens.dashboard.panel import Work, choice, field, graph, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.delta import WeightDelta
-from rt_lens.experiment import protocol_of
+from rt_lens.experiment.protocols import protocol_of
 from rt_lens.forward import check_layers
 from rt_lens.generation import as_chat
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.losses import Direction
 from rt_lens.plots.layers import without_first
 from rt_lens.plots.look import LOSS_PARTS
-from rt_lens.progress import Step, watched
 from rt_lens.prompts import ContrastPairs
 from rt_lens.results.schema import choices_of
 from rt_lens.shipped import neutral_prompts
-from rt_lens.spans import layers_of, whole_number
-from rt_lens.steering import FwdHook, ablate, add
-from rt_lens.tuning import TuneConfig, tune
+from rt_lens.steering.binding import ablate, add
+from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import readings_of
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.loop import tune
 from rt_lens.tuning.targets import Wanted
 from rt_lens.vectors import SteeringVectors
 

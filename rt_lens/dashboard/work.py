@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from rt_lens.progress import Step, watched
+from rt_lens.common.progress import Step, watched
 
 _KEPT = 64
 _A_LOOK = 0.3  # seconds

@@ -12,11 +12,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
+from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
 from rt_lens.evaluation.scorers import Reads
 from rt_lens.generation import generate
 from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Answer
-from rt_lens.statistics import Interval, mean_interval, share_interval
 
 
 @dataclass(frozen=True)

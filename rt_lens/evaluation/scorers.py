@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
+from rt_lens.common.statistics.calibration import calibration_curve
 from rt_lens.questions import Answer, Likelihoods, Question
-from rt_lens.statistics import calibration_curve
 
 Reads = Literal["text", "answers", "letters"]
 """What of an answer is read: what the model wrote, or how likely it found the options in one of two forms."""
@@ -228,7 +228,7 @@ def calibration(answers: Sequence[Answer], form: Literal["answers", "letters"] =
         form: `answers` or `letters`.
 
     Returns:
-        The columns of `rt_lens.statistics.calibration_curve`: a row for each tenth of the share that occurs.
+        The columns of `rt_lens.common.statistics.calibration_curve`: a row for each tenth of the share that occurs.
 
     Example:
         >>> calibration(ask(model, load_questions("capitals"), {"answers"}))

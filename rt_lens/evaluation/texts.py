@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from rt_lens.common.inputs import text_list
+from rt_lens.common.progress import breathe
+from rt_lens.common.statistics.intervals import Interval, ratio_interval
 from rt_lens.forward import logits_where
-from rt_lens.listing import text_list
 from rt_lens.losses import kl_divergence
-from rt_lens.progress import breathe
-from rt_lens.statistics import Interval, ratio_interval
-from rt_lens.tokens import encode, pad, pad_id_of
+from rt_lens.tokens.batches import encode, pad, pad_id_of
 from rt_lens.whereabouts import whereabouts
 
 

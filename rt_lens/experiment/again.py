@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rt_lens.experiment.config import Experiment, load_experiment
-from rt_lens.results import plain
+from rt_lens.results.writing import plain
 from rt_lens.shipped import behaviour_file, behaviours, data_path
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rt_lens.experiment.shape import Shape
-from rt_lens.tuning import TuneConfig
+from rt_lens.tuning.config import TuneConfig
 
 KEPT = "activations kept for the gradients"
 CHUNK = 128  # positions whose logits are computed at once, as in `logits_where`

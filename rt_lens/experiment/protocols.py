@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rt_lens.evaluation import Likelihood, OtherMass, ask, start_of
+from rt_lens.common.statistics.intervals import Interval, share_interval
+from rt_lens.evaluation.asking import ask
+from rt_lens.evaluation.choices import start_of
+from rt_lens.evaluation.scorers import Likelihood, OtherMass
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.honesty import (
     OPENER,
@@ -26,10 +29,8 @@ from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Question, lettered, load_questions
 from rt_lens.scoreboard import Exam
 from rt_lens.shipped import held_out_neutral_prompts
-from rt_lens.statistics import Interval, share_interval
-from rt_lens.tokens import answered, chat_text
-from rt_lens.tuning import Choice, Target
-from rt_lens.tuning.targets import Wanted
+from rt_lens.tokens.chats import answered, chat_text
+from rt_lens.tuning.targets import Choice, Target, Wanted
 
 _WRITING = ("repetition", "distinct_2", "loop", "length")
 

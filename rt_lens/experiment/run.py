@@ -20,24 +20,32 @@ import pandas as pd
 import torch
 
 from rt_lens.arms import Arm, under
-from rt_lens.evaluation import ask, repetition, text_fit
+from rt_lens.common.files import together, write_atomically
+from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.evaluation.asking import ask
+from rt_lens.evaluation.texts import text_fit
+from rt_lens.evaluation.writing import repetition
 from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
-from rt_lens.extraction import extract_vectors, logit_lens, separability, token_projections
-from rt_lens.files import together, write_atomically
+from rt_lens.extraction.extract import extract_vectors
+from rt_lens.extraction.reading import logit_lens, separability, token_projections
 from rt_lens.forward import check_layers, model_name
 from rt_lens.generation import as_chat
 from rt_lens.losses import Direction
 from rt_lens.models import load_model
 from rt_lens.questions import Answer
-from rt_lens.results import files_of_run, plain, tables_of, write_results
+from rt_lens.results.schema import files_of_run
+from rt_lens.results.writing import plain, tables_of, write_results
 from rt_lens.scoreboard import Board, Scoreboard
 from rt_lens.shipped import neutral_paragraphs, neutral_prompts
-from rt_lens.statistics import mean_interval
-from rt_lens.steering import FwdHook, add
-from rt_lens.tokens import answered
-from rt_lens.tuning import Material, Target, TuneConfig, prepare, tune, write_neutral
+from rt_lens.steering.binding import add
+from rt_lens.steering.edits import FwdHook
+from rt_lens.tokens.chats import answered
+from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.loop import tune
+from rt_lens.tuning.material import Material, prepare
+from rt_lens.tuning.targets import Target, write_neutral
 from rt_lens.vectors import SteeringVectors
 
 _SEED_DRAWS = ["the pairs of the vectors", "the targets", "the neutral answers", "the order of the batches"]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rt_lens.models import EMBEDDED_MODELS, FAMILIES
+from rt_lens.models.llama import FAMILIES
+from rt_lens.models.registry import EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.tuning.config import LOSSES, TuneConfig
 from rt_lens.tuning.weights import parts_of

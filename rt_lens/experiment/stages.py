@@ -16,9 +16,9 @@ from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Question, lettered
 from rt_lens.scoreboard import Exam
 from rt_lens.shipped import neutral_paragraphs, neutral_prompts
-from rt_lens.tokens import chat_text, encode
-from rt_lens.tuning import Choice
-from rt_lens.tuning.targets import Wanted
+from rt_lens.tokens.batches import encode
+from rt_lens.tokens.chats import chat_text
+from rt_lens.tuning.targets import Choice, Wanted
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from rt_lens.delta import WeightDelta
 from rt_lens.forward import model_name
-from rt_lens.models import EMBEDDED_MODELS
+from rt_lens.models.registry import EMBEDDED_MODELS
 
 _NEEDED = ("arm", "direction", "n", "mean", "low", "high")
 # Title, column of the value, of its interval's ends, and of its n; a row that lacks one of them has a dash.

@@ -16,7 +16,7 @@ from rt_lens.delta import WeightDelta
 from rt_lens.export.card import check_measured, model_card
 from rt_lens.export.folder import check_free, whole_folder
 from rt_lens.export.weights import as_huggingface
-from rt_lens.models import source_tokenizer
+from rt_lens.models.tokenizers import source_tokenizer
 
 
 def export_hf(

@@ -2,12 +2,7 @@
 
 from rt_lens.extraction.conditions import FittedCondition, fit_condition
 from rt_lens.extraction.evidence import Trust, trust
-from rt_lens.extraction.extract import (
-    covariate_vectors,
-    extract_offsets,
-    extract_vectors,
-    package_version,
-)
+from rt_lens.extraction.extract import covariate_vectors, extract_offsets, extract_vectors, package_version
 from rt_lens.extraction.maps import activation_map, cosines, mean_projections, norms
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
 

@@ -14,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rt_lens.activations import check_hook_names, read_activations
+from rt_lens.common.inputs import text_list
 from rt_lens.forward import check_layers, dtype_name, model_name
-from rt_lens.listing import text_list
 from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
 from rt_lens.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
-from rt_lens.tokens import ChatText, encode
+from rt_lens.tokens.batches import encode
+from rt_lens.tokens.chats import ChatText
 from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
 
 

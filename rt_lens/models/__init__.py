@@ -14,13 +14,7 @@ from transformer_lens import HookedTransformer
 
 from rt_lens.models.bridges import bridge_from_folder
 from rt_lens.models.hub import hub_folder
-from rt_lens.models.llama import (
-    FAMILIES,
-    NotLlamaStyle,
-    hooked_from_folder,
-    refuse_what_is_not_covered,
-    to_huggingface,
-)
+from rt_lens.models.llama import FAMILIES, NotLlamaStyle, hooked_from_folder, refuse_what_is_not_covered, to_huggingface
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel
 from rt_lens.models.sources import cache_home, embedded_folder, gguf_folder
 from rt_lens.models.tokenizers import give_tokenizer, read_tokenizer, source_tokenizer

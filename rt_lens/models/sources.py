@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rt_lens.files import file_sha256
+from rt_lens.common.files import file_sha256
 from rt_lens.models.gguf import check_maths, refuse_what_has_no_place, scaled_rope
 from rt_lens.models.registry import EmbeddedModel
 

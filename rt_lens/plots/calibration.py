@@ -11,7 +11,7 @@ def calibration(table: Table, *, title: str = "Does it know what it knows?") -> 
     """A reliability diagram: the share that came true over the probability stated, on a diagonal if they agree.
 
     Args:
-        table: what `rt_lens.calibration` or `rt_lens.statistics.calibration_curve` gives: columns n, predicted, right,
+        table: what `rt_lens.common.statistics.calibration_curve` gives: columns n, predicted, right,
             low, high (Wilson's 95 % interval), a row per bin.
         title: heading of the figure.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rt_lens.report.sentences import holds, shows
 from rt_lens.report.words import counted, grouped, joined
-from rt_lens.results import checked
+from rt_lens.results.schema import checked
 
 
 def sureness_sentences(results: Mapping[str, Any]) -> list[str]:

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from scipy import stats
 from scipy.optimize import brentq
 
+from rt_lens.common.statistics.comparisons import Comparison, holm, mcnemar, paired_comparison, unpaired_comparison
+from rt_lens.common.statistics.intervals import Moments, moments
 from rt_lens.results.schema import Results, choices_of
-from rt_lens.statistics import Comparison, holm, mcnemar, paired_comparison, unpaired_comparison
-from rt_lens.statistics.intervals import Moments, moments
 
 Key: TypeAlias = tuple[str, str, str, str]
 """Arm, direction, set and scorer."""

@@ -59,7 +59,7 @@ from typing import Any
 
 import pandas as pd
 
-from rt_lens.files import file_sha256
+from rt_lens.common.files import file_sha256
 
 SCHEMA = 1
 TABLES = (

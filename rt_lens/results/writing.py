@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rt_lens.files import file_sha256, together, write_atomically
+from rt_lens.common.files import file_sha256, together, write_atomically
 from rt_lens.results.schema import REPORT, TABLES, check_no_run
 from rt_lens.results.tables import to_latex, to_markdown
 from rt_lens.scoreboard import Scoreboard

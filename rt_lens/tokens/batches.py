@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rt_lens.listing import text_list
+from rt_lens.common.inputs import text_list
 from rt_lens.tokens.chats import ChatText, tokenizer_of
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from rt_lens.checksums import parameters_sha256
+from rt_lens.common.progress import Bar
 from rt_lens.delta import WeightDelta
 from rt_lens.forward import dtype_name, model_name
-from rt_lens.progress import Bar
 from rt_lens.prompts import ContrastPairs
-from rt_lens.steering import FwdHook
+from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, described, readings_of
 from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of
 from rt_lens.tuning.config import TuneConfig

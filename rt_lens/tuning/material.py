@@ -20,8 +20,9 @@ from rt_lens.forward import bridge_logits, model_name, quick, unembed
 from rt_lens.losses import Direction
 from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs
-from rt_lens.steering import FwdHook
-from rt_lens.tokens import answered, encode, end_ids, end_of_answer, pad_id_of, tokenizer_of
+from rt_lens.steering.edits import FwdHook
+from rt_lens.tokens.batches import encode, pad_id_of
+from rt_lens.tokens.chats import answered, end_ids, end_of_answer, tokenizer_of
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.shelf import Shelf

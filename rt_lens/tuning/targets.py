@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from rt_lens.common.inputs import as_text, listed, text_list
 from rt_lens.generation import as_chat, generate
-from rt_lens.listing import as_text, listed, text_list
 from rt_lens.losses import Direction
 from rt_lens.prompts import ContrastPairs
-from rt_lens.tokens import chat_text
+from rt_lens.tokens.chats import chat_text
 from rt_lens.tuning.config import TuneConfig
 
 

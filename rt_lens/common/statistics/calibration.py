@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from rt_lens.statistics.intervals import Interval, Values, mean_interval, numbers, share_interval
+from rt_lens.common.statistics.intervals import Interval, Values, mean_interval, numbers, share_interval
 
 
 class CalibrationError(NamedTuple):

@@ -1,7 +1,7 @@
 """Intervals, tests, effect sizes, power and calibration, thin over scipy and statsmodels. This room knows no model."""
 
-from rt_lens.statistics.calibration import CalibrationError, brier_score, calibration_curve, calibration_error
-from rt_lens.statistics.comparisons import (
+from rt_lens.common.statistics.calibration import CalibrationError, brier_score, calibration_curve, calibration_error
+from rt_lens.common.statistics.comparisons import (
     Comparison,
     cliffs_delta,
     holm,
@@ -11,7 +11,7 @@ from rt_lens.statistics.comparisons import (
     unpaired_comparison,
     wilcoxon,
 )
-from rt_lens.statistics.intervals import (
+from rt_lens.common.statistics.intervals import (
     Interval,
     Moments,
     crossed_interval,
@@ -20,7 +20,7 @@ from rt_lens.statistics.intervals import (
     ratio_interval,
     share_interval,
 )
-from rt_lens.statistics.power import detectable, prompts_needed
+from rt_lens.common.statistics.power import detectable, prompts_needed
 
 __all__ = [
     "CalibrationError",

@@ -16,7 +16,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from rt_lens.files import check_can_write, write_atomically
+from rt_lens.common.files import check_can_write, write_atomically
 
 _MM_PER_PIXEL = 25.4 / 96  # CSS's pixel
 # Figures are laid out for a screen: a quarter wider than the paper, their 14-pixel letters come out as 8.4 points.

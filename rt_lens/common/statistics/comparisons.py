@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as mcnemar_of_table
 from statsmodels.stats.multitest import multipletests
 
-from rt_lens.statistics.intervals import (
+from rt_lens.common.statistics.intervals import (
     Interval,
     Moments,
     Values,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from statsmodels.stats.power import TTestPower
 
-from rt_lens.statistics.intervals import Values, numbers
+from rt_lens.common.statistics.intervals import Values, numbers
 
 
 def prompts_needed(differences: Values, power: float = 0.8, alpha: float = 0.05) -> int | None:

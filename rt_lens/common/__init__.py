@@ -1,0 +1,1 @@
+"""Files, progress, statistics and the checks of what callers give. This room knows no model."""
