@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import rt_lens as rtl
 from rt_lens.generation import as_chat
-from rt_lens.tokens.batches import encode
+from rt_lens.models.tokens.batches import encode
 
 PAGES = ("explore", "vectors", "steering", "tuning", "compare")
 PROMPT = "Tell me about your weekend. Did anything nice happen, or was it all work again? My own was long, and rainy."

@@ -25,7 +25,8 @@ from rt_lens.extraction.maps import activation_map, cosines, mean_projections, n
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
 from rt_lens.generation import generate, stream
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
-from rt_lens.models import load_model
+from rt_lens.models.context import whereabouts
+from rt_lens.models.load import load_model
 from rt_lens.plots.figure_export import save_figure
 from rt_lens.prompts import ContrastPairs, load_pairs
 from rt_lens.questions import Question, load_questions
@@ -43,7 +44,6 @@ from rt_lens.tuning.loop import tune
 from rt_lens.tuning.search import block_search
 from rt_lens.tuning.targets import Choice, Target
 from rt_lens.vectors import SteeringVectors, orthogonalised
-from rt_lens.whereabouts import whereabouts
 
 __all__ = [
     "Aim",

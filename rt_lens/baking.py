@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import dtype_name, finest_dtype, model_name
+from rt_lens.models.forward import dtype_name, finest_dtype, model_name
 from rt_lens.operators import Affine
 from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.vectors import forward_order, hook_names, layer_of

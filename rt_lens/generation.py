@@ -18,7 +18,8 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar, breathe
-from rt_lens.forward import (
+from rt_lens.models.context import whereabouts
+from rt_lens.models.forward import (
     KeyValueCache,
     bridge_logits,
     cache_error,
@@ -30,11 +31,10 @@ from rt_lens.forward import (
     quick,
     unembed,
 )
-from rt_lens.tokens.batches import TokenBatch, encode, pad, pad_id_of
-from rt_lens.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
-from rt_lens.tokens.texts import Pieces, text_of
+from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
+from rt_lens.models.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
+from rt_lens.models.tokens.texts import Pieces, text_of
 from rt_lens.vectors import SteeringVectors
-from rt_lens.whereabouts import whereabouts
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rt_lens.activations import last_token_activations, read_activations
 from rt_lens.arms import Arm, under
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import check_layers, finest_dtype
 from rt_lens.generation import as_chat
-from rt_lens.tokens.batches import encode
+from rt_lens.models.activations import last_token_activations, read_activations
+from rt_lens.models.forward import check_layers, finest_dtype
+from rt_lens.models.tokens.batches import encode
 from rt_lens.vectors import SteeringVectors, hook_names, layer_of
 
 _READERS, _WRITERS = ("q", "k", "v", "gate", "up"), ("o", "down", "embed")

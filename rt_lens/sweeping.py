@@ -18,7 +18,6 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from rt_lens.checksums import Untellable, buffers_sha256, hooks_of, measure_sha256, parameters_sha256, tensors_sha256
 from rt_lens.common.files import write_atomically
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
@@ -26,15 +25,23 @@ from rt_lens.common.statistics.intervals import Interval, mean_interval, share_i
 from rt_lens.evaluation.asking import ask
 from rt_lens.evaluation.making import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Likelihood, Scorer
-from rt_lens.forward import logits_where, model_name
 from rt_lens.generation import as_chat
+from rt_lens.models.checksums import (
+    Untellable,
+    buffers_sha256,
+    hooks_of,
+    measure_sha256,
+    parameters_sha256,
+    tensors_sha256,
+)
+from rt_lens.models.context import whereabouts
+from rt_lens.models.forward import logits_where, model_name
+from rt_lens.models.tokens import batches
+from rt_lens.models.tokens.chats import tokenizer_of
 from rt_lens.questions import Question, as_questions
 from rt_lens.steering.binding import add, steered
 from rt_lens.steering.edits import FwdHook
-from rt_lens.tokens import batches
-from rt_lens.tokens.chats import tokenizer_of
 from rt_lens.vectors import SteeringVectors, layer_of
-from rt_lens.whereabouts import whereabouts
 
 Metric = Callable[[Any, Sequence[str]], Sequence[float]]
 """A model (under whatever hooks) and prompts go in, one number for each prompt comes out."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 from llama_folder import spelling_tokenizer
 
-from rt_lens.activations import check_hook_names, last_token_activations, token_activations
-from rt_lens.tokens.batches import encode
+from rt_lens.models.activations import check_hook_names, last_token_activations, token_activations
+from rt_lens.models.tokens.batches import encode
 
 TEXTS = [
     "Short.",

@@ -13,13 +13,13 @@ import torch
 import transformers
 from test_model_folders import make_folder
 
-from rt_lens.forward import bridge_logits, caches_rightly, logits_where
 from rt_lens.generation import generate
-from rt_lens.models import load_model
+from rt_lens.models.forward import bridge_logits, caches_rightly, logits_where
+from rt_lens.models.load import load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
+from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.steering.binding import ablate, add, scale
-from rt_lens.tokens.batches import encode, pad, pad_id_of
 from rt_lens.vectors import Provenance, SteeringVectors, hook_names
 
 PROMPTS = ["Hi", "Tell me about your weekend."]

@@ -11,11 +11,11 @@ import rt_lens as rtl
 from rt_lens.evaluation.scorers import vader
 from rt_lens.extraction.conditions import FittedCondition, _threshold, fit_condition
 from rt_lens.generation import as_chat, generate, generate_tokens
+from rt_lens.models.context import whereabouts
+from rt_lens.models.tokens.batches import encode, pad
 from rt_lens.steering.binding import ablate, add, steered
 from rt_lens.steering.conditions import Condition, conditional
-from rt_lens.tokens.batches import encode, pad
 from rt_lens.vectors import SteeringVectors
-from rt_lens.whereabouts import whereabouts
 
 PRE, POST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 TEXTS = ["Rain?", "a", "The weather in the hills was fine.", "Name a tree."]

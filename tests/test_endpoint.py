@@ -20,8 +20,8 @@ from rt_lens.evaluation.asking import evaluate
 from rt_lens.evaluation.scorers import Scorer
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.tokens.batches import encode
-from rt_lens.tokens.chats import chat_text
+from rt_lens.models.tokens.batches import encode
+from rt_lens.models.tokens.chats import chat_text
 
 # The embedded model behind a server
 

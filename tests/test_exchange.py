@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rt_lens.exchange.gguf import load_gguf, save_gguf
 from rt_lens.exchange.tensors import import_vectors
-from rt_lens.models import load_model
+from rt_lens.models.load import load_model
 from rt_lens.steering.binding import add
 from rt_lens.vectors import Eraser, SteeringVectors, hook_names
 

@@ -27,11 +27,11 @@ from rt_lens.cli import app
 from rt_lens.delta import WeightDelta
 from rt_lens.export.hf import export_hf
 from rt_lens.export.peft import export_peft
-from rt_lens.forward import dtype_name
-from rt_lens.models import load_model
+from rt_lens.models.forward import dtype_name
+from rt_lens.models.load import load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.tokens.chats import chat_text
+from rt_lens.models.tokens.chats import chat_text
 from rt_lens.vectors import SteeringVectors, hook_names
 
 TOKENS = torch.randint(3, 49152, (2, 24), generator=torch.Generator().manual_seed(1))

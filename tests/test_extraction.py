@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rt_lens as rtl
-from rt_lens.activations import read_activations, token_activations
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
 from rt_lens.methods import METHODS
+from rt_lens.models.activations import read_activations, token_activations
+from rt_lens.models.positions import numbers_in, position_of, rows_of
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
+from rt_lens.models.tokens.batches import encode
+from rt_lens.models.tokens.texts import token_text
 from rt_lens.operators import Erase
-from rt_lens.positions import numbers_in, position_of, rows_of
 from rt_lens.prompts import ContrastPairs, Pair
-from rt_lens.tokens.batches import encode
-from rt_lens.tokens.texts import token_text
 from rt_lens.vectors import SteeringVectors, hook_names
 
 POST = hook_names([0, 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rt_lens.forward import KeyValueCache, can_be_quick, final_residual, logits_where, quick, unembed
+from rt_lens.models.forward import KeyValueCache, can_be_quick, final_residual, logits_where, quick, unembed
 
 LENGTHS = (12, 7, 1)
 VARIANTS = {

@@ -17,8 +17,8 @@ from rt_lens.evaluation.harness import chat_of, continued, harness_model, prefix
 from rt_lens.generation import Sampling
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
+from rt_lens.models.tokens.batches import encode
 from rt_lens.shipped import neutral_paragraphs
-from rt_lens.tokens.batches import encode
 
 PAIRS = [
     ("The capital of France is", " Paris"),

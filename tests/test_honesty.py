@@ -27,10 +27,10 @@ from rt_lens.honesty import (
     situations,
     true_or_false,
 )
+from rt_lens.models.tokens.batches import encode
 from rt_lens.questions import Question, load_questions
 from rt_lens.report.page import write_report
 from rt_lens.results.schema import load_results
-from rt_lens.tokens.batches import encode
 from rt_lens.tuning.material import _row
 from rt_lens.tuning.targets import Choice, Target
 

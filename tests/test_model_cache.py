@@ -23,8 +23,9 @@ from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from rt_lens.models import describe, load_model, sources
+from rt_lens.models import sources
 from rt_lens.models.gguf import _by_factors
+from rt_lens.models.load import describe, load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel
 from rt_lens.models.sources import cache_home
 

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
-from rt_lens.forward import quick
-from rt_lens.models import describe, load_model
+from rt_lens.models.forward import quick
+from rt_lens.models.load import describe, load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.tokens.batches import encode, pad, pad_id_of
-from rt_lens.tokens.chats import chat_text
+from rt_lens.models.tokens.batches import encode, pad, pad_id_of
+from rt_lens.models.tokens.chats import chat_text
 
 PLAIN = [
     "Hello",

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from rt_lens.positions import Row, numbers_in, position_named, position_of, rows_of
-from rt_lens.tokens.batches import encode
-from rt_lens.tokens.chats import chat_text
+from rt_lens.models.positions import Row, numbers_in, position_named, position_of, rows_of
+from rt_lens.models.tokens.batches import encode
+from rt_lens.models.tokens.chats import chat_text
 
 OPENER = "Well, I'd"
 PROMPT = [

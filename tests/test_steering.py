@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rt_lens.models.context import whereabouts
+from rt_lens.models.tokens.batches import encode, pad
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
 from rt_lens.steering.edits import Linear
-from rt_lens.tokens.batches import encode, pad
 from rt_lens.vectors import SteeringVectors
-from rt_lens.whereabouts import whereabouts
 
 TEXT = "The weather in the hills was"
 PROMPTS = [

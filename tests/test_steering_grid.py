@@ -11,10 +11,10 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.generation import generate_tokens
+from rt_lens.models.tokens.batches import encode
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
 from rt_lens.steering.conditions import Condition, conditional
 from rt_lens.steering.edits import Linear
-from rt_lens.tokens.batches import encode
 from rt_lens.vectors import SteeringVectors
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import rt_lens as rtl
-from rt_lens import checksums, tuning
+from rt_lens import tuning
 from rt_lens.delta import WeightDelta
 from rt_lens.extraction.reading import token_projections
+from rt_lens.models import checksums
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import prepare

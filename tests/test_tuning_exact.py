@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 import rt_lens as rtl
 from rt_lens.losses import cosine_loss, kl_divergence
-from rt_lens.tokens.batches import encode
+from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning.aims import readings_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune

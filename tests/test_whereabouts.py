@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rt_lens.generation import Sampling, generate, generate_tokens
+from rt_lens.models.context import said, whereabouts
+from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, scale
 from rt_lens.steering.edits import Edit, Linear
-from rt_lens.tokens.batches import encode, pad, pad_id_of
 from rt_lens.vectors import SteeringVectors
-from rt_lens.whereabouts import said, whereabouts
 
 POST = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 Z = "blocks.1.attn.hook_z"

@@ -58,7 +58,7 @@ def loaded_model(
         chat_template_kwargs: JSON.
         default: see `dtype`.
     """
-    from rt_lens.models import load_model
+    from rt_lens.models.load import load_model
     from rt_lens.models.registry import DEFAULT_MODEL
 
     told = template_kwargs(chat_template_kwargs)
@@ -67,7 +67,7 @@ def loaded_model(
 
 def model_for(experiment: Experiment, dtype: str | None, vectors: SteeringVectors) -> Any:
     """An experiment's model, for vectors made on it: as `--dtype` says, else as they say, else as the experiment."""
-    from rt_lens.models import load_model
+    from rt_lens.models.load import load_model
 
     of_vectors = vectors.provenance.dtype
     kind = dtype or (of_vectors if of_vectors != "float32" else experiment.dtype)

@@ -77,7 +77,7 @@ def _named(files: list[Path]) -> dict[str, SteeringVectors]:
 
 def _loaded(run: Path | None, model: str | None, dtype: str | None, told: str | None, of_vectors: str) -> Any:
     """The model that was asked for, or the run's; none, with a word about it, if the run's is not at hand."""
-    from rt_lens.models import load_model
+    from rt_lens.models.load import load_model
     from rt_lens.results.schema import load_results
 
     if model is not None or run is None:

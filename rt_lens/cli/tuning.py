@@ -147,7 +147,7 @@ def _measured(file: Path, delta: WeightDelta) -> tuple[str, list[dict[str, Any]]
 @app.command(epilog="Example: rt-lens models")
 def models() -> None:
     """List the embedded models and the shipped behaviours."""
-    from rt_lens.models import describe
+    from rt_lens.models.load import describe
     from rt_lens.models.registry import EMBEDDED_MODELS
 
     for name in EMBEDDED_MODELS:

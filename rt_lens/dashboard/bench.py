@@ -14,7 +14,7 @@ from rt_lens.delta import WeightDelta
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.protocols import parts
 from rt_lens.extraction.extract import extract_vectors
-from rt_lens.forward import model_name
+from rt_lens.models.forward import model_name
 from rt_lens.prompts import ContrastPairs
 from rt_lens.results.schema import Results
 from rt_lens.shipped import behaviours

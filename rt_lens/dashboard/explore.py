@@ -19,12 +19,12 @@ from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.extraction.reading import token_projections
 from rt_lens.generation import NewToken, as_chat, generate
+from rt_lens.models.tokens.batches import encode
+from rt_lens.models.tokens.texts import text_of, token_texts
 from rt_lens.plots.layers import without_first
 from rt_lens.results.schema import Results, choices_of
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp
 from rt_lens.steering.edits import FwdHook
-from rt_lens.tokens.batches import encode
-from rt_lens.tokens.texts import text_of, token_texts
 from rt_lens.vectors import SteeringVectors, layer_of
 
 PAGE = "explore"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from rt_lens.evaluation.choices import Form, likelihoods
 from rt_lens.evaluation.scorers import Reads, option_shares
-from rt_lens.models import load_model
+from rt_lens.models.load import load_model
 from rt_lens.questions import Answer, Question
 
 

@@ -23,7 +23,7 @@ from rt_lens.evaluation.scorers import (
     vader,
 )
 from rt_lens.evaluation.writing import distinct, length, loops, repetition
-from rt_lens.models import load_model
+from rt_lens.models.load import load_model
 from rt_lens.prompts import load_pairs
 from rt_lens.questions import Answer
 

@@ -25,11 +25,11 @@ from rt_lens.honesty import (
     true_or_false,
 )
 from rt_lens.losses import Direction
+from rt_lens.models.tokens.chats import answered, chat_text
 from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Question, lettered, load_questions
 from rt_lens.scoreboard import Exam
 from rt_lens.shipped import held_out_neutral_prompts
-from rt_lens.tokens.chats import answered, chat_text
 from rt_lens.tuning.targets import Choice, Target, Wanted
 
 _WRITING = ("repetition", "distinct_2", "loop", "length")

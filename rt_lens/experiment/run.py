@@ -30,10 +30,11 @@ from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
 from rt_lens.extraction.extract import extract_vectors
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
-from rt_lens.forward import check_layers, model_name
 from rt_lens.generation import as_chat
 from rt_lens.losses import Direction
-from rt_lens.models import load_model
+from rt_lens.models.forward import check_layers, model_name
+from rt_lens.models.load import load_model
+from rt_lens.models.tokens.chats import answered
 from rt_lens.questions import Answer
 from rt_lens.results.schema import files_of_run
 from rt_lens.results.writing import plain, tables_of, write_results
@@ -41,7 +42,6 @@ from rt_lens.scoreboard import Board, Scoreboard
 from rt_lens.shipped import neutral_paragraphs, neutral_prompts
 from rt_lens.steering.binding import add
 from rt_lens.steering.edits import FwdHook
-from rt_lens.tokens.chats import answered
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import Material, prepare

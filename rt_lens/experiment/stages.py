@@ -12,12 +12,12 @@ from rt_lens.experiment.protocols import Protocol, answers_protocol, likelihood_
 from rt_lens.experiment.shape import Shape
 from rt_lens.honesty import OPENER, judged_statements, load_facts
 from rt_lens.losses import Direction
+from rt_lens.models.tokens.batches import encode
+from rt_lens.models.tokens.chats import chat_text
 from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Question, lettered
 from rt_lens.scoreboard import Exam
 from rt_lens.shipped import neutral_paragraphs, neutral_prompts
-from rt_lens.tokens.batches import encode
-from rt_lens.tokens.chats import chat_text
 from rt_lens.tuning.targets import Choice, Wanted
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import model_name
+from rt_lens.models.forward import model_name
 from rt_lens.models.registry import EMBEDDED_MODELS
 
 _NEEDED = ("arm", "direction", "n", "mean", "low", "high")

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 
 from rt_lens.arms import under
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import model_name
+from rt_lens.models.forward import model_name
 from rt_lens.models.llama import FAMILIES, NotLlamaStyle, refuse_what_is_not_covered, to_huggingface
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

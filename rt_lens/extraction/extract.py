@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rt_lens.activations import check_hook_names, read_activations
 from rt_lens.common.inputs import text_list
-from rt_lens.forward import check_layers, dtype_name, model_name
 from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
-from rt_lens.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
+from rt_lens.models.activations import check_hook_names, read_activations
+from rt_lens.models.forward import check_layers, dtype_name, model_name
+from rt_lens.models.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
+from rt_lens.models.tokens.batches import encode
+from rt_lens.models.tokens.chats import ChatText
 from rt_lens.prompts import ContrastPairs
-from rt_lens.tokens.batches import encode
-from rt_lens.tokens.chats import ChatText
 from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
 
 
@@ -77,7 +77,7 @@ def extract_vectors(
         method: `mean_diff`, `pca`, `pca_centred`, `logistic`, `mass_mean`, `random`, `leace` (with its erasers), or a
             function from the two sides' activations to a direction. All shipped ones give the mean difference's norm.
         position: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`, `mean "some words"`, a token
-            number, or a function: see `rt_lens.positions`.
+            number, or a function: see `rt_lens.models.positions`.
         layers: block indices; all for None.
         hook: kind of hook point: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or `z` by head.
         norm: `keep` leaves the method's norm, `unit` gives length 1.

@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from rt_lens.forward import allowed_error
+from rt_lens.models.forward import allowed_error
 
 
 class CheckedBridge(TransformerBridge):

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rt_lens.models.context import Whereabouts, assumed, said
 from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.vectors import forward_order
-from rt_lens.whereabouts import Whereabouts, assumed, said
 
 
 @dataclass(frozen=True)

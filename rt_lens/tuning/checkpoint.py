@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rt_lens.checksums import parameters_sha256, tensors_sha256
 from rt_lens.common.files import check_can_write, read_safetensors, remove_leftovers, write_safetensors
+from rt_lens.models.checksums import parameters_sha256, tensors_sha256
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.material import Material, Row
 from rt_lens.tuning.weights import Leaf

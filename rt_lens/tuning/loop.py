@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rt_lens.checksums import parameters_sha256
 from rt_lens.common.progress import Bar
 from rt_lens.delta import WeightDelta
-from rt_lens.forward import dtype_name, model_name
+from rt_lens.models.checksums import parameters_sha256
+from rt_lens.models.forward import dtype_name, model_name
 from rt_lens.prompts import ContrastPairs
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, described, readings_of

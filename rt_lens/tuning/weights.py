@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rt_lens.forward import check_layers
+from rt_lens.models.forward import check_layers
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
 
 # Names of a HookedTransformer and, with `_original_component` taken out, Hugging Face's under a TransformerBridge,

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from rt_lens.tokens.batches import encode
-from rt_lens.tokens.chats import tokenizer_of
-from rt_lens.tokens.texts import token_texts
+from rt_lens.models.tokens.batches import encode
+from rt_lens.models.tokens.chats import tokenizer_of
+from rt_lens.models.tokens.texts import token_texts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rt_lens.common.inputs import text_list
-from rt_lens.tokens.chats import ChatText, tokenizer_of
+from rt_lens.models.tokens.chats import ChatText, tokenizer_of
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from transformer_lens import HookedTransformer
 
 from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar
-from rt_lens.forward import keeps_logits, quick
-from rt_lens.tokens import batches
-from rt_lens.tokens.batches import TokenBatch, encode, pad, pad_id_of
-from rt_lens.tokens.texts import token_texts
-from rt_lens.whereabouts import whereabouts
+from rt_lens.models.context import whereabouts
+from rt_lens.models.forward import keeps_logits, quick
+from rt_lens.models.tokens import batches
+from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
+from rt_lens.models.tokens.texts import token_texts
 
 
 def check_hook_names(model: Any, hook_names: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Text to tokens, through a model's own chat template and tokenizer. This room never runs a model."""
 
-from rt_lens.tokens.batches import TokenBatch, batches, encode, pad, pad_id_of
-from rt_lens.tokens.chats import (
+from rt_lens.models.tokens.batches import TokenBatch, batches, encode, pad, pad_id_of
+from rt_lens.models.tokens.chats import (
     ChatText,
     answered,
     begins_with_thought,
@@ -13,7 +13,7 @@ from rt_lens.tokens.chats import (
     rendered,
     tokenizer_of,
 )
-from rt_lens.tokens.texts import Pieces, text_of, token_text, token_texts
+from rt_lens.models.tokens.texts import Pieces, text_of, token_text, token_texts
 
 __all__ = [
     "ChatText",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rt_lens.tokens.chats import tokenizer_of
+from rt_lens.models.tokens.chats import tokenizer_of
 
 
 def text_of(model: Any, ids: Sequence[int], *, special: bool = False) -> str:

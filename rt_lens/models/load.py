@@ -1,0 +1,172 @@
+"""A name, a folder or a file goes in; a model with its tokenizer comes out."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformer_lens import HookedTransformer
+
+from rt_lens.models.bridges import bridge_from_folder
+from rt_lens.models.hub import hub_folder
+from rt_lens.models.llama import NotLlamaStyle, hooked_from_folder
+from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
+from rt_lens.models.sources import cache_home, embedded_folder, gguf_folder
+from rt_lens.models.tokenizers import give_tokenizer, read_tokenizer
+
+Backend = Literal["auto", "hooked", "bridge"]
+
+
+def load_model(
+    name_or_path: str | Path = DEFAULT_MODEL,
+    *,
+    backend: Backend = "auto",
+    device: str | None = None,
+    dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Loads a language model with TransformerLens hook points, its tokenizer and its chat template.
+
+    Weights are unprocessed (nothing folded, nothing centred), so they are Hugging Face's numbers. Padding is on the
+    left, and text given to `model.to_tokens` gets no second start token. A name on the hub becomes a folder (its
+    snapshot, or while offline the one in the local cache), and is then read as any folder is.
+
+    Args:
+        name_or_path: an embedded model (`rt-lens models` lists them), a local Hugging Face folder, a local `.gguf`
+            file, or a name on the model hub; TransformerLens's short names stand for those.
+        backend: `hooked` for a HookedTransformer, `bridge` for a TransformerBridge, `auto` for a HookedTransformer
+            wherever our own conversion covers the architecture.
+        device: torch device; by default CUDA if there is one, else the CPU.
+        dtype: `float32`, `bfloat16`, `float16`, or the torch type.
+        trust_remote_code: run the Python code that a repository brings for its model or tokenizer. It can do whatever
+            you can, so only where you trust its author.
+        chat_template_kwargs: what the chat template is given besides the messages, {"enable_thinking": False} say.
+
+    Returns:
+        A HookedTransformer or TransformerBridge in evaluation mode.
+
+    Raises:
+        ValueError: unknown name, backend or dtype, `hooked` asked for what it does not cover, code of its own that is
+            not trusted, or a bridge whose logits are not those of transformers.
+        FileNotFoundError: an embedded model that is not installed and cannot be fetched.
+
+    Example:
+        >>> model = load_model("smollm2-135m-instruct")
+        >>> model.cfg.n_layers
+        30
+    """
+    if backend not in ("auto", "hooked", "bridge"):
+        raise ValueError(f"backend: {backend!r} came; 'auto', 'hooked' or 'bridge' is wanted.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = {"device": device, "dtype": _dtype(dtype), "trust_remote_code": trust_remote_code}
+    folder, name = _local_folder(name_or_path), Path(str(name_or_path)).name
+    if folder is None:
+        folder = hub_folder(str(name_or_path), with_code=trust_remote_code)
+        model = _from_folder(folder, str(name_or_path), backend, wanted)
+        model.cfg.model_name = name  # not that of the snapshot
+    else:
+        model = _from_folder(folder, folder.name, backend, wanted)
+    model.cfg.rt_lens_name = name
+    model.cfg.rt_lens_chat_template_kwargs = dict(chat_template_kwargs or {})
+    return model.eval()
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    kind = kinds.get(str(dtype).removeprefix("torch."))
+    if kind is None:
+        raise ValueError(f"dtype: {dtype!r} came; one of {', '.join(kinds)} is wanted.")
+    return kind
+
+
+def _local_folder(name_or_path: str | Path) -> Path | None:
+    """The Hugging Face folder of an embedded model, a GGUF file or a folder; None for a name on the hub."""
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name.lower() in EMBEDDED_MODELS:
+        return embedded_folder(EMBEDDED_MODELS[name.lower()])
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            _refuse_adapter(path)
+            raise ValueError(f"model: the folder {name} has no config.json. Give a folder that save_pretrained wrote.")
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"model: there is no file {name}. Give the path of a .gguf file.")
+        return gguf_folder(path)
+    if path.is_file():
+        raise ValueError(f"model: {name} is a file, but no .gguf. Give the folder it is in, or a .gguf file.")
+    if path.is_absolute() or name.startswith("."):
+        raise ValueError(f"model: there is nothing at {name}. Give a Hugging Face folder, a .gguf file or a name.")
+    return None
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Says of a folder with a LoRA adapter what it is, and how a model is made of it."""
+    if not (folder / "adapter_config.json").is_file():
+        return
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    raise ValueError(
+        f"model: {folder.name} must be the folder of a whole model, got a LoRA adapter of {base}. Merge the two with "
+        "peft (PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(new_folder)), and give the "
+        "new folder."
+    )
+
+
+def _from_folder(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]) -> Any:
+    trusted: bool = wanted["trust_remote_code"]
+    model: Any = None if backend == "bridge" else _hooked(folder, name, backend, wanted)
+    if model is None:
+        model = bridge_from_folder(folder, name, **wanted)
+    give_tokenizer(model, read_tokenizer(folder, trust_remote_code=trusted))
+    return _with_origin(model, folder, trusted)
+
+
+def _hooked(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]) -> HookedTransformer | None:
+    """The folder as a HookedTransformer; None if a bridge may take its place."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*HookedTransformer is deprecated.*")
+            return hooked_from_folder(folder, **wanted)
+    except NotLlamaStyle as refusal:
+        if backend == "hooked":
+            raise ValueError(f"backend: 'hooked' cannot load {name}: {refusal}. Use backend='bridge'.") from None
+        return None
+
+
+def _with_origin(model: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """Keeps Hugging Face's configuration and generation settings on `model.cfg`, for exports and ends of turns."""
+    from transformers import AutoConfig, GenerationConfig
+
+    if isinstance(model, HookedTransformer):
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model.cfg.rt_lens_config = config.to_dict()  # type: ignore[attr-defined]
+    else:
+        config = model.original_model.config
+    settings = None
+    with suppress(OSError, ValueError):  # many folders have no such file
+        settings = GenerationConfig.from_pretrained(folder)
+    settings = settings or GenerationConfig.from_model_config(config)
+    model.cfg.rt_lens_generation = settings.to_diff_dict()
+    return model
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What the registry knows of an embedded model, and where it was found: a row of `rt-lens models`."""
+    model = EMBEDDED_MODELS[name]
+    folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
+    manifest = folder / "rt_lens_manifest.json"
+    converted = manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("sha256") == model.sha256
+    return {
+        "name": model.name,
+        "parameters": f"{model.parameters / 1e6:.0f} M",
+        "file": f"{model.size / 1e6:.0f} MB",
+        "licence": model.licence,
+        "source": model.source,
+        "cached": str(folder) if converted else "not yet",
+    }
