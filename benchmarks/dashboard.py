@@ -17,7 +17,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import rt_lens as rtl
-from rt_lens.generation import as_chat
+from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import encode
 
 PAGES = ("explore", "vectors", "steering", "tuning", "compare")

@@ -23,9 +23,9 @@ from rt_lens.extraction.evidence import trust
 from rt_lens.extraction.extract import covariate_vectors, extract_offsets, extract_vectors
 from rt_lens.extraction.maps import activation_map, cosines, mean_projections, norms
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
-from rt_lens.generation import generate, stream
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.models.context import whereabouts
+from rt_lens.models.generation import generate, stream
 from rt_lens.models.load import load_model
 from rt_lens.plots.figure_export import save_figure
 from rt_lens.prompts import ContrastPairs, load_pairs

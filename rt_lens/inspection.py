@@ -23,9 +23,9 @@ from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.delta import WeightDelta
-from rt_lens.generation import as_chat
 from rt_lens.models.activations import last_token_activations, read_activations
 from rt_lens.models.forward import check_layers, finest_dtype
+from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import encode
 from rt_lens.vectors import SteeringVectors, hook_names, layer_of
 

@@ -25,7 +25,6 @@ from rt_lens.common.statistics.intervals import Interval, mean_interval, share_i
 from rt_lens.evaluation.asking import ask
 from rt_lens.evaluation.making import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Likelihood, Scorer
-from rt_lens.generation import as_chat
 from rt_lens.models.checksums import (
     Untellable,
     buffers_sha256,
@@ -36,6 +35,7 @@ from rt_lens.models.checksums import (
 )
 from rt_lens.models.context import whereabouts
 from rt_lens.models.forward import logits_where, model_name
+from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens import batches
 from rt_lens.models.tokens.chats import tokenizer_of
 from rt_lens.questions import Question, as_questions

@@ -13,8 +13,8 @@ import torch
 import transformers
 from test_model_folders import make_folder
 
-from rt_lens.generation import generate
 from rt_lens.models.forward import bridge_logits, caches_rightly, logits_where
+from rt_lens.models.generation import generate
 from rt_lens.models.load import load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder

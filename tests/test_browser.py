@@ -21,7 +21,7 @@ from small_runs import make_board, write_run
 
 import rt_lens as rtl
 from rt_lens.dashboard.serving import Dashboard
-from rt_lens.generation import NewToken, as_chat
+from rt_lens.models.generation import NewToken, as_chat
 from rt_lens.report.page import write_report
 from rt_lens.vectors import SteeringVectors
 

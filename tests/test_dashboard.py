@@ -24,7 +24,7 @@ from rt_lens.dashboard.bench import Bench
 from rt_lens.dashboard.explore import OPERATORS, SLOTS, _Look, layout, steering
 from rt_lens.dashboard.serving import Dashboard
 from rt_lens.dashboard.work import Job, Jobs, told, turn_of
-from rt_lens.generation import as_chat
+from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import encode
 
 

@@ -11,9 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "rt_lens"
 
 ORDER = [
     "common", "models", "readers", "shipped", "losses", "operators", "methods", "splitting", "prompts",
-    "vectors", "questions", "honesty", "steering", "generation", "delta", "exchange", "plots", "arms",
-    "extraction", "baking", "evaluation", "export", "tuning", "sweeping", "inspection", "resistance",
-    "scoreboard", "results", "experiment", "report", "dashboard", "cli",
+    "vectors", "questions", "honesty", "steering", "delta", "exchange", "plots", "arms", "extraction", "baking",
+    "evaluation", "export", "tuning", "sweeping", "inspection", "resistance", "scoreboard", "results",
+    "experiment", "report", "dashboard", "cli",
 ]  # fmt: skip
 """The rooms, from the ground up: a room imports only from rooms that stand before it."""
 

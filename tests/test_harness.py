@@ -14,7 +14,7 @@ import torch
 import rt_lens as rtl
 from rt_lens.evaluation import harness
 from rt_lens.evaluation.harness import chat_of, continued, harness_model, prefix_of, rolled, wish_of, written
-from rt_lens.generation import Sampling
+from rt_lens.models.generation import Sampling
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.models.tokens.batches import encode

@@ -25,9 +25,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rt_lens.export.hf import export_hf
-from rt_lens.generation import generate_tokens
 from rt_lens.models import llama
 from rt_lens.models.forward import quick
+from rt_lens.models.generation import generate_tokens
 from rt_lens.models.llama import to_huggingface
 from rt_lens.models.load import load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS

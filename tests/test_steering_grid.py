@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rt_lens as rtl
-from rt_lens.generation import generate_tokens
+from rt_lens.models.generation import generate_tokens
 from rt_lens.models.tokens.batches import encode
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
 from rt_lens.steering.conditions import Condition, conditional

@@ -22,9 +22,9 @@ import torch
 import rt_lens as rtl
 from rt_lens import plots
 from rt_lens.evaluation import making
-from rt_lens.generation import as_chat
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.checksums import hooks_of
+from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import encode
 from rt_lens.questions import Question
 from rt_lens.steering.conditions import Condition

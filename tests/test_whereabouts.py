@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rt_lens.generation import Sampling, generate, generate_tokens
 from rt_lens.models.context import said, whereabouts
+from rt_lens.models.generation import Sampling, generate, generate_tokens
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, scale
 from rt_lens.steering.edits import Edit, Linear

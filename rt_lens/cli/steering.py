@@ -157,7 +157,7 @@ def steer(
 ) -> None:
     """Answer a prompt untouched and steered."""
     from rt_lens.exchange.tensors import import_vectors
-    from rt_lens.generation import generate
+    from rt_lens.models.generation import generate
     from rt_lens.results.schema import checked_file
     from rt_lens.steering.binding import add
 

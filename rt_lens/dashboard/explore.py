@@ -18,7 +18,7 @@ from rt_lens.dashboard.panel import Work, choice, field, graph, slider, workplac
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.extraction.reading import token_projections
-from rt_lens.generation import NewToken, as_chat, generate
+from rt_lens.models.generation import NewToken, as_chat, generate
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.texts import text_of, token_texts
 from rt_lens.plots.layers import without_first

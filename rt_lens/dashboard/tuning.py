@@ -27,10 +27,10 @@ from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.delta import WeightDelta
 from rt_lens.experiment.protocols import protocol_of
-from rt_lens.generation import as_chat
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
 from rt_lens.losses import Direction
 from rt_lens.models.forward import check_layers
+from rt_lens.models.generation import as_chat
 from rt_lens.plots.layers import without_first
 from rt_lens.plots.look import LOSS_PARTS
 from rt_lens.prompts import ContrastPairs

@@ -14,7 +14,7 @@ from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
 from rt_lens.evaluation.scorers import Reads
-from rt_lens.generation import generate
+from rt_lens.models.generation import generate
 from rt_lens.prompts import ContrastPairs
 from rt_lens.questions import Answer
 

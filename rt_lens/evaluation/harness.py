@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from rt_lens.evaluation.texts import Piece, log_normaliser, predictions, windows_of
-from rt_lens.generation import NewToken, Sampling, generate_tokens
 from rt_lens.models.forward import model_name
+from rt_lens.models.generation import NewToken, Sampling, generate_tokens
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import ChatText, has_chat_template, rendered, tokenizer_of
 from rt_lens.models.tokens.texts import text_of

@@ -30,9 +30,9 @@ from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
 from rt_lens.extraction.extract import extract_vectors
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
-from rt_lens.generation import as_chat
 from rt_lens.losses import Direction
 from rt_lens.models.forward import check_layers, model_name
+from rt_lens.models.generation import as_chat
 from rt_lens.models.load import load_model
 from rt_lens.models.tokens.chats import answered
 from rt_lens.questions import Answer

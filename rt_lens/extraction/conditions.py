@@ -14,9 +14,9 @@ from torch import Tensor
 
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
-from rt_lens.generation import as_chat
 from rt_lens.models.activations import read_activations, token_activations
 from rt_lens.models.forward import check_layers
+from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import numbers_in, position_of, rows_of
 from rt_lens.steering.conditions import Condition, check_condition
 from rt_lens.vectors import SteeringVectors, hook_names

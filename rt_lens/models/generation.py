@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,7 +34,18 @@ from rt_lens.models.forward import (
 from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
 from rt_lens.models.tokens.texts import Pieces, text_of
-from rt_lens.vectors import SteeringVectors
+
+
+@runtime_checkable
+class Directions(Protocol):
+    """What a trace needs of steering vectors: hook name -> vector, of any norm and of norm 1."""
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]: ...
+
+    def check_fits(self, model: Any) -> None: ...
+
+    def unit(self) -> Directions: ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     use_cache: bool = True,
-    trace: SteeringVectors | None = None,
+    trace: Directions | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     progress: bool = False,
 ) -> list[str]:
@@ -230,7 +241,7 @@ def generate_tokens(
     rows: Sequence[int] | None = None,
     n_rows: int | None = None,
     use_cache: bool = True,
-    trace: SteeringVectors | None = None,
+    trace: Directions | None = None,
     on_token: Callable[[NewToken], None] | None = None,
 ) -> list[list[int]]:
     """New token ids for one batch, whose rows stay in order.
@@ -335,7 +346,7 @@ class _Teller:
 
     def __init__(
         self, model: Any, rows: Sequence[int], ends: Tensor, on_token: Callable[[NewToken], None],
-        trace: SteeringVectors | None,
+        trace: Directions | None,
     ) -> None:  # fmt: skip
         self.model, self.rows, self.ends, self.on_token = model, rows, ends, on_token
         self.units = {} if trace is None else trace.unit().vectors
