@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 
 import rt_lens as rtl
+from rt_lens.data.builtin import neutral_prompts
 from rt_lens.models.generation import as_chat, generate_tokens
 from rt_lens.models.tokens.batches import encode
-from rt_lens.shipped import neutral_prompts
 from rt_lens.tuning.material import prepare
 
 ROUNDS = 3

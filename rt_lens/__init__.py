@@ -4,6 +4,8 @@ from rt_lens import plots
 from rt_lens.arms import under
 from rt_lens.baking import bake
 from rt_lens.dashboard import dashboard
+from rt_lens.data.contrast_pairs import ContrastPairs, load_pairs
+from rt_lens.data.questions import Question, load_questions
 from rt_lens.delta import WeightDelta
 from rt_lens.evaluation.asking import ask, correct_only, evaluate
 from rt_lens.evaluation.choices import likelihoods
@@ -28,8 +30,6 @@ from rt_lens.models.context import whereabouts
 from rt_lens.models.generation import generate, stream
 from rt_lens.models.load import load_model
 from rt_lens.plots.figure_export import save_figure
-from rt_lens.prompts import ContrastPairs, load_pairs
-from rt_lens.questions import Question, load_questions
 from rt_lens.resistance import resistance
 from rt_lens.results.comparing import compare_runs
 from rt_lens.results.schema import load_results

@@ -20,11 +20,11 @@ from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.comparisons import holm, paired_comparison
 from rt_lens.common.statistics.intervals import Interval, crossed_interval, ratio_interval, share_interval
+from rt_lens.data.questions import Answer, Asked, Question, as_questions
 from rt_lens.evaluation.asking import ask, said
 from rt_lens.evaluation.making import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Scorer, is_share
 from rt_lens.evaluation.texts import TextFit, text_fit
-from rt_lens.questions import Answer, Asked, Question, as_questions
 
 Worn: TypeAlias = Arm | tuple[Arm, ...] | Mapping[int, Arm | tuple[Arm, ...]]
 """What an arm puts on: a WeightDelta, hooks, None, several of them in a tuple, or one of these for each tuning seed."""

@@ -22,6 +22,7 @@ from rt_lens.common.files import write_atomically
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
+from rt_lens.data.questions import Question, as_questions
 from rt_lens.evaluation.asking import ask
 from rt_lens.evaluation.making import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Likelihood, Scorer
@@ -38,7 +39,6 @@ from rt_lens.models.forward import logits_where, model_name
 from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens import batches
 from rt_lens.models.tokens.chats import tokenizer_of
-from rt_lens.questions import Question, as_questions
 from rt_lens.steering.binding import add, steered
 from rt_lens.steering.edits import FwdHook
 from rt_lens.vectors import SteeringVectors, layer_of

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from rt_lens.data.questions import Answer, Question
 from rt_lens.evaluation.endpoint import EndpointJudge
-from rt_lens.questions import Answer, Question
 
 HAPPY = ["I am happy, what a day!", "So happy today.", "We were happy there."]
 SAD = ["I cried all day.", "It was grey and cold.", "Nobody came."]

@@ -36,10 +36,10 @@ from transformer_lens.config import HookedTransformerConfig
 from transformers import AutoTokenizer
 
 import rt_lens
+from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.evaluation.endpoint import EndpointJudge
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.prompts import ContrastPairs
 from rt_lens.vectors import Provenance, SteeringVectors
 
 

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rt_lens.shipped import data_path
+from rt_lens.data.builtin import data_path
 
 _TEMPLATE = (
     "{% set told = namespace(system='') %}{% for message in messages %}"

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from rt_lens.data.builtin import data_path
 from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import load_experiment
-from rt_lens.shipped import data_path
 
 OWN = """
 name = "sweetness"

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.data.questions import Answer, Likelihoods, Question, lettered, load_questions
 from rt_lens.evaluation.choices import _asks, _whole, likelihoods
 from rt_lens.evaluation.scorers import Likelihood, option_shares
 from rt_lens.models.tokens.chats import chat_text
-from rt_lens.questions import Answer, Likelihoods, Question, lettered, load_questions
 
 ASKED = [
     Question("What is the capital of France?", ("Paris",), ("Lyon", "Madrid")),

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from rt_lens.cli import app, main
 from rt_lens.common.statistics.comparisons import holm, mcnemar, unpaired_comparison
 from rt_lens.common.statistics.power import detectable
+from rt_lens.data.questions import Question
 from rt_lens.evaluation.scorers import Likelihood
-from rt_lens.questions import Question
 from rt_lens.results.comparing import _ALPHA, _judged, _row, _Side, compare_runs
 from rt_lens.results.schema import load_results
 from rt_lens.scoreboard import Board, Exam

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 import rt_lens.experiment.run as run_module
 from rt_lens.cli import app
+from rt_lens.data.builtin import behaviours, data_path
+from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.experiment.config import load_experiment
 from rt_lens.experiment.plan import plan_of
 from rt_lens.experiment.run import run_experiment
-from rt_lens.prompts import load_pairs
 from rt_lens.report.page import write_report
 from rt_lens.results.schema import load_results
 from rt_lens.scoreboard import Board
-from rt_lens.shipped import behaviours, data_path
 from rt_lens.tuning.loop import tune
 from rt_lens.vectors import SteeringVectors
 
@@ -397,9 +397,7 @@ def test_the_wheel_carries_the_data(tmp_path):
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(wheel)],
         check=True,
     )
-    script = (
-        "import rt_lens, rt_lens.shipped as s; print(rt_lens.__file__, s.behaviours(), len(s.neutral_paragraphs()))"
-    )
+    script = "import rt_lens, rt_lens.data.builtin as s; print(rt_lens.__file__, s.behaviours(), len(s.neutral_paragraphs()))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True, text=True, check=True,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rt_lens as rtl
+from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
 from rt_lens.methods import METHODS
 from rt_lens.models.activations import read_activations, token_activations
@@ -21,7 +22,6 @@ from rt_lens.models.sources import embedded_folder
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.texts import token_text
 from rt_lens.operators import Erase
-from rt_lens.prompts import ContrastPairs, Pair
 from rt_lens.vectors import SteeringVectors, hook_names
 
 POST = hook_names([0, 1])

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.evaluation import harness
 from rt_lens.evaluation.harness import chat_of, continued, harness_model, prefix_of, rolled, wish_of, written
 from rt_lens.models.generation import Sampling
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.models.tokens.batches import encode
-from rt_lens.shipped import neutral_paragraphs
 
 PAIRS = [
     ("The capital of France is", " Paris"),

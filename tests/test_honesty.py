@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rt_lens.evaluation.asking import evaluate
-from rt_lens.evaluation.choices import _asks
-from rt_lens.experiment.config import load_experiment, questions_of
-from rt_lens.experiment.protocols import calibrate, parts, protocol_of
-from rt_lens.experiment.run import run_experiment
-from rt_lens.honesty import (
+from rt_lens.data.honesty import (
     OPENER,
     Fact,
     answer_pairs,
@@ -27,8 +22,13 @@ from rt_lens.honesty import (
     situations,
     true_or_false,
 )
+from rt_lens.data.questions import Question, load_questions
+from rt_lens.evaluation.asking import evaluate
+from rt_lens.evaluation.choices import _asks
+from rt_lens.experiment.config import load_experiment, questions_of
+from rt_lens.experiment.protocols import calibrate, parts, protocol_of
+from rt_lens.experiment.run import run_experiment
 from rt_lens.models.tokens.batches import encode
-from rt_lens.questions import Question, load_questions
 from rt_lens.report.page import write_report
 from rt_lens.results.schema import load_results
 from rt_lens.tuning.material import _row

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.delta import WeightDelta
 from rt_lens.extraction.maps import activation_map, cosines, mean_projections, norms
 from rt_lens.models.activations import last_token_activations
-from rt_lens.prompts import ContrastPairs, Pair
 from rt_lens.vectors import SteeringVectors
 
 TEXTS = ["How was your day?", "Do you like rain?", "What did you eat?", "Any plans?"]

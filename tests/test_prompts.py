@@ -12,8 +12,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from rt_lens.data.contrast_pairs import ContrastPairs, Pair, load_pairs, pairs_from_table
 from rt_lens.experiment.config import load_experiment
-from rt_lens.prompts import ContrastPairs, Pair, load_pairs, pairs_from_table
 
 ROWS = [
     {"positive": "You are glad.", "negative": "You are sad.", "user": "Tell me of rain.", "opener": "The rain"},

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from rt_lens.prompts import ContrastPairs, Pair
-from rt_lens.questions import Question, as_questions, lettered, load_questions
-from rt_lens.shipped import QUESTIONS
+from rt_lens.data.builtin import QUESTIONS
+from rt_lens.data.contrast_pairs import ContrastPairs, Pair
+from rt_lens.data.questions import Question, as_questions, lettered, load_questions
 
 
 def test_options_are_the_right_ones_then_the_wrong_ones():

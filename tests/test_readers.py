@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rt_lens.prompts import load_pairs
-from rt_lens.questions import Question, load_questions
-from rt_lens.readers import read_lines, read_rows, read_toml
+from rt_lens.data.contrast_pairs import load_pairs
+from rt_lens.data.questions import Question, load_questions
+from rt_lens.data.readers import read_lines, read_rows, read_toml
 
 KNOWN = ("positive", "negative", "user", "opener")
 ROW = {"positive": "Be glad.", "negative": "Be sad.", "user": "Wie geht’s – gut?", "opener": "It was"}

@@ -8,11 +8,7 @@ from itertools import combinations
 
 import pytest
 
-from rt_lens.evaluation.making import make_scorer
-from rt_lens.evaluation.scorers import vader
-from rt_lens.questions import Answer, Question, load_questions
-from rt_lens.readers import read_toml
-from rt_lens.shipped import (
+from rt_lens.data.builtin import (
     behaviour_file,
     behaviours,
     data_path,
@@ -21,6 +17,10 @@ from rt_lens.shipped import (
     neutral_prompts,
     prompt_kinds,
 )
+from rt_lens.data.questions import Answer, Question, load_questions
+from rt_lens.data.readers import read_toml
+from rt_lens.evaluation.making import make_scorer
+from rt_lens.evaluation.scorers import vader
 
 ASKED = [name for name in behaviours() if "pairs" in read_toml(behaviour_file(name))]
 """Behaviours with personas and topics of their own; those of honesty follow from its facts."""

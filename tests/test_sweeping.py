@@ -21,12 +21,12 @@ import torch
 
 import rt_lens as rtl
 from rt_lens import plots
+from rt_lens.data.questions import Question
 from rt_lens.evaluation import making
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.checksums import hooks_of
 from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import encode
-from rt_lens.questions import Question
 from rt_lens.steering.conditions import Condition
 from rt_lens.steering.edits import Linear
 from rt_lens.sweeping import _NEW, DoseResponse, Options, Sweep, _fingerprint

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import rt_lens as rtl
+from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.evaluation.texts import TextFit, log_normaliser, text_fit, windows_of
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.shipped import neutral_paragraphs
 
 LONG, SHORT = neutral_paragraphs()[0], "Bread rises."
 FOREIGN = "Das Schloß über dem Fluß; 河の水は冷たい。 Привет! 🚂"

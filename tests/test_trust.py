@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.extraction.evidence import Trust, _auc, recommend
 from rt_lens.extraction.extract import Sides
 from rt_lens.extraction.reading import separability
-from rt_lens.prompts import ContrastPairs, Pair
 from rt_lens.vectors import SteeringVectors, hook_names, layer_of
 
 D = 32

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rt_lens.data.contrast_pairs import ContrastPairs
     from rt_lens.evaluation.permissions import Permissions
     from rt_lens.experiment.config import Experiment
-    from rt_lens.prompts import ContrastPairs
     from rt_lens.vectors import SteeringVectors
 
 app = typer.Typer(
@@ -102,10 +102,10 @@ def permissions_of(allow_judge: list[str] | None, judge_key_env: str | None) -> 
 def parts_of(behaviour: str, permissions: Permissions) -> tuple[str, ContrastPairs, ContrastPairs]:
     """A behaviour's name, its training and its validation pairs; an experiment's test topics are in neither."""
     from rt_lens.common.files import as_name
+    from rt_lens.data.builtin import behaviour_file
+    from rt_lens.data.contrast_pairs import load_pairs
     from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.protocols import parts
-    from rt_lens.prompts import load_pairs
-    from rt_lens.shipped import behaviour_file
 
     if behaviour_file(behaviour).suffix == ".toml":
         experiment = load_experiment(behaviour, permissions=permissions)
@@ -121,9 +121,9 @@ def parts_of(behaviour: str, permissions: Permissions) -> tuple[str, ContrastPai
 
 def model_of(behaviour: str, permissions: Permissions) -> tuple[str, str]:
     """Name and type of the model that a behaviour's file asks for."""
+    from rt_lens.data.builtin import behaviour_file
     from rt_lens.experiment.config import load_experiment
     from rt_lens.models.registry import DEFAULT_MODEL
-    from rt_lens.shipped import behaviour_file
 
     if behaviour_file(behaviour).suffix != ".toml":
         return DEFAULT_MODEL, "float32"

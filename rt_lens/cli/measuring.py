@@ -81,10 +81,10 @@ def evaluate(
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Ask prompts of your own, and score the answers of the untuned, the steered and the tuned model."""
+    from rt_lens.data.questions import load_questions
     from rt_lens.delta import WeightDelta
     from rt_lens.exchange.tensors import import_vectors
     from rt_lens.experiment.run import check_writable
-    from rt_lens.questions import load_questions
     from rt_lens.results.schema import check_no_run, checked_file
     from rt_lens.results.writing import write_scores
     from rt_lens.scoreboard import Exam, compare_arms
@@ -124,8 +124,8 @@ def _print(table: Any) -> None:
 
 def _scorer(text: str, permissions: Permissions) -> Any:
     """A scorer from the command line: a name, a file with a [scorer] table, or pattern:REGEX."""
+    from rt_lens.data.readers import read_toml
     from rt_lens.evaluation.making import make_scorer
-    from rt_lens.readers import read_toml
 
     if text.startswith("pattern:"):
         return make_scorer({"kind": "pattern", "pattern": text.removeprefix("pattern:")})

@@ -21,7 +21,7 @@ from rt_lens.cli.app import (
     permissions_of,
     template_kwargs,
 )
-from rt_lens.shipped import behaviours
+from rt_lens.data.builtin import behaviours
 
 if TYPE_CHECKING:
     from rt_lens.delta import WeightDelta
@@ -46,11 +46,11 @@ def tune(
     from dataclasses import replace
 
     from rt_lens.common.files import check_can_write
+    from rt_lens.data.builtin import neutral_prompts
     from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.protocols import parts, protocol_of
     from rt_lens.experiment.run import check_writable
     from rt_lens.results.schema import checked_file
-    from rt_lens.shipped import neutral_prompts
     from rt_lens.tuning.loop import LossNotFinite
     from rt_lens.tuning.loop import tune as tune_weights
     from rt_lens.vectors import SteeringVectors

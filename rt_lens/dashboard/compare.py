@@ -30,12 +30,12 @@ from rt_lens.dashboard.compared import (
 from rt_lens.dashboard.panel import Work, choice, field, slider, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
+from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.experiment.protocols import protocol_of
 from rt_lens.report.words import of_first_scorer
 from rt_lens.results.schema import choices_of
 from rt_lens.results.writing import plain, tables_of
 from rt_lens.scoreboard import Board, Exam
-from rt_lens.shipped import neutral_paragraphs
 from rt_lens.steering.binding import add
 from rt_lens.vectors import SteeringVectors
 

@@ -25,6 +25,8 @@ from rt_lens.dashboard.bench import Bench, made
 from rt_lens.dashboard.panel import Work, choice, field, graph, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
+from rt_lens.data.builtin import neutral_prompts
+from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.delta import WeightDelta
 from rt_lens.experiment.protocols import protocol_of
 from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
@@ -33,9 +35,7 @@ from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.plots.layers import without_first
 from rt_lens.plots.look import LOSS_PARTS
-from rt_lens.prompts import ContrastPairs
 from rt_lens.results.schema import choices_of
-from rt_lens.shipped import neutral_prompts
 from rt_lens.steering.binding import ablate, add
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import readings_of

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
+from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.data.questions import Answer, Asked, Question, as_questions
 from rt_lens.evaluation.choices import likelihoods, question_text
 from rt_lens.evaluation.making import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Reads, Scorer, is_share, option_shares
 from rt_lens.models.generation import generate
-from rt_lens.prompts import ContrastPairs
-from rt_lens.questions import Answer, Asked, Question, as_questions
 
 
 @dataclass(frozen=True)

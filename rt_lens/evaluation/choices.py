@@ -13,12 +13,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from rt_lens.common.progress import Bar
+from rt_lens.data.questions import LETTERS, Likelihoods, Question, lettered
 from rt_lens.evaluation.texts import log_normaliser
 from rt_lens.models.context import whereabouts
 from rt_lens.models.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import answered, chat_text, has_chat_template, is_chat
-from rt_lens.questions import LETTERS, Likelihoods, Question, lettered
 
 Form = Literal["answers", "letters"]
 """`answers`: each option follows the question as its answer; `letters`: options are listed, and letters follow."""

@@ -13,10 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
+from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.data.questions import Answer
 from rt_lens.evaluation.scorers import Reads
 from rt_lens.models.generation import generate
-from rt_lens.prompts import ContrastPairs
-from rt_lens.questions import Answer
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from rt_lens.data.questions import Answer, Question
 from rt_lens.evaluation.choices import Form, likelihoods
 from rt_lens.evaluation.scorers import Reads, option_shares
 from rt_lens.models.load import load_model
-from rt_lens.questions import Answer, Question
 
 
 @dataclass(frozen=True)

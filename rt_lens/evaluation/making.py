@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from rt_lens.data.contrast_pairs import load_pairs
+from rt_lens.data.questions import Answer
 from rt_lens.evaluation.classifier import classifier_of
 from rt_lens.evaluation.endpoint import EndpointJudge
 from rt_lens.evaluation.judges import LogitJudge
@@ -24,8 +26,6 @@ from rt_lens.evaluation.scorers import (
 )
 from rt_lens.evaluation.writing import distinct, length, loops, repetition
 from rt_lens.models.load import load_model
-from rt_lens.prompts import load_pairs
-from rt_lens.questions import Answer
 
 ScorerLike: TypeAlias = str | Mapping[str, Any] | Callable[[str], float] | Scorer
 """A scorer, a function of an answer's text, a name, or a `[scorer]` table."""

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rt_lens.data.builtin import behaviours
+from rt_lens.data.contrast_pairs import read_toml
 from rt_lens.evaluation.making import ScorerLike
 from rt_lens.models.sources import cache_home
-from rt_lens.prompts import read_toml
-from rt_lens.shipped import behaviours
 
 _PORTS = {"http": 80, "https": 443}
 # Narrow on purpose: two readers of one address must not find two hosts in it.

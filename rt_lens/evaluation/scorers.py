@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from rt_lens.common.statistics.calibration import calibration_curve
-from rt_lens.questions import Answer, Likelihoods, Question
+from rt_lens.data.questions import Answer, Likelihoods, Question
 
 Reads = Literal["text", "answers", "letters"]
 """What of an answer is read: what the model wrote, or how likely it found the options in one of two forms."""

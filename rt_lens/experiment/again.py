@@ -9,9 +9,9 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rt_lens.data.builtin import behaviour_file, behaviours, data_path
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.results.writing import plain
-from rt_lens.shipped import behaviour_file, behaviours, data_path
 
 
 def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any]:

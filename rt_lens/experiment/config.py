@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rt_lens.common.files import as_name, check_name
+from rt_lens.data.builtin import behaviour_file
+from rt_lens.data.contrast_pairs import ContrastPairs, pairs_from_table
+from rt_lens.data.honesty import Fact, answer_pairs, load_facts, persona_pairs
+from rt_lens.data.questions import Question, load_questions
+from rt_lens.data.readers import read_toml
 from rt_lens.evaluation.making import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.permissions import Permissions, check_model
 from rt_lens.evaluation.scorers import Scorer
-from rt_lens.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.losses import Direction
 from rt_lens.models.registry import DEFAULT_MODEL
-from rt_lens.prompts import ContrastPairs, pairs_from_table
-from rt_lens.questions import Question, load_questions
-from rt_lens.readers import read_toml
-from rt_lens.shipped import behaviour_file
 from rt_lens.tuning.config import TuneConfig
 
 DIRECTIONS: tuple[Direction, ...] = ("toward", "away")

@@ -9,11 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rt_lens.common.statistics.intervals import Interval, share_interval
-from rt_lens.evaluation.asking import ask
-from rt_lens.evaluation.choices import start_of
-from rt_lens.evaluation.scorers import Likelihood, OtherMass
-from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
-from rt_lens.honesty import (
+from rt_lens.data.builtin import held_out_neutral_prompts
+from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.data.honesty import (
     OPENER,
     Fact,
     answer_pairs,
@@ -24,12 +22,14 @@ from rt_lens.honesty import (
     situations,
     true_or_false,
 )
+from rt_lens.data.questions import Question, lettered, load_questions
+from rt_lens.evaluation.asking import ask
+from rt_lens.evaluation.choices import start_of
+from rt_lens.evaluation.scorers import Likelihood, OtherMass
+from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.losses import Direction
 from rt_lens.models.tokens.chats import answered, chat_text
-from rt_lens.prompts import ContrastPairs
-from rt_lens.questions import Question, lettered, load_questions
 from rt_lens.scoreboard import Exam
-from rt_lens.shipped import held_out_neutral_prompts
 from rt_lens.tuning.targets import Choice, Target, Wanted
 
 _WRITING = ("repetition", "distinct_2", "loop", "length")

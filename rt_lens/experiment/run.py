@@ -22,6 +22,8 @@ import torch
 from rt_lens.arms import Arm, under
 from rt_lens.common.files import together, write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
+from rt_lens.data.questions import Answer
 from rt_lens.evaluation.asking import ask
 from rt_lens.evaluation.texts import text_fit
 from rt_lens.evaluation.writing import repetition
@@ -35,11 +37,9 @@ from rt_lens.models.forward import check_layers, model_name
 from rt_lens.models.generation import as_chat
 from rt_lens.models.load import load_model
 from rt_lens.models.tokens.chats import answered
-from rt_lens.questions import Answer
 from rt_lens.results.schema import files_of_run
 from rt_lens.results.writing import plain, tables_of, write_results
 from rt_lens.scoreboard import Board, Scoreboard
-from rt_lens.shipped import neutral_paragraphs, neutral_prompts
 from rt_lens.steering.binding import add
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import TuneConfig

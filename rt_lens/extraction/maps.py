@@ -21,12 +21,12 @@ from torch import Tensor
 from rt_lens.arms import Arm, under
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.extraction.extract import read_sides
 from rt_lens.models.activations import last_token_activations, read_activations
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import Position, numbers_in, position_of, rows_of
-from rt_lens.prompts import ContrastPairs
 from rt_lens.vectors import SteeringVectors, hook_names, layer_of
 
 

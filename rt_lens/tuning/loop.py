@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from rt_lens.common.progress import Bar
+from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.delta import WeightDelta
 from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.forward import dtype_name, model_name
-from rt_lens.prompts import ContrastPairs
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, described, readings_of
 from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of

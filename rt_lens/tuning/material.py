@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 
+from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.losses import Direction
 from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.context import whereabouts
@@ -22,7 +23,6 @@ from rt_lens.models.forward import bridge_logits, model_name, quick, unembed
 from rt_lens.models.positions import numbers_in, position_of, rows_of
 from rt_lens.models.tokens.batches import encode, pad_id_of
 from rt_lens.models.tokens.chats import answered, end_ids, end_of_answer, tokenizer_of
-from rt_lens.prompts import ContrastPairs
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
 from rt_lens.tuning.config import TuneConfig

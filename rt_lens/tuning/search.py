@@ -13,8 +13,8 @@ import pandas as pd
 from rt_lens.common.files import write_atomically
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.checksums import measure_sha256
-from rt_lens.prompts import ContrastPairs
 from rt_lens.tuning.aims import Aim, described, readings_of
 from rt_lens.tuning.checkpoint import contents_of, run_of
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig

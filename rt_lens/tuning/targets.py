@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rt_lens.common.inputs import as_text, listed, text_list
+from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.losses import Direction
 from rt_lens.models.generation import as_chat, generate
 from rt_lens.models.tokens.chats import chat_text
-from rt_lens.prompts import ContrastPairs
 from rt_lens.tuning.config import TuneConfig
 
 

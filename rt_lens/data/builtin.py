@@ -6,10 +6,10 @@ import json
 from difflib import get_close_matches
 from pathlib import Path
 
-from rt_lens.readers import read_lines
+from rt_lens.data.readers import read_lines
 
 # An installed wheel carries the data inside the package; a checkout has it beside the package.
-_PLACES = (Path(__file__).parent / "data", Path(__file__).parent.parent / "data")
+_PLACES = (Path(__file__).parent / "files", Path(__file__).parents[2] / "data")
 
 
 def data_path(relative: str) -> Path:

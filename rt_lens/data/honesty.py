@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rt_lens.prompts import ContrastPairs, Pair
-from rt_lens.questions import Question, lettered
-from rt_lens.readers import read_lines
-from rt_lens.shipped import data_path
+from rt_lens.data.builtin import data_path
+from rt_lens.data.contrast_pairs import ContrastPairs, Pair
+from rt_lens.data.questions import Question, lettered
+from rt_lens.data.readers import read_lines
 
 OPENER = "The answer is"
 _ASK = "Is the following statement true or false?\n\n"

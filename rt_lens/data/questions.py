@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from rt_lens.common.inputs import as_text, listed
-from rt_lens.prompts import ContrastPairs
-from rt_lens.readers import ROW_ENDINGS, Row, read_lines, read_rows, refuse_misspelt
-from rt_lens.shipped import QUESTIONS, question_file
+from rt_lens.data.builtin import QUESTIONS, question_file
+from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.data.readers import ROW_ENDINGS, Row, read_lines, read_rows, refuse_misspelt
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rt_lens.data.builtin import behaviour_file
+from rt_lens.data.readers import ROW_ENDINGS, Row, read_rows, read_toml, refuse_misspelt
+from rt_lens.data.splitting import connected, cut, is_product, share_out, sizes_of
 from rt_lens.models.tokens.chats import chat_text
-from rt_lens.readers import ROW_ENDINGS, Row, read_rows, read_toml, refuse_misspelt
-from rt_lens.shipped import behaviour_file
-from rt_lens.splitting import connected, cut, is_product, share_out, sizes_of
 
 
 @dataclass(frozen=True, slots=True)
