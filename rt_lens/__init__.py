@@ -23,13 +23,14 @@ from rt_lens.export.peft import export_peft
 from rt_lens.extraction.conditions import fit_condition
 from rt_lens.extraction.evidence import trust
 from rt_lens.extraction.extract import covariate_vectors, extract_offsets, extract_vectors
-from rt_lens.extraction.maps import activation_map, cosines, mean_projections, norms
+from rt_lens.extraction.maps import activation_map, cosines, norms
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
-from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
+from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.context import whereabouts
 from rt_lens.models.generation import generate, stream
 from rt_lens.models.load import load_model
 from rt_lens.plots.figure_export import save_figure
+from rt_lens.projections import mean_projections, projection_changes
 from rt_lens.resistance import resistance
 from rt_lens.results.comparing import compare_runs
 from rt_lens.results.schema import load_results

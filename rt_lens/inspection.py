@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +18,15 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rt_lens.arms import Arm, under
+from rt_lens.arms import Arm
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.delta import WeightDelta
-from rt_lens.models.activations import last_token_activations, read_activations
+from rt_lens.models.activations import last_token_activations
 from rt_lens.models.forward import check_layers, finest_dtype
 from rt_lens.models.generation import as_chat
-from rt_lens.models.tokens.batches import encode
+from rt_lens.projections import by_arm, check_arms, refuse_heads
 from rt_lens.vectors import SteeringVectors, hook_names, layer_of
 
 _READERS, _WRITERS = ("q", "k", "v", "gate", "up"), ("o", "down", "embed")
@@ -112,55 +112,6 @@ def weight_changes(
     return pd.DataFrame(rows)
 
 
-def projection_changes(
-    model: Any, vectors: SteeringVectors, texts: Iterable[str], arms: Mapping[str, Arm], *, seed: int = 0
-) -> pd.DataFrame:
-    """How far each arm moves texts along the unit vector, layer by layer, against the untouched model.
-
-    The projection is averaged over each text's tokens without the first, whose activations are often so large that
-    they would hide the rest. For one text, token by token, see `token_projections`; `plots.projection_heatmap` draws
-    the difference of two arms.
-
-    Args:
-        model: HookedTransformer or TransformerBridge.
-        vectors: of the residual stream, one for each layer.
-        texts: taken as they are, of two tokens or more; `pairs.texts(model)` gives some through the chat template.
-        arms: name -> WeightDelta, list of hooks, or None for the untouched model.
-        seed: of the bootstrap.
-
-    Returns:
-        Columns arm, layer, n (texts), mean, low, high (95 % bootstrap interval over texts; activation units), seed.
-
-    Raises:
-        ValueError: names the arm, text or layer that is wrong.
-
-    Example:
-        >>> table = projection_changes(model, vectors, texts, {"steered": add(vectors, [18]), "rep_tuned": delta})
-        >>> plots.projection_changes(table).show()
-    """
-    _check(model, arms)
-    texts = text_list(texts, "texts", blank=True)
-    vectors.check_fits(model)
-    units = vectors.unit().vectors
-    _refuse_heads(units)
-    layers = [layer_of(name) for name in units]
-    if twice := {layer for layer in layers if layers.count(layer) > 1}:
-        raise ValueError(f"vectors: layer {min(twice)} has several; one is wanted. Use vectors.select(layers, hook).")
-    lengths = [len(encode(model, text)) for text in texts]
-    if min(lengths) < 2:
-        raise ValueError(
-            f"texts: number {lengths.index(min(lengths))} has fewer than two tokens, and the first is left out."
-        )
-    reads = [[range(1, length)] for length in lengths]
-    found = _by_arm(model, arms, lambda: read_activations(model, texts, list(units), reads))
-    rows = []
-    for arm, (name, unit) in itertools.product(arms, units.items()):
-        moved = (found[arm][name] - found[None][name])[:, 0] @ unit.cpu().float()
-        interval = mean_interval(moved.numpy(), seed)
-        rows.append({"arm": arm, "layer": layer_of(name), **interval._asdict(), "seed": seed})
-    return pd.DataFrame(rows)
-
-
 @dataclass(frozen=True)
 class ResidualShifts:
     """How arms move the residual stream at the last token of each text. Every interval is a 95 % bootstrap one.
@@ -207,10 +158,10 @@ def residual_shifts(
         >>> shifts = residual_shifts(model, {"steered": add(vectors, [18]), "rep_tuned": delta}, prompts, vectors)
         >>> plots.residual_shifts(shifts.along, shifts.between).show()
     """
-    _check(model, arms)
+    check_arms(model, arms)
     units, names = _units(model, vectors, hook), hook_names(check_layers(model, layers), hook)
     chats = as_chat(model, text_list(texts, "texts"))
-    found = _by_arm(model, arms, lambda: last_token_activations(model, chats, names))
+    found = by_arm(model, arms, lambda: last_token_activations(model, chats, names))
     shifts = {(arm, name): (found[arm][name] - found[None][name]).double() for arm in arms for name in names}
     along, between = [], []
     for arm, name in itertools.product(arms, names):
@@ -230,47 +181,13 @@ def residual_shifts(
     return ResidualShifts(pd.DataFrame(along), pd.DataFrame(between, columns=columns))
 
 
-def _check(model: Any, arms: Mapping[str, Arm]) -> None:
-    """Refuses what is no arm, before anything is run."""
-    if not arms:
-        raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")
-    for name, arm in arms.items():
-        if not (arm is None or isinstance(arm, WeightDelta | list | tuple)):
-            raise ValueError(
-                f"arms: {name!r} is a {type(arm).__name__}; a WeightDelta, the list of hooks that `add` gives, or None "
-                "is wanted."
-            )
-        try:
-            with under(model, arm):
-                pass
-        except ValueError as refusal:
-            raise ValueError(f"arms: {name!r} does not fit this model. {refusal}") from refusal
-
-
-def _by_arm(
-    model: Any, arms: Mapping[str, Arm], read: Callable[[], dict[str, Tensor]]
-) -> dict[str | None, dict[str, Tensor]]:
-    """What is read under each arm, and under None of the untouched model."""
-    found: dict[str | None, dict[str, Tensor]] = {None: read()}
-    for name, arm in arms.items():
-        with under(model, arm):
-            found[name] = read()
-    return found
-
-
 def _units(model: Any, vectors: SteeringVectors, hook: str) -> dict[int, Float[Tensor, "d_model"]]:
     """Unit vectors by layer, of one kind of hook point; those without a direction are left out."""
     vectors.check_fits(model)
     chosen = vectors.at_layers(None, hook)
-    _refuse_heads(chosen)
+    refuse_heads(chosen)
     vectors64 = {layer_of(name): vector.detach().cpu().double() for name, vector in chosen.items()}
     return {layer: vector / vector.norm() for layer, vector in vectors64.items() if vector.norm() > 0}
-
-
-def _refuse_heads(vectors: Mapping[str, Tensor]) -> None:
-    for name, vector in vectors.items():
-        if vector.ndim > 1:
-            raise ValueError(f"vectors: {name} has one for each head; one of the residual stream is wanted.")
 
 
 def _kind(name: str) -> str:

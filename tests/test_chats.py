@@ -93,11 +93,11 @@ def test_a_text_to_go_on_from_never_ends_with_the_end_token_that_the_tokenizer_a
 
 def test_what_went_through_a_template_does_not_go_through_it_again(tokenizer, tiny):
     tiny.tokenizer.chat_template = VICUNA
-    (once,) = rtl.generation.as_chat(tiny, ["Who are you?"])
+    (once,) = rtl.models.generation.as_chat(tiny, ["Who are you?"])
     assert once == "USER: Who are you?\nASSISTANT:" and is_chat(tiny, once)
-    assert rtl.generation.as_chat(tiny, [once]) == [once]
+    assert rtl.models.generation.as_chat(tiny, [once]) == [once]
     assert (
-        rtl.generation.as_chat(tiny, [str.__str__(once)[:]])[0].count("USER") == 2
+        rtl.models.generation.as_chat(tiny, [str.__str__(once)[:]])[0].count("USER") == 2
     )  # a string of one's own is a message
     assert rtl.generate(tiny, [once], max_new_tokens=4) == rtl.generate(tiny, ["Who are you?"], max_new_tokens=4)
     asked = [Question(once, ("Bob",), ("Eve",)), Question("Who are you?", ("Bob",), ("Eve",))]

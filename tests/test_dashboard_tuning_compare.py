@@ -25,8 +25,9 @@ from rt_lens.dashboard.work import Job, Stopped
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
 from rt_lens.delta import WeightDelta
 from rt_lens.experiment.config import Experiment, load_experiment
-from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
+from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.generation import as_chat
+from rt_lens.projections import projection_changes
 from rt_lens.results.schema import load_results
 from rt_lens.scoreboard import Exam, compare_arms
 from rt_lens.tuning.targets import Target

@@ -397,7 +397,10 @@ def test_the_wheel_carries_the_data(tmp_path):
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(wheel)],
         check=True,
     )
-    script = "import rt_lens, rt_lens.data.builtin as s; print(rt_lens.__file__, s.behaviours(), len(s.neutral_paragraphs()))"
+    script = (
+        "import rt_lens, rt_lens.data.builtin as data; "
+        "print(rt_lens.__file__, data.behaviours(), len(data.neutral_paragraphs()))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)},
         capture_output=True, text=True, check=True,

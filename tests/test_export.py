@@ -143,7 +143,7 @@ def test_a_change_of_every_bias_is_written_as_a_llama_with_biases_and_loads_agai
     assert "written as LlamaForCausalLM with biases" in (tmp_path / "out" / "README.md").read_text()
     again = load_model(tmp_path / "out", backend="hooked")
     assert (logits(again) - logits(model, delta)).abs().max() < 1e-4
-    with rtl.forward.quick(again):
+    with rtl.models.forward.quick(again):
         assert (logits(again) - logits(model, delta)).abs().max() < 1e-4
 
 

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "rt_lens"
 
 ORDER = [
     "common", "models", "losses", "operators", "methods", "data", "vectors", "steering", "delta", "exchange",
-    "plots", "arms", "extraction", "baking", "evaluation", "export", "tuning", "sweeping", "inspection",
-    "resistance", "scoreboard", "results", "experiment", "report", "dashboard", "cli",
+    "plots", "arms", "extraction", "baking", "evaluation", "export", "tuning", "sweeping", "projections",
+    "inspection", "resistance", "scoreboard", "results", "experiment", "report", "dashboard", "cli",
 ]  # fmt: skip
 """The rooms, from the ground up: a room imports only from rooms that stand before it."""
 

@@ -170,7 +170,7 @@ def test_it_is_a_scorer_that_evaluate_takes(tiny):
 
 def test_a_name_loads_the_judge(model):
     answers = answered(0)[:2]
-    named = LogitJudge(rtl.models.DEFAULT_MODEL, "sounds happy", "sounds sad")
+    named = LogitJudge(rtl.models.registry.DEFAULT_MODEL, "sounds happy", "sounds sad")
     assert named(answers) == pytest.approx(LogitJudge(model, "sounds happy", "sounds sad")(answers), abs=1e-6)
 
 

@@ -11,8 +11,9 @@ import torch
 import rt_lens as rtl
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.delta import WeightDelta
-from rt_lens.extraction.maps import activation_map, cosines, mean_projections, norms
+from rt_lens.extraction.maps import activation_map, cosines, norms
 from rt_lens.models.activations import last_token_activations
+from rt_lens.projections import mean_projections
 from rt_lens.vectors import SteeringVectors
 
 TEXTS = ["How was your day?", "Do you like rain?", "What did you eat?", "Any plans?"]
@@ -26,7 +27,7 @@ def few() -> ContrastPairs:
 
 
 def chats(model, texts=TEXTS):
-    return rtl.generation.as_chat(model, texts)
+    return rtl.models.generation.as_chat(model, texts)
 
 
 def test_mean_projections_are_those_of_each_text(tiny, tiny_vectors):

@@ -207,7 +207,7 @@ def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, exams):
         (lambda m: Board(m, {"a": Exam(PROMPTS)}).scoreboard(), "none was measured yet"),
         (lambda m: Exam(PROMPTS, "vader"), "scorers: 'vader' came; a list"),
         (lambda m: Exam(PROMPTS, ["vader", "vader"]), "each wants a name of its own"),
-        (lambda m: Exam(PROMPTS, [rtl.evaluation.OfText("prompt", len)]), "none of arm, direction"),
+        (lambda m: Exam(PROMPTS, [rtl.evaluation.scorers.OfText("prompt", len)]), "none of arm, direction"),
         (lambda m: Exam([]), "prompts must be a list of at least one"),
     ],
 )

@@ -395,7 +395,7 @@ def test_the_vectors_own_position_is_found_again_in_a_target(model, pairs):
     for position, wanted in (("last", [-1]), ("mean last 3", [-3, -2, -1])):
         vectors = rtl.extract_vectors(model, pairs.sample(2), position=position, layers=[2])
         config = TuneConfig(layers=[2], trained_layers=[2], positions="vector", kl_weight=0.0)
-        target = Target(rtl.generation.as_chat(model, ["How are you?"])[0], " Well, thank you.")
+        target = Target(rtl.models.generation.as_chat(model, ["How are you?"])[0], " Well, thank you.")
         row = prepare(model, vectors, [target], config, validation=[target]).train[0]
         n_prompt = len(model.tokenizer.encode(target.prompt, add_special_tokens=False))
         ((name, mask),) = row.places.items()

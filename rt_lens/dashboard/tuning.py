@@ -29,12 +29,13 @@ from rt_lens.data.builtin import neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.delta import WeightDelta
 from rt_lens.experiment.protocols import protocol_of
-from rt_lens.inspection import projection_changes, residual_shifts, weight_changes
+from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.losses import Direction
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.plots.layers import without_first
 from rt_lens.plots.look import LOSS_PARTS
+from rt_lens.projections import projection_changes
 from rt_lens.results.schema import choices_of
 from rt_lens.steering.binding import ablate, add
 from rt_lens.steering.edits import FwdHook

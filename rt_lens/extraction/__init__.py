@@ -3,7 +3,7 @@
 from rt_lens.extraction.conditions import FittedCondition, fit_condition
 from rt_lens.extraction.evidence import Trust, trust
 from rt_lens.extraction.extract import covariate_vectors, extract_offsets, extract_vectors, package_version
-from rt_lens.extraction.maps import activation_map, cosines, mean_projections, norms
+from rt_lens.extraction.maps import activation_map, cosines, norms
 from rt_lens.extraction.reading import logit_lens, separability, token_projections
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "extract_vectors",
     "fit_condition",
     "logit_lens",
-    "mean_projections",
     "norms",
     "package_version",
     "separability",

@@ -18,62 +18,15 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from rt_lens.arms import Arm, under
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.extraction.extract import read_sides
-from rt_lens.models.activations import last_token_activations, read_activations
+from rt_lens.models.activations import last_token_activations
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
-from rt_lens.models.positions import Position, numbers_in, position_of, rows_of
+from rt_lens.models.positions import Position, position_of
 from rt_lens.vectors import SteeringVectors, hook_names, layer_of
-
-
-def mean_projections(
-    model: Any,
-    vectors: SteeringVectors,
-    texts: Iterable[str],
-    *,
-    arms: Mapping[str, Arm] | None = None,
-    position: str | int | Position = "last",
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Where texts lie on the unit vector of each layer, under each arm: means over texts with their intervals.
-
-    Args:
-        model: HookedTransformer or TransformerBridge.
-        vectors: of the residual stream or of what is written into it, one for each layer.
-        texts: user messages, put through the chat template as `generate` does.
-        arms: name -> WeightDelta, list of hooks, or None for the model as it is; that alone, as `untuned`, for None.
-        position: what is read of each text, as for `extract_vectors`.
-        seed: of the bootstrap.
-
-    Returns:
-        Columns arm, layer, n (texts), mean, low, high (95 % bootstrap interval over texts, NaN for one text; activation
-        units), seed.
-
-    Raises:
-        ValueError: names the arm, text, layer or position that is wrong.
-
-    Example:
-        >>> table = mean_projections(model, vectors, prompts, arms={"untuned": None, "rep_tuned": delta})
-        >>> plots.projection_curves(table).show()
-    """
-    units = _one_each(model, vectors.unit())
-    chats = _chats(model, texts)
-    arms = {"untuned": None} if arms is None else arms
-    _check_arms(model, arms)
-    place = position_of(position)
-    reads = [[numbers_in(row, place, f"text {number}")] for number, row in enumerate(rows_of(model, chats))]
-    rows = []
-    for arm, changed in arms.items():
-        with under(model, changed):
-            found = read_activations(model, chats, list(units), reads)
-        for name, unit in units.items():
-            interval = mean_interval((found[name][:, 0] @ unit).double().numpy(), seed)
-            rows.append({"arm": arm, "layer": layer_of(name), **interval._asdict(), "seed": seed})
-    return pd.DataFrame(rows)
 
 
 def norms(model: Any, vectors: SteeringVectors, texts: Iterable[str], *, seed: int = 0) -> pd.DataFrame:
@@ -98,7 +51,7 @@ def norms(model: Any, vectors: SteeringVectors, texts: Iterable[str], *, seed: i
     Example:
         >>> plots.norms(norms(model, vectors, prompts)).show()
     """
-    lengths = {name: float(vector.norm()) for name, vector in _one_each(model, vectors).items()}
+    lengths = {name: float(vector.norm()) for name, vector in one_per_layer(model, vectors).items()}
     found = last_token_activations(model, _chats(model, texts), list(lengths))
     rows = []
     for name, length in lengths.items():
@@ -241,19 +194,7 @@ def _chats(model: Any, texts: Iterable[str]) -> list[str]:
     return as_chat(model, text_list(texts, "texts"))
 
 
-def _check_arms(model: Any, arms: Mapping[str, Arm]) -> None:
-    """Refuses, before anything is read, an arm that does not fit."""
-    if not arms:
-        raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")
-    for name, arm in arms.items():
-        try:
-            with under(model, arm):
-                pass
-        except ValueError as refusal:
-            raise ValueError(f"arms: {name!r} does not fit this model. {refusal}") from refusal
-
-
-def _one_each(model: Any, vectors: SteeringVectors) -> dict[str, Float[Tensor, "d_model"]]:
+def one_per_layer(model: Any, vectors: SteeringVectors) -> dict[str, Float[Tensor, "d_model"]]:
     """The vectors on the CPU, refused if a layer has several or one for each head."""
     vectors.check_fits(model)
     layers = [layer_of(name) for name in vectors.hook_names]
