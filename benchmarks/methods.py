@@ -18,7 +18,7 @@ from rt_lens.common.files import write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.builtin import behaviours, neutral_paragraphs
 from rt_lens.experiment.config import load_experiment
-from rt_lens.methods import METHODS
+from rt_lens.vectors.methods import METHODS
 
 DOSE = 2.0
 

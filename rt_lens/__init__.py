@@ -16,15 +16,9 @@ from rt_lens.evaluation.judges import LogitJudge
 from rt_lens.evaluation.making import make_scorer
 from rt_lens.evaluation.scorers import calibration
 from rt_lens.evaluation.texts import text_fit
-from rt_lens.exchange.gguf import load_gguf, save_gguf
-from rt_lens.exchange.tensors import import_vectors
 from rt_lens.export.hf import export_hf
 from rt_lens.export.peft import export_peft
 from rt_lens.extraction.conditions import fit_condition
-from rt_lens.extraction.evidence import trust
-from rt_lens.extraction.extract import covariate_vectors, extract_offsets, extract_vectors
-from rt_lens.extraction.maps import activation_map, cosines, norms
-from rt_lens.extraction.reading import logit_lens, separability, token_projections
 from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.context import whereabouts
 from rt_lens.models.generation import generate, stream
@@ -44,7 +38,13 @@ from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.search import block_search
 from rt_lens.tuning.targets import Choice, Target
-from rt_lens.vectors import SteeringVectors, orthogonalised
+from rt_lens.vectors.extraction import covariate_vectors, extract_offsets, extract_vectors
+from rt_lens.vectors.geometry import activation_map, cosines, norms
+from rt_lens.vectors.interop.gguf import load_gguf, save_gguf
+from rt_lens.vectors.interop.tensors import import_vectors
+from rt_lens.vectors.reading import logit_lens, separability, token_projections
+from rt_lens.vectors.steering_vectors import SteeringVectors, orthogonalised
+from rt_lens.vectors.validation import trust
 
 __all__ = [
     "Aim",

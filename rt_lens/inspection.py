@@ -27,7 +27,7 @@ from rt_lens.models.activations import last_token_activations
 from rt_lens.models.forward import check_layers, finest_dtype
 from rt_lens.models.generation import as_chat
 from rt_lens.projections import by_arm, check_arms, refuse_heads
-from rt_lens.vectors import SteeringVectors, hook_names, layer_of
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 
 _READERS, _WRITERS = ("q", "k", "v", "gate", "up"), ("o", "down", "embed")
 _LAYER = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.")

@@ -13,7 +13,7 @@ from rt_lens.arms import Arm, under
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.sweeping import Metric, sweep
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from rt_lens.models.tokens import batches
 from rt_lens.models.tokens.chats import tokenizer_of
 from rt_lens.steering.binding import add, steered
 from rt_lens.steering.edits import FwdHook
-from rt_lens.vectors import SteeringVectors, layer_of
+from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 Metric = Callable[[Any, Sequence[str]], Sequence[float]]
 """A model (under whatever hooks) and prompts go in, one number for each prompt comes out."""

@@ -40,7 +40,7 @@ from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.evaluation.endpoint import EndpointJudge
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
-from rt_lens.vectors import Provenance, SteeringVectors
+from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.steering.binding import ablate, add, scale
-from rt_lens.vectors import Provenance, SteeringVectors, hook_names
+from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors, hook_names
 
 PROMPTS = ["Hi", "Tell me about your weekend."]
 OLMO2 = {"model_type": "olmo2"}

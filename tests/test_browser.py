@@ -23,7 +23,7 @@ import rt_lens as rtl
 from rt_lens.dashboard.serving import Dashboard
 from rt_lens.models.generation import NewToken, as_chat
 from rt_lens.report.page import write_report
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 PAGES = ("explore", "vectors", "steering", "tuning", "compare")
 LAYER, MULTIPLIER, LENGTH = 21, 2.0, 10  # the run's choice of a layer, the page's multiplier, the fewest new tokens

@@ -15,7 +15,7 @@ from rt_lens.models.generation import as_chat, generate, generate_tokens
 from rt_lens.models.tokens.batches import encode, pad
 from rt_lens.steering.binding import ablate, add, steered
 from rt_lens.steering.conditions import Condition, conditional
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 PRE, POST = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 TEXTS = ["Rain?", "a", "The weather in the hills was fine.", "Name a tree."]

@@ -23,10 +23,10 @@ from rt_lens.dashboard.bench import MOST_ASIDE, Bench, made
 from rt_lens.dashboard.work import Job, Stopped
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.validation import validation_metric
-from rt_lens.extraction.evidence import Trust
 from rt_lens.results.schema import load_results
 from rt_lens.sweeping import Answers, Options, Sweep
-from rt_lens.vectors import Provenance, SteeringVectors
+from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
+from rt_lens.vectors.validation import Trust
 
 BEHAVIOUR = "<b>glad</b>"
 TOPICS = [f"What do you think of {thing}?" for thing in (

@@ -17,11 +17,11 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 
-from rt_lens.exchange.gguf import load_gguf, save_gguf
-from rt_lens.exchange.tensors import import_vectors
 from rt_lens.models.load import load_model
 from rt_lens.steering.binding import add
-from rt_lens.vectors import Eraser, SteeringVectors, hook_names
+from rt_lens.vectors.interop.gguf import load_gguf, save_gguf
+from rt_lens.vectors.interop.tensors import import_vectors
+from rt_lens.vectors.steering_vectors import Eraser, SteeringVectors, hook_names
 
 FOREIGN = Path(__file__).parent / "foreign"
 POST = "blocks.{}.hook_resid_post"

@@ -27,7 +27,7 @@ from rt_lens.report.page import write_report
 from rt_lens.results.schema import load_results
 from rt_lens.scoreboard import Board
 from rt_lens.tuning.loop import tune
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 SMALL = """
 name = "sweetness"

@@ -32,7 +32,7 @@ from rt_lens.models.load import load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.models.tokens.chats import chat_text
-from rt_lens.vectors import SteeringVectors, hook_names
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 TOKENS = torch.randint(3, 49152, (2, 24), generator=torch.Generator().manual_seed(1))
 FAMILIES = {

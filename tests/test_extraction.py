@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM
 
 import rt_lens as rtl
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
-from rt_lens.extraction.reading import logit_lens, separability, token_projections
-from rt_lens.methods import METHODS
 from rt_lens.models.activations import read_activations, token_activations
 from rt_lens.models.positions import numbers_in, position_of, rows_of
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.texts import token_text
-from rt_lens.operators import Erase
-from rt_lens.vectors import SteeringVectors, hook_names
+from rt_lens.vectors.methods import METHODS
+from rt_lens.vectors.operators import Erase
+from rt_lens.vectors.reading import logit_lens, separability, token_projections
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 POST = hook_names([0, 1])
 POSITIONS = ["last", "first", "mean", "mean prompt", "mean response", "mean last 3", 'mean "like"', 5, -4]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from llama_folder import spelling_tokenizer
 
-from rt_lens.extraction.reading import token_projections
 from rt_lens.models import generation
 from rt_lens.models.context import said
 from rt_lens.models.generation import NewToken, Sampling, as_chat, generate, generate_tokens, stream
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.steering.binding import add
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.reading import token_projections
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 PROMPTS = [
     "Rain?",

@@ -11,12 +11,12 @@ import torch
 import rt_lens as rtl
 from rt_lens.common.progress import Step, watched
 from rt_lens.delta import WeightDelta
-from rt_lens.extraction.reading import token_projections
 from rt_lens.inspection import ResidualShifts, _spectrum, residual_shifts, weight_changes
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.generation import as_chat
 from rt_lens.projections import projection_changes
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.reading import token_projections
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 TEXTS = ["The weather is lovely today.", "I have lost my keys again, and it is raining.", "Name three metals."]
 L0, L1 = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"

@@ -11,10 +11,10 @@ import torch
 import rt_lens as rtl
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.delta import WeightDelta
-from rt_lens.extraction.maps import activation_map, cosines, norms
 from rt_lens.models.activations import last_token_activations
 from rt_lens.projections import mean_projections
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.geometry import activation_map, cosines, norms
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 TEXTS = ["How was your day?", "Do you like rain?", "What did you eat?", "Any plans?"]
 LAYERS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]

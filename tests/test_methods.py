@@ -12,7 +12,7 @@ from concept_erasure import LeaceEraser
 from sklearn.decomposition import PCA as SklearnPCA
 from sklearn.linear_model import LogisticRegression
 
-from rt_lens.methods import (
+from rt_lens.vectors.methods import (
     METHODS,
     PCA,
     Logistic,

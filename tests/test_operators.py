@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rt_lens.operators import Ablate, Add, AddPreservingNorm, Clamp, Erase, Operator, Scale
+from rt_lens.vectors.operators import Ablate, Add, AddPreservingNorm, Clamp, Erase, Operator, Scale
 
 BATCH, POS, HEADS, D = 3, 5, 4, 8
 SEEDS = st.integers(0, 10_000)

@@ -33,13 +33,13 @@ from rt_lens.experiment.protocols import answers_protocol
 from rt_lens.experiment.run import run_experiment
 from rt_lens.experiment.shape import WordCount, reader_of, shape_of
 from rt_lens.experiment.stages import Planner, protocols_of
-from rt_lens.extraction.extract import extract_vectors
 from rt_lens.models.forward import KeyValueCache, quick
 from rt_lens.models.load import load_model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.weights import as_matrix, trained_by
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.extraction import extract_vectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 BEHAVIOUR = """
 name = "scored"

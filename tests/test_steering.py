@@ -9,7 +9,7 @@ from rt_lens.models.context import whereabouts
 from rt_lens.models.tokens.batches import encode, pad
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
 from rt_lens.steering.edits import Linear
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 TEXT = "The weather in the hills was"
 PROMPTS = [

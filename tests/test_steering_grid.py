@@ -15,7 +15,7 @@ from rt_lens.models.tokens.batches import encode
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
 from rt_lens.steering.conditions import Condition, conditional
 from rt_lens.steering.edits import Linear
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 PROMPTS = ["<|im_start|>", CHAT.format("Rain?"), CHAT.format("Tell me about a day that you spent by the sea.")]

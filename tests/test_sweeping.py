@@ -30,7 +30,7 @@ from rt_lens.models.tokens.batches import encode
 from rt_lens.steering.conditions import Condition
 from rt_lens.steering.edits import Linear
 from rt_lens.sweeping import _NEW, DoseResponse, Options, Sweep, _fingerprint
-from rt_lens.vectors import SteeringVectors, hook_names
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 PROMPTS = ["Rain?", "Tell me, at some length, about your last weekend in the hills.", "Name a tree."]
 DOSES = (-2.0, -0.5, 0.0, 1.0)
@@ -508,7 +508,7 @@ def test_hooks_have_the_same_checksums_in_another_process(tiny, tiny_vectors):
     names = ["an edit's positions", "a closure's number", "an object's tensor", "code"]
     here = [checksums_of(tiny, hooks_to_tell_apart(tiny_vectors)[name][0]) for name in names]
     script = (
-        "import test_sweeping as t, torch; from rt_lens.vectors import *\n"
+        "import test_sweeping as t, torch; from rt_lens.vectors.steering_vectors import *\n"
         "from transformer_lens.hook_points import HookPoint\n"
         "noise = torch.Generator().manual_seed(2)\n"
         "points = ['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']\n"

@@ -12,10 +12,10 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
-from rt_lens.extraction.evidence import Trust, _auc, recommend
-from rt_lens.extraction.extract import Sides
-from rt_lens.extraction.reading import separability
-from rt_lens.vectors import SteeringVectors, hook_names, layer_of
+from rt_lens.vectors.extraction import Sides
+from rt_lens.vectors.reading import separability
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
+from rt_lens.vectors.validation import Trust, _auc, recommend
 
 D = 32
 STRENGTHS = {0: 0.0, 1: 0.0, 2: 12.0, 3: 12.5, 4: 12.0, 5: 0.0}
@@ -54,7 +54,7 @@ def plant(monkeypatch, make_tiny) -> Callable[..., Callable[..., Trust]]:
             return [Sides(*sides, "planted", ("it",), False)]
 
         def run(n: int = 64, n_held_out: int = 60, **arguments: Any) -> Trust:
-            monkeypatch.setattr("rt_lens.extraction.evidence.read_sides", read)
+            monkeypatch.setattr("rt_lens.vectors.validation.read_sides", read)
             return rtl.trust(model, numbered(n), numbered(n_held_out, "unseen"), **{"splits": 6, **arguments})
 
         return run

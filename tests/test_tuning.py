@@ -12,13 +12,13 @@ import torch
 import rt_lens as rtl
 from rt_lens import tuning
 from rt_lens.delta import WeightDelta
-from rt_lens.extraction.reading import token_projections
 from rt_lens.models import checksums
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Target
+from rt_lens.vectors.reading import token_projections
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]
 NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}.") for i in range(4)]

@@ -10,7 +10,6 @@ import torch
 from small_tuning import answer_of
 
 import rt_lens as rtl
-from rt_lens.extraction.reading import token_projections
 from rt_lens.losses import kl_divergence
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning import aims
@@ -21,7 +20,8 @@ from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Choice, Target
 from rt_lens.tuning.weights import leaves_of, trained_by
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.reading import token_projections
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(4)]
 NEUTRAL = [Target(f"Add {i} and 1.", f" That makes {i + 1}, I would say.") for i in range(6)]

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
 from rt_lens.delta import WeightDelta
-from rt_lens.extraction.extract import extract_vectors
 from rt_lens.tuning.aims import Aim, KLThenSteer
 from rt_lens.tuning.checkpoint import Checkpoint, State
 from rt_lens.tuning.config import TuneConfig
@@ -32,7 +31,8 @@ from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import prepare
 from rt_lens.tuning.targets import Choice, Target
 from rt_lens.tuning.weights import Whole
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.extraction import extract_vectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
 class Stop(Exception):

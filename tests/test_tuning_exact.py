@@ -20,7 +20,7 @@ from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Target
 from rt_lens.tuning.weights import leaves_of, trained_by
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 TARGETS = [
     Target("Hello there.", " Hi."),

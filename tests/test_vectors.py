@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from rt_lens.common.files import write_atomically
 from rt_lens.steering.binding import add
-from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names
+from rt_lens.vectors.steering_vectors import Eraser, Provenance, SteeringVectors, hook_names
 
 POST = "blocks.{}.hook_resid_post"
 

@@ -13,7 +13,7 @@ from rt_lens.models.generation import Sampling, generate, generate_tokens
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, scale
 from rt_lens.steering.edits import Edit, Linear
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 POST = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
 Z = "blocks.1.attn.hook_z"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rt_lens.data.contrast_pairs import ContrastPairs
     from rt_lens.evaluation.permissions import Permissions
     from rt_lens.experiment.config import Experiment
-    from rt_lens.vectors import SteeringVectors
+    from rt_lens.vectors.steering_vectors import SteeringVectors
 
 app = typer.Typer(
     name="rt-lens",

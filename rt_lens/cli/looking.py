@@ -21,7 +21,7 @@ from rt_lens.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from rt_lens.vectors import SteeringVectors
+    from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
 @app.command(
@@ -61,8 +61,8 @@ def dashboard(
 
 def _named(files: list[Path]) -> dict[str, SteeringVectors]:
     """Vectors by behaviour; by file where two are of one behaviour, as those of other tools are all unknown."""
-    from rt_lens.exchange.tensors import import_vectors
     from rt_lens.results.schema import checked_file
+    from rt_lens.vectors.interop.tensors import import_vectors
 
     found = [(file, import_vectors(checked_file(file))) for file in files]
     told = [vectors.provenance.behaviour for _, vectors in found]

@@ -49,7 +49,7 @@ def extract(
     from rt_lens import plots
     from rt_lens.common.files import check_can_write
     from rt_lens.experiment.run import check_writable
-    from rt_lens.extraction.evidence import trust
+    from rt_lens.vectors.validation import trust
 
     permissions = permissions_of(allow_judge, judge_key_env)
     name, train, held_out = parts_of(behaviour, permissions)
@@ -82,9 +82,9 @@ def vectors(
     layers: Annotated[str | None, typer.Option(help="Blocks, such as 14-22 or 14,18; all by default.")] = None,
 ) -> None:
     """Show what a file of steering vectors holds (also .gguf, .pt, .npz of other tools), or convert it."""
-    from rt_lens.exchange.gguf import save_gguf
-    from rt_lens.exchange.tensors import import_vectors
     from rt_lens.results.schema import checked_file
+    from rt_lens.vectors.interop.gguf import save_gguf
+    from rt_lens.vectors.interop.tensors import import_vectors
 
     found = import_vectors(checked_file(file))
     if layers is not None:
@@ -115,12 +115,12 @@ def sweep(
 ) -> None:
     """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
     from rt_lens import plots
-    from rt_lens.exchange.tensors import import_vectors
     from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.run import check_writable
     from rt_lens.experiment.validation import validation_metric
     from rt_lens.results.schema import checked_file
     from rt_lens.sweeping import sweep as sweep_layers
+    from rt_lens.vectors.interop.tensors import import_vectors
 
     experiment = load_experiment(
         behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
@@ -156,10 +156,10 @@ def steer(
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
     """Answer a prompt untouched and steered."""
-    from rt_lens.exchange.tensors import import_vectors
     from rt_lens.models.generation import generate
     from rt_lens.results.schema import checked_file
     from rt_lens.steering.binding import add
+    from rt_lens.vectors.interop.tensors import import_vectors
 
     directions = import_vectors(checked_file(file))
     hooks = add(directions, [layer], multiplier, hook=directions.kind)

@@ -53,7 +53,7 @@ def tune(
     from rt_lens.results.schema import checked_file
     from rt_lens.tuning.loop import LossNotFinite
     from rt_lens.tuning.loop import tune as tune_weights
-    from rt_lens.vectors import SteeringVectors
+    from rt_lens.vectors.steering_vectors import SteeringVectors
 
     experiment = load_experiment(
         behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),

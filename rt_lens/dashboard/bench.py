@@ -15,10 +15,10 @@ from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.delta import WeightDelta
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.protocols import parts
-from rt_lens.extraction.extract import extract_vectors
 from rt_lens.models.forward import model_name
 from rt_lens.results.schema import Results
-from rt_lens.vectors import SteeringVectors, layer_of
+from rt_lens.vectors.extraction import extract_vectors
+from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 N_PAIRS = 96
 SEED = 0

@@ -37,7 +37,7 @@ from rt_lens.results.schema import choices_of
 from rt_lens.results.writing import plain, tables_of
 from rt_lens.scoreboard import Board, Exam
 from rt_lens.steering.binding import add
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 PAGE = "compare"
 SLOTS = ("scores", "differences", "cost", "pareto", "answers")

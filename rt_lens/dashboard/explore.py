@@ -17,7 +17,6 @@ from rt_lens.dashboard.bench import Bench, made
 from rt_lens.dashboard.panel import Work, choice, field, graph, slider, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
-from rt_lens.extraction.reading import token_projections
 from rt_lens.models.generation import NewToken, as_chat, generate
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.texts import text_of, token_texts
@@ -25,7 +24,8 @@ from rt_lens.plots.layers import without_first
 from rt_lens.results.schema import Results, choices_of
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp
 from rt_lens.steering.edits import FwdHook
-from rt_lens.vectors import SteeringVectors, layer_of
+from rt_lens.vectors.reading import token_projections
+from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 PAGE = "explore"
 SLOTS = ("map", "answers", "trace", "words", "curves")

@@ -43,7 +43,7 @@ from rt_lens.tuning.aims import readings_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.targets import Wanted
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 PAGE, WEIGHTS = "tuning", "tuning-weights"
 SLOTS = ("kept", "losses", "weights", "projections", "shifts")

@@ -18,13 +18,13 @@ from rt_lens.dashboard.panel import Work, choice, field, graph, table, workplace
 from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.extraction.evidence import Trust, trust
-from rt_lens.extraction.maps import activation_map, cosines, norms
-from rt_lens.extraction.reading import logit_lens
-from rt_lens.methods import METHODS
 from rt_lens.report.words import estimate
 from rt_lens.results.schema import Results
-from rt_lens.vectors import SteeringVectors, hook_names
+from rt_lens.vectors.geometry import activation_map, cosines, norms
+from rt_lens.vectors.methods import METHODS
+from rt_lens.vectors.reading import logit_lens
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
+from rt_lens.vectors.validation import Trust, trust
 
 PAGE = "vectors"
 SLOTS = ("told", "trust", "map", "norms", "cosines", "table", "lens")

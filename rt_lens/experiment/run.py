@@ -30,8 +30,6 @@ from rt_lens.evaluation.writing import repetition
 from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
-from rt_lens.extraction.extract import extract_vectors
-from rt_lens.extraction.reading import logit_lens, separability, token_projections
 from rt_lens.losses import Direction
 from rt_lens.models.forward import check_layers, model_name
 from rt_lens.models.generation import as_chat
@@ -46,7 +44,9 @@ from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import Material, prepare
 from rt_lens.tuning.targets import Target, write_neutral
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.extraction import extract_vectors
+from rt_lens.vectors.reading import logit_lens, separability, token_projections
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 _SEED_DRAWS = ["the pairs of the vectors", "the targets", "the neutral answers", "the order of the batches"]
 _PAIRED = (("rep_tuned", "token_tuned"), ("rep_tuned", "steered"), ("token_tuned", "untuned"), ("steered", "untuned"))

@@ -19,7 +19,7 @@ from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import numbers_in, position_of, rows_of
 from rt_lens.steering.conditions import Condition, check_condition
-from rt_lens.vectors import SteeringVectors, hook_names
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 
 @dataclass(frozen=True, kw_only=True)

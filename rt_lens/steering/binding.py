@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rt_lens.operators import Ablate, Add, AddPreservingNorm, Clamp, Erase, Operator, Scale
 from rt_lens.steering.edits import (
     Edit,
     FwdHook,
@@ -24,7 +23,8 @@ from rt_lens.steering.edits import (
     check_positions,
     must_reach_stream,
 )
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.operators import Ablate, Add, AddPreservingNorm, Clamp, Erase, Operator, Scale
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
 @dataclass(frozen=True)

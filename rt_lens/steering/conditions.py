@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rt_lens.models.context import Whereabouts, assumed, said
 from rt_lens.steering.edits import Edit, FwdHook
-from rt_lens.vectors import forward_order
+from rt_lens.vectors.steering_vectors import forward_order
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rt_lens.models.context import Whereabouts, assumed, said
-from rt_lens.operators import Ablate, Clamp, Erase, Operator
+from rt_lens.vectors.operators import Ablate, Clamp, Erase, Operator
 
 Positions = Literal["all", "prompt", "generated", "last"] | Sequence[int] | Bool[Tensor, "..."]
 Schedule = Callable[[int], float]

@@ -26,7 +26,7 @@ from rt_lens.tuning.material import Material, Row, prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Target, Wanted, neutral_list
 from rt_lens.tuning.weights import Leaf, leaves_of, trained_by
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
 class LossNotFinite(FloatingPointError):

@@ -28,7 +28,7 @@ from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.shelf import Shelf
 from rt_lens.tuning.targets import Choice, Target, Wanted, neutral_list, write_neutral, write_targets
-from rt_lens.vectors import SteeringVectors, layer_of
+from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import Material, prepare
 from rt_lens.tuning.targets import Target, Wanted
 from rt_lens.tuning.weights import trained_by
-from rt_lens.vectors import SteeringVectors
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 _ATTENTION = (("v", "o"), ("q", "k"), ("q", "k", "v", "o"))
 _MLP = (("gate", "up"), ("down",), ("gate", "up", "down"))

@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 
 
 def write(file: str) -> None:
-    from rt_lens.exchange.gguf import save_gguf
-    from rt_lens.exchange.tensors import import_vectors
+    from rt_lens.vectors.interop.gguf import save_gguf
+    from rt_lens.vectors.interop.tensors import import_vectors
 
     vectors = import_vectors(HERE / "steering_vectors_decoder_block.pt", model="tiny", behaviour="joy")
     print("saved", save_gguf(vectors.select(range(1, 4)), file))

@@ -21,12 +21,12 @@ from torch import Tensor
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.extraction.extract import read_sides
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import Position, position_of
-from rt_lens.vectors import SteeringVectors, hook_names, layer_of
+from rt_lens.vectors.extraction import read_sides
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 
 
 def norms(model: Any, vectors: SteeringVectors, texts: Iterable[str], *, seed: int = 0) -> pd.DataFrame:

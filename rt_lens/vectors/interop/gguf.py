@@ -13,8 +13,18 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from rt_lens.common.files import write_atomically
-from rt_lens.exchange.naming import LAYER, Naming, RefusedError, float32, must_exist, no_offset, reading, shown, unknown
-from rt_lens.vectors import Provenance, SteeringVectors
+from rt_lens.vectors.interop.naming import (
+    LAYER,
+    Naming,
+    RefusedError,
+    float32,
+    must_exist,
+    no_offset,
+    reading,
+    shown,
+    unknown,
+)
+from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 
 _ARCHITECTURE = "controlvector"
 _OURS = "rt_lens.provenance"

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rt_lens.common.statistics.intervals import share_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.extraction.extract import read_sides
 from rt_lens.models.activations import token_activations
 from rt_lens.models.positions import Position, position_of
 from rt_lens.models.tokens.texts import token_text
-from rt_lens.vectors import SteeringVectors, layer_of
+from rt_lens.vectors.extraction import read_sides
+from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
 def separability(

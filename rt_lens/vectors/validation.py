@@ -17,11 +17,11 @@ from torch import Tensor
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import share_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.extraction.extract import Sides, method_of, provenance_of, read_sides, vectors_of
-from rt_lens.methods import Method, winsorise
 from rt_lens.models.forward import check_layers
 from rt_lens.models.positions import Position, position_of
-from rt_lens.vectors import SteeringVectors, hook_names, layer_of
+from rt_lens.vectors.extraction import Sides, method_of, provenance_of, read_sides, vectors_of
+from rt_lens.vectors.methods import Method, winsorise
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 
 _RANDOM_DIRECTIONS = 200
 _RESAMPLES = 2000

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rt_lens.common.files import read_safetensors, write_atomically
-from rt_lens.operators import Ablate
+from rt_lens.vectors.operators import Ablate
 
 _SCHEMA = 1
 _ERASER = "eraser/"

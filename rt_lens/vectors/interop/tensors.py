@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rt_lens.exchange.gguf import from_gguf
-from rt_lens.exchange.naming import (
+from rt_lens.vectors.interop.gguf import from_gguf
+from rt_lens.vectors.interop.naming import (
     HOOK_NAME,
     Naming,
     RefusedError,
@@ -26,7 +26,7 @@ from rt_lens.exchange.naming import (
     shown,
     unknown,
 )
-from rt_lens.vectors import SteeringVectors, hook_names
+from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 # What steering-vectors hooks by layer type: the output of Hugging Face's module of that name.
 _LAYER_TYPES = {"decoder_block": "resid_post", "self_attn": "attn_out", "mlp": "mlp_out"}

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from rt_lens.common.inputs import text_list
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
 from rt_lens.models.activations import check_hook_names, read_activations
 from rt_lens.models.forward import check_layers, dtype_name, model_name
 from rt_lens.models.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import ChatText
-from rt_lens.vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
+from rt_lens.vectors.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
+from rt_lens.vectors.steering_vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
 
 
 def package_version() -> str:

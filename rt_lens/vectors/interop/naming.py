@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rt_lens.vectors import Provenance, hook_names
+from rt_lens.vectors.steering_vectors import Provenance, hook_names
 
 # Bounds on what a file may claim, well above any model, so that a hostile one cannot fill the memory.
 _MOST_LAYERS = 1024

@@ -1,0 +1,1 @@
+"""Vectors: finding a behaviour's direction, knowing whether to believe it, reading with it. It knows no hook."""
