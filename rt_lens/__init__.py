@@ -18,7 +18,6 @@ from rt_lens.evaluation.scorers import calibration
 from rt_lens.evaluation.texts import text_fit
 from rt_lens.export.hf import export_hf
 from rt_lens.export.peft import export_peft
-from rt_lens.extraction.conditions import fit_condition
 from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.context import whereabouts
 from rt_lens.models.generation import generate, stream
@@ -30,6 +29,7 @@ from rt_lens.results.comparing import compare_runs
 from rt_lens.results.schema import load_results
 from rt_lens.scoreboard import Exam, compare_arms
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
+from rt_lens.steering.condition_fit import fit_condition
 from rt_lens.steering.conditions import conditional
 from rt_lens.steering.edits import Linear
 from rt_lens.sweeping import Answers, LogitDifference, sweep

@@ -9,11 +9,11 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.evaluation.scorers import vader
-from rt_lens.extraction.conditions import FittedCondition, _threshold, fit_condition
 from rt_lens.models.context import whereabouts
 from rt_lens.models.generation import as_chat, generate, generate_tokens
 from rt_lens.models.tokens.batches import encode, pad
 from rt_lens.steering.binding import ablate, add, steered
+from rt_lens.steering.condition_fit import FittedCondition, _threshold, fit_condition
 from rt_lens.steering.conditions import Condition, conditional
 from rt_lens.vectors.steering_vectors import SteeringVectors
 

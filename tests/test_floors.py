@@ -10,9 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rt_lens"
 
 ORDER = [
-    "common", "models", "losses", "data", "vectors", "steering", "delta", "plots", "arms", "extraction",
-    "baking", "evaluation", "export", "tuning", "sweeping", "projections", "inspection", "resistance",
-    "scoreboard", "results", "experiment", "report", "dashboard", "cli",
+    "common", "models", "losses", "data", "vectors", "steering", "delta", "plots", "arms", "baking",
+    "evaluation", "export", "tuning", "sweeping", "projections", "inspection", "resistance", "scoreboard",
+    "results", "experiment", "report", "dashboard", "cli",
 ]  # fmt: skip
 """The rooms, from the ground up: a room imports only from rooms that stand before it."""
 
