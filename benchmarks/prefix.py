@@ -18,7 +18,7 @@ from pathlib import Path
 
 import rt_lens as rtl
 from rt_lens.data.builtin import neutral_prompts
-from rt_lens.delta import WeightDelta
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.material import prepare
 from rt_lens.tuning.targets import write_neutral, write_targets
 

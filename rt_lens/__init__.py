@@ -2,11 +2,9 @@
 
 from rt_lens import plots
 from rt_lens.arms import under
-from rt_lens.baking import bake
 from rt_lens.dashboard import dashboard
 from rt_lens.data.contrast_pairs import ContrastPairs, load_pairs
 from rt_lens.data.questions import Question, load_questions
-from rt_lens.delta import WeightDelta
 from rt_lens.evaluation.asking import ask, correct_only, evaluate
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.classifier import classifier_of
@@ -16,8 +14,6 @@ from rt_lens.evaluation.judges import LogitJudge
 from rt_lens.evaluation.making import make_scorer
 from rt_lens.evaluation.scorers import calibration
 from rt_lens.evaluation.texts import text_fit
-from rt_lens.export.hf import export_hf
-from rt_lens.export.peft import export_peft
 from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.context import whereabouts
 from rt_lens.models.generation import generate, stream
@@ -34,7 +30,11 @@ from rt_lens.steering.conditions import conditional
 from rt_lens.steering.edits import Linear
 from rt_lens.sweeping import Answers, LogitDifference, sweep
 from rt_lens.tuning.aims import Aim, KLThenSteer
+from rt_lens.tuning.baking import bake
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.delta import WeightDelta
+from rt_lens.tuning.export.hf import export_hf
+from rt_lens.tuning.export.peft import export_peft
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.search import block_search
 from rt_lens.tuning.targets import Choice, Target

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
-from rt_lens.delta import WeightDelta
 from rt_lens.steering.binding import steered
 from rt_lens.steering.edits import FwdHook
+from rt_lens.tuning.delta import WeightDelta
 
 Arm: TypeAlias = WeightDelta | Sequence[FwdHook] | None
 """A WeightDelta, the hooks that `add` and the like give, or None for the model as it is."""

@@ -12,11 +12,11 @@ from torch import Tensor
 from rt_lens.arms import Arm, under
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
-from rt_lens.delta import WeightDelta
 from rt_lens.models.activations import read_activations
 from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import Position, numbers_in, position_of, rows_of
 from rt_lens.models.tokens.batches import encode
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.geometry import one_per_layer
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 

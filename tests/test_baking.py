@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import rt_lens as rtl
-from rt_lens.delta import WeightDelta
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale
 from rt_lens.steering.conditions import Condition, conditional
 from rt_lens.steering.edits import Edit, FwdHook
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.operators import Ablate, Add, Clamp, Scale
 from rt_lens.vectors.steering_vectors import Eraser, SteeringVectors, hook_names
 

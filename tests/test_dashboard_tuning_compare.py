@@ -23,13 +23,13 @@ from rt_lens.dashboard.bench import Bench
 from rt_lens.dashboard.compared import answers_to, prompts_of
 from rt_lens.dashboard.work import Job, Stopped
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
-from rt_lens.delta import WeightDelta
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.generation import as_chat
 from rt_lens.projections import projection_changes
 from rt_lens.results.schema import load_results
 from rt_lens.scoreboard import Exam, compare_arms
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.targets import Target
 
 BEHAVIOUR, HOST = "<b>glad</b>", "http://127.0.0.1"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rt_lens as rtl
-from rt_lens.delta import WeightDelta
+from rt_lens.tuning.delta import WeightDelta
 
 NAMES = ("blocks.0.attn.W_Q", "blocks.1.mlp.W_out", "blocks.1.mlp.b_out")
 

@@ -24,14 +24,14 @@ from typer.testing import CliRunner
 
 import rt_lens as rtl
 from rt_lens.cli import app
-from rt_lens.delta import WeightDelta
-from rt_lens.export.hf import export_hf
-from rt_lens.export.peft import export_peft
 from rt_lens.models.forward import dtype_name
 from rt_lens.models.load import load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.models.tokens.chats import chat_text
+from rt_lens.tuning.delta import WeightDelta
+from rt_lens.tuning.export.hf import export_hf
+from rt_lens.tuning.export.peft import export_peft
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 TOKENS = torch.randint(3, 49152, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rt_lens.losses import cosine_loss, kl_divergence, token_loss
+from rt_lens.models.divergence import kl_divergence
+from rt_lens.tuning.losses import cosine_loss, token_loss
 
 SEEDS = st.integers(0, 10_000)
 DIRECTIONS = ("toward", "away", "out")

@@ -24,7 +24,6 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rt_lens.export.hf import export_hf
 from rt_lens.models import llama
 from rt_lens.models.forward import quick
 from rt_lens.models.generation import generate_tokens
@@ -34,6 +33,7 @@ from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder
 from rt_lens.models.tokens.batches import encode, pad_id_of
 from rt_lens.models.tokens.chats import chat_text
+from rt_lens.tuning.export.hf import export_hf
 
 SIZES = {
     "vocab_size": 49152, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.data.questions import Question
-from rt_lens.delta import WeightDelta
 from rt_lens.evaluation import making
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.permissions import Permissions
@@ -37,6 +36,7 @@ from rt_lens.models.forward import KeyValueCache, quick
 from rt_lens.models.load import load_model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.weights import as_matrix, trained_by
 from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.steering_vectors import SteeringVectors

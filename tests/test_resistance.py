@@ -9,7 +9,7 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.common.statistics.intervals import mean_interval
-from rt_lens.delta import WeightDelta
+from rt_lens.tuning.delta import WeightDelta
 
 PROMPTS = ["How are you?", "What is it?", "Tell me more about the hills.", "And now?"]
 METRIC = rtl.LogitDifference(" yes", " no")

@@ -11,9 +11,9 @@ import torch
 
 import rt_lens as rtl
 from rt_lens import tuning
-from rt_lens.delta import WeightDelta
 from rt_lens.models import checksums
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective

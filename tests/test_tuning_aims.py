@@ -10,7 +10,7 @@ import torch
 from small_tuning import answer_of
 
 import rt_lens as rtl
-from rt_lens.losses import kl_divergence
+from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning import aims
 from rt_lens.tuning.aims import Aim, KLThenSteer, readings_of

@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
-from rt_lens.delta import WeightDelta
 from rt_lens.tuning.aims import Aim, KLThenSteer
 from rt_lens.tuning.checkpoint import Checkpoint, State
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import prepare
 from rt_lens.tuning.targets import Choice, Target

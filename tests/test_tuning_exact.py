@@ -11,11 +11,12 @@ from small_tuning import answer_of
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import rt_lens as rtl
-from rt_lens.losses import cosine_loss, kl_divergence
+from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning.aims import readings_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
+from rt_lens.tuning.losses import cosine_loss
 from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Target

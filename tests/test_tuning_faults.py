@@ -12,8 +12,8 @@ import pytest
 import torch
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
-from rt_lens.delta import WeightDelta
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.loop import LossNotFinite, tune
 from rt_lens.tuning.targets import Target
 

@@ -24,7 +24,7 @@ from rt_lens.cli.app import (
 from rt_lens.data.builtin import behaviours
 
 if TYPE_CHECKING:
-    from rt_lens.delta import WeightDelta
+    from rt_lens.tuning.delta import WeightDelta
 
 
 @app.command(epilog="Example: rt-lens tune mood mood.safetensors --direction away --out mood_away.safetensors")
@@ -98,10 +98,10 @@ def export(
     dtype: Dtype = None,
 ) -> None:
     """Write a tuned model as a Hugging Face folder, or as a LoRA adapter with the error of its low rank."""
-    from rt_lens.delta import WeightDelta
-    from rt_lens.export.hf import export_hf
-    from rt_lens.export.peft import export_peft
     from rt_lens.results.schema import checked_file
+    from rt_lens.tuning.delta import WeightDelta
+    from rt_lens.tuning.export.hf import export_hf
+    from rt_lens.tuning.export.peft import export_peft
 
     rank = None if peft in (None, "exact") else _rank(str(peft))
     delta = WeightDelta.load(checked_file(file))

@@ -12,11 +12,11 @@ from typing import Any
 from rt_lens.dashboard.work import Jobs, turn_of
 from rt_lens.data.builtin import behaviours
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.delta import WeightDelta
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.protocols import parts
 from rt_lens.models.forward import model_name
 from rt_lens.results.schema import Results
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 

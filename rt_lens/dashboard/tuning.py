@@ -27,10 +27,8 @@ from rt_lens.dashboard.panel import connect as connect_work
 from rt_lens.dashboard.work import Job
 from rt_lens.data.builtin import neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.delta import WeightDelta
 from rt_lens.experiment.protocols import protocol_of
 from rt_lens.inspection import residual_shifts, weight_changes
-from rt_lens.losses import Direction
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.plots.layers import without_first
@@ -41,7 +39,9 @@ from rt_lens.steering.binding import ablate, add
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import readings_of
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.loop import tune
+from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Wanted
 from rt_lens.vectors.steering_vectors import SteeringVectors
 

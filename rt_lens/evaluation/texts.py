@@ -17,8 +17,8 @@ from torch import Tensor
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import breathe
 from rt_lens.common.statistics.intervals import Interval, ratio_interval
-from rt_lens.losses import kl_divergence
 from rt_lens.models.context import whereabouts
+from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.forward import logits_where
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 

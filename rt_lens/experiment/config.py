@@ -18,9 +18,9 @@ from rt_lens.data.readers import read_toml
 from rt_lens.evaluation.making import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.permissions import Permissions, check_model
 from rt_lens.evaluation.scorers import Scorer
-from rt_lens.losses import Direction
 from rt_lens.models.registry import DEFAULT_MODEL
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.losses import Direction
 
 DIRECTIONS: tuple[Direction, ...] = ("toward", "away")
 T = TypeVar("T")

@@ -27,9 +27,9 @@ from rt_lens.evaluation.asking import ask
 from rt_lens.evaluation.choices import start_of
 from rt_lens.evaluation.scorers import Likelihood, OtherMass
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
-from rt_lens.losses import Direction
 from rt_lens.models.tokens.chats import answered, chat_text
 from rt_lens.scoreboard import Exam
+from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, Target, Wanted
 
 _WRITING = ("repetition", "distinct_2", "loop", "length")

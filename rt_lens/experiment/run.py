@@ -30,7 +30,6 @@ from rt_lens.evaluation.writing import repetition
 from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
-from rt_lens.losses import Direction
 from rt_lens.models.forward import check_layers, model_name
 from rt_lens.models.generation import as_chat
 from rt_lens.models.load import load_model
@@ -42,6 +41,7 @@ from rt_lens.steering.binding import add
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
+from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.material import Material, prepare
 from rt_lens.tuning.targets import Target, write_neutral
 from rt_lens.vectors.extraction import extract_vectors

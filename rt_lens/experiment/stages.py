@@ -14,10 +14,10 @@ from rt_lens.experiment.config import DIRECTIONS, Experiment, questions_of, seen
 from rt_lens.experiment.costs import Costs, Work, steps_of, summed
 from rt_lens.experiment.protocols import Protocol, answers_protocol, likelihood_protocol, persona_protocol
 from rt_lens.experiment.shape import Shape
-from rt_lens.losses import Direction
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.scoreboard import Exam
+from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, Wanted
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.losses import Direction
 from rt_lens.models.forward import check_layers
 from rt_lens.models.positions import position_named, position_of
 from rt_lens.steering.binding import add
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import TuneConfig, whole_numbers
+from rt_lens.tuning.losses import Direction
 from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
-from rt_lens.losses import Direction
+from rt_lens.tuning.losses import Direction
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 KINDS = (*MATRICES, "bias", "norm")

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from rt_lens.common.progress import Bar
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.delta import WeightDelta
 from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.forward import dtype_name, model_name
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, described, readings_of
 from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.material import Material, Row, prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Target, Wanted, neutral_list

@@ -16,7 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformer_lens import HookedTransformer
 
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.losses import Direction
 from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.context import whereabouts
 from rt_lens.models.forward import bridge_logits, model_name, quick, unembed
@@ -26,6 +25,7 @@ from rt_lens.models.tokens.chats import answered, end_ids, end_of_answer, tokeni
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.shelf import Shelf
 from rt_lens.tuning.targets import Choice, Target, Wanted, neutral_list, write_neutral, write_targets
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rt_lens.losses import cosine_loss, kl_divergence, token_loss
+from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.tokens.batches import pad_id_of
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.aims import Reading
 from rt_lens.tuning.config import LOSSES, TuneConfig
+from rt_lens.tuning.losses import cosine_loss, token_loss
 from rt_lens.tuning.material import Batch, Material, Row, logits_of, read, unmixed
 
 

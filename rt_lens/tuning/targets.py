@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 from rt_lens.common.inputs import as_text, listed, text_list
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.losses import Direction
 from rt_lens.models.generation import as_chat, generate
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.losses import Direction
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
-from rt_lens.delta import WeightDelta
 from rt_lens.models.forward import dtype_name, finest_dtype, model_name
 from rt_lens.steering.edits import Edit, FwdHook
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.operators import Affine
 from rt_lens.vectors.steering_vectors import forward_order, hook_names, layer_of
 

@@ -66,15 +66,3 @@ def token_loss(
     if rest == 0:
         return loss
     return loss.clamp(min=-torch.xlogy(shares, shares).sum(-1) + rest)
-
-
-def kl_divergence(
-    log_probabilities: Float[Tensor, "n d_vocab"], reference: Float[Tensor, "n d_vocab"]
-) -> Float[Tensor, "n"]:
-    """KL(reference || model) of the next-token distributions at each position, in nats.
-
-    Args:
-        log_probabilities: the model's, normalised.
-        reference: the reference's log-probabilities, normalised. Both sides take gradients.
-    """
-    return F.kl_div(log_probabilities, reference, log_target=True, reduction="none").sum(-1).clamp(min=0)

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from rt_lens.arms import under
-from rt_lens.delta import WeightDelta
-from rt_lens.export.card import check_measured, model_card
-from rt_lens.export.folder import check_free, whole_folder
-from rt_lens.export.weights import as_huggingface
 from rt_lens.models.tokenizers import source_tokenizer
+from rt_lens.tuning.delta import WeightDelta
+from rt_lens.tuning.export.card import check_measured, model_card
+from rt_lens.tuning.export.folder import check_free, whole_folder
+from rt_lens.tuning.export.weights import as_huggingface, changed_by
 
 
 def export_hf(
@@ -85,7 +84,7 @@ def _check_reads_back(model: Any, delta: WeightDelta | None, folder: Path) -> No
 
     tokens = torch.linspace(0, model.cfg.d_vocab - 1, 16).long()[None].to(model.cfg.device)
     mask = torch.ones_like(tokens)
-    with under(model, delta):
+    with changed_by(model, delta):
         ours = model(tokens, attention_mask=mask)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype)
     logits = theirs.to(tokens.device).eval()(tokens, attention_mask=mask).logits

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rt_lens.delta import WeightDelta
-from rt_lens.export.card import adapter_card, base_of, check_measured
-from rt_lens.export.folder import check_free, whole_folder
-from rt_lens.export.weights import changes_as_huggingface, source_config
+from rt_lens.tuning.delta import WeightDelta
+from rt_lens.tuning.export.card import adapter_card, base_of, check_measured
+from rt_lens.tuning.export.folder import check_free, whole_folder
+from rt_lens.tuning.export.weights import changes_as_huggingface, source_config
 
 _EXACT = 1e-5
 _WORST_SHOWN = 10

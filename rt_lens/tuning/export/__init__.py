@@ -3,7 +3,7 @@
 This room writes folders; it never tunes, measures or builds a model with hook points.
 """
 
-from rt_lens.export.hf import export_hf
-from rt_lens.export.peft import Adapter, export_peft
+from rt_lens.tuning.export.hf import export_hf
+from rt_lens.tuning.export.peft import Adapter, export_peft
 
 __all__ = ["Adapter", "export_hf", "export_peft"]

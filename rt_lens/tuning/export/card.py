@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from rt_lens.delta import WeightDelta
 from rt_lens.models.forward import model_name
 from rt_lens.models.registry import EMBEDDED_MODELS
+from rt_lens.tuning.delta import WeightDelta
 
 _NEEDED = ("arm", "direction", "n", "mean", "low", "high")
 # Title, column of the value, of its interval's ends, and of its n; a row that lacks one of them has a dash.

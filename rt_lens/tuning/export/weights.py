@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
 from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 
-from rt_lens.arms import under
-from rt_lens.delta import WeightDelta
 from rt_lens.models.forward import model_name
 from rt_lens.models.llama import FAMILIES, NotLlamaStyle, refuse_what_is_not_covered, to_huggingface
+from rt_lens.tuning.delta import WeightDelta
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -55,12 +55,17 @@ def as_huggingface(model: Any, delta: WeightDelta | None) -> HuggingFaceModel:
         found = _of_bridge(model, delta)
     else:
         config = source_config(model)
-        with under(model, delta):
+        with changed_by(model, delta):
             parameters = {name: parameter.data for name, parameter in model.named_parameters()}
         found = _of_hooked(model, config, parameters)
     found.config.architectures = [_class_name(model, found.config)]
     found.config.dtype = next(iter(model.parameters())).dtype
     return found
+
+
+def changed_by(model: Any, delta: WeightDelta | None) -> AbstractContextManager[Any]:
+    """The model with a change of its weights, or as it is."""
+    return nullcontext(model) if delta is None else delta.applied(model)
 
 
 def source_config(model: Any) -> PretrainedConfig:
@@ -92,7 +97,7 @@ def changes_as_huggingface(model: Any, delta: WeightDelta) -> dict[str, Tensor]:
 
     What has no place in Hugging Face's files keeps the name that it has here.
     """
-    with under(model, delta):
+    with delta.applied(model):
         pass  # it fits: names and shapes are the model's
     changes = {}
     for name, change in delta.changes.items():
@@ -188,7 +193,7 @@ def _of_bridge(model: TransformerBridge, delta: WeightDelta | None) -> HuggingFa
     repeated = plain.state_dict().keys() & dict(plain.named_parameters(remove_duplicate=False)).keys()
     wanted = (plain.state_dict().keys() - repeated) | dict(plain.named_parameters()).keys()  # tied ones once
     joint = {_bare(name): part for name, part in original.named_modules() if isinstance(part, JointQKVAttentionBridge)}
-    with under(model, delta):
+    with changed_by(model, delta):
         state = {_bare(name): tensor for name, tensor in original.state_dict().items()}
         for name, attention in joint.items():
             state |= _joined(name, attention)
