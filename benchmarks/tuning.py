@@ -27,8 +27,8 @@ from rt_lens.common.statistics.comparisons import paired_comparison
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
 from rt_lens.data.builtin import held_out_neutral_prompts, neutral_paragraphs, neutral_prompts, prompt_kinds
 from rt_lens.data.questions import load_questions
+from rt_lens.evaluation.fluency import repetition
 from rt_lens.evaluation.texts import TextFit
-from rt_lens.evaluation.writing import repetition
 from rt_lens.experiment.config import load_experiment
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.material import Material, prepare

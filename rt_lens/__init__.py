@@ -5,13 +5,13 @@ from rt_lens.arms import under
 from rt_lens.dashboard import dashboard
 from rt_lens.data.contrast_pairs import ContrastPairs, load_pairs
 from rt_lens.data.questions import Question, load_questions
-from rt_lens.evaluation.asking import ask, correct_only, evaluate
+from rt_lens.evaluation.answering import ask, correct_only, evaluate
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.classifier import classifier_of
 from rt_lens.evaluation.endpoint import EndpointJudge
 from rt_lens.evaluation.harness import harness_model
 from rt_lens.evaluation.judges import LogitJudge
-from rt_lens.evaluation.making import make_scorer
+from rt_lens.evaluation.registry import make_scorer
 from rt_lens.evaluation.scorers import calibration
 from rt_lens.evaluation.texts import text_fit
 from rt_lens.inspection import residual_shifts, weight_changes

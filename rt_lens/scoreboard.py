@@ -21,8 +21,8 @@ from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.comparisons import holm, paired_comparison
 from rt_lens.common.statistics.intervals import Interval, crossed_interval, ratio_interval, share_interval
 from rt_lens.data.questions import Answer, Asked, Question, as_questions
-from rt_lens.evaluation.asking import ask, said
-from rt_lens.evaluation.making import ScorerLike, make_scorer
+from rt_lens.evaluation.answering import ask, said
+from rt_lens.evaluation.registry import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Scorer, is_share
 from rt_lens.evaluation.texts import TextFit, text_fit
 

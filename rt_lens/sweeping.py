@@ -23,8 +23,8 @@ from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
 from rt_lens.data.questions import Question, as_questions
-from rt_lens.evaluation.asking import ask
-from rt_lens.evaluation.making import ScorerLike, make_scorer
+from rt_lens.evaluation.answering import ask
+from rt_lens.evaluation.registry import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Likelihood, Scorer
 from rt_lens.models.checksums import (
     Untellable,

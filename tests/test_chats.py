@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 import rt_lens as rtl
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.data.questions import Question
-from rt_lens.evaluation.asking import ask
+from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.choices import _asks, likelihoods, start_of
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import ChatText, answered, chat_text, end_ids, end_of_answer, is_chat

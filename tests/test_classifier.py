@@ -14,7 +14,7 @@ import rt_lens as rtl
 from rt_lens.common.statistics.intervals import share_interval
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.data.questions import Answer, Question
-from rt_lens.evaluation.asking import evaluate
+from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.classifier import TextClassifier, classifier_of
 from rt_lens.evaluation.scorers import Scorer, vader
 

@@ -16,7 +16,7 @@ import pytest
 from chat_server import HAPPY, SAD, Requests, against, alone, by_sense
 
 import rt_lens as rtl
-from rt_lens.evaluation.asking import evaluate
+from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.scorers import Scorer
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
 from rt_lens.models.sources import embedded_folder

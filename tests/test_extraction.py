@@ -446,7 +446,7 @@ def test_correct_only_keeps_the_pairs_that_both_personas_get_their_way_in(tiny, 
     answers = {text: f"side {side} of pair {i}" for side, some in enumerate(texts) for i, text in enumerate(some)}
     scores = [(1, -1), (-1, 1), (1, 0), (0.5, -0.1), (0, -1)]  # 0 is on neither side of the threshold
     monkeypatch.setattr(
-        "rt_lens.evaluation.asking.generate", lambda model, asked, **_: [answers[text] for text in asked]
+        "rt_lens.evaluation.answering.generate", lambda model, asked, **_: [answers[text] for text in asked]
     )
 
     def score(answer: str) -> float:

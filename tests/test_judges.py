@@ -10,7 +10,7 @@ import pytest
 import rt_lens as rtl
 from rt_lens.common.statistics.comparisons import cliffs_delta
 from rt_lens.data.questions import Answer, Question
-from rt_lens.evaluation.asking import evaluate
+from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.judges import LogitJudge
 from rt_lens.evaluation.scorers import Scorer

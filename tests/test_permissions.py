@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from rt_lens.cli import app, main
 from rt_lens.common.files import as_name, check_name
-from rt_lens.evaluation.making import make_scorer
 from rt_lens.evaluation.permissions import Permissions, settings_file
+from rt_lens.evaluation.registry import make_scorer
 from rt_lens.experiment.config import load_experiment
 
 PAIRS = """

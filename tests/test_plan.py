@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.data.questions import Question
-from rt_lens.evaluation import making
+from rt_lens.evaluation import registry as making
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.permissions import Permissions
 from rt_lens.evaluation.scorers import OfText

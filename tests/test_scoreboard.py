@@ -12,7 +12,7 @@ import rt_lens as rtl
 from rt_lens.common.statistics.comparisons import paired_comparison
 from rt_lens.common.statistics.intervals import crossed_interval, share_interval
 from rt_lens.data.questions import Question
-from rt_lens.evaluation.asking import evaluate
+from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.texts import text_fit
 from rt_lens.scoreboard import Board, Exam, compare_arms

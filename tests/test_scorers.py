@@ -6,8 +6,8 @@ import pytest
 
 import rt_lens as rtl
 from rt_lens.data.questions import Answer, Likelihoods, Question, load_questions
-from rt_lens.evaluation.asking import ask, evaluate, said
-from rt_lens.evaluation.making import make_scorer, unmade_scorer
+from rt_lens.evaluation.answering import ask, evaluate, said
+from rt_lens.evaluation.registry import make_scorer, unmade_scorer
 from rt_lens.evaluation.scorers import Lexicon, NamesRight, Obeys, OfText, Scorer, vader
 
 

@@ -19,7 +19,7 @@ from rt_lens.data.builtin import (
 )
 from rt_lens.data.questions import Answer, Question, load_questions
 from rt_lens.data.readers import read_toml
-from rt_lens.evaluation.making import make_scorer
+from rt_lens.evaluation.registry import make_scorer
 from rt_lens.evaluation.scorers import vader
 
 ASKED = [name for name in behaviours() if "pairs" in read_toml(behaviour_file(name))]

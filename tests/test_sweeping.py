@@ -22,7 +22,7 @@ import torch
 import rt_lens as rtl
 from rt_lens import plots
 from rt_lens.data.questions import Question
-from rt_lens.evaluation import making
+from rt_lens.evaluation import registry as making
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.checksums import hooks_of
 from rt_lens.models.generation import as_chat

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_lens.evaluation.asking import evaluate
-from rt_lens.evaluation.making import make_scorer
-from rt_lens.evaluation.writing import distinct, length, loops, repetition
+from rt_lens.evaluation.answering import evaluate
+from rt_lens.evaluation.fluency import distinct, length, loops, repetition
+from rt_lens.evaluation.registry import make_scorer
 
 RIVER = "Der Fluß trägt Sand ins Meer, und am Ufer wächst Schilf."
 

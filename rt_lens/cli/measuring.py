@@ -125,7 +125,7 @@ def _print(table: Any) -> None:
 def _scorer(text: str, permissions: Permissions) -> Any:
     """A scorer from the command line: a name, a file with a [scorer] table, or pattern:REGEX."""
     from rt_lens.data.readers import read_toml
-    from rt_lens.evaluation.making import make_scorer
+    from rt_lens.evaluation.registry import make_scorer
 
     if text.startswith("pattern:"):
         return make_scorer({"kind": "pattern", "pattern": text.removeprefix("pattern:")})

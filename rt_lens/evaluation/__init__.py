@@ -3,13 +3,14 @@
 Knows nothing of steering or tuning; callers wrap the model in a context.
 """
 
-from rt_lens.evaluation.asking import Evaluation, Kept, ask, correct_only, evaluate, said
+from rt_lens.evaluation.answering import Evaluation, Kept, ask, correct_only, evaluate, said
 from rt_lens.evaluation.choices import likelihoods, start_of
 from rt_lens.evaluation.classifier import TextClassifier, classifier_of
 from rt_lens.evaluation.endpoint import EndpointJudge, Usage
+from rt_lens.evaluation.fluency import distinct, length, loops, repetition
 from rt_lens.evaluation.harness import harness_model
 from rt_lens.evaluation.judges import LogitJudge
-from rt_lens.evaluation.making import ScorerLike, make_scorer, unmade_scorer
+from rt_lens.evaluation.registry import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.scorers import (
     Lexicon,
     Likelihood,
@@ -25,7 +26,6 @@ from rt_lens.evaluation.scorers import (
     vader,
 )
 from rt_lens.evaluation.texts import TextFit, text_fit
-from rt_lens.evaluation.writing import distinct, length, loops, repetition
 
 __all__ = [
     "EndpointJudge",

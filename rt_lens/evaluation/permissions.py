@@ -23,7 +23,7 @@ from typing import Any
 
 from rt_lens.data.builtin import behaviours
 from rt_lens.data.contrast_pairs import read_toml
-from rt_lens.evaluation.making import ScorerLike
+from rt_lens.evaluation.registry import ScorerLike
 from rt_lens.models.sources import cache_home
 
 _PORTS = {"http": 80, "https": 443}

@@ -15,8 +15,8 @@ from rt_lens.data.contrast_pairs import ContrastPairs, pairs_from_table
 from rt_lens.data.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.data.questions import Question, load_questions
 from rt_lens.data.readers import read_toml
-from rt_lens.evaluation.making import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.permissions import Permissions, check_model
+from rt_lens.evaluation.registry import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.scorers import Scorer
 from rt_lens.models.registry import DEFAULT_MODEL
 from rt_lens.tuning.config import TuneConfig

@@ -23,7 +23,7 @@ from rt_lens.data.honesty import (
     true_or_false,
 )
 from rt_lens.data.questions import Question, lettered, load_questions
-from rt_lens.evaluation.asking import ask
+from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.choices import start_of
 from rt_lens.evaluation.scorers import Likelihood, OtherMass
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen

@@ -24,9 +24,9 @@ from rt_lens.common.files import together, write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
 from rt_lens.data.questions import Answer
-from rt_lens.evaluation.asking import ask
+from rt_lens.evaluation.answering import ask
+from rt_lens.evaluation.fluency import repetition
 from rt_lens.evaluation.texts import text_fit
-from rt_lens.evaluation.writing import repetition
 from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of

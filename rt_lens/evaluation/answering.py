@@ -12,7 +12,7 @@ from rt_lens.common.statistics.intervals import Interval, mean_interval, share_i
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.questions import Answer, Asked, Question, as_questions
 from rt_lens.evaluation.choices import likelihoods, question_text
-from rt_lens.evaluation.making import ScorerLike, make_scorer
+from rt_lens.evaluation.registry import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Reads, Scorer, is_share, option_shares
 from rt_lens.models.generation import generate
 

@@ -11,6 +11,7 @@ from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.data.questions import Answer
 from rt_lens.evaluation.classifier import classifier_of
 from rt_lens.evaluation.endpoint import EndpointJudge
+from rt_lens.evaluation.fluency import distinct, length, loops, repetition
 from rt_lens.evaluation.judges import LogitJudge
 from rt_lens.evaluation.scorers import (
     Lexicon,
@@ -24,7 +25,6 @@ from rt_lens.evaluation.scorers import (
     Scorer,
     vader,
 )
-from rt_lens.evaluation.writing import distinct, length, loops, repetition
 from rt_lens.models.load import load_model
 
 ScorerLike: TypeAlias = str | Mapping[str, Any] | Callable[[str], float] | Scorer
