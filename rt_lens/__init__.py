@@ -1,7 +1,13 @@
 """Find a behaviour's direction in a language model, steer with it, tune it into the weights, see what changed."""
 
 from rt_lens import plots
-from rt_lens.arms import under
+from rt_lens.arms.comparison import Exam, compare_arms
+from rt_lens.arms.inspection import residual_shifts, weight_changes
+from rt_lens.arms.intervention import under
+from rt_lens.arms.projections import mean_projections, projection_changes
+from rt_lens.arms.robustness import resistance
+from rt_lens.arms.search import block_search
+from rt_lens.arms.sweeping import Answers, LogitDifference, sweep
 from rt_lens.dashboard import dashboard
 from rt_lens.data.contrast_pairs import ContrastPairs, load_pairs
 from rt_lens.data.questions import Question, load_questions
@@ -14,21 +20,16 @@ from rt_lens.evaluation.judges import LogitJudge
 from rt_lens.evaluation.registry import make_scorer
 from rt_lens.evaluation.scorers import calibration
 from rt_lens.evaluation.texts import text_fit
-from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.context import whereabouts
 from rt_lens.models.generation import generate, stream
 from rt_lens.models.load import load_model
 from rt_lens.plots.figure_export import save_figure
-from rt_lens.projections import mean_projections, projection_changes
-from rt_lens.resistance import resistance
 from rt_lens.results.comparing import compare_runs
 from rt_lens.results.schema import load_results
-from rt_lens.scoreboard import Exam, compare_arms
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
 from rt_lens.steering.condition_fit import fit_condition
 from rt_lens.steering.conditions import conditional
 from rt_lens.steering.edits import Linear
-from rt_lens.sweeping import Answers, LogitDifference, sweep
 from rt_lens.tuning.aims import Aim, KLThenSteer
 from rt_lens.tuning.baking import bake
 from rt_lens.tuning.config import TuneConfig
@@ -36,7 +37,6 @@ from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.export.hf import export_hf
 from rt_lens.tuning.export.peft import export_peft
 from rt_lens.tuning.loop import tune
-from rt_lens.tuning.search import block_search
 from rt_lens.tuning.targets import Choice, Target
 from rt_lens.vectors.extraction import covariate_vectors, extract_offsets, extract_vectors
 from rt_lens.vectors.geometry import activation_map, cosines, norms

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rt_lens.arms.comparison import Scoreboard
 from rt_lens.results.writing import tables_of, write_results
-from rt_lens.scoreboard import Scoreboard
 
 ARMS = (("untuned", "none"), ("steered", "away"), ("rep_tuned", "toward"), ("rep_tuned", "away"))
 SETS = {"test": ("vader", "repetition"), "facts": ("names_right",), "talk": ("repetition", "obeys")}

@@ -12,6 +12,7 @@ import pytest
 from small_runs import as_an_older_run, make_board, write_run
 from typer.testing import CliRunner
 
+from rt_lens.arms.comparison import Board, Exam
 from rt_lens.cli import app, main
 from rt_lens.common.statistics.comparisons import holm, mcnemar, unpaired_comparison
 from rt_lens.common.statistics.power import detectable
@@ -19,7 +20,6 @@ from rt_lens.data.questions import Question
 from rt_lens.evaluation.scorers import Likelihood
 from rt_lens.results.comparing import _ALPHA, _judged, _row, _Side, compare_runs
 from rt_lens.results.schema import load_results
-from rt_lens.scoreboard import Board, Exam
 from rt_lens.steering.binding import add
 
 KEY = ("rep_tuned", "toward", "test", "vader")

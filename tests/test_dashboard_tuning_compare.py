@@ -16,6 +16,9 @@ from pages import cells, figures, parts
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
+from rt_lens.arms.comparison import Exam, compare_arms
+from rt_lens.arms.inspection import residual_shifts, weight_changes
+from rt_lens.arms.projections import projection_changes
 from rt_lens.common.progress import watched
 from rt_lens.dashboard import compare, explore, tuning
 from rt_lens.dashboard.app import make_app
@@ -24,11 +27,8 @@ from rt_lens.dashboard.compared import answers_to, prompts_of
 from rt_lens.dashboard.work import Job, Stopped
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
 from rt_lens.experiment.config import Experiment, load_experiment
-from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.generation import as_chat
-from rt_lens.projections import projection_changes
 from rt_lens.results.schema import load_results
-from rt_lens.scoreboard import Exam, compare_arms
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.targets import Target
 

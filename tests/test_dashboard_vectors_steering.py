@@ -16,6 +16,7 @@ from pages import cells, figures, parts
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
+from rt_lens.arms.sweeping import Answers, Options, Sweep
 from rt_lens.common.progress import Step, watched
 from rt_lens.dashboard import steering, vectors
 from rt_lens.dashboard.app import make_app
@@ -24,7 +25,6 @@ from rt_lens.dashboard.work import Job, Stopped
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.validation import validation_metric
 from rt_lens.results.schema import load_results
-from rt_lens.sweeping import Answers, Options, Sweep
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 from rt_lens.vectors.validation import Trust
 

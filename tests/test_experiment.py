@@ -17,6 +17,7 @@ from llama_folder import llama_folder
 from typer.testing import CliRunner
 
 import rt_lens.experiment.run as run_module
+from rt_lens.arms.comparison import Board
 from rt_lens.cli import app
 from rt_lens.data.builtin import behaviours, data_path
 from rt_lens.data.contrast_pairs import load_pairs
@@ -25,7 +26,6 @@ from rt_lens.experiment.plan import plan_of
 from rt_lens.experiment.run import run_experiment
 from rt_lens.report.page import write_report
 from rt_lens.results.schema import load_results
-from rt_lens.scoreboard import Board
 from rt_lens.tuning.loop import tune
 from rt_lens.vectors.steering_vectors import SteeringVectors
 

@@ -10,9 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rt_lens"
 
 ORDER = [
-    "common", "models", "data", "vectors", "steering", "plots", "tuning", "evaluation", "arms", "sweeping",
-    "projections", "inspection", "resistance", "scoreboard", "results", "experiment", "report", "dashboard",
-    "cli",
+    "common", "models", "data", "vectors", "steering", "plots", "tuning", "evaluation", "arms", "results",
+    "experiment", "report", "dashboard", "cli",
 ]  # fmt: skip
 """The rooms, from the ground up: a room imports only from rooms that stand before it."""
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.arms.inspection import ResidualShifts, _spectrum, residual_shifts, weight_changes
+from rt_lens.arms.projections import projection_changes
 from rt_lens.common.progress import Step, watched
-from rt_lens.inspection import ResidualShifts, _spectrum, residual_shifts, weight_changes
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.generation import as_chat
-from rt_lens.projections import projection_changes
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.reading import token_projections
 from rt_lens.vectors.steering_vectors import SteeringVectors

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.arms.comparison import Board, Exam
+from rt_lens.arms.sweeping import LogitDifference
 from rt_lens.common.inputs import text_list
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.tokens import batches
-from rt_lens.scoreboard import Board, Exam
-from rt_lens.sweeping import LogitDifference
 from rt_lens.tuning.targets import write_neutral
 
 TEXTS = ["How was your day?", "Tell me about music.", "What do rivers do?"]

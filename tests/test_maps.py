@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.arms.projections import mean_projections
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.models.activations import last_token_activations
-from rt_lens.projections import mean_projections
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.geometry import activation_map, cosines, norms
 from rt_lens.vectors.steering_vectors import SteeringVectors

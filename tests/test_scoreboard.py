@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.arms.comparison import Board, Exam, compare_arms
 from rt_lens.common.statistics.comparisons import paired_comparison
 from rt_lens.common.statistics.intervals import crossed_interval, share_interval
 from rt_lens.data.questions import Question
 from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.texts import text_fit
-from rt_lens.scoreboard import Board, Exam, compare_arms
 from rt_lens.tuning.delta import WeightDelta
 
 PROMPTS = ["Tell me about rivers.", "How is the weather?", "Describe a chair.", "Hello.", "What is in your bag?"]

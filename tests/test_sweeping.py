@@ -21,6 +21,7 @@ import torch
 
 import rt_lens as rtl
 from rt_lens import plots
+from rt_lens.arms.sweeping import _NEW, DoseResponse, Options, Sweep, _fingerprint
 from rt_lens.data.questions import Question
 from rt_lens.evaluation import registry as making
 from rt_lens.models.activations import last_token_activations
@@ -29,7 +30,6 @@ from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import encode
 from rt_lens.steering.conditions import Condition
 from rt_lens.steering.edits import Linear
-from rt_lens.sweeping import _NEW, DoseResponse, Options, Sweep, _fingerprint
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 PROMPTS = ["Rain?", "Tell me, at some length, about your last weekend in the hills.", "Name a tree."]

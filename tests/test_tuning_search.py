@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 import rt_lens as rtl
+from rt_lens.arms.search import block_search, candidates_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.material import prepare
-from rt_lens.tuning.search import block_search, candidates_of
 from rt_lens.tuning.targets import Target
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]

@@ -81,11 +81,11 @@ def evaluate(
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Ask prompts of your own, and score the answers of the untuned, the steered and the tuned model."""
+    from rt_lens.arms.comparison import Exam, compare_arms
     from rt_lens.data.questions import load_questions
     from rt_lens.experiment.run import check_writable
     from rt_lens.results.schema import check_no_run, checked_file
     from rt_lens.results.writing import write_scores
-    from rt_lens.scoreboard import Exam, compare_arms
     from rt_lens.steering.binding import add
     from rt_lens.tuning.delta import WeightDelta
     from rt_lens.vectors.interop.tensors import import_vectors

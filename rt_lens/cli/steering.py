@@ -115,11 +115,11 @@ def sweep(
 ) -> None:
     """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
     from rt_lens import plots
+    from rt_lens.arms.sweeping import sweep as sweep_layers
     from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.run import check_writable
     from rt_lens.experiment.validation import validation_metric
     from rt_lens.results.schema import checked_file
-    from rt_lens.sweeping import sweep as sweep_layers
     from rt_lens.vectors.interop.tensors import import_vectors
 
     experiment = load_experiment(

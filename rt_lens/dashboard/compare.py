@@ -12,7 +12,8 @@ from typing import Any
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 
-from rt_lens.arms import Arm
+from rt_lens.arms.comparison import Board, Exam
+from rt_lens.arms.intervention import Arm
 from rt_lens.common.parsing import whole_number
 from rt_lens.common.progress import Bar
 from rt_lens.dashboard.bench import Bench, made
@@ -35,7 +36,6 @@ from rt_lens.experiment.protocols import protocol_of
 from rt_lens.report.words import of_first_scorer
 from rt_lens.results.schema import choices_of
 from rt_lens.results.writing import plain, tables_of
-from rt_lens.scoreboard import Board, Exam
 from rt_lens.steering.binding import add
 from rt_lens.vectors.steering_vectors import SteeringVectors
 

@@ -12,7 +12,7 @@ from dash import Dash, Input, Output, dcc, html
 from dash.development.base_component import Component
 
 from rt_lens import plots
-from rt_lens.arms import under
+from rt_lens.arms.intervention import under
 from rt_lens.dashboard.bench import Bench, made
 from rt_lens.dashboard.panel import Work, choice, field, graph, slider, workplace
 from rt_lens.dashboard.panel import connect as connect_work

@@ -12,6 +12,7 @@ from dash import Dash, dcc, html
 from dash.development.base_component import Component
 
 from rt_lens import plots
+from rt_lens.arms.sweeping import DoseResponse, sweep
 from rt_lens.common.parsing import layers_of, multipliers_of, whole_number
 from rt_lens.common.progress import Bar
 from rt_lens.dashboard.bench import Bench, made
@@ -21,7 +22,6 @@ from rt_lens.dashboard.work import Job
 from rt_lens.experiment.validation import validation_metric
 from rt_lens.report.words import estimate
 from rt_lens.results.schema import Results, choices_of
-from rt_lens.sweeping import DoseResponse, sweep
 
 PAGE = "steering"
 SLOTS = ("told", "heat", "dose", "table")

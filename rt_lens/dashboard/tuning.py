@@ -18,7 +18,9 @@ from dash.development.base_component import Component
 from flask import Response, abort, send_file
 
 from rt_lens import plots
-from rt_lens.arms import Arm
+from rt_lens.arms.inspection import residual_shifts, weight_changes
+from rt_lens.arms.intervention import Arm
+from rt_lens.arms.projections import projection_changes
 from rt_lens.common.parsing import layers_of, whole_number
 from rt_lens.common.progress import Step, watched
 from rt_lens.dashboard.bench import Bench, made
@@ -28,12 +30,10 @@ from rt_lens.dashboard.work import Job
 from rt_lens.data.builtin import neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.experiment.protocols import protocol_of
-from rt_lens.inspection import residual_shifts, weight_changes
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.plots.layers import without_first
 from rt_lens.plots.look import LOSS_PARTS
-from rt_lens.projections import projection_changes
 from rt_lens.results.schema import choices_of
 from rt_lens.steering.binding import ablate, add
 from rt_lens.steering.edits import FwdHook

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from rt_lens.arms.comparison import Exam
 from rt_lens.common.statistics.intervals import Interval, share_interval
 from rt_lens.data.builtin import held_out_neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
@@ -28,7 +29,6 @@ from rt_lens.evaluation.choices import start_of
 from rt_lens.evaluation.scorers import Likelihood, OtherMass
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.models.tokens.chats import answered, chat_text
-from rt_lens.scoreboard import Exam
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, Target, Wanted
 

@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rt_lens.arms import Arm, under
+from rt_lens.arms.comparison import Board, Scoreboard
+from rt_lens.arms.intervention import Arm, under
 from rt_lens.common.files import together, write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
@@ -36,7 +37,6 @@ from rt_lens.models.load import load_model
 from rt_lens.models.tokens.chats import answered
 from rt_lens.results.schema import files_of_run
 from rt_lens.results.writing import plain, tables_of, write_results
-from rt_lens.scoreboard import Board, Scoreboard
 from rt_lens.steering.binding import add
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import TuneConfig

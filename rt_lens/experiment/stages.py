@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rt_lens.arms.comparison import Exam
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.honesty import OPENER, judged_statements, load_facts
@@ -16,7 +17,6 @@ from rt_lens.experiment.protocols import Protocol, answers_protocol, likelihood_
 from rt_lens.experiment.shape import Shape
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
-from rt_lens.scoreboard import Exam
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, Wanted
 

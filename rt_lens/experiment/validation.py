@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rt_lens.arms.sweeping import Answers, Metric, Options
 from rt_lens.experiment.config import Experiment
 from rt_lens.experiment.protocols import parts, protocol_of
-from rt_lens.sweeping import Answers, Metric, Options
 
 
 def validation_metric(experiment: Experiment, model: Any, max_new_tokens: int) -> tuple[list[str], Metric]:

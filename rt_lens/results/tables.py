@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from rt_lens.scoreboard import beats
+from rt_lens.arms.comparison import beats
 
 Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 Pair: TypeAlias = tuple[str, str]

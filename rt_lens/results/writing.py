@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from rt_lens.arms.comparison import Scoreboard
 from rt_lens.common.files import file_sha256, together, write_atomically
 from rt_lens.results.schema import REPORT, TABLES, check_no_run
 from rt_lens.results.tables import to_latex, to_markdown
-from rt_lens.scoreboard import Scoreboard
 
 # How an answer is written, whatever it says, and what is not said: side effects on every set.
 _OF_WRITING = ("repetition", "distinct_2", "loop", "length", "other", "other_letters")

@@ -4,7 +4,6 @@ from rt_lens.tuning.aims import Aim, KLThenSteer
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import LossNotFinite, tune
 from rt_lens.tuning.material import Material, prepare
-from rt_lens.tuning.search import block_search, candidates_of
 from rt_lens.tuning.targets import Choice, Target, write_neutral, write_targets
 
 __all__ = [
@@ -15,8 +14,6 @@ __all__ = [
     "Material",
     "Target",
     "TuneConfig",
-    "block_search",
-    "candidates_of",
     "prepare",
     "tune",
     "write_neutral",

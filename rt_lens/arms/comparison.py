@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from rt_lens.arms import Arm, under
+from rt_lens.arms.intervention import Arm, under
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.comparisons import holm, paired_comparison

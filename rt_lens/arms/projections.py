@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from rt_lens.arms import Arm, under
+from rt_lens.arms.intervention import Arm, under
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.models.activations import read_activations

@@ -18,14 +18,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rt_lens.arms import Arm
+from rt_lens.arms.intervention import Arm
+from rt_lens.arms.projections import by_arm, check_arms, refuse_heads
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.forward import check_layers, finest_dtype
 from rt_lens.models.generation import as_chat
-from rt_lens.projections import by_arm, check_arms, refuse_heads
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 

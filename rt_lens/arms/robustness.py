@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rt_lens.arms import Arm, under
+from rt_lens.arms.intervention import Arm, under
+from rt_lens.arms.sweeping import Metric, sweep
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
-from rt_lens.sweeping import Metric, sweep
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
