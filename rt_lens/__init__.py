@@ -1,6 +1,7 @@
 """Find a behaviour's direction in a language model, steer with it, tune it into the weights, see what changed."""
 
 from rt_lens import plots
+from rt_lens.apps.dashboard.opening import dashboard
 from rt_lens.arms.comparison import Exam, compare_arms
 from rt_lens.arms.inspection import residual_shifts, weight_changes
 from rt_lens.arms.intervention import under
@@ -8,7 +9,6 @@ from rt_lens.arms.projections import mean_projections, projection_changes
 from rt_lens.arms.robustness import resistance
 from rt_lens.arms.search import block_search
 from rt_lens.arms.sweeping import Answers, LogitDifference, sweep
-from rt_lens.dashboard import dashboard
 from rt_lens.data.contrast_pairs import ContrastPairs, load_pairs
 from rt_lens.data.questions import Question, load_questions
 from rt_lens.evaluation.answering import ask, correct_only, evaluate

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 from rt_lens.data.builtin import data_path
-from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import load_experiment
+from rt_lens.experiment.reproducibility import recorded
 
 OWN = """
 name = "sweetness"

@@ -20,9 +20,9 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
-from rt_lens.dashboard.serving import Dashboard
+from rt_lens.apps.dashboard.serving import Dashboard
+from rt_lens.apps.report.page import write_report
 from rt_lens.models.generation import NewToken, as_chat
-from rt_lens.report.page import write_report
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 PAGES = ("explore", "vectors", "steering", "tuning", "compare")

@@ -12,8 +12,8 @@ import pytest
 from small_runs import as_an_older_run, make_board, write_run
 from typer.testing import CliRunner
 
+from rt_lens.apps.cli import app, main
 from rt_lens.arms.comparison import Board, Exam
-from rt_lens.cli import app, main
 from rt_lens.common.statistics.comparisons import holm, mcnemar, unpaired_comparison
 from rt_lens.common.statistics.power import detectable
 from rt_lens.data.questions import Question

@@ -18,12 +18,12 @@ from dash.development.base_component import Component
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
+from rt_lens.apps.dashboard.app import make_app
+from rt_lens.apps.dashboard.explore import OPERATORS, SLOTS, _Look, layout, steering
+from rt_lens.apps.dashboard.serving import Dashboard
+from rt_lens.apps.dashboard.session import Bench
+from rt_lens.apps.dashboard.work import Job, Jobs, told, turn_of
 from rt_lens.common.progress import Bar, watched
-from rt_lens.dashboard.app import make_app
-from rt_lens.dashboard.bench import Bench
-from rt_lens.dashboard.explore import OPERATORS, SLOTS, _Look, layout, steering
-from rt_lens.dashboard.serving import Dashboard
-from rt_lens.dashboard.work import Job, Jobs, told, turn_of
 from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import encode
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_runs import make_board, write_run
 
-from rt_lens.cli import main
+from rt_lens.apps.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     # Without the hub: a run's model that is not on this machine must not be looked for elsewhere.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "rt_lens.cli", "dashboard", *arguments], env=environment, text=True,
+        [sys.executable, "-m", "rt_lens.apps.cli", "dashboard", *arguments], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

@@ -16,15 +16,15 @@ from pages import cells, figures, parts
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
+from rt_lens.apps.dashboard import compare, explore, tuning
+from rt_lens.apps.dashboard.app import make_app
+from rt_lens.apps.dashboard.compared import answers_to, prompts_of
+from rt_lens.apps.dashboard.session import Bench
+from rt_lens.apps.dashboard.work import Job, Stopped
 from rt_lens.arms.comparison import Exam, compare_arms
 from rt_lens.arms.inspection import residual_shifts, weight_changes
 from rt_lens.arms.projections import projection_changes
 from rt_lens.common.progress import watched
-from rt_lens.dashboard import compare, explore, tuning
-from rt_lens.dashboard.app import make_app
-from rt_lens.dashboard.bench import Bench
-from rt_lens.dashboard.compared import answers_to, prompts_of
-from rt_lens.dashboard.work import Job, Stopped
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.models.generation import as_chat

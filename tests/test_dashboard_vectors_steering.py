@@ -16,12 +16,12 @@ from pages import cells, figures, parts
 from small_runs import make_board, write_run
 
 import rt_lens as rtl
+from rt_lens.apps.dashboard import steering, vectors
+from rt_lens.apps.dashboard.app import make_app
+from rt_lens.apps.dashboard.session import MOST_ASIDE, Bench, made
+from rt_lens.apps.dashboard.work import Job, Stopped
 from rt_lens.arms.sweeping import Answers, Options, Sweep
 from rt_lens.common.progress import Step, watched
-from rt_lens.dashboard import steering, vectors
-from rt_lens.dashboard.app import make_app
-from rt_lens.dashboard.bench import MOST_ASIDE, Bench, made
-from rt_lens.dashboard.work import Job, Stopped
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.validation import validation_metric
 from rt_lens.results.schema import load_results

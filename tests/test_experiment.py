@@ -17,14 +17,14 @@ from llama_folder import llama_folder
 from typer.testing import CliRunner
 
 import rt_lens.experiment.run as run_module
+from rt_lens.apps.cli import app
+from rt_lens.apps.report.page import write_report
 from rt_lens.arms.comparison import Board
-from rt_lens.cli import app
 from rt_lens.data.builtin import behaviours, data_path
 from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.experiment.config import load_experiment
 from rt_lens.experiment.plan import plan_of
 from rt_lens.experiment.run import run_experiment
-from rt_lens.report.page import write_report
 from rt_lens.results.schema import load_results
 from rt_lens.tuning.loop import tune
 from rt_lens.vectors.steering_vectors import SteeringVectors
@@ -85,7 +85,7 @@ def run(tmp_path_factory) -> Path:
 
 def command(*arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "rt_lens.cli", *arguments],
+        [sys.executable, "-m", "rt_lens.apps.cli", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "120"},

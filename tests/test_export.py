@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import rt_lens as rtl
-from rt_lens.cli import app
+from rt_lens.apps.cli import app
 from rt_lens.models.forward import dtype_name
 from rt_lens.models.load import load_model
 from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
@@ -566,7 +566,9 @@ def test_the_command_writes_a_folder_or_an_adapter_and_says_what_to_do_next(plai
     results.write_text(json.dumps({"behaviour": "mood", "model": "plain", "summary": [*rows[:1], rows[3], rows[5]]}))
     given = ("export", str(file), "--model", str(folder), "--results", str(results))
     done = subprocess.run(
-        [sys.executable, "-m", "rt_lens.cli", *given, "--out", str(tmp_path / "out")], capture_output=True, text=True
+        [sys.executable, "-m", "rt_lens.apps.cli", *given, "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
     )
     said = done.stdout
     assert done.returncode == 0, said + done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rt_lens.apps.report.page import write_report
 from rt_lens.data.honesty import (
     OPENER,
     Fact,
@@ -29,7 +30,6 @@ from rt_lens.experiment.config import load_experiment, questions_of
 from rt_lens.experiment.protocols import calibrate, parts, protocol_of
 from rt_lens.experiment.run import run_experiment
 from rt_lens.models.tokens.batches import encode
-from rt_lens.report.page import write_report
 from rt_lens.results.schema import load_results
 from rt_lens.tuning.material import _row
 from rt_lens.tuning.targets import Choice, Target

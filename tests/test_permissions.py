@@ -10,7 +10,7 @@ import pytest
 from chat_server import HAPPY, alone
 from typer.testing import CliRunner
 
-from rt_lens.cli import app, main
+from rt_lens.apps.cli import app, main
 from rt_lens.common.files import as_name, check_name
 from rt_lens.evaluation.permissions import Permissions, settings_file
 from rt_lens.evaluation.registry import make_scorer

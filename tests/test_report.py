@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from full_disk import full_disk
 
-from rt_lens import report
-from rt_lens.report.again import again
-from rt_lens.report.sections import sections
-from rt_lens.report.sentences import headline
-from rt_lens.report.words import harm_of
+from rt_lens.apps import report
+from rt_lens.apps.report.labels import harm_of
+from rt_lens.apps.report.reproducibility import again
+from rt_lens.apps.report.sections import sections
+from rt_lens.apps.report.sentences import headline
 from rt_lens.results.schema import checked
 
 HOSTILE = ("<script>alert(1)</script>", "</script>", "<b>", '"><img src=x onerror=alert(2)>', "]]><!--")

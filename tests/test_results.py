@@ -12,10 +12,10 @@ import pytest
 from full_disk import full_disk
 from small_runs import ARMS, PROJECTIONS, SETS, as_an_older_run, make_board, make_content, write_run
 
+from rt_lens.apps.report.page import write_report
 from rt_lens.arms.comparison import Board, Exam
 from rt_lens.data.questions import Question
 from rt_lens.evaluation.scorers import Likelihood
-from rt_lens.report.page import write_report
 from rt_lens.results.schema import checked, checked_file, files_of_run, load_results
 from rt_lens.results.tables import efficient, to_latex, to_markdown
 from rt_lens.results.writing import plain, tables_of, write_results, write_scores

@@ -28,9 +28,9 @@ from rt_lens.data.questions import Answer
 from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.fluency import repetition
 from rt_lens.evaluation.texts import text_fit
-from rt_lens.experiment.again import recorded
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
+from rt_lens.experiment.reproducibility import recorded
 from rt_lens.models.forward import check_layers, model_name
 from rt_lens.models.generation import as_chat
 from rt_lens.models.load import load_model

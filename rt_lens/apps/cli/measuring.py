@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import (
+from rt_lens.apps.cli.app import (
     AllowJudge,
     Behaviour,
     ChatTemplateKwargs,
@@ -36,11 +36,11 @@ def run(
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Run the four arms (untuned, steered, token-tuned, rep-tuned) in both directions and write report.html."""
+    from rt_lens.apps.report.page import write_report
+    from rt_lens.apps.report.sentences import summary_sentences
     from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.plan import plan_of
     from rt_lens.experiment.run import check_writable, run_experiment
-    from rt_lens.report.page import write_report
-    from rt_lens.report.sentences import summary_sentences
 
     experiment = load_experiment(
         behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),

@@ -12,8 +12,8 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 from dash.exceptions import PreventUpdate
 
-from rt_lens.dashboard.bench import Bench
-from rt_lens.dashboard.work import Job, told
+from rt_lens.apps.dashboard.session import Bench
+from rt_lens.apps.dashboard.work import Job, told
 
 TICK = 100  # milliseconds between two looks at a job
 # A look that is still on its way is dropped for the next one, so a busy machine must not be asked again too soon; and

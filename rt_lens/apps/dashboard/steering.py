@@ -12,15 +12,15 @@ from dash import Dash, dcc, html
 from dash.development.base_component import Component
 
 from rt_lens import plots
+from rt_lens.apps.dashboard.panel import Work, choice, field, graph, table, workplace
+from rt_lens.apps.dashboard.panel import connect as connect_work
+from rt_lens.apps.dashboard.session import Bench, made
+from rt_lens.apps.dashboard.work import Job
+from rt_lens.apps.report.labels import estimate
 from rt_lens.arms.sweeping import DoseResponse, sweep
 from rt_lens.common.parsing import layers_of, multipliers_of, whole_number
 from rt_lens.common.progress import Bar
-from rt_lens.dashboard.bench import Bench, made
-from rt_lens.dashboard.panel import Work, choice, field, graph, table, workplace
-from rt_lens.dashboard.panel import connect as connect_work
-from rt_lens.dashboard.work import Job
 from rt_lens.experiment.validation import validation_metric
-from rt_lens.report.words import estimate
 from rt_lens.results.schema import Results, choices_of
 
 PAGE = "steering"

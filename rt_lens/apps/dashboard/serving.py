@@ -10,7 +10,7 @@ from html import escape
 from dash import Dash
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
-from rt_lens.dashboard.work import Jobs
+from rt_lens.apps.dashboard.work import Jobs
 
 HOST = "127.0.0.1"
 PORT = 8050

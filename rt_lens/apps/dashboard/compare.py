@@ -12,12 +12,7 @@ from typing import Any
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 
-from rt_lens.arms.comparison import Board, Exam
-from rt_lens.arms.intervention import Arm
-from rt_lens.common.parsing import whole_number
-from rt_lens.common.progress import Bar
-from rt_lens.dashboard.bench import Bench, made
-from rt_lens.dashboard.compared import (
+from rt_lens.apps.dashboard.compared import (
     answers_table,
     answers_to,
     arms_figure,
@@ -28,12 +23,17 @@ from rt_lens.dashboard.compared import (
     other_sets,
     prompts_of,
 )
-from rt_lens.dashboard.panel import Work, choice, field, slider, workplace
-from rt_lens.dashboard.panel import connect as connect_work
-from rt_lens.dashboard.work import Job
+from rt_lens.apps.dashboard.panel import Work, choice, field, slider, workplace
+from rt_lens.apps.dashboard.panel import connect as connect_work
+from rt_lens.apps.dashboard.session import Bench, made
+from rt_lens.apps.dashboard.work import Job
+from rt_lens.apps.report.labels import of_first_scorer
+from rt_lens.arms.comparison import Board, Exam
+from rt_lens.arms.intervention import Arm
+from rt_lens.common.parsing import whole_number
+from rt_lens.common.progress import Bar
 from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.experiment.protocols import protocol_of
-from rt_lens.report.words import of_first_scorer
 from rt_lens.results.schema import choices_of
 from rt_lens.results.writing import plain, tables_of
 from rt_lens.steering.binding import add

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import (
+from rt_lens.apps.cli.app import (
     AllowJudge,
     Behaviour,
     ChatTemplateKwargs,

@@ -12,13 +12,13 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 
 from rt_lens import plots
+from rt_lens.apps.dashboard.panel import Work, choice, field, graph, table, workplace
+from rt_lens.apps.dashboard.panel import connect as connect_work
+from rt_lens.apps.dashboard.session import N_PAIRS, SEED, Bench, made
+from rt_lens.apps.dashboard.work import Job
+from rt_lens.apps.report.labels import estimate
 from rt_lens.common.parsing import whole_number
-from rt_lens.dashboard.bench import N_PAIRS, SEED, Bench, made
-from rt_lens.dashboard.panel import Work, choice, field, graph, table, workplace
-from rt_lens.dashboard.panel import connect as connect_work
-from rt_lens.dashboard.work import Job
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.report.words import estimate
 from rt_lens.results.schema import Results
 from rt_lens.vectors.geometry import activation_map, cosines, norms
 from rt_lens.vectors.methods import METHODS

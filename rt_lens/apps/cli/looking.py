@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rt_lens.cli.app import (
+from rt_lens.apps.cli.app import (
     AllowJudge,
     ChatTemplateKwargs,
     Dtype,
@@ -43,7 +43,7 @@ def dashboard(
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Show a finished run, and work live on the model, in a browser on this machine."""
-    from rt_lens.dashboard import dashboard as open_dashboard
+    from rt_lens.apps.dashboard.opening import dashboard as open_dashboard
     from rt_lens.experiment.config import load_experiment
 
     permissions = permissions_of(allow_judge, judge_key_env)

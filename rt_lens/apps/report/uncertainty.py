@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rt_lens.report.sentences import holds, shows
-from rt_lens.report.words import counted, grouped, joined
+from rt_lens.apps.report.labels import counted, grouped, joined
+from rt_lens.apps.report.sentences import holds, shows
 from rt_lens.results.schema import checked
 
 

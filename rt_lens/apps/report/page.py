@@ -9,12 +9,12 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from rt_lens.apps.report.markup import Part, contents, folded, items, rendered
+from rt_lens.apps.report.reproducibility import again
+from rt_lens.apps.report.sections import sections
+from rt_lens.apps.report.sentences import findings, headline
+from rt_lens.apps.report.uncertainty import sureness_sentences
 from rt_lens.common.files import write_atomically
-from rt_lens.report.again import again
-from rt_lens.report.markup import Part, contents, folded, items, rendered
-from rt_lens.report.sections import sections
-from rt_lens.report.sentences import findings, headline
-from rt_lens.report.sureness import sureness_sentences
 from rt_lens.results.schema import load_results
 
 _SETS_TOLD = 2

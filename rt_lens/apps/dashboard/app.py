@@ -8,9 +8,9 @@ from typing import Any
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from flask import Response
 
-from rt_lens.dashboard import compare, explore, steering, tuning, vectors
-from rt_lens.dashboard.bench import Bench
-from rt_lens.dashboard.panel import named
+from rt_lens.apps.dashboard import compare, explore, steering, tuning, vectors
+from rt_lens.apps.dashboard.panel import named
+from rt_lens.apps.dashboard.session import Bench
 
 PAGES = {"explore": explore, "vectors": vectors, "steering": steering, "tuning": tuning, "compare": compare}
 

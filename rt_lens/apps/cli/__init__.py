@@ -6,8 +6,8 @@ import logging
 import sys
 import warnings
 
-from rt_lens.cli import looking, measuring, steering, tuning
-from rt_lens.cli.app import app
+from rt_lens.apps.cli import looking, measuring, steering, tuning
+from rt_lens.apps.cli.app import app
 
 __all__ = ["app", "looking", "main", "measuring", "steering", "tuning"]
 

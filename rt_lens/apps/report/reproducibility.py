@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from rt_lens.report.markup import Part, folded, table
+from rt_lens.apps.report.markup import Part, folded, table
 
 _IMPORTS = "from pathlib import Path\nfrom rt_lens.experiment import load_experiment, run_experiment\n\n"
 

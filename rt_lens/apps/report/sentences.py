@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rt_lens.report.words import Row, brief, estimate, grouped, listed, of_first_scorer, p_value, sample, seeds
+from rt_lens.apps.report.labels import Row, brief, estimate, grouped, listed, of_first_scorer, p_value, sample, seeds
 from rt_lens.results.schema import checked
 
 _ALPHA = 0.05

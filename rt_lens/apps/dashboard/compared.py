@@ -9,8 +9,8 @@ from dash import html
 from dash.development.base_component import Component
 
 from rt_lens import plots
-from rt_lens.dashboard.panel import graph, table
-from rt_lens.report.words import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value, sample
+from rt_lens.apps.dashboard.panel import graph, table
+from rt_lens.apps.report.labels import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value, sample
 from rt_lens.results.tables import efficient
 
 # Who looks often enough finds something, and who chose on these topics finds it sooner.

@@ -10,9 +10,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from rt_lens import plots
+from rt_lens.apps.report.labels import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value
+from rt_lens.apps.report.markup import Part, boxed, chart, folded, items, table
 from rt_lens.plots.layers import without_first
-from rt_lens.report.markup import Part, boxed, chart, folded, items, table
-from rt_lens.report.words import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value
 from rt_lens.results.schema import choices_of
 from rt_lens.results.tables import efficient
 

@@ -18,15 +18,15 @@ from dash.development.base_component import Component
 from flask import Response, abort, send_file
 
 from rt_lens import plots
+from rt_lens.apps.dashboard.panel import Work, choice, field, graph, workplace
+from rt_lens.apps.dashboard.panel import connect as connect_work
+from rt_lens.apps.dashboard.session import Bench, made
+from rt_lens.apps.dashboard.work import Job
 from rt_lens.arms.inspection import residual_shifts, weight_changes
 from rt_lens.arms.intervention import Arm
 from rt_lens.arms.projections import projection_changes
 from rt_lens.common.parsing import layers_of, whole_number
 from rt_lens.common.progress import Step, watched
-from rt_lens.dashboard.bench import Bench, made
-from rt_lens.dashboard.panel import Work, choice, field, graph, workplace
-from rt_lens.dashboard.panel import connect as connect_work
-from rt_lens.dashboard.work import Job
 from rt_lens.data.builtin import neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.experiment.protocols import protocol_of

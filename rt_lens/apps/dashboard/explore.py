@@ -12,11 +12,11 @@ from dash import Dash, Input, Output, dcc, html
 from dash.development.base_component import Component
 
 from rt_lens import plots
+from rt_lens.apps.dashboard.panel import Work, choice, field, graph, slider, workplace
+from rt_lens.apps.dashboard.panel import connect as connect_work
+from rt_lens.apps.dashboard.session import Bench, made
+from rt_lens.apps.dashboard.work import Job
 from rt_lens.arms.intervention import under
-from rt_lens.dashboard.bench import Bench, made
-from rt_lens.dashboard.panel import Work, choice, field, graph, slider, workplace
-from rt_lens.dashboard.panel import connect as connect_work
-from rt_lens.dashboard.work import Job
 from rt_lens.models.generation import NewToken, as_chat, generate
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.texts import text_of, token_texts

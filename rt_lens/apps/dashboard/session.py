@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rt_lens.dashboard.work import Jobs, turn_of
+from rt_lens.apps.dashboard.work import Jobs, turn_of
 from rt_lens.data.builtin import behaviours
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.experiment.config import Experiment, load_experiment

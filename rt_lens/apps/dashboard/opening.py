@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 if TYPE_CHECKING:
-    from rt_lens.dashboard.serving import Dashboard
+    from rt_lens.apps.dashboard.serving import Dashboard
     from rt_lens.experiment.config import Experiment
-
-__all__ = ["dashboard"]
 
 
 def dashboard(
@@ -61,9 +59,9 @@ def dashboard(
         raise ImportError(
             "dash is not installed, and the dashboard needs it: pip install 'rt_lens[dashboard]'"
         ) from None
-    from rt_lens.dashboard.app import make_app
-    from rt_lens.dashboard.bench import Bench
-    from rt_lens.dashboard.serving import Dashboard
+    from rt_lens.apps.dashboard.app import make_app
+    from rt_lens.apps.dashboard.serving import Dashboard
+    from rt_lens.apps.dashboard.session import Bench
     from rt_lens.results.schema import load_results
 
     if model is None and run is None:
