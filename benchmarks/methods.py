@@ -33,20 +33,20 @@ def rows_of(model: Any, behaviour: str, n_pairs: int, n_prompts: int, seed: int)
     layer = usual.best if usual.best is not None else 21
     print(f"{behaviour}: {usual.reason}", flush=True)
     texts = neutral_paragraphs()[:6]
-    untuned = rtl.text_fit(model, texts).perplexity.mean
+    untuned = rtl.evaluation.text_fit(model, texts).perplexity.mean
     rows = []
     for method in METHODS:
         found = rtl.trust(model, chosen, validation, method=method, layers=[layer], seed=seed)
         seen = found.layers.iloc[0]
         swept = rtl.sweep(
             model, found.vectors, prompts, multipliers=[-DOSE, DOSE],
-            metric=rtl.Answers(experiment.scorer), seed=seed, progress=False,
+            metric=rtl.arms.Answers(experiment.scorer), seed=seed, progress=False,
         ).table.pivot(index="prompt", columns="multiplier", values="score")  # fmt: skip
         effect = mean_interval((swept[DOSE] - swept[-DOSE]).to_numpy(), seed)
         worst = 0.0
         for dose in (-DOSE, DOSE):
-            with rtl.steered(model, rtl.add(found.vectors, [layer], dose)):
-                worst = max(worst, rtl.text_fit(model, texts).perplexity.mean / untuned)
+            with rtl.steering.steered(model, rtl.add(found.vectors, [layer], dose)):
+                worst = max(worst, rtl.evaluation.text_fit(model, texts).perplexity.mean / untuned)
         rows.append(
             {
                 "behaviour": behaviour,

@@ -76,7 +76,7 @@ class Bench:
 
     @cached_property
     def reference(self) -> TextFit:
-        return rtl.text_fit(self.model, self.texts, keep=True)
+        return rtl.evaluation.text_fit(self.model, self.texts, keep=True)
 
     @cache  # noqa: B019
     def material(self, direction: Any, seed: int) -> Material:
@@ -108,7 +108,7 @@ class Bench:
             scores.append(found)
             repeats.append([repetition(response) for response in responses])
             with rtl.under(self.model, arm):
-                fits.append(rtl.text_fit(self.model, self.texts, reference=self.reference))
+                fits.append(rtl.evaluation.text_fit(self.model, self.texts, reference=self.reference))
                 asked = load_questions("capitals")[:25]
                 facts.append(rtl.evaluate(self.model, asked, "names_right", max_new_tokens=10).scores)
         pooled = TextFit.pooled(fits)
@@ -143,7 +143,7 @@ def rates(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """
     choose, asked = bench.experiment.choose, bench.validation.topics[: bench.n_validation]
     texts = neutral_paragraphs()[: choose.n_paragraphs]
-    reference, rows = rtl.text_fit(bench.model, texts, keep=True), []
+    reference, rows = rtl.evaluation.text_fit(bench.model, texts, keep=True), []
     for arm, settings in (("token_tuned", bench.token), ("rep_tuned", {})):
         for rate in RATES:
             scores: dict[str, list[list[float]]] = {"toward": [], "away": []}
@@ -152,7 +152,7 @@ def rates(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
                 delta = bench.tuned(direction, seed, **{**settings, "learning_rate": rate})
                 scores[direction].append(bench.scores(asked, delta)[0])
                 with rtl.under(bench.model, delta):
-                    kls.append(rtl.text_fit(bench.model, texts, reference=reference).mean_kl)
+                    kls.append(rtl.evaluation.text_fit(bench.model, texts, reference=reference).mean_kl)
             toward, away = (np.mean(scores[direction], axis=0) for direction in ("toward", "away"))
             apart = mean_interval(toward - away)
             rows.append({"arm": arm, "rate": rate, "toward": toward.mean(), "away": away.mean(), **apart._asdict(),
@@ -255,7 +255,7 @@ def resistance(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
         arms[f"{direction}_tuned"] = bench.tuned(direction, bench.seeds[0])
     withstanding = {f"out_under_steering, seed {seed}": out_under_steering(bench, seed) for seed in bench.seeds}
     arms |= withstanding
-    by_seed = rtl.resistance(bench.model, arms, bench.vectors, bench.prompts, layer=LAYER, progress=False)
+    by_seed = rtl.arms.resistance(bench.model, arms, bench.vectors, bench.prompts, layer=LAYER, progress=False)
     yield "resistance_by_seed", by_seed.moved, None
     averaged = by_seed.scores.assign(arm=by_seed.scores["arm"].str.split(",").str[0])
     averaged = averaged.groupby(["arm", "multiplier", "prompt"], sort=False, as_index=False)["score"].mean()
@@ -271,7 +271,7 @@ def out_under_steering(bench: Bench, seed: int) -> rtl.WeightDelta:
     """Tuned out while steered at random: the blocks after the steered one learn to take the direction out again."""
     config = replace(bench.tune, direction="out", seed=seed, **OUT)
     own, vectors = write_targets(bench.model, bench.train, "out", config), bench.drawn(seed)
-    steer = rtl.KLThenSteer([vectors], layers=[LAYER], strength=DOSE, share=0.8)
+    steer = rtl.tuning.KLThenSteer([vectors], layers=[LAYER], strength=DOSE, share=0.8)
     return rtl.tune(
         bench.model, vectors, bench.train, config, validation=bench.validation, neutral=own + bench.neutral(seed),
         steer=steer, progress=False,
@@ -289,7 +289,7 @@ DOSES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 def kl_then_steer(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Effect on mood against KL on held-out neutral prompts, of the plain and of the treated model, while steered."""
     config = replace(bench.tune, **KTS)
-    steer = rtl.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.9)
+    steer = rtl.tuning.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.9)
     treated = rtl.tune(
         bench.model, bench.vectors, bench.train, config, validation=bench.validation,
         neutral=bench.neutral(config.seed), steer=steer, progress=False,
@@ -297,14 +297,14 @@ def kl_then_steer(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     asked = [chat_text(bench.model, prompt) for prompt in held_out_neutral_prompts()]
     answers = rtl.generate(bench.model, asked, chat=False, max_new_tokens=N_TOKENS)
     texts = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
-    reference = rtl.text_fit(bench.model, texts, keep=True, batch_size=8)
+    reference = rtl.evaluation.text_fit(bench.model, texts, keep=True, batch_size=8)
     rows, scores, kls = [], {}, {}
     for arm, delta in (("untuned", None), ("kl_then_steer", treated)):
         for dose in DOSES:
             hooks = rtl.add(bench.vectors, [LAYER], dose) if dose else None
             found, _ = bench.scores(bench.prompts, delta, hooks)
             with rtl.under(bench.model, delta, hooks):
-                fit = rtl.text_fit(bench.model, texts, reference=reference, batch_size=8)
+                fit = rtl.evaluation.text_fit(bench.model, texts, reference=reference, batch_size=8)
             assert fit.mean_kl is not None
             scores[arm, dose], kls[arm, dose] = np.array(found), fit.kl
             effect = mean_interval(found)

@@ -341,7 +341,7 @@ def test_adding_with_the_norm_kept_is_refused(tiny, vectors):
         {"positions": "generated"},
         {"positions": [0, -1]},
         {"positions": torch.tensor([True, False])},
-        {"schedule": rtl.Linear(1.0, 0.0, 8)},
+        {"schedule": rtl.steering.Linear(1.0, 0.0, 8)},
         {"multiplier": torch.tensor([1.0, 2.0])},
     ],
     ids=lambda limits: next(iter(limits)),

@@ -112,7 +112,7 @@ def test_edits_by_position_and_by_row_mean_the_same_tokens_in_both_ways(tiny, ti
 
 
 def test_a_condition_read_at_the_question_holds_for_its_options(tiny, tiny_vectors):
-    condition = rtl.fit_condition(
+    condition = rtl.steering.fit_condition(
         tiny, [f"Is {it} cold?" for it in ("ice", "snow", "rain", "hail")], [f"{n} + {n}" for n in range(4)], layer=0
     )
     hooks = rtl.conditional(rtl.add(tiny_vectors, [1], 3.0), condition)

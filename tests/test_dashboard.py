@@ -294,7 +294,7 @@ def test_the_operators_of_the_page_are_those_of_the_api(tiny, tiny_vectors):
     (vector,) = tiny_vectors.at_layers([1]).values()
     wanted = {
         "add": rtl.add(tiny_vectors, [1], 2.0),
-        "add_preserving_norm": rtl.add_preserving_norm(tiny_vectors, [1], 2.0),
+        "add_preserving_norm": rtl.steering.add_preserving_norm(tiny_vectors, [1], 2.0),
         "ablate": rtl.ablate(tiny_vectors, [1], multiplier=2.0),
         "clamp": rtl.clamp(tiny_vectors, [1], 2.0 * float(vector.norm())),
     }

@@ -135,11 +135,11 @@ def test_the_vectors_page_draws_what_trust_says_and_no_other_page_uses_its_vecto
 def test_the_map_lengths_and_words_are_those_of_the_api_and_no_name_is_markup(bench, found):
     job, wanted = found
     _, held_out = bench.pairs(BEHAVIOUR)
-    mapped = rtl.activation_map(bench.model, held_out.sample(60, 3), layers=[0, 1], seed=3)
+    mapped = rtl.vectors.activation_map(bench.model, held_out.sample(60, 3), layers=[0, 1], seed=3)
     drawn = figures(job.shown["map"])["vectors-map-graph"]
     dots = [trace for trace in drawn.data if trace.x is not None and len(trace.x) > 1]
     assert np.allclose(sorted(np.concatenate([dot.x for dot in dots])), sorted(mapped["x"]))
-    lengths = rtl.norms(bench.model, wanted.vectors, held_out.topics, seed=3)
+    lengths = rtl.vectors.norms(bench.model, wanted.vectors, held_out.topics, seed=3)
     traces = {trace.name: trace for trace in figures(job.shown["norms"])["vectors-norms-graph"].data if trace.name}
     assert np.allclose(traces["activations"].y, lengths["mean"])
     assert np.allclose(traces["vector (multiplier 1)"].y, lengths["vector"])
@@ -392,7 +392,7 @@ def test_a_run_comes_first_with_its_own_numbers(tiny, run_folder):
     assert list(drawn["vectors-run-separability"].data[2].y) == [row["accuracy"] for row in run.content["separability"]]
     assert "seed 7" in drawn["vectors-run-separability"].layout.title.subtitle.text
     own = SteeringVectors.load(run_folder / "vectors.safetensors")
-    wanted = rtl.cosines({"mood": own}).pivot(index="a", columns="b", values="cosine")
+    wanted = rtl.vectors.cosines({"mood": own}).pivot(index="a", columns="b", values="cosine")
     assert np.allclose(np.asarray(drawn["vectors-run-cosines"].data[0].z, float), wanted)
     assert "<b>" not in drawn["vectors-run-lens"].to_json()
     page = steering.layout(Bench(tiny, {}, run))

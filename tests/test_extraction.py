@@ -196,7 +196,7 @@ def test_a_position_of_ones_own_sees_each_row_and_may_choose_in_each(tiny, ragge
 
 
 def test_offsets_equal_separate_extractions(tiny, ragged):
-    found = rtl.extract_offsets(tiny, ragged, last=6, batch_size=3)
+    found = rtl.vectors.extract_offsets(tiny, ragged, last=6, batch_size=3)
     assert list(found) == [-1, -2, -3, -4, -5, -6]
     for number, vectors in found.items():
         alone = rtl.extract_vectors(tiny, ragged, position=number)
@@ -209,12 +209,12 @@ def test_offsets_equal_separate_extractions(tiny, ragged):
 def test_offsets_at_which_the_sides_are_the_same_are_left_out_and_texts_too_short_refused(tiny):
     same_beginning = ContrastPairs("x", (Pair("Go", "So", "Hm"),))
     length = len(encode(tiny, same_beginning.texts(tiny).positive[0]))
-    found = rtl.extract_offsets(tiny, same_beginning, last=length)
+    found = rtl.vectors.extract_offsets(tiny, same_beginning, last=length)
     assert list(found) == list(range(-1, 3 - length - 1, -1))  # all but start token, role and newline
     with pytest.raises(ValueError, match=rf"token {length + 1} from the end is past the end of text 0 of the positive"):
-        rtl.extract_offsets(tiny, same_beginning, last=length + 1)
+        rtl.vectors.extract_offsets(tiny, same_beginning, last=length + 1)
     with pytest.raises(ValueError, match="last: 0 came"):
-        rtl.extract_offsets(tiny, same_beginning, last=0)
+        rtl.vectors.extract_offsets(tiny, same_beginning, last=0)
 
 
 # What is known of the vectors
@@ -318,7 +318,7 @@ def test_erase_makes_the_sides_means_equal_where_it_was_fitted_and_before_they_d
         assert torch.equal(getattr(loaded.erasers[name], part), getattr(vectors.erasers[name], part))
     before = rtl.extract_vectors(tiny, ragged, layers=[1], hook=hook, position="mean response")[name]
     assert before.norm() > 0.1
-    with rtl.steered(tiny, rtl.erase(loaded, hook=hook)):
+    with rtl.steering.steered(tiny, rtl.steering.erase(loaded, hook=hook)):
         positive, negative = plain_sides(tiny, ragged, "mean response", name)
     assert (positive - negative).mean(0).norm() < 1e-4 * before.norm()
     assert positive.std(0).norm() > 0.1 * before.norm()  # something else is left
@@ -334,7 +334,7 @@ def test_erasers_stay_with_unit_vectors_and_with_a_selection_and_go_with_arithme
     assert vectors.select([1]).erasers[POST[1]] is vectors.erasers[POST[1]]
     assert not (2 * vectors).erasers
     with pytest.raises(ValueError, match=r"made by mean_diff, they carry no erasers\. Extract .* method='leace'"):
-        rtl.erase(rtl.extract_vectors(tiny, ragged))
+        rtl.steering.erase(rtl.extract_vectors(tiny, ragged))
 
 
 def test_the_eraser_reads_otherwise_than_the_direction_it_takes_out(tiny, ragged):
@@ -352,7 +352,7 @@ def test_a_covariate_of_0_and_1_is_the_difference_of_the_groups_means(tiny, ragg
     texts = ragged.texts(tiny).positive
     for hook in ("resid_post", "z"):
         (name,) = hook_names([1], hook)
-        found = rtl.covariate_vectors(tiny, texts, [1, 0, 0, 1, 1], name="letter", hook=hook)
+        found = rtl.vectors.covariate_vectors(tiny, texts, [1, 0, 0, 1, 1], name="letter", hook=hook)
         h, _ = plain_sides(tiny, ragged, "last", name)
         expected = h[[0, 3, 4]].mean(0) - h[[1, 2]].mean(0)
         assert expected.norm() > 0.1
@@ -362,7 +362,7 @@ def test_a_covariate_of_0_and_1_is_the_difference_of_the_groups_means(tiny, ragg
 
 def test_length_is_the_slope_on_the_number_of_tokens(tiny, ragged):
     texts = ragged.texts(tiny).positive
-    found = rtl.covariate_vectors(tiny, texts, position="mean", layers=[0])
+    found = rtl.vectors.covariate_vectors(tiny, texts, position="mean", layers=[0])
     h, _ = plain_sides(tiny, ragged, "mean", POST[0])
     lengths = torch.tensor([float(len(encode(tiny, text))) for text in texts])
     design = torch.stack([torch.ones(5), lengths], dim=1)
@@ -383,15 +383,15 @@ def test_length_is_the_slope_on_the_number_of_tokens(tiny, ragged):
 @pytest.mark.usefixtures("as_a_user")
 def test_covariates_that_cannot_be_are_refused(tiny, ragged, values, says):
     with pytest.raises(ValueError, match=says):
-        rtl.covariate_vectors(tiny, ragged.texts(tiny).positive, values)
+        rtl.vectors.covariate_vectors(tiny, ragged.texts(tiny).positive, values)
 
 
 def test_without_a_nuisance_there_is_no_projection_on_it_and_before_there_was(tiny, ragged):
     for hook in ("resid_post", "z"):
         vectors = rtl.extract_vectors(tiny, ragged, hook=hook)
         texts = ragged.texts(tiny).positive
-        length = rtl.covariate_vectors(tiny, texts, hook=hook)
-        letter = rtl.covariate_vectors(tiny, texts, [1, 0, 0, 1, 1], hook=hook)
+        length = rtl.vectors.covariate_vectors(tiny, texts, hook=hook)
+        letter = rtl.vectors.covariate_vectors(tiny, texts, [1, 0, 0, 1, 1], hook=hook)
         cleaned = vectors.without(length, letter)
         for name in vectors.hook_names:
             for nuisance in (length[name], letter[name]):
@@ -405,9 +405,8 @@ def test_without_a_nuisance_there_is_no_projection_on_it_and_before_there_was(ti
 def test_a_nuisance_however_short_beside_another_is_projected_out(tiny, ragged):
     vectors = rtl.extract_vectors(tiny, ragged)
     texts = ragged.texts(tiny).positive
-    short, long = (
-        1e-9 * rtl.covariate_vectors(tiny, texts), 1e6 * rtl.covariate_vectors(tiny, texts, [1, 0, 0, 1, 1])
-    )  # fmt: skip
+    short = 1e-9 * rtl.vectors.covariate_vectors(tiny, texts)
+    long = 1e6 * rtl.vectors.covariate_vectors(tiny, texts, [1, 0, 0, 1, 1])
     for name, cosine in vectors.without(short, long).cosine(1e9 * short).items():
         assert abs(vectors.cosine(1e9 * short)[name]) > 1e-3
         assert abs(cosine) < 1e-5
@@ -429,13 +428,13 @@ def test_orthogonalised_sets_have_no_cosine_and_the_first_stays(tiny, ragged, pa
         rtl.extract_vectors(tiny, pairs.sample(3)),
         rtl.extract_vectors(tiny, ragged, position="mean"),
     ]
-    found = rtl.orthogonalised(sets)
+    found = rtl.vectors.orthogonalised(sets)
     assert all(torch.equal(found[0][name], sets[0][name]) for name in POST)
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert all(abs(cosine) > 1e-3 for cosine in sets[i].cosine(sets[j]).values())
         assert all(abs(cosine) < 1e-5 for cosine in found[i].cosine(found[j]).values())
     with pytest.raises(ValueError, match="nothing is left"):
-        rtl.orthogonalised([sets[0], sets[1], sets[0] + sets[1]])
+        rtl.vectors.orthogonalised([sets[0], sets[1], sets[0] + sets[1]])
 
 
 # Pairs that the model answers as asked
@@ -453,12 +452,15 @@ def test_correct_only_keeps_the_pairs_that_both_personas_get_their_way_in(tiny, 
         _, side, _, _, pair = answer.split()
         return scores[int(pair)][int(side)]
 
-    kept = rtl.correct_only(tiny, ragged, score)
+    kept = rtl.evaluation.correct_only(tiny, ragged, score)
     assert kept.pairs.pairs == (ragged.pairs[0], ragged.pairs[3])
     assert (kept.share.n, kept.share.mean, kept.scorer) == (5, 0.4, "score")
-    assert rtl.correct_only(tiny, ragged, score, threshold=-0.5).pairs.pairs == (ragged.pairs[0], ragged.pairs[4])
+    assert rtl.evaluation.correct_only(tiny, ragged, score, threshold=-0.5).pairs.pairs == (
+        ragged.pairs[0],
+        ragged.pairs[4],
+    )
     with pytest.raises(ValueError, match=r"of 5 none is answered as both personas ask \(score 0\.30 and -0\.22"):
-        rtl.correct_only(tiny, ragged, score, threshold=2.0)
+        rtl.evaluation.correct_only(tiny, ragged, score, threshold=2.0)
 
 
 def test_correct_only_asks_the_model_itself_with_personas_and_openers(tiny, ragged):
@@ -470,7 +472,7 @@ def test_correct_only_asks_the_model_itself_with_personas_and_openers(tiny, ragg
     def score(answer: str) -> float:
         return 1.0 if answer in wanted else -1.0
 
-    kept = rtl.correct_only(tiny, ragged, score, max_new_tokens=3, batch_size=3)
+    kept = rtl.evaluation.correct_only(tiny, ragged, score, max_new_tokens=3, batch_size=3)
     assert kept.pairs.pairs == (ragged.pairs[1], ragged.pairs[3])
 
 

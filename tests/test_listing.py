@@ -15,7 +15,7 @@ from rt_lens.arms.comparison import Board, Exam
 from rt_lens.arms.sweeping import LogitDifference
 from rt_lens.common.inputs import text_list
 from rt_lens.models.activations import last_token_activations
-from rt_lens.models.tokens import batches
+from rt_lens.models.tokens.batches import batches
 from rt_lens.tuning.targets import write_neutral
 
 TEXTS = ["How was your day?", "Tell me about music.", "What do rivers do?"]
@@ -85,21 +85,21 @@ CALLS: dict[str, Callable[..., Any]] = {
     "generate": lambda m, v, t: rtl.generate(m, t, max_new_tokens=3),
     "generate as they are": lambda m, v, t: rtl.generate(m, t, chat=False, max_new_tokens=3),
     "evaluate": lambda m, v, t: rtl.evaluate(m, t, max_new_tokens=3).scores,
-    "text_fit": lambda m, v, t: rtl.text_fit(m, t).nll.tolist(),
+    "text_fit": lambda m, v, t: rtl.evaluation.text_fit(m, t).nll.tolist(),
     "batches": lambda m, v, t: [batch.tokens.tolist() for batch in batches(m, t, 2)],
     "activations": lambda m, v, t: last_token_activations(m, t, [POST])[POST].tolist(),
     "sweep": lambda m, v, t: rtl.sweep(
         m, v, t, layers=[0], multipliers=[0, 1], metric=METRIC, progress=False
     ).table.to_dict(),
-    "resistance": lambda m, v, t: rtl.resistance(
+    "resistance": lambda m, v, t: rtl.arms.resistance(
         m, {"a": None, "b": None}, v, t, layer=0, multipliers=[-1, 1], metric=METRIC, progress=False
     ).scores.to_dict(),
-    "mean_projections": lambda m, v, t: rtl.mean_projections(m, v, t).to_dict(),
-    "norms": lambda m, v, t: rtl.norms(m, v, t).to_dict(),
-    "projection_changes": lambda m, v, t: rtl.projection_changes(m, v, t, {"a": None}).to_dict(),
-    "residual_shifts": lambda m, v, t: rtl.residual_shifts(m, {"a": rtl.add(v, [0], 1.0)}, t, v).along.to_dict(),
-    "covariate_vectors": lambda m, v, t: rtl.covariate_vectors(m, t, layers=[0])[POST].tolist(),
-    "fit_condition": lambda m, v, t: rtl.fit_condition(m, t, SUMS, layer=0).threshold,
+    "mean_projections": lambda m, v, t: rtl.arms.mean_projections(m, v, t).to_dict(),
+    "norms": lambda m, v, t: rtl.vectors.norms(m, v, t).to_dict(),
+    "projection_changes": lambda m, v, t: rtl.arms.projection_changes(m, v, t, {"a": None}).to_dict(),
+    "residual_shifts": lambda m, v, t: rtl.arms.residual_shifts(m, {"a": rtl.add(v, [0], 1.0)}, t, v).along.to_dict(),
+    "covariate_vectors": lambda m, v, t: rtl.vectors.covariate_vectors(m, t, layers=[0])[POST].tolist(),
+    "fit_condition": lambda m, v, t: rtl.steering.fit_condition(m, t, SUMS, layer=0).threshold,
     "exam": lambda m, v, t: [question.prompt for question in Exam(t).questions],
     "texts of arms": lambda m, v, t: Board(m, {"a": Exam(["Hi."], max_new_tokens=1)}, t).texts,
     "write_neutral": lambda m, v, t: [target.answer for target in write_neutral(m, t, rtl.TuneConfig(target_tokens=3))],
@@ -154,8 +154,8 @@ def test_neutral_prompts_may_be_a_column_and_hold_no_empty_cell(tiny, tiny_vecto
         (lambda m, v: rtl.token_projections(m, v, float("nan")), "text must be a text, got nan"),
         (lambda m, v: rtl.token_projections(m, v, ["Hi."]), r"text must be a text, got \['Hi\.'\]"),
         (lambda m, v: next(rtl.stream(m, None)), "prompt must be a text, got None"),
-        (lambda m, v: rtl.Question(float("nan")), "prompt must be a text, got nan"),
-        (lambda m, v: rtl.Question("Hi.", right=(float("nan"),)), "must be texts, got"),
+        (lambda m, v: rtl.data.Question(float("nan")), "prompt must be a text, got nan"),
+        (lambda m, v: rtl.data.Question("Hi.", right=(float("nan"),)), "must be texts, got"),
     ],
 )
 def test_one_text_is_refused_if_it_is_none(tiny, tiny_vectors, call, says):

@@ -139,10 +139,10 @@ def test_long_messages_are_shortened(tiny):
 
 def test_the_figures_draw_these_tables(tiny, tiny_vectors, few, only_returned):
     arms = {"untuned": None, "steered": rtl.add(tiny_vectors, [0])}
-    assert rtl.plots.projection_curves(rtl.mean_projections(tiny, tiny_vectors, TEXTS, arms=arms)).data
-    assert rtl.plots.norms(rtl.norms(tiny, tiny_vectors, TEXTS)).data
-    assert rtl.plots.cosines(rtl.cosines({"mood": tiny_vectors})).data
-    assert rtl.plots.activation_map(rtl.activation_map(tiny, few)).data
+    assert rtl.plots.projection_curves(rtl.arms.mean_projections(tiny, tiny_vectors, TEXTS, arms=arms)).data
+    assert rtl.plots.norms(rtl.vectors.norms(tiny, tiny_vectors, TEXTS)).data
+    assert rtl.plots.cosines(rtl.vectors.cosines({"mood": tiny_vectors})).data
+    assert rtl.plots.activation_map(rtl.vectors.activation_map(tiny, few)).data
 
 
 @pytest.mark.usefixtures("as_a_user")

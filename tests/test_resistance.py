@@ -12,7 +12,7 @@ from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.tuning.delta import WeightDelta
 
 PROMPTS = ["How are you?", "What is it?", "Tell me more about the hills.", "And now?"]
-METRIC = rtl.LogitDifference(" yes", " no")
+METRIC = rtl.arms.LogitDifference(" yes", " no")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def damped(tiny):
 
 def test_each_cell_is_what_steering_that_arm_by_hand_gives(tiny, tiny_vectors, damped):
     arms = {"untuned": None, "damped": damped}
-    found = rtl.resistance(
+    found = rtl.arms.resistance(
         tiny, arms, tiny_vectors, PROMPTS, layer=0, multipliers=(-2, 0, 2), metric=METRIC, progress=False
     )
     assert len(found.table) == 6
@@ -43,7 +43,7 @@ def test_each_cell_is_what_steering_that_arm_by_hand_gives(tiny, tiny_vectors, d
 
 
 def test_moved_is_paired_and_a_share_of_the_first_arm(tiny, tiny_vectors, damped):
-    found = rtl.resistance(
+    found = rtl.arms.resistance(
         tiny, {"untuned": None, "damped": damped, "again": None}, tiny_vectors, PROMPTS, layer=0,
         multipliers=(-2, 2), metric=METRIC, progress=False,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def test_moved_is_paired_and_a_share_of_the_first_arm(tiny, tiny_vectors, damped
 def test_a_first_arm_that_nothing_moves_has_no_share(tiny, tiny_vectors):
     """Steering after the block that is read: hooks on the last block's output removed again by a second edit."""
     undo = rtl.ablate(tiny_vectors, [1])
-    found = rtl.resistance(
+    found = rtl.arms.resistance(
         tiny, {"deaf": undo}, tiny_vectors.select([1]), PROMPTS, layer=1, multipliers=(-1, 1),
         metric=lambda model, prompts: [0.5] * len(prompts), progress=False,
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_the_model_is_left_alone(tiny, tiny_vectors, damped, hooks_on):
         raise RuntimeError("the metric's own")
 
     with pytest.raises(RuntimeError, match="the metric's own"):
-        rtl.resistance(tiny, {"damped": damped}, tiny_vectors, PROMPTS, layer=0, metric=failing, progress=False)
+        rtl.arms.resistance(tiny, {"damped": damped}, tiny_vectors, PROMPTS, layer=0, metric=failing, progress=False)
     assert all(torch.equal(parameter, before[name]) for name, parameter in tiny.named_parameters())
     assert not hooks_on(tiny)
 
@@ -99,11 +99,11 @@ def test_bad_requests_are_named(tiny, tiny_vectors, changed, says, as_a_user):
     request = {"arms": {"untuned": None}, "layer": 0, "metric": METRIC, "progress": False, **changed}
     arms = request.pop("arms")
     with pytest.raises((ValueError, TypeError), match=says):
-        rtl.resistance(tiny, arms, tiny_vectors, PROMPTS, **request)
+        rtl.arms.resistance(tiny, arms, tiny_vectors, PROMPTS, **request)
 
 
 def test_it_draws(tiny, tiny_vectors, damped):
-    found = rtl.resistance(
+    found = rtl.arms.resistance(
         tiny, {"untuned": None, "damped": damped}, tiny_vectors, PROMPTS, layer=0, metric=METRIC, progress=False
     )
     assert len(rtl.plots.resistance(found.table, found.moved).data) >= 2

@@ -84,7 +84,7 @@ def test_the_table_is_tidy_and_every_cell_is_that_of_a_separate_steered_run(tiny
     assert not found.table.duplicated(["layer", "multiplier", "prompt"]).any()
     assert (found.prompts, found.metric, found.seed) == (PROMPTS, "Projection", 0)
     for (layer, dose), cell in found.table.groupby(["layer", "multiplier"]):
-        with rtl.steered(tiny, rtl.add(tiny_vectors, [layer], dose)):
+        with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [layer], dose)):
             alone = [Projection()(tiny, [prompt])[0] for prompt in PROMPTS]
         assert cell["prompt"].tolist() == [0, 1, 2]
         assert cell["score"].tolist() == pytest.approx(alone, abs=1e-4)
@@ -93,10 +93,10 @@ def test_the_table_is_tidy_and_every_cell_is_that_of_a_separate_steered_run(tiny
 
 
 def test_answers_are_scored_as_evaluate_scores_them(tiny, tiny_vectors):
-    found = swept(tiny, tiny_vectors, rtl.Answers(len, max_new_tokens=3, batch_size=2), layers=[1])
+    found = swept(tiny, tiny_vectors, rtl.arms.Answers(len, max_new_tokens=3, batch_size=2), layers=[1])
     assert found.metric == "len"
     for dose, cell in found.table.groupby("multiplier"):
-        with rtl.steered(tiny, rtl.add(tiny_vectors, [1], dose)):
+        with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [1], dose)):
             alone = rtl.evaluate(tiny, PROMPTS, len, max_new_tokens=3)
         assert cell["score"].tolist() == alone.scores
     assert found.table["score"].nunique() > 3
@@ -123,9 +123,9 @@ def test_multipliers_are_sorted_and_each_run_once(tiny, tiny_vectors):
 
 
 def test_layers_in_the_order_asked_for_and_another_way_to_steer(tiny, tiny_vectors):
-    found = swept(tiny, tiny_vectors, Projection(), layers=[1, 0], steer=rtl.add_preserving_norm)
+    found = swept(tiny, tiny_vectors, Projection(), layers=[1, 0], steer=rtl.steering.add_preserving_norm)
     assert found.table["layer"].unique().tolist() == [1, 0]
-    with rtl.steered(tiny, rtl.add_preserving_norm(tiny_vectors, [1], 1.0)):
+    with rtl.steering.steered(tiny, rtl.steering.add_preserving_norm(tiny_vectors, [1], 1.0)):
         alone = Projection()(tiny, PROMPTS)
     cell = found.table.query("layer == 1 and multiplier == 1")["score"].tolist()
     assert cell == pytest.approx(alone, abs=1e-4)
@@ -168,11 +168,11 @@ def test_a_logit_difference_is_that_of_plain_runs_one_prompt_at_a_time(tiny, tin
         logits = tiny(torch.tensor([encode(tiny, as_chat(tiny, [prompt])[0])]))[0, -1]
         return float(logits[yes] - logits[no])
 
-    metric = rtl.LogitDifference(" Yes, of course", " No", batch_size=2)
+    metric = rtl.arms.LogitDifference(" Yes, of course", " No", batch_size=2)
     assert metric(tiny, PROMPTS) == pytest.approx([direct(prompt) for prompt in PROMPTS], abs=1e-4)
     assert np.std([direct(prompt) for prompt in PROMPTS]) > 1e-3
     found = swept(tiny, tiny_vectors, metric, layers=[0]).table
-    with rtl.steered(tiny, rtl.add(tiny_vectors, [0], -2.0)):
+    with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [0], -2.0)):
         steered = [direct(prompt) for prompt in PROMPTS]
     assert found[found["multiplier"] == -2]["score"].tolist() == pytest.approx(steered, abs=1e-4)
 
@@ -180,7 +180,7 @@ def test_a_logit_difference_is_that_of_plain_runs_one_prompt_at_a_time(tiny, tin
 @pytest.mark.parametrize(("positive", "negative"), [("", " No"), (" Yes", ""), (" Yes, sir", " Yes")])
 def test_texts_without_two_different_first_tokens_are_refused(tiny, positive, negative):
     with pytest.raises(ValueError, match="which do not begin with two different tokens"):
-        rtl.LogitDifference(positive, negative)(tiny, PROMPTS)
+        rtl.arms.LogitDifference(positive, negative)(tiny, PROMPTS)
 
 
 # Going on
@@ -215,8 +215,8 @@ def test_more_layers_may_be_asked_for_later_and_another_seed(tmp_path, tiny, tin
     ("changed", "says"),
     [
         ({"multipliers": (0, 1)}, "multipliers"),
-        ({"metric": rtl.LogitDifference(" Yes", " No")}, "metric"),
-        ({"steer": rtl.add_preserving_norm}, "steer"),
+        ({"metric": rtl.arms.LogitDifference(" Yes", " No")}, "metric"),
+        ({"steer": rtl.steering.add_preserving_norm}, "steer"),
         ({"steer": partial(rtl.add, positions="last")}, "steer"),
         ({"vectors": 2}, "vectors"),
         ({"prompts": PROMPTS[:2]}, "prompts_sha256"),
@@ -384,7 +384,7 @@ def test_mood_steering_moves_the_odds_of_a_happy_word_with_the_dose(model, pairs
     vectors = rtl.extract_vectors(model, train.sample(8), layers=[16])
     prompts = [f"How do you feel about {topic.lower()} Answer in one word." for topic in test.topics[:5]]
     found = rtl.sweep(
-        model, vectors, prompts, multipliers=(-2, -1, 0, 1, 2), metric=rtl.LogitDifference("Happy", "Sad"),
+        model, vectors, prompts, multipliers=(-2, -1, 0, 1, 2), metric=rtl.arms.LogitDifference("Happy", "Sad"),
         progress=False,
     ).dose_response(16)  # fmt: skip
     assert found.spearman.mean == pytest.approx(1)
@@ -394,7 +394,7 @@ def test_mood_steering_moves_the_odds_of_a_happy_word_with_the_dose(model, pairs
 
 def test_a_metric_that_asks_prompt_by_prompt_is_refused_and_not_misread(tiny, tiny_vectors):
     def one_by_one(model, prompts):
-        return [rtl.Answers(len, max_new_tokens=2)(model, [prompt])[0] for prompt in prompts]
+        return [rtl.arms.Answers(len, max_new_tokens=2)(model, [prompt])[0] for prompt in prompts]
 
     with pytest.raises(ValueError, match=r"multiplier: 4 numbers came for 1 rows"):
         rtl.sweep(tiny, tiny_vectors, ["Rain?", "Snow?"], multipliers=[-1, 1], metric=one_by_one, progress=False)
@@ -617,7 +617,7 @@ def test_a_layer_with_vectors_at_several_points_is_swept_once(tiny, tiny_vectors
     everywhere = tiny_vectors.everywhere(tiny, 1)
     found = rtl.sweep(
         tiny, everywhere, ["Rain?", "Snow?"], hook="any", steer=rtl.ablate, multipliers=[0, 0.5, 1],
-        metric=rtl.Answers(len, max_new_tokens=2), progress=False,
+        metric=rtl.arms.Answers(len, max_new_tokens=2), progress=False,
     )  # fmt: skip
     assert set(found.summary()["n"]) == {2}
     assert len(found.table) == 2 * 2 * 3
@@ -657,7 +657,7 @@ def test_a_costly_scorer_is_made_once_for_a_whole_sweep(tiny, tiny_vectors, tmp_
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
     loaded = []
     monkeypatch.setattr(making, "load_model", lambda name: loaded.append(name) or tiny)
-    metric = rtl.Answers(
+    metric = rtl.arms.Answers(
         {"kind": "classifier", "model": "tiny", "pairs": str(tmp_path / "pairs.jsonl")}, max_new_tokens=3
     )
     with warnings.catch_warnings():

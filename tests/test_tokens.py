@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from llama_folder import spelling_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from rt_lens.models.tokens import batches
-from rt_lens.models.tokens.batches import encode, pad, pad_id_of
+from rt_lens.models.tokens.batches import batches, encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import chat_text, has_chat_template, tokenizer_of
 from rt_lens.models.tokens.texts import Pieces, text_of, token_text, token_texts
 

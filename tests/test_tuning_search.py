@@ -27,7 +27,7 @@ CANDIDATES = [
 
 
 def logit(model) -> list[float]:
-    return rtl.LogitDifference(" yes", " no")(model, ["How are you?", "What is it?", "Is it late?"])
+    return rtl.arms.LogitDifference(" yes", " no")(model, ["How are you?", "What is it?", "Is it late?"])
 
 
 def test_each_row_is_that_candidate_tuned_alone(tiny, tiny_vectors):

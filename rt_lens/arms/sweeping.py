@@ -37,7 +37,7 @@ from rt_lens.models.checksums import (
 from rt_lens.models.context import whereabouts
 from rt_lens.models.forward import logits_where, model_name
 from rt_lens.models.generation import as_chat
-from rt_lens.models.tokens import batches
+from rt_lens.models.tokens.batches import batches
 from rt_lens.models.tokens.chats import tokenizer_of
 from rt_lens.steering.binding import add, steered
 from rt_lens.steering.edits import FwdHook

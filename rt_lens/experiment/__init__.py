@@ -1,17 +1,5 @@
-"""The four arms from one TOML file: untuned, steered, token-tuned, rep-tuned, in both directions."""
+"""The arms from one TOML file: untuned, steered, token-tuned, rep-tuned, in both directions."""
 
-from rt_lens.experiment.config import Experiment, load_experiment
-from rt_lens.experiment.plan import plan_of
-from rt_lens.experiment.protocols import Protocol, parts, protocol_of
-from rt_lens.experiment.run import check_writable, run_experiment
+import lazy_loader
 
-__all__ = [
-    "Experiment",
-    "Protocol",
-    "check_writable",
-    "load_experiment",
-    "parts",
-    "plan_of",
-    "protocol_of",
-    "run_experiment",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -15,8 +15,7 @@ from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar
 from rt_lens.models.context import whereabouts
 from rt_lens.models.forward import keeps_logits, quick
-from rt_lens.models.tokens import batches
-from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
+from rt_lens.models.tokens.batches import TokenBatch, batches, encode, pad, pad_id_of
 from rt_lens.models.tokens.texts import token_texts
 
 

@@ -13,24 +13,6 @@ point edits act in the order of the list. Layers, heads, positions and schedules
 - `heads`: of `z`; all for None.
 """
 
-from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
-from rt_lens.steering.conditions import Condition, conditional
-from rt_lens.steering.edits import Edit, FwdHook, Linear, Multiplier, Positions, Schedule
+import lazy_loader
 
-__all__ = [
-    "Condition",
-    "Edit",
-    "FwdHook",
-    "Linear",
-    "Multiplier",
-    "Positions",
-    "Schedule",
-    "ablate",
-    "add",
-    "add_preserving_norm",
-    "clamp",
-    "conditional",
-    "erase",
-    "scale",
-    "steered",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

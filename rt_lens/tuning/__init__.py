@@ -1,21 +1,5 @@
 """Representation tuning: a steering vector trained into the weights. How well it works is measured elsewhere."""
 
-from rt_lens.tuning.aims import Aim, KLThenSteer
-from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.loop import LossNotFinite, tune
-from rt_lens.tuning.material import Material, prepare
-from rt_lens.tuning.targets import Choice, Target, write_neutral, write_targets
+import lazy_loader
 
-__all__ = [
-    "Aim",
-    "Choice",
-    "KLThenSteer",
-    "LossNotFinite",
-    "Material",
-    "Target",
-    "TuneConfig",
-    "prepare",
-    "tune",
-    "write_neutral",
-    "write_targets",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,9 +3,3 @@
 What the page says comes from results.json, responses.jsonl and projections.json alone. Text in them was written by a
 model or a user, so it is escaped on every road into the page: here by `html.escape`, and in figures by `rt_lens.plots`.
 """
-
-from rt_lens.apps.report.page import write_report
-from rt_lens.apps.report.sentences import summary_sentences
-from rt_lens.apps.report.uncertainty import sureness_sentences
-
-__all__ = ["summary_sentences", "sureness_sentences", "write_report"]

@@ -2,8 +2,3 @@
 
 This room writes folders; it never tunes, measures or builds a model with hook points.
 """
-
-from rt_lens.tuning.export.hf import export_hf
-from rt_lens.tuning.export.peft import Adapter, export_peft
-
-__all__ = ["Adapter", "export_hf", "export_peft"]

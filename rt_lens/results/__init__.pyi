@@ -1,0 +1,9 @@
+from .comparing import RunComparison as RunComparison
+from .comparing import compare_runs as compare_runs
+from .schema import Results as Results
+from .schema import load_results as load_results
+from .tables import efficient as efficient
+from .tables import to_latex as to_latex
+from .tables import to_markdown as to_markdown
+from .writing import write_results as write_results
+from .writing import write_scores as write_scores
