@@ -29,14 +29,14 @@ def rows_of(model: Any, behaviour: str, n_pairs: int, n_prompts: int, seed: int)
     split = experiment.split
     train, validation, test = experiment.pairs.split(split.train, split.validation, seed=split.seed)
     chosen, prompts = train.sample(n_pairs, seed), test.topics[:n_prompts]
-    usual = rtl.trust(model, chosen, validation, seed=seed)
+    usual = rtl.validate_vectors(model, chosen, validation, seed=seed)
     layer = usual.best if usual.best is not None else 21
     print(f"{behaviour}: {usual.reason}", flush=True)
     texts = neutral_paragraphs()[:6]
-    untuned = rtl.evaluation.text_fit(model, texts).perplexity.mean
+    untuned = rtl.evaluation.perplexity(model, texts).perplexity.mean
     rows = []
     for method in METHODS:
-        found = rtl.trust(model, chosen, validation, method=method, layers=[layer], seed=seed)
+        found = rtl.validate_vectors(model, chosen, validation, method=method, layers=[layer], seed=seed)
         seen = found.layers.iloc[0]
         swept = rtl.sweep(
             model, found.vectors, prompts, multipliers=[-DOSE, DOSE],
@@ -46,7 +46,7 @@ def rows_of(model: Any, behaviour: str, n_pairs: int, n_prompts: int, seed: int)
         worst = 0.0
         for dose in (-DOSE, DOSE):
             with rtl.steering.steered(model, rtl.add(found.vectors, [layer], dose)):
-                worst = max(worst, rtl.evaluation.text_fit(model, texts).perplexity.mean / untuned)
+                worst = max(worst, rtl.evaluation.perplexity(model, texts).perplexity.mean / untuned)
         rows.append(
             {
                 "behaviour": behaviour,

@@ -19,8 +19,8 @@ from pathlib import Path
 import rt_lens as rtl
 from rt_lens.data.builtin import neutral_prompts
 from rt_lens.tuning.delta import WeightDelta
-from rt_lens.tuning.material import prepare
 from rt_lens.tuning.targets import write_neutral, write_targets
+from rt_lens.tuning.tuning_data import prepare_data
 
 MODES = ("off", "memory", "disk")
 
@@ -35,7 +35,7 @@ def one_mode(mode: str, steps: int, out: Path) -> None:
     neutral = write_neutral(model, neutral_prompts()[:8], config)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    material = prepare(model, vectors, targets, config, neutral=neutral)
+    material = prepare_data(model, vectors, targets, config, neutral=neutral)
     prepared = time.perf_counter() - start
     rtl.tune(model, vectors, material, replace(config, max_steps=1), progress=False)  # warm
     start = time.perf_counter()

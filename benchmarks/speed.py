@@ -16,7 +16,7 @@ import rt_lens as rtl
 from rt_lens.data.builtin import neutral_prompts
 from rt_lens.models.generation import as_chat, generate_tokens
 from rt_lens.models.tokens.batches import encode
-from rt_lens.tuning.material import prepare
+from rt_lens.tuning.tuning_data import prepare_data
 
 ROUNDS = 3
 
@@ -35,7 +35,7 @@ def main() -> None:
     vectors = rtl.extract_vectors(model, train.sample(16))
     encoded = [encode(model, text) for text in as_chat(model, (train.topics * 2)[:64])]
     config = rtl.TuneConfig(n_targets=16, max_steps=4, validate_every=99)
-    material = prepare(model, vectors, train, config, validation=validation, neutral=neutral_prompts()[:12])
+    material = prepare_data(model, vectors, train, config, validation=validation, neutral=neutral_prompts()[:12])
     tokens = torch.randint(3, 40_000, (16, 60))
     mask = torch.ones_like(tokens)
 

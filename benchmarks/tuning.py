@@ -28,11 +28,11 @@ from rt_lens.common.statistics.intervals import Interval, mean_interval, share_i
 from rt_lens.data.builtin import held_out_neutral_prompts, neutral_paragraphs, neutral_prompts, prompt_kinds
 from rt_lens.data.questions import load_questions
 from rt_lens.evaluation.fluency import repetition
-from rt_lens.evaluation.texts import TextFit
+from rt_lens.evaluation.texts import PerplexityResult
 from rt_lens.experiment.config import load_experiment
 from rt_lens.models.tokens.chats import chat_text
-from rt_lens.tuning.material import Material, prepare
 from rt_lens.tuning.targets import Target, write_neutral, write_targets
+from rt_lens.tuning.tuning_data import TuningData, prepare_data
 
 LAYER, DOSE = 21, 3.0  # what the shipped mood experiment chooses on validation prompts, away from happy
 SEEDS = (0, 1, 2)
@@ -50,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Bench:
+class Session:
     """The model, a behaviour's parts, and what each seed draws; what stages share."""
 
     def __init__(self, behaviour: str, n_prompts: int, seeds: Sequence[int]) -> None:
@@ -75,13 +75,13 @@ class Bench:
         return write_neutral(self.model, neutral_prompts(), replace(self.tune, seed=seed))
 
     @cached_property
-    def reference(self) -> TextFit:
-        return rtl.evaluation.text_fit(self.model, self.texts, keep=True)
+    def reference(self) -> PerplexityResult:
+        return rtl.evaluation.perplexity(self.model, self.texts, keep=True)
 
     @cache  # noqa: B019
-    def material(self, direction: Any, seed: int) -> Material:
+    def material(self, direction: Any, seed: int) -> TuningData:
         config = replace(self.tune, direction=direction, seed=seed)
-        return prepare(
+        return prepare_data(
             self.model, self.drawn(seed), self.train, config, validation=self.validation, neutral=self.neutral(seed)
         )
 
@@ -96,7 +96,7 @@ class Bench:
         return rtl.add(self.vectors, [LAYER], DOSE if direction == "toward" else -DOSE)
 
     def scores(self, prompts: Sequence[str], *arms: Any) -> tuple[list[float], list[str]]:
-        with rtl.under(self.model, *arms):
+        with rtl.applied(self.model, *arms):
             found = rtl.evaluate(self.model, prompts, self.experiment.scorer, max_new_tokens=N_TOKENS)
         return found.scores, found.responses
 
@@ -107,11 +107,11 @@ class Bench:
             found, responses = self.scores(self.prompts, arm)
             scores.append(found)
             repeats.append([repetition(response) for response in responses])
-            with rtl.under(self.model, arm):
-                fits.append(rtl.evaluation.text_fit(self.model, self.texts, reference=self.reference))
+            with rtl.applied(self.model, arm):
+                fits.append(rtl.evaluation.perplexity(self.model, self.texts, reference=self.reference))
                 asked = load_questions("capitals")[:25]
                 facts.append(rtl.evaluate(self.model, asked, "names_right", max_new_tokens=10).scores)
-        pooled = TextFit.pooled(fits)
+        pooled = PerplexityResult.pooled(fits)
         assert pooled.mean_kl is not None
         right = np.mean(facts, axis=0)
         kept = share_interval(int(right.sum()), len(right)) if len(arms) == 1 else mean_interval(right)
@@ -135,7 +135,7 @@ RATES = (1e-4, 2e-4, 3e-4)
 MOST_KL = 0.01  # nats a token on the validation paragraphs
 
 
-def rates(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+def rates(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Both tuned arms over learning rates, on validation topics and paragraphs: one rule for the two of them.
 
     Of the rates whose mean KL to the untuned model, over both directions and all seeds, is at most `MOST_KL`, the one
@@ -143,7 +143,7 @@ def rates(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """
     choose, asked = bench.experiment.choose, bench.validation.topics[: bench.n_validation]
     texts = neutral_paragraphs()[: choose.n_paragraphs]
-    reference, rows = rtl.evaluation.text_fit(bench.model, texts, keep=True), []
+    reference, rows = rtl.evaluation.perplexity(bench.model, texts, keep=True), []
     for arm, settings in (("token_tuned", bench.token), ("rep_tuned", {})):
         for rate in RATES:
             scores: dict[str, list[list[float]]] = {"toward": [], "away": []}
@@ -151,8 +151,8 @@ def rates(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
             for direction, seed in itertools.product(scores, bench.seeds):
                 delta = bench.tuned(direction, seed, **{**settings, "learning_rate": rate})
                 scores[direction].append(bench.scores(asked, delta)[0])
-                with rtl.under(bench.model, delta):
-                    kls.append(rtl.evaluation.text_fit(bench.model, texts, reference=reference).mean_kl)
+                with rtl.applied(bench.model, delta):
+                    kls.append(rtl.evaluation.perplexity(bench.model, texts, reference=reference).mean_kl)
             toward, away = (np.mean(scores[direction], axis=0) for direction in ("toward", "away"))
             apart = mean_interval(toward - away)
             rows.append({"arm": arm, "rate": rate, "toward": toward.mean(), "away": away.mean(), **apart._asdict(),
@@ -165,7 +165,7 @@ def rates(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     yield "rates", table, None
 
 
-def variants(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+def variants(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Every variant in every direction, beside untuned and steered."""
     untuned = bench.measured([None])
     rows = [{"direction": "none", "variant": "untuned", **untuned, "seeds": [0]}]
@@ -202,7 +202,7 @@ def _line(row: Mapping[str, Any]) -> str:
     )
 
 
-def kinds(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+def kinds(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Tuned on everyday talk, asked unlike kinds of prompts: what a paired score changes by, kind by kind."""
     asked = {"everyday talk": bench.prompts, **prompt_kinds()}
     deltas = {
@@ -236,8 +236,8 @@ def kinds(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     yield "kinds_sums_right", pd.DataFrame(sums), None
 
 
-def _sums_right(bench: Bench, arm: Any) -> list[float]:
-    with rtl.under(bench.model, arm):
+def _sums_right(bench: Session, arm: Any) -> list[float]:
+    with rtl.applied(bench.model, arm):
         sums = load_questions("arithmetic")
         return rtl.evaluate(bench.model, sums, "names_right", max_new_tokens=N_TOKENS).scores
 
@@ -248,7 +248,7 @@ OUT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def resistance(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+def resistance(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Every tuned model under online steering, and what the tuned-out ones cost."""
     arms: dict[str, Any] = {"untuned": None}
     for direction in ("toward", "away", "out"):
@@ -267,7 +267,7 @@ def resistance(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     yield "resistance_costs", pd.DataFrame(costs), None
 
 
-def out_under_steering(bench: Bench, seed: int) -> rtl.WeightDelta:
+def out_under_steering(bench: Session, seed: int) -> rtl.WeightDelta:
     """Tuned out while steered at random: the blocks after the steered one learn to take the direction out again."""
     config = replace(bench.tune, direction="out", seed=seed, **OUT)
     own, vectors = write_targets(bench.model, bench.train, "out", config), bench.drawn(seed)
@@ -286,7 +286,7 @@ KTS: dict[str, Any] = {
 DOSES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 
 
-def kl_then_steer(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+def kl_then_steer(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Effect on mood against KL on held-out neutral prompts, of the plain and of the treated model, while steered."""
     config = replace(bench.tune, **KTS)
     steer = rtl.tuning.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.9)
@@ -297,14 +297,14 @@ def kl_then_steer(bench: Bench) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     asked = [chat_text(bench.model, prompt) for prompt in held_out_neutral_prompts()]
     answers = rtl.generate(bench.model, asked, chat=False, max_new_tokens=N_TOKENS)
     texts = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
-    reference = rtl.evaluation.text_fit(bench.model, texts, keep=True, batch_size=8)
+    reference = rtl.evaluation.perplexity(bench.model, texts, keep=True, batch_size=8)
     rows, scores, kls = [], {}, {}
     for arm, delta in (("untuned", None), ("kl_then_steer", treated)):
         for dose in DOSES:
             hooks = rtl.add(bench.vectors, [LAYER], dose) if dose else None
             found, _ = bench.scores(bench.prompts, delta, hooks)
-            with rtl.under(bench.model, delta, hooks):
-                fit = rtl.evaluation.text_fit(bench.model, texts, reference=reference, batch_size=8)
+            with rtl.applied(bench.model, delta, hooks):
+                fit = rtl.evaluation.perplexity(bench.model, texts, reference=reference, batch_size=8)
             assert fit.mean_kl is not None
             scores[arm, dose], kls[arm, dose] = np.array(found), fit.kl
             effect = mean_interval(found)
@@ -346,7 +346,7 @@ def _at_equal_effect(scores: Mapping[Any, Any], kls: Mapping[Any, Any], sizes: A
     return pd.DataFrame(rows)
 
 
-STAGES: dict[str, Callable[[Bench], Iterator[tuple[str, pd.DataFrame, Any]]]] = {
+STAGES: dict[str, Callable[[Session], Iterator[tuple[str, pd.DataFrame, Any]]]] = {
     "rates": rates, "variants": variants, "kinds": kinds, "resistance": resistance, "kl_then_steer": kl_then_steer,
 }  # fmt: skip
 
@@ -359,7 +359,7 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=N_PROMPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     arguments = parser.parse_args()
-    bench = Bench(arguments.behaviour, arguments.n_prompts, arguments.seeds)
+    bench = Session(arguments.behaviour, arguments.n_prompts, arguments.seeds)
     for name, table, figure in STAGES[arguments.stage](bench):
         write_atomically(arguments.out / f"{name}.json", json.dumps(table.to_dict("records"), default=str).encode())
         print(table.drop(columns="scores", errors="ignore").to_string(float_format=lambda value: f"{value:.3f}"))

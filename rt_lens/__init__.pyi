@@ -9,9 +9,9 @@ from . import steering as steering
 from . import tuning as tuning
 from . import vectors as vectors
 from .apps.dashboard.opening import dashboard as dashboard
-from .arms.comparison import Exam as Exam
+from .arms.comparison import EvalTask as EvalTask
 from .arms.comparison import compare_arms as compare_arms
-from .arms.intervention import under as under
+from .arms.intervention import applied as applied
 from .arms.sweeping import sweep as sweep
 from .data.contrast_pairs import ContrastPairs as ContrastPairs
 from .data.contrast_pairs import load_pairs as load_pairs
@@ -38,6 +38,6 @@ from .vectors.extraction import extract_vectors as extract_vectors
 from .vectors.reading import logit_lens as logit_lens
 from .vectors.reading import token_projections as token_projections
 from .vectors.steering_vectors import SteeringVectors as SteeringVectors
-from .vectors.validation import trust as trust
+from .vectors.validation import validate_vectors as validate_vectors
 
 __version__: str

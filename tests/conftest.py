@@ -38,8 +38,8 @@ from transformers import AutoTokenizer
 import rt_lens
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.evaluation.endpoint import EndpointJudge
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared_tokenizer() -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(str(embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])))
+    tokenizer = AutoTokenizer.from_pretrained(str(bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])))
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer

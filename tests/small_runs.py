@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rt_lens.arms.comparison import Scoreboard
+from rt_lens.arms.comparison import ArmScores
 from rt_lens.results.writing import tables_of, write_results
 
 ARMS = (("untuned", "none"), ("steered", "away"), ("rep_tuned", "toward"), ("rep_tuned", "away"))
@@ -25,7 +25,7 @@ def make_board(
     asked: str = "Question",
     n_texts: int = 8,
     spread: float = 0.2,
-) -> Scoreboard:
+) -> ArmScores:
     """Prompts differ from one another and so do seeds; `shift` is added to rep_tuned's vader scores.
 
     Two draws share the prompts' own levels and nothing else: they are two runs of one experiment. With one seed there
@@ -62,7 +62,7 @@ def make_board(
                     {**label, "text": text, "tokens": tokens, "nll": nll, "kl": kl if arm != "untuned" else 0.0}
                 )
     columns = ["arm", "direction", "seed", "text", "tokens", "nll", "kl"]
-    return Scoreboard(pd.DataFrame(scores), pd.DataFrame(texts, columns=columns), answers, 0)
+    return ArmScores(pd.DataFrame(scores), pd.DataFrame(texts, columns=columns), answers, 0)
 
 
 def _drawn(noise: np.random.Generator, scorer: str, prompts: tuple[int, ...], spread: float) -> Any:
@@ -72,7 +72,7 @@ def _drawn(noise: np.random.Generator, scorer: str, prompts: tuple[int, ...], sp
     return levels + noise.normal(0, spread, len(prompts))
 
 
-def make_content(board: Scoreboard, **changes: Any) -> dict[str, Any]:
+def make_content(board: ArmScores, **changes: Any) -> dict[str, Any]:
     """The content of results.json for a board; keywords replace keys."""
     content = {
         "schema": 1,
@@ -98,7 +98,7 @@ def make_content(board: Scoreboard, **changes: Any) -> dict[str, Any]:
 PROJECTIONS = {"prompt": "Hello", "tokens": ["Hel", "lo"], "layers": [0], "arms": {"untuned": [[0.1, 0.2]]}}
 
 
-def write_run(folder: Path, board: Scoreboard, **changes: Any) -> Path:
+def write_run(folder: Path, board: ArmScores, **changes: Any) -> Path:
     """A finished run's folder."""
     return write_results(folder, make_content(board, **changes), board, PROJECTIONS).parent
 

@@ -16,8 +16,8 @@ from test_model_folders import make_folder
 from rt_lens.models.forward import bridge_logits, caches_rightly, logits_where
 from rt_lens.models.generation import generate
 from rt_lens.models.load import load_model
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.steering.binding import ablate, add, scale
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors, hook_names
@@ -33,7 +33,7 @@ MAMBA = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "voca
 
 @pytest.fixture(scope="module")
 def tokenizer_folder() -> Path:
-    return embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])
+    return bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])
 
 
 @pytest.fixture

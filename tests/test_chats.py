@@ -21,8 +21,8 @@ from rt_lens.evaluation.choices import _asks, likelihoods, start_of
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import ChatText, answered, chat_text, end_ids, end_of_answer, is_chat
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.material import _row
 from rt_lens.tuning.targets import Choice, Target, write_neutral, write_targets
+from rt_lens.tuning.tuning_data import _row
 
 VICUNA = (
     "{% for m in messages %}{{ m['role'] | upper + ': ' + m['content'] + '\n' }}{% endfor %}"

@@ -13,7 +13,7 @@ from small_runs import as_an_older_run, make_board, write_run
 from typer.testing import CliRunner
 
 from rt_lens.apps.cli import app, main
-from rt_lens.arms.comparison import Board, Exam
+from rt_lens.arms.comparison import ArmEvaluator, EvalTask
 from rt_lens.common.statistics.comparisons import holm, mcnemar, unpaired_comparison
 from rt_lens.common.statistics.power import detectable
 from rt_lens.data.questions import Question
@@ -248,11 +248,11 @@ def test_two_boards_of_a_real_model_one_changed(tiny, tiny_vectors, tmp_path):
     questions = [
         Question(f"{word}?", right=("yes",), wrong=("no",)) for word in ("Sun", "Rain", "Snow", "Fog", "Hail", "Ice")
     ]
-    exams = {"test": Exam(questions, (Likelihood("share"),))}
+    exams = {"test": EvalTask(questions, (Likelihood("share"),))}
     texts = ["The sun is up and warm.", "Rain fell all day.", "A road leads on.", "Bread rises in the oven at night."]
 
     def run(name, multiplier):
-        board = Board(tiny, exams, texts)
+        board = ArmEvaluator(tiny, exams, texts)
         board.measure("untuned")
         board.measure("steered", add(tiny_vectors, [1], multiplier), direction="toward")
         return load_results(write_run(tmp_path / name, board.scoreboard()))

@@ -9,7 +9,7 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.evaluation.scorers import vader
-from rt_lens.models.context import whereabouts
+from rt_lens.models.context import token_context
 from rt_lens.models.generation import as_chat, generate, generate_tokens
 from rt_lens.models.tokens.batches import encode, pad
 from rt_lens.steering.binding import ablate, add, steered
@@ -51,7 +51,7 @@ def change_at(tiny, prompts: list[list[int]], hooks: list, side: str) -> list[to
     batch = pad(prompts, 0, side)
     found = []
     for each in ([], hooks):
-        with tiny.hooks(fwd_hooks=each), whereabouts(batch.mask):
+        with tiny.hooks(fwd_hooks=each), token_context(batch.mask):
             found.append(tiny.run_with_cache(batch.tokens, attention_mask=batch.mask)[1][POST])
     change = (found[1] - found[0]).abs().amax(-1)
     return [change[row][batch.mask[row].bool()] for row in range(len(prompts))]
@@ -189,7 +189,7 @@ def test_a_pass_that_may_be_in_the_middle_of_an_answer_is_refused(tiny, tiny_vec
     with (
         pytest.raises(ValueError, match=r"condition: a row's prompt is not in this forward pass\. Run prompts whole"),
         steered(tiny, hooks),
-        whereabouts(mask, new=2, lengths=torch.tensor([4])),
+        token_context(mask, new=2, lengths=torch.tensor([4])),
     ):
         tiny(torch.tensor([[5, 6]]))
 

@@ -21,7 +21,7 @@ import rt_lens as rtl
 from rt_lens.apps.dashboard.app import make_app
 from rt_lens.apps.dashboard.explore import OPERATORS, SLOTS, _Look, layout, steering
 from rt_lens.apps.dashboard.serving import Dashboard
-from rt_lens.apps.dashboard.session import Bench
+from rt_lens.apps.dashboard.session import Session
 from rt_lens.apps.dashboard.work import Job, Jobs, told, turn_of
 from rt_lens.common.progress import Bar, watched
 from rt_lens.models.generation import as_chat
@@ -252,8 +252,10 @@ def ids(part: Any) -> dict[str, Component]:
 def explored(tiny: Any, tiny_vectors: rtl.SteeringVectors) -> Callable[..., Job]:
     """Runs what the button of Explore starts, in this thread."""
 
-    def run(prompt: str = "Hello there.", operator: str = "add", arm: str = "none", bench: Bench | None = None) -> Job:
-        own = bench or Bench(tiny, {"mood": tiny_vectors})
+    def run(
+        prompt: str = "Hello there.", operator: str = "add", arm: str = "none", bench: Session | None = None
+    ) -> Job:
+        own = bench or Session(tiny, {"mood": tiny_vectors})
         job = Job("answering", "key", lambda job: None)
         _Look(own, prompt, "mood", operator, 1, 2.0, arm, 6).run(job)
         return job
@@ -308,7 +310,7 @@ def test_the_operators_of_the_page_are_those_of_the_api(tiny, tiny_vectors):
 
 
 def test_a_tuned_arm_answers_as_well(explored, tiny, tiny_vectors):
-    bench, noise = Bench(tiny, {"mood": tiny_vectors}), np.random.default_rng(0)
+    bench, noise = Session(tiny, {"mood": tiny_vectors}), np.random.default_rng(0)
     name, weight = next((name, own) for name, own in tiny.named_parameters() if name.endswith("mlp.W_out"))
     change = weight.new_tensor(noise.normal(0, 0.5, weight.shape))
     delta = rtl.WeightDelta({name: change}, "tiny", {}, [])
@@ -329,7 +331,7 @@ def test_a_prompt_too_long_to_draw_is_refused(explored, tiny):
 
 def test_stopping_leaves_no_hook(tiny, tiny_vectors, hooks_on, jobs):
     before, looks = hooks_on(tiny), list[int]()
-    look = _Look(Bench(tiny, {"mood": tiny_vectors}), "Hello there.", "mood", "add", 1, 2.0, "none", 120)
+    look = _Look(Session(tiny, {"mood": tiny_vectors}), "Hello there.", "mood", "add", 1, 2.0, "none", 120)
 
     def run(job: Job) -> None:
         def watch(step: Any) -> None:
@@ -347,7 +349,7 @@ def test_stopping_leaves_no_hook(tiny, tiny_vectors, hooks_on, jobs):
 
 
 def test_explore_without_the_model_shows_the_run_and_says_why(tmp_path):
-    bench = Bench(None, {}, rtl.load_results(write_run(tmp_path / "run", make_board(0))))
+    bench = Session(None, {}, rtl.load_results(write_run(tmp_path / "run", make_board(0))))
     page = layout(bench)
     assert "explore-start" not in ids(page)
     assert "Nothing can be typed here: tiny is not on this machine." in str(page)
@@ -356,5 +358,5 @@ def test_explore_without_the_model_shows_the_run_and_says_why(tmp_path):
 
 
 def test_each_page_has_its_place_in_the_frame(tiny, tiny_vectors):
-    frame = ids(make_app(Bench(tiny, {"mood": tiny_vectors})).layout)
+    frame = ids(make_app(Session(tiny, {"mood": tiny_vectors})).layout)
     assert {f"page-{name}" for name in ("explore", "vectors", "steering", "tuning", "compare")} <= set(frame)

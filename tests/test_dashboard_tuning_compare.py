@@ -19,9 +19,9 @@ import rt_lens as rtl
 from rt_lens.apps.dashboard import compare, explore, tuning
 from rt_lens.apps.dashboard.app import make_app
 from rt_lens.apps.dashboard.compared import answers_to, prompts_of
-from rt_lens.apps.dashboard.session import Bench
+from rt_lens.apps.dashboard.session import Session
 from rt_lens.apps.dashboard.work import Job, Stopped
-from rt_lens.arms.comparison import Exam, compare_arms
+from rt_lens.arms.comparison import EvalTask, compare_arms
 from rt_lens.arms.inspection import residual_shifts, weight_changes
 from rt_lens.arms.projections import projection_changes
 from rt_lens.common.progress import watched
@@ -62,11 +62,11 @@ def glad(tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture
-def bench(make_tiny: Callable[..., Any], once: dict[str, Any], glad: Experiment) -> Bench:
+def bench(make_tiny: Callable[..., Any], once: dict[str, Any], glad: Experiment) -> Session:
     if "model" not in once:
         once["model"] = make_tiny()
         once["weights"] = weights(once["model"])
-    return Bench(once["model"], once.get("vectors", {}), own=[glad])
+    return Session(once["model"], once.get("vectors", {}), own=[glad])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-class Kept(Job):
+class FilteredPairs(Job):
     """A job that remembers all that it showed, and can be stopped at some showing."""
 
     def __init__(self, work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> None:
@@ -96,8 +96,8 @@ class Kept(Job):
             self.stop.set()
 
 
-def done(work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> Kept:
-    job = Kept(work, stop_at)
+def done(work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> FilteredPairs:
+    job = FilteredPairs(work, stop_at)
     with watched(job.watch):
         work(job)
     return job
@@ -127,7 +127,7 @@ def drawn_losses(figure: Any, split: str, n_parts: int = 4) -> list[list[float]]
 
 
 @pytest.fixture
-def tuned(bench: Bench, once: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Kept:
+def tuned(bench: Session, once: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> FilteredPairs:
     monkeypatch.setattr(tuning, "_BETWEEN", 0.0)
     if "tuned" not in once:
         name, work = tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
@@ -206,7 +206,7 @@ def test_what_tuning_did_inside_is_what_the_inspection_says(bench, tuned):
     assert title.endswith(f"(along {said(bench)})")
 
 
-def said(bench: Bench) -> str:
+def said(bench: Session) -> str:
     """The vectors in use, as titles have them."""
     made = bench.vectors(BEHAVIOUR).provenance
     return f"&lt;b&gt;glad&lt;/b&gt;: mean_diff, {made.n_pairs} pairs, seed 0"
@@ -236,7 +236,7 @@ def test_tuning_where_there_is_no_vector_is_refused_before_any_work(bench, tiny_
     bench.forget_kept(BEHAVIOUR)
     _, work = tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
     bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))  # while it waits
-    job = Kept(work)
+    job = FilteredPairs(work)
     with pytest.raises(ValueError, match="layers: 1 is outside"):
         job.work(job)
     assert not job.shown  # what stood there is not wiped away
@@ -289,7 +289,7 @@ def test_tuning_refuses_by_name_before_any_work(bench, changed, wanted, as_a_use
 
 def test_the_controls_begin_with_the_behaviours_own_file_and_fit_the_model(bench, make_tiny):
     own = load_experiment("honesty").tune
-    found = tuning.usual(Bench(make_tiny(n_layers=20), {}), "honesty")
+    found = tuning.usual(Session(make_tiny(n_layers=20), {}), "honesty")
     assert found == {
         "layers": "12, 14, 16, 18", "steps": own.max_steps, "rate": own.learning_rate, "cosine": own.cosine_weight,
         "token": own.token_weight, "kl": own.kl_weight, "seed": own.seed,
@@ -331,7 +331,7 @@ def bars(figure: Any) -> dict[str, float]:
 
 
 @pytest.fixture
-def compared(bench: Bench, tuned: Kept, once: dict[str, Any]) -> Kept:
+def compared(bench: Session, tuned: FilteredPairs, once: dict[str, Any]) -> FilteredPairs:
     if "compared" not in once:
         arms = ["steered", *bench.deltas()]
         once["compared"] = done(compare.plan(bench, BEHAVIOUR, arms, 1, -4.0, 4, 5, compare.HARM)[1])
@@ -348,7 +348,7 @@ def test_compare_draws_what_compare_arms_gives(bench, compared):
     }
     score = bench.experiment(BEHAVIOUR).scorer
     board = compare_arms(
-        bench.model, arms, {"validation": Exam(prompts, (score, "repetition"), 5)}, texts=neutral_paragraphs()[:2],
+        bench.model, arms, {"validation": EvalTask(prompts, (score, "repetition"), 5)}, texts=neutral_paragraphs()[:2],
         progress=False,
     )  # fmt: skip
     wanted = board.summary().query("scorer == 'pattern'").set_index("arm")
@@ -431,8 +431,8 @@ def test_compare_refuses_by_name_before_any_work(bench, arms, layer, multiplier,
 
 
 def test_a_comparison_splits_the_pairs_in_its_job_and_asks_all_topics_where_they_are_few(bench, once, monkeypatch):
-    seen, whole = [], Bench.pairs
-    monkeypatch.setattr(Bench, "pairs", lambda self, behaviour: seen.append(behaviour) or whole(self, behaviour))
+    seen, whole = [], Session.pairs
+    monkeypatch.setattr(Session, "pairs", lambda self, behaviour: seen.append(behaviour) or whole(self, behaviour))
     _, work = compare.plan(bench, BEHAVIOUR, ["steered"], 1, 2.0, 99, 2, "none")
     assert not seen
     job = done(work)
@@ -446,7 +446,7 @@ def test_a_comparison_on_too_few_topics_or_without_a_vector_wipes_nothing_away(b
         if few:
             train, validation = bench.pairs(BEHAVIOUR)
             bench._pairs[BEHAVIOUR] = train, validation.split(0.75, seed=0)[0]
-        job = Kept(work)
+        job = FilteredPairs(work)
         with pytest.raises(ValueError, match=wanted):
             job.work(job)
         assert not job.shown
@@ -465,21 +465,21 @@ def test_stopping_a_comparison_leaves_the_model_as_it_was(bench, hooks_on):
 
 @pytest.mark.parametrize("page", [tuning, compare])
 def test_a_run_without_its_model_is_shown_with_a_word_why_there_is_nothing_live(page, run_folder):
-    shown = page.layout(Bench(None, {}, load_results(run_folder)))
+    shown = page.layout(Session(None, {}, load_results(run_folder)))
     assert figures(shown) and "tiny is not on this machine" in text(shown)
     assert not [part for part in parts(shown) if type(part).__name__ == "Button"]
 
 
 @pytest.mark.parametrize("page", [tuning, compare])
 def test_no_two_parts_of_a_page_have_one_name(page, tiny, run_folder):
-    shown = page.layout(Bench(tiny, {}, load_results(run_folder)))
+    shown = page.layout(Session(tiny, {}, load_results(run_folder)))
     names = Counter(part.id for part in parts(shown) if getattr(part, "id", None))
     assert len(names) > 15 and max(names.values()) == 1
 
 
 def test_the_runs_losses_and_projections_are_its_files(run_folder):
     run = load_results(run_folder)
-    shown = figures(tuning.layout(Bench(None, {}, run)))
+    shown = figures(tuning.layout(Session(None, {}, run)))
     rows = [row for row in run.content["history"] if row["arm"] == "rep_tuned"]
     totals = [list(line.y) for line in shown["tuning-run-losses"].data if line.name == "rep_tuned, train"]
     assert totals[0] == [row["total"] for row in rows]
@@ -499,7 +499,7 @@ def test_maps_of_the_tuned_arms_only(tiny, tmp_path):
 
 def test_what_the_run_compared_is_drawn_and_told_as_it_is(run_folder):
     run = load_results(run_folder)
-    shown = compare.layout(Bench(None, {}, run))
+    shown = compare.layout(Session(None, {}, run))
     wanted = {(row["arm"], row["direction"]): row for row in run.content["summary"] if row["scorer"] == "vader"}
     drawn = [bar for bar in figures(shown)["compare-run-scores"].data if bar.type == "bar"]
     assert sorted(mean for bar in drawn for mean in bar.y) == sorted(row["mean"] for row in wanted.values())
@@ -536,7 +536,7 @@ def test_a_run_whose_answers_or_projections_are_gone_says_so(run_folder, tmp_pat
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "results.json").write_bytes((run_folder / "results.json").read_bytes())
-    bench = Bench(None, {}, load_results(folder))
+    bench = Session(None, {}, load_results(folder))
     assert "responses.jsonl is not there" in text(compare.layout(bench))
     assert "projections.json is not there" in text(tuning.layout(bench))
 
@@ -545,7 +545,7 @@ def test_a_run_whose_answers_or_projections_are_gone_says_so(run_folder, tmp_pat
 
 
 def test_compare_on_the_real_model_asks_under_steering(model, glad):
-    bench = Bench(model, {}, own=[glad])
+    bench = Session(model, {}, own=[glad])
     job = done(compare.plan(bench, BEHAVIOUR, ["steered"], 21, 3.0, 4, 6, "none")[1])
     _, *rows = cells(job.shown["answers"])
     with rtl.steering.steered(model, rtl.add(bench.vectors(BEHAVIOUR), [21], 3.0)):

@@ -18,7 +18,7 @@ from small_runs import make_board, write_run
 import rt_lens as rtl
 from rt_lens.apps.dashboard import steering, vectors
 from rt_lens.apps.dashboard.app import make_app
-from rt_lens.apps.dashboard.session import MOST_ASIDE, Bench, made
+from rt_lens.apps.dashboard.session import MOST_ASIDE, Session, made
 from rt_lens.apps.dashboard.work import Job, Stopped
 from rt_lens.arms.sweeping import Answers, Options, Sweep
 from rt_lens.common.progress import Step, watched
@@ -26,7 +26,7 @@ from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.validation import validation_metric
 from rt_lens.results.schema import load_results
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
-from rt_lens.vectors.validation import Trust
+from rt_lens.vectors.validation import VectorValidation
 
 BEHAVIOUR = "<b>glad</b>"
 TOPICS = [f"What do you think of {thing}?" for thing in (
@@ -48,8 +48,8 @@ def own_file(tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture
-def bench(tiny: Any, own_file: Experiment) -> Bench:
-    return Bench(tiny, {}, own=[own_file])
+def bench(tiny: Any, own_file: Experiment) -> Session:
+    return Session(tiny, {}, own=[own_file])
 
 
 @pytest.fixture(scope="module")
@@ -97,12 +97,12 @@ def done(work: Callable[[Job], Any]) -> Job:
 
 
 @pytest.fixture
-def found(bench: Bench) -> tuple[Job, Trust]:
+def found(bench: Session) -> tuple[Job, VectorValidation]:
     """The page's work, and what the API says of the same pairs."""
     train, held_out = bench.pairs(BEHAVIOUR)
     name, work = vectors.plan(bench, BEHAVIOUR, "mean_diff", 6, 3)
     assert name == "finding vectors"
-    return done(work), rtl.trust(bench.model, train.sample(6, 3), held_out, seed=3)
+    return done(work), rtl.validate_vectors(bench.model, train.sample(6, 3), held_out, seed=3)
 
 
 def remembered(job: Job) -> dict[str, str]:
@@ -197,7 +197,7 @@ def test_the_oldest_sets_are_dropped_and_asking_for_them_says_so(bench, tiny_vec
 
 def test_vectors_are_put_in_use_by_hand_and_the_way_back_is_open(tiny, tiny_vectors, own_file):
     others = 2.0 * tiny_vectors
-    bench = Bench(tiny, {"mood": tiny_vectors}, own=[own_file])
+    bench = Session(tiny, {"mood": tiny_vectors}, own=[own_file])
     mine, late = ({"key": bench.set_aside("mood", each), "behaviour": "mood"} for each in (others, -1 * others))
     opened = "All pages use those it was opened with for mood (mean_diff, 12 pairs, seed 0), not these."
     assert vectors.in_use(bench, mine) == opened
@@ -217,7 +217,7 @@ def test_vectors_are_put_in_use_by_hand_and_the_way_back_is_open(tiny, tiny_vect
 
 
 def test_a_runs_vectors_are_said_to_be_its_own(tiny, run_folder):
-    bench = Bench(tiny, {}, load_results(run_folder))
+    bench = Session(tiny, {}, load_results(run_folder))
     assert made(bench.vectors("mood")) == "mean_diff, 12 pairs, seed 0"
     assert bench.origin("mood") == "the run’s" and bench.origin("formality") == "the usual ones"
 
@@ -239,7 +239,7 @@ def pressed(app: Dash, button: str, found: dict[str, str]) -> dict[str, Any]:
 
 
 def test_the_buttons_do_so_and_say_so(tiny, tiny_vectors):
-    bench = Bench(tiny, {"mood": tiny_vectors})
+    bench = Session(tiny, {"mood": tiny_vectors})
     others = 2.0 * tiny_vectors
     found, app = {"key": bench.set_aside("mood", others), "behaviour": "mood"}, make_app(bench)
     answer = pressed(app, "vectors-use", found)
@@ -269,7 +269,7 @@ def test_settings_of_vectors_that_will_not_do_are_refused_before_any_work(bench,
 # Steering
 
 
-def expected(bench: Bench, layers: list[int], n_prompts: int) -> tuple[Sweep, list[str]]:
+def expected(bench: Session, layers: list[int], n_prompts: int) -> tuple[Sweep, list[str]]:
     _, held_out = bench.pairs(BEHAVIOUR)
     prompts = held_out.topics[:n_prompts]
     found = rtl.sweep(
@@ -341,7 +341,7 @@ def test_honesty_weighs_options_instead_of_answers(tiny, tmp_path, tiny_vectors)
     path.write_text('name = "honest"\n[honesty]\nprotocol = "likelihood"\nn_calibration = 4\nn_items = 4\n')
     prompts, metric = validation_metric(load_experiment(path), tiny, 5)
     assert isinstance(metric, Options) and prompts == [question.prompt for question in metric.questions]
-    bench = Bench(tiny, {"honest": tiny_vectors}, own=[path])
+    bench = Session(tiny, {"honest": tiny_vectors}, own=[path])
     job = done(steering.plan(bench, "honest", "1", "-2,0,2", 2, 5)[1])
     wanted = rtl.sweep(
         tiny, tiny_vectors, prompts[:2], layers=[1], multipliers=[-2, 0, 2], metric=metric, progress=False
@@ -386,7 +386,7 @@ def test_work_that_is_stopped_leaves_no_hook(bench, hooks_on, page, settings):
 
 def test_a_run_comes_first_with_its_own_numbers(tiny, run_folder):
     run = load_results(run_folder)
-    page = vectors.layout(Bench(tiny, {}, run))
+    page = vectors.layout(Session(tiny, {}, run))
     assert text(page).index("What the run found") < text(page).index("Live")
     drawn = figures(page)
     assert list(drawn["vectors-run-separability"].data[2].y) == [row["accuracy"] for row in run.content["separability"]]
@@ -395,7 +395,7 @@ def test_a_run_comes_first_with_its_own_numbers(tiny, run_folder):
     wanted = rtl.vectors.cosines({"mood": own}).pivot(index="a", columns="b", values="cosine")
     assert np.allclose(np.asarray(drawn["vectors-run-cosines"].data[0].z, float), wanted)
     assert "<b>" not in drawn["vectors-run-lens"].to_json()
-    page = steering.layout(Bench(tiny, {}, run))
+    page = steering.layout(Session(tiny, {}, run))
     assert text(page).index("What the run found") < text(page).index("Live")
     scores, *_ = [trace for trace in figures(page)["steering-run-dose"].data if trace.name == "layer 1"]
     assert list(scores.y) == [-0.2, 0.0, 0.2]
@@ -403,7 +403,7 @@ def test_a_run_comes_first_with_its_own_numbers(tiny, run_folder):
 
 
 def test_without_a_model_the_run_is_shown_and_one_sentence_why_no_more(run_folder):
-    bench = Bench(None, {}, load_results(run_folder))
+    bench = Session(None, {}, load_results(run_folder))
     for page, sentence in ((vectors, "no vectors can be found"), (steering, "nothing can be steered")):
         laid = page.layout(bench)
         assert figures(laid)

@@ -18,8 +18,8 @@ from chat_server import HAPPY, SAD, Requests, against, alone, by_sense
 import rt_lens as rtl
 from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.scorers import Scorer
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 
@@ -29,7 +29,7 @@ from rt_lens.models.tokens.chats import chat_text
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, str]]:
     """URL and name of the embedded model behind `transformers serve`."""
-    folder = embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])
+    folder = bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import rt_lens.experiment.run as run_module
 from rt_lens.apps.cli import app
 from rt_lens.apps.report.page import write_report
-from rt_lens.arms.comparison import Board
+from rt_lens.arms.comparison import ArmEvaluator
 from rt_lens.data.builtin import behaviours, data_path
 from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.experiment.config import load_experiment
@@ -269,11 +269,11 @@ def test_a_second_run_in_a_folder_takes_the_place_of_the_first_whole_or_not_at_a
             raise KeyboardInterrupt
         return measure(self, arm, *worn, **label)
 
-    measure = Board.measure
-    monkeypatch.setattr(Board, "measure", breaks_off)
+    measure = ArmEvaluator.measure
+    monkeypatch.setattr(ArmEvaluator, "measure", breaks_off)
     with pytest.raises(KeyboardInterrupt) as broken:
         on_tiny(out, n_pairs="3", learning_rate="2e-3")
-    monkeypatch.setattr(Board, "measure", measure)
+    monkeypatch.setattr(ArmEvaluator, "measure", measure)
     assert bytes_in(out) == before  # not one byte of the second run
     load_results(out)
     (left,) = [path for path in out.parent.iterdir() if path != out]

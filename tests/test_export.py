@@ -26,8 +26,8 @@ import rt_lens as rtl
 from rt_lens.apps.cli import app
 from rt_lens.models.forward import dtype_name
 from rt_lens.models.load import load_model
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.export.hf import export_hf
@@ -50,7 +50,7 @@ ROW = {
 
 @pytest.fixture(scope="module")
 def tokenizer_folder() -> Path:
-    return embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])
+    return bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])
 
 
 @pytest.fixture

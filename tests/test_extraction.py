@@ -15,8 +15,8 @@ import rt_lens as rtl
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.models.activations import read_activations, token_activations
 from rt_lens.models.positions import numbers_in, position_of, rows_of
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.texts import token_text
 from rt_lens.vectors.methods import METHODS
@@ -452,15 +452,15 @@ def test_correct_only_keeps_the_pairs_that_both_personas_get_their_way_in(tiny, 
         _, side, _, _, pair = answer.split()
         return scores[int(pair)][int(side)]
 
-    kept = rtl.evaluation.correct_only(tiny, ragged, score)
+    kept = rtl.evaluation.filter_pairs(tiny, ragged, score)
     assert kept.pairs.pairs == (ragged.pairs[0], ragged.pairs[3])
     assert (kept.share.n, kept.share.mean, kept.scorer) == (5, 0.4, "score")
-    assert rtl.evaluation.correct_only(tiny, ragged, score, threshold=-0.5).pairs.pairs == (
+    assert rtl.evaluation.filter_pairs(tiny, ragged, score, threshold=-0.5).pairs.pairs == (
         ragged.pairs[0],
         ragged.pairs[4],
     )
     with pytest.raises(ValueError, match=r"of 5 none is answered as both personas ask \(score 0\.30 and -0\.22"):
-        rtl.evaluation.correct_only(tiny, ragged, score, threshold=2.0)
+        rtl.evaluation.filter_pairs(tiny, ragged, score, threshold=2.0)
 
 
 def test_correct_only_asks_the_model_itself_with_personas_and_openers(tiny, ragged):
@@ -472,7 +472,7 @@ def test_correct_only_asks_the_model_itself_with_personas_and_openers(tiny, ragg
     def score(answer: str) -> float:
         return 1.0 if answer in wanted else -1.0
 
-    kept = rtl.evaluation.correct_only(tiny, ragged, score, max_new_tokens=3, batch_size=3)
+    kept = rtl.evaluation.filter_pairs(tiny, ragged, score, max_new_tokens=3, batch_size=3)
     assert kept.pairs.pairs == (ragged.pairs[1], ragged.pairs[3])
 
 
@@ -482,7 +482,7 @@ def test_correct_only_asks_the_model_itself_with_personas_and_openers(tiny, ragg
 @torch.no_grad()
 def huggingface_mean_difference(pairs: ContrastPairs, model: Any) -> torch.Tensor:
     """Float[Tensor, "layer d_model"] of the last tokens, each text alone, with no rt_lens or TransformerLens code."""
-    folder = embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])
+    folder = bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])
     huggingface = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     last_block = []
     hooked = huggingface.model.layers[-1].register_forward_hook(

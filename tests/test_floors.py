@@ -108,7 +108,7 @@ def test_the_room_models_does_build_them():
     ("room", "source"),
     [
         ("data", "from rt_lens.vectors import SteeringVectors"),
-        ("steering", "import rt_lens.plots"),
+        ("steering", "import rt_lens.tuning"),
         ("tuning", "def f():\n    from rt_lens import sweeping"),
         ("plots", "from rt_lens.tuning import cosine_loss"),
         ("evaluation", "from rt_lens.steering import add"),
@@ -126,8 +126,8 @@ def test_the_check_finds_an_import_that_goes_up(room, source):
     ("room", "source"),
     [
         ("steering", "from rt_lens.vectors.steering_vectors import SteeringVectors\nimport torch"),
-        ("models", "from .registry import EMBEDDED_MODELS"),
-        ("models", "from rt_lens.models.registry import EMBEDDED_MODELS"),
+        ("models", "from .registry import BUNDLED_MODELS"),
+        ("models", "from rt_lens.models.registry import BUNDLED_MODELS"),
         ("apps", "from rt_lens import plots"),
     ],
 )

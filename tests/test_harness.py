@@ -16,8 +16,8 @@ from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.evaluation import harness
 from rt_lens.evaluation.harness import chat_of, continued, harness_model, prefix_of, rolled, wish_of, written
 from rt_lens.models.generation import Sampling
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.models.tokens.batches import encode
 
 PAIRS = [
@@ -267,7 +267,7 @@ def theirs(lm_eval):
     """lm-eval's own Hugging Face model on the embedded folder."""
     from lm_eval.models.huggingface import HFLM
 
-    folder = str(embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL]))
+    folder = str(bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL]))
     return HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=4, max_length=64)
 
 

@@ -31,8 +31,8 @@ from rt_lens.experiment.protocols import calibrate, parts, protocol_of
 from rt_lens.experiment.run import run_experiment
 from rt_lens.models.tokens.batches import encode
 from rt_lens.results.schema import load_results
-from rt_lens.tuning.material import _row
 from rt_lens.tuning.targets import Choice, Target
+from rt_lens.tuning.tuning_data import _row
 
 CATEGORIES = {
     "capitals", "elements", "arithmetic", "animals", "opposites", "inventions", "geography", "physics", "language",
@@ -46,7 +46,7 @@ held_out = ["animals"]
 n_calibration = 8
 n_items = 4
 opener = "Answer:"
-correct_only = false
+filter_pairs = false
 [extract]
 n_pairs = 8
 [choose]
@@ -287,7 +287,7 @@ def test_the_persona_protocols_targets_are_letters_in_both_orders(small, model):
 def test_correct_only_keeps_pairs_that_both_personas_get_their_way_in(small, model):
     experiment = load_experiment(small("persona"))
     every = protocol_of(experiment, model).train
-    strict = replace(experiment, honesty=replace(experiment.honesty, correct_only=True))
+    strict = replace(experiment, honesty=replace(experiment.honesty, filter_pairs=True))
     kept = protocol_of(strict, model).train
     assert 0 < len(kept) < len(every) and set(kept.pairs) < set(every.pairs)
     right = []

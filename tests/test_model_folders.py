@@ -29,8 +29,8 @@ from rt_lens.models.forward import quick
 from rt_lens.models.generation import generate_tokens
 from rt_lens.models.llama import to_huggingface
 from rt_lens.models.load import load_model
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.models.tokens.batches import encode, pad_id_of
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.export.hf import export_hf
@@ -81,7 +81,7 @@ NOT_COVERED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer_folder() -> Path:
-    return embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])
+    return bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])
 
 
 def make_folder(folder: Path, tokenizer_folder: Path, changes: dict[str, Any], **saving: Any) -> Path:

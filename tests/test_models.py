@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from rt_lens.models.forward import quick
 from rt_lens.models.load import describe, load_model
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import chat_text
 
@@ -51,7 +51,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])
+    return bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def padded(huggingface: Any, model: Any, prompts: list[list[int]]) -> torch.Tens
 
 
 def installed_file() -> Path:
-    file = EMBEDDED_MODELS[DEFAULT_MODEL].file
+    file = BUNDLED_MODELS[DEFAULT_MODEL].file
     return next(path for path in (Path(place) / file for place in sys.path) if path.is_file())
 
 
@@ -211,7 +211,7 @@ def test_a_forward_pass_copies_no_weight(model):
 
 
 def test_the_registrys_entry_is_the_installed_file(model, huggingface):
-    entry = EMBEDDED_MODELS[DEFAULT_MODEL]
+    entry = BUNDLED_MODELS[DEFAULT_MODEL]
     assert installed_file().stat().st_size == entry.size
     assert sum(matrix.numel() for matrix in huggingface.parameters()) == entry.parameters
     assert entry.package.replace("-", "_") not in sys.modules  # located, never imported

@@ -24,7 +24,7 @@ from rt_lens.evaluation import registry as making
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.permissions import Permissions
 from rt_lens.evaluation.scorers import OfText
-from rt_lens.evaluation.texts import text_fit
+from rt_lens.evaluation.texts import perplexity
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.costs import Costs, Work
 from rt_lens.experiment.plan import GPU, Plan, plan_of
@@ -285,7 +285,7 @@ def test_the_rules_for_texts_count_what_the_model_runs(llama, planner, monkeypat
     sizes = [len(encode(llama, text)) for text in texts]
     counting = Counting(llama, monkeypatch)
     with counting.hooks:
-        fit = text_fit(llama, texts, keep=True)
+        fit = perplexity(llama, texts, keep=True)
     work = planner.costs.fit(sizes, kept=True)
     assert work.tokens == counting.tokens > 500
     assert fit.log_probabilities is not None

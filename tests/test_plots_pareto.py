@@ -14,7 +14,7 @@ from rt_lens import plots
 from rt_lens.common.statistics.calibration import calibration_curve
 from rt_lens.plots import pareto
 from rt_lens.plots import pareto as exported
-from rt_lens.plots.look import ARM_COLOURS, SYMBOLS
+from rt_lens.plots.style import ARM_COLOURS, SYMBOLS
 from rt_lens.results.tables import efficient
 
 MEANS = {

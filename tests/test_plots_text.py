@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rt_lens import plots
 from rt_lens.plots import text
-from rt_lens.plots.look import ARM_COLOURS
+from rt_lens.plots.style import ARM_COLOURS
 
 TOKENS = [
     "<|im_start|>",

@@ -111,15 +111,17 @@ def summary_rows() -> list[dict]:
 
 
 FIGURES = {
-    "trust": lambda: plots.trust(layer_rows(), learning_rows(), cosine_rows(), recommended=[14, 15, 16, 17, 18, 22]),
+    "trust": lambda: plots.validation(
+        layer_rows(), learning_rows(), cosine_rows(), recommended=[14, 15, 16, 17, 18, 22]
+    ),
     "sweep": lambda: plots.sweep(sweep_rows()),
     "sweep of few cells": lambda: plots.sweep(sweep_rows(layers=range(12, 24, 2))),
     "steerability": lambda: plots.steerability(prompt_rows(), summary_rows(), note="Spearman of the mean: 1.00."),
 }
 TABLES = {
-    "layers": (layer_rows, lambda rows: plots.trust(rows, learning_rows(), cosine_rows(), recommended=[17])),
-    "learning": (learning_rows, lambda rows: plots.trust(layer_rows(), rows, cosine_rows(), recommended=[17])),
-    "cosines": (cosine_rows, lambda rows: plots.trust(layer_rows(), learning_rows(), rows, recommended=[17])),
+    "layers": (layer_rows, lambda rows: plots.validation(rows, learning_rows(), cosine_rows(), recommended=[17])),
+    "learning": (learning_rows, lambda rows: plots.validation(layer_rows(), rows, cosine_rows(), recommended=[17])),
+    "cosines": (cosine_rows, lambda rows: plots.validation(layer_rows(), learning_rows(), rows, recommended=[17])),
     "table": (sweep_rows, plots.sweep),
     "table of prompts": (prompt_rows, lambda rows: plots.steerability(rows, summary_rows())),
     "summary": (summary_rows, lambda rows: plots.steerability(prompt_rows(), rows)),
@@ -202,7 +204,7 @@ def test_trust_draws_the_learning_curve_of_the_layer_it_names():
 @pytest.mark.parametrize("keep", [lambda a, b: True, lambda a, b: a <= b], ids=["both orders", "one order"])
 def test_trust_draws_the_cosines_square_and_centred_on_zero(keep):
     rows = [row for row in cosine_rows() if keep(row["layer"], row["other"])]
-    figure = plots.trust(layer_rows(), learning_rows(), rows, recommended=[])
+    figure = plots.validation(layer_rows(), learning_rows(), rows, recommended=[])
     (heat,) = (trace for trace in figure.data if isinstance(trace, go.Heatmap))
     assert np.asarray(heat.z).shape == (30, 30)
     for row in cosine_rows():
@@ -217,25 +219,25 @@ def test_trust_shades_unbroken_runs_of_recommended_layers():
     assert shaded == [(axis, *ends) for ends in ((13.5, 18.5), (21.5, 22.5)) for axis in ("x", "x2", "x3")]
     assert "Recommended: 14–18, 22." in reading(figure)
     assert {shape.y0 for shape in figure.layout.shapes if shape.type == "line"} == {0.5}
-    none = plots.trust(layer_rows(), learning_rows(), cosine_rows(), recommended=[])
+    none = plots.validation(layer_rows(), learning_rows(), cosine_rows(), recommended=[])
     assert "No layer is recommended." in reading(none)
     assert not any(trace.name == "recommended layers" for trace in none.data)
 
 
 def test_trust_keeps_what_is_below_chance_in_view():
     rows = [{**row, "auc_low": 0.1, "stability_low": -0.4} for row in layer_rows()]
-    layout = plots.trust(rows, learning_rows(), cosine_rows(), recommended=[]).layout
+    layout = plots.validation(rows, learning_rows(), cosine_rows(), recommended=[]).layout
     assert layout.yaxis.range[0] < 0.1 and layout.yaxis2.range[0] < -0.4
 
 
 def test_trust_refuses_strange_layers():
     with pytest.raises(ValueError, match=r"recommended: layer 30 is not in the table \(layers 0 to 29\)"):
-        plots.trust(layer_rows(), learning_rows(), cosine_rows(), recommended=[17, 30])
+        plots.validation(layer_rows(), learning_rows(), cosine_rows(), recommended=[17, 30])
     with pytest.raises(ValueError, match="layers: layer 3 came more than once"):
-        plots.trust([*layer_rows(), layer_rows()[3]], learning_rows(), cosine_rows(), recommended=[17])
+        plots.validation([*layer_rows(), layer_rows()[3]], learning_rows(), cosine_rows(), recommended=[17])
     two = [*learning_rows(), {**learning_rows()[0], "layer": 18}]
     with pytest.raises(ValueError, match="learning: layers 17, 18 came, one is wanted"):
-        plots.trust(layer_rows(), two, cosine_rows(), recommended=[17])
+        plots.validation(layer_rows(), two, cosine_rows(), recommended=[17])
 
 
 def test_sweep_draws_shifts_and_writes_scores():

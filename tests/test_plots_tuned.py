@@ -11,7 +11,7 @@ import pytest
 from drawn import HOSTILE, check_drawn_as_it_is
 
 from rt_lens.plots import tuned, tuned_steered
-from rt_lens.plots.look import ARM_COLOURS, SPARE_COLOURS, arm_colours
+from rt_lens.plots.style import ARM_COLOURS, SPARE_COLOURS, arm_colours
 from rt_lens.plots.tuned import block_search, kinds, variants
 from rt_lens.plots.tuned_steered import effect_against_damage, resistance
 

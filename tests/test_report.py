@@ -565,12 +565,13 @@ def test_how_sure_one_may_be_counts_seeds_comparisons_and_prompts():
             row["seeds"] = [4]
     for place, row in enumerate(results["comparisons"]):
         row["p"], row["p_holm"] = ((0.001, 0.04), (0.01, 0.4), (0.3, 1.0))[place % 3]
-    sentences = report.sureness_sentences(results)
+    sentences = report.uncertainty_sentences(results)
     text = "\n".join(sentences)
     assert "rep_tuned away: tuned once, with seed 4." in text
     assert "token_tuned toward, token_tuned away and rep_tuned toward: tuned with seeds 0, 1 and 2." in text
     assert "In this run a seed drew the order of the batches only" in text
-    told = "\n".join(report.sureness_sentences({**results, "seed_draws": ["the targets", "the order of the batches"]}))
+    drawn = ["the targets", "the order of the batches"]
+    told = "\n".join(report.uncertainty_sentences({**results, "seed_draws": drawn}))
     assert "A seed draws the targets and the order of the batches; all arms of a seed share what it drew." in told
     assert "48 comparisons were made; if nothing differed, about one in twenty would have p below 0.05." in text
     assert "16 hold; 16 more hold only taken alone" in text
@@ -585,26 +586,26 @@ def test_more_prompts_halve_the_interval_of_one_seed_only(kept, halved, seeded):
     results = make_results()
     for row in results["summary"]:
         row["seeds"] = kept or ([0] if row["arm"] == "untuned" else [0, 1, 2])
-    first, *_, last = report.sureness_sentences(results)
+    first, *_, last = report.uncertainty_sentences(results)
     assert ("four times as many halve the interval of an arm with one seed" in last) == halved
     assert ("with several seeds how far other seeds" in first) == seeded
 
 
 def test_weights_are_not_said_to_have_seen_training_topics_only():
-    tuned = "\n".join(report.sureness_sentences(make_results()))
+    tuned = "\n".join(report.uncertainty_sentences(make_results()))
     assert "weights saw" not in tuned, "the validation loss picks those that are kept"
     assert (
         "Vectors and gradients saw training topics only; when to stop tuning was chosen on validation topics" in tuned
     )
-    steered = "\n".join(report.sureness_sentences({**make_results(), "history": []}))
+    steered = "\n".join(report.uncertainty_sentences({**make_results(), "history": []}))
     assert "Vectors saw training topics only; layer and multiplier were chosen on" in steered
     assert "when to stop" not in steered
 
 
 def test_how_sure_one_may_be_without_comparisons_or_corrections():
     results = make_results()
-    assert any("4 of 4 comparisons have p below 0.05" in told for told in report.sureness_sentences(results))
-    alone = report.sureness_sentences({**results, "comparisons": []})
+    assert any("4 of 4 comparisons have p below 0.05" in told for told in report.uncertainty_sentences(results))
+    alone = report.uncertainty_sentences({**results, "comparisons": []})
     assert any("Nothing was compared in pairs" in told for told in alone)
 
 

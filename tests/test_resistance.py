@@ -33,7 +33,7 @@ def test_each_cell_is_what_steering_that_arm_by_hand_gives(tiny, tiny_vectors, d
     seen = set()
     for arm, delta in arms.items():
         for dose in (-2.0, 0.0, 2.0):
-            with rtl.under(tiny, delta, rtl.add(tiny_vectors, [0], dose)):
+            with rtl.applied(tiny, delta, rtl.add(tiny_vectors, [0], dose)):
                 by_hand = METRIC(tiny, PROMPTS)
             row = found.table.query(f"arm == {arm!r} and multiplier == {dose}").iloc[0]
             assert row["mean"] == pytest.approx(np.mean(by_hand), abs=1e-4)

@@ -13,7 +13,7 @@ from full_disk import full_disk
 from small_runs import ARMS, PROJECTIONS, SETS, as_an_older_run, make_board, make_content, write_run
 
 from rt_lens.apps.report.page import write_report
-from rt_lens.arms.comparison import Board, Exam
+from rt_lens.arms.comparison import ArmEvaluator, EvalTask
 from rt_lens.data.questions import Question
 from rt_lens.evaluation.scorers import Likelihood
 from rt_lens.results.schema import checked, checked_file, files_of_run, load_results
@@ -202,8 +202,8 @@ def test_a_real_board_of_a_real_model_goes_through_it_all(tiny, tiny_vectors, tm
     questions = [
         Question(f"{word}?", right=("yes",), wrong=("no", "perhaps")) for word in ("Sun", "Rain", "Snow", "Fog")
     ]
-    exam = Exam(questions, (Likelihood("share"), Likelihood("accuracy")))
-    board = Board(tiny, {"test": exam}, ["The sun is up.", "Rain fell all day long."], seed=3)
+    exam = EvalTask(questions, (Likelihood("share"), Likelihood("accuracy")))
+    board = ArmEvaluator(tiny, {"test": exam}, ["The sun is up.", "Rain fell all day long."], seed=3)
     board.measure("untuned")
     board.measure("steered", add(tiny_vectors, [1], 8.0), direction="toward")
     found = board.scoreboard()

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import rt_lens as rtl
-from rt_lens.arms.comparison import Board, Exam, compare_arms
+from rt_lens.arms.comparison import ArmEvaluator, EvalTask, compare_arms
 from rt_lens.common.statistics.comparisons import paired_comparison
 from rt_lens.common.statistics.intervals import crossed_interval, share_interval
 from rt_lens.data.questions import Question
 from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.choices import likelihoods
-from rt_lens.evaluation.texts import text_fit
+from rt_lens.evaluation.texts import perplexity
 from rt_lens.tuning.delta import WeightDelta
 
 PROMPTS = ["Tell me about rivers.", "How is the weather?", "Describe a chair.", "Hello.", "What is in your bag?"]
@@ -36,8 +36,8 @@ def delta(tiny):
 @pytest.fixture
 def exams():
     return {
-        "talk": Exam(PROMPTS, [len, "repetition"], 5),
-        "choices": Exam(CHOICES, [{"kind": "likelihood", "measure": "accuracy"}, {"kind": "likelihood"}]),
+        "talk": EvalTask(PROMPTS, [len, "repetition"], 5),
+        "choices": EvalTask(CHOICES, [{"kind": "likelihood", "measure": "accuracy"}, {"kind": "likelihood"}]),
     }
 
 
@@ -64,10 +64,10 @@ def test_each_score_is_that_of_the_arm_asked_alone(tiny, tiny_vectors, delta, ex
     seen = []
     for (arm, seed), worn in alone.items():
         mine = board.scores[(board.scores["arm"] == arm) & (board.scores["seed"] == seed)]
-        with rtl.under(tiny, *worn):
+        with rtl.applied(tiny, *worn):
             lengths = evaluate(tiny, PROMPTS, len, max_new_tokens=5).scores
             shares = evaluate(tiny, CHOICES, {"kind": "likelihood"}).scores
-            fit = text_fit(tiny, TEXTS)
+            fit = perplexity(tiny, TEXTS)
         assert mine[(mine["scorer"] == "len")]["score"].tolist() == lengths
         assert mine[(mine["scorer"] == "likelihood_share")]["score"].tolist() == pytest.approx(shares, abs=1e-5)
         nll = board.texts[(board.texts["arm"] == arm) & (board.texts["seed"] == seed)]["nll"]
@@ -166,7 +166,7 @@ def test_a_scorer_runs_when_the_arm_is_off_and_sees_the_first_arms_words(tiny, t
             return [0.0] * len(answers)
 
     arms = {"untuned": None, "steered": rtl.add(tiny_vectors, [0], 4.0)}
-    compare_arms(tiny, arms, {"talk": Exam(PROMPTS, [Judge()], 4)}, progress=False)
+    compare_arms(tiny, arms, {"talk": EvalTask(PROMPTS, [Judge()], 4)}, progress=False)
     (first, own, words), (second, baseline, others) = seen
     assert first == second  # the judge's own model is untouched both times
     assert own == words and baseline == words and others != words
@@ -179,7 +179,8 @@ def test_nothing_stays_on_the_model_also_when_a_scorer_fails(tiny, tiny_vectors,
         raise RuntimeError("no score today")
 
     with pytest.raises(RuntimeError, match="no score today"):
-        compare_arms(tiny, {"both": (delta(0), rtl.add(tiny_vectors, [0], 1.0))}, {"talk": Exam(PROMPTS, [fails], 2)},
+        compare_arms(tiny, {"both": (delta(0), rtl.add(tiny_vectors, [0], 1.0))},
+                     {"talk": EvalTask(PROMPTS, [fails], 2)},
                      progress=False)  # fmt: skip
     assert not hooks_on(tiny)
     assert all(torch.equal(weight, before[name]) for name, weight in tiny.state_dict().items())
@@ -187,8 +188,8 @@ def test_nothing_stays_on_the_model_also_when_a_scorer_fails(tiny, tiny_vectors,
 
 def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, exams):
     def scores(questions, batch_size):
-        exam = {"choices": Exam(questions, [{"kind": "likelihood"}])}
-        board = Board(tiny, exam, TEXTS[::-1] if questions != CHOICES else TEXTS, batch_size=batch_size)
+        exam = {"choices": EvalTask(questions, [{"kind": "likelihood"}])}
+        board = ArmEvaluator(tiny, exam, TEXTS[::-1] if questions != CHOICES else TEXTS, batch_size=batch_size)
         board.measure("tuned", delta(0))
         found = board.scoreboard()
         return dict(zip([q.category for q in questions], found.scores["score"], strict=True)), found.summary()
@@ -201,14 +202,14 @@ def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, exams):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda m: compare_arms(m, {}, {"a": Exam(PROMPTS)}), "arms: none came"),
-        (lambda m: compare_arms(m, {"x": 3}, {"a": Exam(PROMPTS)}, progress=False), "arms: a int came"),
+        (lambda m: compare_arms(m, {}, {"a": EvalTask(PROMPTS)}), "arms: none came"),
+        (lambda m: compare_arms(m, {"x": 3}, {"a": EvalTask(PROMPTS)}, progress=False), "arms: a int came"),
         (lambda m: compare_arms(m, {"x": None}, {}), "exams: none came"),
-        (lambda m: Board(m, {"a": Exam(PROMPTS)}).scoreboard(), "none was measured yet"),
-        (lambda m: Exam(PROMPTS, "vader"), "scorers: 'vader' came; a list"),
-        (lambda m: Exam(PROMPTS, ["vader", "vader"]), "each wants a name of its own"),
-        (lambda m: Exam(PROMPTS, [rtl.evaluation.scorers.OfText("prompt", len)]), "none of arm, direction"),
-        (lambda m: Exam([]), "prompts must be a list of at least one"),
+        (lambda m: ArmEvaluator(m, {"a": EvalTask(PROMPTS)}).scoreboard(), "none was measured yet"),
+        (lambda m: EvalTask(PROMPTS, "vader"), "scorers: 'vader' came; a list"),
+        (lambda m: EvalTask(PROMPTS, ["vader", "vader"]), "each wants a name of its own"),
+        (lambda m: EvalTask(PROMPTS, [rtl.evaluation.scorers.OfText("prompt", len)]), "none of arm, direction"),
+        (lambda m: EvalTask([]), "prompts must be a list of at least one"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")
@@ -219,7 +220,7 @@ def test_bad_input_is_named(tiny, call, says):
 
 
 def test_an_arm_is_measured_once_and_a_table_without_texts_has_no_damage(tiny):
-    board = Board(tiny, {"choices": Exam(CHOICES, ["likelihood"])})
+    board = ArmEvaluator(tiny, {"choices": EvalTask(CHOICES, ["likelihood"])})
     board.measure("untuned")
     with pytest.raises(ValueError, match="untuned, none, seed 0 was measured already"):
         board.measure("untuned")

@@ -8,7 +8,7 @@ import rt_lens as rtl
 from rt_lens.data.questions import Answer, Likelihoods, Question, load_questions
 from rt_lens.evaluation.answering import ask, evaluate, said
 from rt_lens.evaluation.registry import make_scorer, unmade_scorer
-from rt_lens.evaluation.scorers import Lexicon, NamesRight, Obeys, OfText, Scorer, vader
+from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Lexicon, OfText, Scorer, vader
 
 
 def test_vader_orders_moods():
@@ -44,7 +44,8 @@ def test_bad_scorers_are_named(scorer, says):
 
 @pytest.mark.parametrize(
     "given",
-    ["vader", "repetition", {"kind": "lexicon", "positive": ["a"], "negative": ["b"]}, len, NamesRight(), "likelihood",
+    ["vader", "repetition", {"kind": "lexicon", "positive": ["a"], "negative": ["b"]}, len, ContainsAnswer(),
+     "likelihood",
      {"kind": "pattern", "pattern": "^sorry"}, "obeys"],
 )  # fmt: skip
 def test_whatever_is_given_becomes_one_callable_type(given):
@@ -64,9 +65,9 @@ def test_a_pattern_is_found_anywhere_in_any_case():
 def test_names_right_takes_whole_words_and_refuses_wrong_ones():
     asked = Question("What is 20 + 18?", ("38",), ("40",))
     said = [Answer(asked, text) for text in ("It is 38.", "It is 138.", "38 or 40", "None.")]
-    assert NamesRight()(said) == [1.0, 0.0, 0.0, 0.0]
+    assert ContainsAnswer()(said) == [1.0, 0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="has no right option"):
-        NamesRight()([Answer(Question("Hi."), "x")])
+        ContainsAnswer()([Answer(Question("Hi."), "x")])
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_names_right_takes_whole_words_and_refuses_wrong_ones():
 )
 def test_obeys_by_hand(check, good, bad):
     asked = Question("Do it.", check=check)
-    assert Obeys()([Answer(asked, good), Answer(asked, bad), Answer(asked, "")])[:2] == [1.0, 0.0]
+    assert FollowsInstruction()([Answer(asked, good), Answer(asked, bad), Answer(asked, "")])[:2] == [1.0, 0.0]
 
 
 def test_every_shipped_instruction_has_a_check_that_an_answer_can_fail():
@@ -94,12 +95,12 @@ def test_every_shipped_instruction_has_a_check_that_an_answer_can_fail():
     assert {question.check["kind"] for question in asked} == {
         "one_word", "max_words", "contains", "starts_with", "upper", "list", "ends_with", "no_letter",
     }  # fmt: skip
-    assert sum(Obeys()([Answer(question, "") for question in asked])) == 0
+    assert sum(FollowsInstruction()([Answer(question, "") for question in asked])) == 0
 
 
 def test_an_instruction_without_a_check_is_named():
     with pytest.raises(ValueError, match="'Hi.' has no check"):
-        Obeys()([Answer(Question("Hi."), "x")])
+        FollowsInstruction()([Answer(Question("Hi."), "x")])
 
 
 def test_evaluate_scores_what_the_model_says_and_batches_do_not_matter(model):
@@ -154,7 +155,8 @@ def test_a_scorer_of_ones_own_sees_the_whole_answer(tiny):
 
 
 @pytest.mark.parametrize(
-    "given", ["vader", "names_right", {"kind": "likelihood", "form": "letters"}, {"kind": "other"}, len, NamesRight()]
+    "given",
+    ["vader", "names_right", {"kind": "likelihood", "form": "letters"}, {"kind": "other"}, len, ContainsAnswer()],
 )
 def test_a_scorer_that_is_not_made_says_what_it_would_read(given):
     assert unmade_scorer(given).reads == make_scorer(given).reads

@@ -14,8 +14,8 @@ import pytest
 import torch
 from full_disk import full_disk
 
-from rt_lens.tuning import shelf
-from rt_lens.tuning.shelf import Shelf
+from rt_lens.tuning import activation_store as shelf
+from rt_lens.tuning.activation_store import ActivationStore
 
 LIKE = SimpleNamespace(d_model=8, dtype=torch.float32, device="cpu")
 
@@ -39,7 +39,7 @@ def test_memory_and_disk_give_the_rows_that_were_put(lengths, dtype, disk):
     like = SimpleNamespace(d_model=8, dtype=dtype, device="cpu")
     wanted = rows(lengths, dtype)
     for where, on_disk in (("memory", False), ("disk", True)):
-        kept = Shelf(lengths, like, where)
+        kept = ActivationStore(lengths, like, where)
         found = [kept.put(row.clone()) for row in wanted]
         assert kept.on_disk is on_disk
         assert all(torch.equal(mine, row) for mine, row in zip(found, wanted, strict=True))
@@ -49,7 +49,7 @@ def test_memory_and_disk_give_the_rows_that_were_put(lengths, dtype, disk):
 
 def test_rows_lie_end_to_end_in_one_block_and_outlive_the_shelf():
     for where in ("memory", "disk"):
-        kept = Shelf([2, 3], LIKE, where)
+        kept = ActivationStore([2, 3], LIKE, where)
         first, second = (kept.put(row) for row in rows([2, 3]))
         del kept
         assert second.data_ptr() - first.data_ptr() == first.numel() * 4
@@ -59,24 +59,24 @@ def test_rows_lie_end_to_end_in_one_block_and_outlive_the_shelf():
 @pytest.mark.parametrize("where", ["auto", "memory", "disk"])
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 def test_nothing_to_keep_takes_no_room(where, lengths, disk):
-    kept = Shelf(lengths, LIKE, where)
+    kept = ActivationStore(lengths, LIKE, where)
     assert [kept.put(torch.ones(0, 8)).shape for _ in lengths] == [(0, 8)] * len(lengths)
     assert not list(disk.iterdir())
 
 
 def test_auto_takes_the_disk_above_the_size(monkeypatch):
     monkeypatch.setattr(shelf, "IN_MEMORY", 10 * 8 * 4)
-    assert [Shelf([n], LIKE, "auto").on_disk for n in (9, 10, 11)] == [False, False, True]
+    assert [ActivationStore([n], LIKE, "auto").on_disk for n in (9, 10, 11)] == [False, False, True]
     half = SimpleNamespace(d_model=8, dtype=torch.bfloat16, device="cpu")
-    assert [Shelf([n], half, "auto").on_disk for n in (20, 21)] == [False, True]
-    assert Shelf([11], LIKE, "memory").on_disk is False
+    assert [ActivationStore([n], half, "auto").on_disk for n in (20, 21)] == [False, True]
+    assert ActivationStore([11], LIKE, "memory").on_disk is False
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(disk):
     with full_disk(1_000_000), pytest.raises(OSError, match=r"prefix_cache: .*has no room for 3 MB .*File too large"):
-        Shelf([100_000], LIKE, "disk")
+        ActivationStore([100_000], LIKE, "disk")
     assert not list(disk.iterdir())
-    assert Shelf([100_000], LIKE, "disk").on_disk  # and there was room without the limit
+    assert ActivationStore([100_000], LIKE, "disk").on_disk  # and there was room without the limit
 
 
 def test_the_disk_shelf_is_not_in_the_processs_own_memory(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rt_lens.models.context import whereabouts
+from rt_lens.models.context import token_context
 from rt_lens.models.tokens.batches import encode, pad
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
 from rt_lens.steering.edits import Linear
@@ -242,7 +242,7 @@ def test_a_number_past_the_end_names_the_row(tiny, tiny_vectors, number, row, ho
             match=rf"positions: {number} is outside the prompt of row {row}, which has 2 tokens\. .* between -2 and 1",
         ),
         steered(tiny, add(tiny_vectors, positions=[0, number])),
-        whereabouts(batch.mask, rows=[3, row]),
+        token_context(batch.mask, rows=[3, row]),
     ):
         tiny(batch.tokens, attention_mask=batch.mask)
     assert not hooks_on(tiny)
@@ -254,7 +254,7 @@ def test_a_mask_of_another_number_of_rows_is_refused(tiny, tiny_vectors):
         logits(tiny, hooks, rows=2)
     with (
         pytest.raises(ValueError, match=r"positions: a mask of 3 rows came for 5 rows"),
-        whereabouts(torch.ones(2, 6, dtype=torch.long), rows=[4, 1]),
+        token_context(torch.ones(2, 6, dtype=torch.long), rows=[4, 1]),
     ):
         logits(tiny, hooks, rows=2)
 
@@ -273,7 +273,7 @@ def test_what_cannot_be_told_apart_is_refused_outside_rt_lenss_own_loops(tiny, t
         tiny.hooks(fwd_hooks=add(tiny_vectors, schedule=Linear(1.0, 0.0, 3))),
     ):
         tiny(whole)
-    with tiny.hooks(fwd_hooks=add(tiny_vectors, positions="last")), whereabouts(torch.ones_like(one)):
+    with tiny.hooks(fwd_hooks=add(tiny_vectors, positions="last")), token_context(torch.ones_like(one)):
         said = tiny(one)
     assert (said - tiny(one)).abs().max() > 0.1
 

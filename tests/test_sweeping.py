@@ -625,7 +625,7 @@ def test_a_layer_with_vectors_at_several_points_is_swept_once(tiny, tiny_vectors
 
 def test_the_dose_response_of_mood_at_the_recommended_layer(model, pairs):
     train, validation, _ = pairs.split(0.4, 0.2, seed=0)
-    found = rtl.trust(model, train.sample(48), validation, layers=range(17, 25), splits=5)
+    found = rtl.validate_vectors(model, train.sample(48), validation, layers=range(17, 25), splits=5)
     assert found.best is not None
     along_doses = rtl.sweep(model, found.vectors, validation.topics[:16], layers=[found.best], progress=False)
     answer = along_doses.dose_response(found.best)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import rt_lens as rtl
 from rt_lens.data.builtin import neutral_paragraphs
-from rt_lens.evaluation.texts import TextFit, log_normaliser, text_fit, windows_of
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.evaluation.texts import PerplexityResult, log_normaliser, perplexity, windows_of
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 
 LONG, SHORT = neutral_paragraphs()[0], "Bread rises."
 FOREIGN = "Das Schloß über dem Fluß; 河の水は冷たい。 Привет! 🚂"
@@ -55,7 +55,7 @@ def perplexity_of(model, texts, window=10**6, stride=10**6):
 def test_in_float64_perplexity_is_that_of_a_direct_computation(tiny):
     tiny.double()
     texts = [LONG, SHORT, FOREIGN]
-    found = text_fit(tiny, texts, keep=True)
+    found = perplexity(tiny, texts, keep=True)
     assert found.perplexity.mean == pytest.approx(perplexity_of(tiny, texts), rel=1e-12)
     assert found.log_probabilities.dtype == torch.float64
     assert found.log_probabilities.exp().sum(-1) == pytest.approx(np.ones(found.sizes.sum()), abs=1e-12)
@@ -63,11 +63,11 @@ def test_in_float64_perplexity_is_that_of_a_direct_computation(tiny):
 
 def test_in_float32_perplexity_is_that_of_a_direct_computation_in_float64(model):
     texts = [*neutral_paragraphs()[:3], FOREIGN]
-    assert text_fit(model, texts).perplexity.mean == pytest.approx(perplexity_of(model, texts), rel=1e-6)
+    assert perplexity(model, texts).perplexity.mean == pytest.approx(perplexity_of(model, texts), rel=1e-6)
 
 
 def test_perplexity_is_hugging_faces_own(model):
-    folder = embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])
+    folder = bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     texts, exact, loss, n = neutral_paragraphs()[:2], 0.0, 0.0, 0
     with torch.no_grad():
@@ -77,9 +77,9 @@ def test_perplexity_is_hugging_faces_own(model):
             exact += float(cross_entropy(found.logits[0, :-1], ids[0, 1:], reduction="sum"))
             loss += float(found.loss) * (ids.shape[1] - 1)
             n += ids.shape[1] - 1
-    perplexity = text_fit(model, texts).perplexity.mean
-    assert perplexity == pytest.approx(math.exp(exact / n), rel=1e-6)
-    assert perplexity == pytest.approx(math.exp(loss / n), rel=2e-5)  # theirs goes through float32's log_softmax
+    ours = perplexity(model, texts).perplexity.mean
+    assert ours == pytest.approx(math.exp(exact / n), rel=1e-6)
+    assert ours == pytest.approx(math.exp(loss / n), rel=2e-5)  # theirs goes through float32's log_softmax
 
 
 def test_a_tokens_log_likelihood_does_not_drift_with_the_vocabulary_and_torchs_own_does():
@@ -92,9 +92,9 @@ def test_a_tokens_log_likelihood_does_not_drift_with_the_vocabulary_and_torchs_o
 
 
 def test_a_window_that_holds_every_text_changes_no_bit(tiny):
-    whole = text_fit(tiny, [LONG, SHORT, FOREIGN])
+    whole = perplexity(tiny, [LONG, SHORT, FOREIGN])
     for window, stride in ((256, 1), (200, 200), (int(whole.sizes.max()) + 1, 7)):
-        found = text_fit(tiny, [LONG, SHORT, FOREIGN], window=window, stride=stride)
+        found = perplexity(tiny, [LONG, SHORT, FOREIGN], window=window, stride=stride)
         assert (found.nll == whole.nll).all() and found.window is found.stride is None
 
 
@@ -117,18 +117,18 @@ def test_windows_predict_each_token_once_from_enough_tokens(length, window, data
 @pytest.mark.parametrize(("window", "stride"), [(32, 16), (32, 32), (17, 5), (1, 1)])
 def test_a_long_text_is_read_in_windows(tiny, window, stride):
     tiny.double()
-    found = text_fit(tiny, [LONG, SHORT], window=window, stride=stride)
+    found = perplexity(tiny, [LONG, SHORT], window=window, stride=stride)
     assert found.sizes.tolist() == [tiny.to_tokens(text).shape[1] - 1 for text in (LONG, SHORT)]
     assert found.nll[0] == pytest.approx(nll_of(*naive(tiny, LONG, window, stride)), rel=1e-12)
     assert found.perplexity.mean == pytest.approx(perplexity_of(tiny, [LONG, SHORT], window, stride), rel=1e-12)
-    assert abs(found.nll[0] - text_fit(tiny, [LONG]).nll[0]) > 1e-6  # and the windows did cut something off
+    assert abs(found.nll[0] - perplexity(tiny, [LONG]).nll[0]) > 1e-6  # and the windows did cut something off
 
 
 def test_the_default_windows_are_the_context_by_halves(make_tiny):
     small = make_tiny(n_ctx=40)
     ids = small.to_tokens(LONG, truncate=False)[0]
     assert len(ids) > 80
-    found = text_fit(small, [SHORT, LONG])
+    found = perplexity(small, [SHORT, LONG])
     assert (found.window, found.stride) == (40, 20)
     assert found.sizes[1] == len(ids) - 1
     assert found.nll[1] == pytest.approx(nll_of(*naive(small, LONG, 40, 20)), rel=1e-6)
@@ -136,9 +136,9 @@ def test_the_default_windows_are_the_context_by_halves(make_tiny):
 
 def test_windows_of_the_embedded_model_of_either_kind(model, bridge):
     direct = perplexity_of(model, [LONG, SHORT], 48, 24)
-    assert text_fit(model, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=1e-6)
-    assert text_fit(bridge, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=1e-5)
-    assert abs(direct / text_fit(model, [LONG, SHORT]).perplexity.mean - 1) > 0.01  # the windows do matter
+    assert perplexity(model, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=1e-6)
+    assert perplexity(bridge, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=1e-5)
+    assert abs(direct / perplexity(model, [LONG, SHORT]).perplexity.mean - 1) > 0.01  # the windows do matter
 
 
 # KL
@@ -147,23 +147,23 @@ def test_windows_of_the_embedded_model_of_either_kind(model, bridge):
 def test_kl_in_windows_is_that_of_a_direct_computation(tiny, tiny_vectors):
     tiny.double()
     texts = [SHORT, LONG]
-    reference = text_fit(tiny, texts, keep=True, window=32, stride=16)
+    reference = perplexity(tiny, texts, keep=True, window=32, stride=16)
     with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [1], 1.0)):
-        found = text_fit(tiny, texts, reference=reference, batch_size=3, window=32, stride=16)
+        found = perplexity(tiny, texts, reference=reference, batch_size=3, window=32, stride=16)
     for text, kl in zip(texts, found.kl, strict=True):
         before, _ = naive(tiny, text, 32, 16)
         after, _ = naive(tiny, text, 32, 16, lambda *_: rtl.add(tiny_vectors, [1], 1.0))
         direct = float((before.exp() * (before - after)).sum())
         assert direct > 0.01
         assert kl == pytest.approx(direct, rel=1e-10)
-    assert (text_fit(tiny, texts, reference=reference, window=32, stride=16).kl == 0).all()
+    assert (perplexity(tiny, texts, reference=reference, window=32, stride=16).kl == 0).all()
 
 
 def test_what_is_kept_is_one_row_for_each_token_predicted(tiny):
-    fit = text_fit(tiny, [SHORT, LONG], keep=True, window=32, stride=16)
+    fit = perplexity(tiny, [SHORT, LONG], keep=True, window=32, stride=16)
     assert fit.log_probabilities.shape == (fit.sizes.sum(), tiny.cfg.d_vocab)
     assert not fit.log_probabilities.exp().sum(-1).sub(1).abs().max() > 1e-5
-    assert text_fit(tiny, [SHORT]).log_probabilities is None
+    assert perplexity(tiny, [SHORT]).log_probabilities is None
 
 
 # Edits
@@ -184,7 +184,7 @@ def test_an_edit_at_one_token_of_a_long_text_acts_there_in_every_window(tiny, ti
         return [("blocks.1.hook_resid_post", push)]
 
     with tiny.hooks(fwd_hooks=rtl.add(vectors, [1], 5.0, positions=[place])):
-        found = text_fit(tiny, [SHORT + SHORT * 10, LONG], window=32, stride=16)
+        found = perplexity(tiny, [SHORT + SHORT * 10, LONG], window=32, stride=16)
     direct = nll_of(*naive(tiny, LONG, 32, 16, by_hand))
     assert found.nll[1] == pytest.approx(direct, rel=1e-10)
     assert abs(direct - nll_of(*naive(tiny, LONG, 32, 16))) > 1e-3
@@ -192,20 +192,20 @@ def test_an_edit_at_one_token_of_a_long_text_acts_there_in_every_window(tiny, ti
 
 def test_an_edit_at_the_last_token_changes_no_prediction_whole_or_in_windows(tiny, tiny_vectors):
     for window in (256, 32):
-        plain = text_fit(tiny, [LONG], window=window)
+        plain = perplexity(tiny, [LONG], window=window)
         with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [1], 5.0, positions="last")):
-            assert text_fit(tiny, [LONG], window=window).nll == pytest.approx(plain.nll, rel=1e-6)
+            assert perplexity(tiny, [LONG], window=window).nll == pytest.approx(plain.nll, rel=1e-6)
         with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [1], 5.0)):
-            assert abs(text_fit(tiny, [LONG], window=window).nll - plain.nll) > 0.1
+            assert abs(perplexity(tiny, [LONG], window=window).nll - plain.nll) > 0.1
 
 
 def test_multipliers_by_text_reach_all_of_its_windows(tiny, tiny_vectors):
     texts, strengths = [SHORT, LONG, FOREIGN], torch.tensor([0.0, 3.0, -2.0])
     with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [1], strengths)):
-        together = text_fit(tiny, texts, window=16, stride=8)
+        together = perplexity(tiny, texts, window=16, stride=8)
     for number, (text, strength) in enumerate(zip(texts, strengths.tolist(), strict=True)):
         with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [1], strength)):
-            assert text_fit(tiny, [text], window=16, stride=8).nll[0] == pytest.approx(together.nll[number], rel=1e-6)
+            assert perplexity(tiny, [text], window=16, stride=8).nll[0] == pytest.approx(together.nll[number], rel=1e-6)
 
 
 # What may not change a score
@@ -221,9 +221,9 @@ def test_batch_size_padding_side_and_order_change_no_score(model, pairs, monkeyp
     def measured(order, batch_size):
         chosen = [texts[i] for i in order]
         if tuple(order) not in references:
-            references[tuple(order)] = text_fit(model, chosen, keep=True, batch_size=2, window=window)
+            references[tuple(order)] = perplexity(model, chosen, keep=True, batch_size=2, window=window)
         with model.hooks(fwd_hooks=rtl.add(vectors, [20], 1.0)):
-            return text_fit(model, chosen, reference=references[tuple(order)], batch_size=batch_size, window=window)
+            return perplexity(model, chosen, reference=references[tuple(order)], batch_size=batch_size, window=window)
 
     usual = measured(range(5), 4)
     assert usual.mean_kl.mean > 0.01
@@ -262,44 +262,44 @@ def test_what_cannot_be_scored_is_refused_before_the_model_runs(tiny, as_a_user,
         raise AssertionError("the model ran")
 
     with tiny.hooks(fwd_hooks=[("hook_embed", never)]), pytest.raises(ValueError, match=message):
-        text_fit(tiny, texts, **changes)
+        perplexity(tiny, texts, **changes)
 
 
 def test_a_reference_that_does_not_fit_is_refused(tiny):
     with pytest.raises(ValueError, match="reference: its log-probabilities were not kept"):
-        text_fit(tiny, [LONG], reference=text_fit(tiny, [LONG]))
-    kept = text_fit(tiny, [LONG], keep=True)
+        perplexity(tiny, [LONG], reference=perplexity(tiny, [LONG]))
+    kept = perplexity(tiny, [LONG], keep=True)
     with pytest.raises(ValueError, match="reference: it was made from other texts"):
-        text_fit(tiny, [SHORT], reference=kept)
+        perplexity(tiny, [SHORT], reference=kept)
     with pytest.raises(ValueError, match=r"window and stride \(None, None\), here they are \(32, 16\)"):
-        text_fit(tiny, [LONG], reference=kept, window=32)
+        perplexity(tiny, [LONG], reference=kept, window=32)
 
 
 # Intervals
 
 
 def test_intervals_are_over_texts_and_hold_the_estimate(tiny):
-    fit = text_fit(tiny, neutral_paragraphs()[:8], seed=3)
+    fit = perplexity(tiny, neutral_paragraphs()[:8], seed=3)
     low, mean, high = fit.perplexity.low, fit.perplexity.mean, fit.perplexity.high
     assert fit.perplexity.n == 8 and low < mean < high
     assert mean == pytest.approx(math.exp(fit.nll.sum() / fit.sizes.sum()))
-    assert math.isnan(text_fit(tiny, [LONG]).perplexity.low)  # one text says nothing of other texts
+    assert math.isnan(perplexity(tiny, [LONG]).perplexity.low)  # one text says nothing of other texts
 
 
 def test_pooling_averages_and_refuses_other_texts_or_windows(tiny):
-    one = text_fit(tiny, [SHORT, LONG], window=32)
-    other = TextFit(one.nll + 2.0, None, one.sizes, one.texts_sha256, one.seed, None, one.window, one.stride)
-    pooled = TextFit.pooled([one, other])
+    one = perplexity(tiny, [SHORT, LONG], window=32)
+    other = PerplexityResult(one.nll + 2.0, None, one.sizes, one.texts_sha256, one.seed, None, one.window, one.stride)
+    pooled = PerplexityResult.pooled([one, other])
     assert pooled.nll == pytest.approx(one.nll + 1.0) and pooled.window == 32 and pooled.kl is None
     with pytest.raises(ValueError, match="fits: they are of different texts or windows"):
-        TextFit.pooled([one, text_fit(tiny, [SHORT, LONG])])
+        PerplexityResult.pooled([one, perplexity(tiny, [SHORT, LONG])])
     with pytest.raises(ValueError, match="fits: none came"):
-        TextFit.pooled([])
+        PerplexityResult.pooled([])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_no_distance_from_itself_in_any_type(make_tiny, dtype):
     model = make_tiny(dtype=dtype)
     texts = neutral_paragraphs()[:3]
-    untuned = text_fit(model, texts, keep=True)
-    assert text_fit(model, texts, reference=untuned).mean_kl.mean == 0
+    untuned = perplexity(model, texts, keep=True)
+    assert perplexity(model, texts, reference=untuned).mean_kl.mean == 0

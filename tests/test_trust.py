@@ -15,7 +15,7 @@ from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.vectors.extraction import Sides
 from rt_lens.vectors.reading import separability
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
-from rt_lens.vectors.validation import Trust, _auc, recommend
+from rt_lens.vectors.validation import VectorValidation, _auc, recommend
 
 D = 32
 STRENGTHS = {0: 0.0, 1: 0.0, 2: 12.0, 3: 12.5, 4: 12.0, 5: 0.0}
@@ -42,10 +42,10 @@ def planted(pairs: ContrastPairs, name: str, strength: float, of: int = 0) -> tu
 
 
 @pytest.fixture
-def plant(monkeypatch, make_tiny) -> Callable[..., Callable[..., Trust]]:
-    """`trust` on a model whose activations are planted: the reading is replaced, all else is as it is."""
+def plant(monkeypatch, make_tiny) -> Callable[..., Callable[..., VectorValidation]]:
+    """`validate_vectors` on a model whose activations are planted: the reading is replaced, all else is as it is."""
 
-    def make(strengths: Mapping[int, float] = STRENGTHS, of: int = 0) -> Callable[..., Trust]:
+    def make(strengths: Mapping[int, float] = STRENGTHS, of: int = 0) -> Callable[..., VectorValidation]:
         model = make_tiny(n_layers=len(strengths), d_vocab=8)
 
         def read(model: Any, pairs: ContrastPairs, names: list[str], places: Any, **_: Any) -> list[Sides]:
@@ -53,9 +53,11 @@ def plant(monkeypatch, make_tiny) -> Callable[..., Callable[..., Trust]]:
             sides = ({name: side[i] for name, side in both.items()} for i in (0, 1))
             return [Sides(*sides, "planted", ("it",), False)]
 
-        def run(n: int = 64, n_held_out: int = 60, **arguments: Any) -> Trust:
+        def run(n: int = 64, n_held_out: int = 60, **arguments: Any) -> VectorValidation:
             monkeypatch.setattr("rt_lens.vectors.validation.read_sides", read)
-            return rtl.trust(model, numbered(n), numbered(n_held_out, "unseen"), **{"splits": 6, **arguments})
+            return rtl.validate_vectors(
+                model, numbered(n), numbered(n_held_out, "unseen"), **{"splits": 6, **arguments}
+            )
 
         return run
 
@@ -273,7 +275,7 @@ def test_the_rule_does_not_depend_on_the_order_of_the_rows():
 def test_vectors_are_those_of_extract_vectors_and_accuracy_that_of_separability(tiny, pairs):
     train, held_out = pairs.split(0.7, seed=0)
     train = train.sample(8)
-    found = rtl.trust(tiny, train, held_out, splits=2, position="mean prompt")
+    found = rtl.validate_vectors(tiny, train, held_out, splits=2, position="mean prompt")
     plain = rtl.extract_vectors(tiny, train, position="mean prompt")
     assert found.vectors.provenance == plain.provenance
     for name in plain.hook_names:
@@ -294,12 +296,12 @@ def few(pairs) -> tuple[ContrastPairs, ContrastPairs]:
 def test_mood_is_believed_on_the_real_model_and_with_shuffled_sides_it_is_not(model, few):
     train, held_out = few
     settings: dict[str, Any] = {"layers": range(12, 20), "splits": 6}
-    true = rtl.trust(model, train, held_out, **settings)
+    true = rtl.validate_vectors(model, train, held_out, **settings)
     assert true.recommended
     assert true.best in true.recommended
     assert true.layers["accuracy"].max() >= 0.9
     assert true.layers["stability"].max() > 0.6
-    false = rtl.trust(model, shuffled(train, 1), shuffled(held_out, 2), **settings)
+    false = rtl.validate_vectors(model, shuffled(train, 1), shuffled(held_out, 2), **settings)
     assert false.recommended == () or false.layers["accuracy"].max() < 0.75
     assert 0.2 < false.layers["accuracy"].mean() < 0.8
     assert false.layers["signal"].abs().max() < 0.5 * true.layers["signal"].max()
@@ -311,7 +313,7 @@ def test_mood_is_believed_on_the_real_model_and_with_shuffled_sides_it_is_not(mo
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_too_few_pairs_are_refused(tiny, pairs, n):
     with pytest.raises(ValueError, match=rf"train: {n} pairs came; at least 4 are wanted, to compare two halves"):
-        rtl.trust(tiny, pairs.sample(n), pairs.sample(4, seed=1))
+        rtl.validate_vectors(tiny, pairs.sample(n), pairs.sample(4, seed=1))
 
 
 def test_one_held_out_pair_is_evidence_for_nothing(plant):
@@ -333,4 +335,4 @@ def test_one_held_out_pair_is_evidence_for_nothing(plant):
 )
 def test_bad_arguments_are_named(tiny, pairs, arguments, says):
     with pytest.raises(ValueError, match=says):
-        rtl.trust(tiny, pairs.sample(4), pairs.sample(4, seed=1), **arguments)
+        rtl.validate_vectors(tiny, pairs.sample(4), pairs.sample(4, seed=1), **arguments)

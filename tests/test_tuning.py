@@ -15,9 +15,9 @@ from rt_lens.models import checksums
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.loop import tune
-from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Target
+from rt_lens.tuning.tuning_data import prepare_data
 from rt_lens.vectors.reading import token_projections
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]
@@ -223,7 +223,7 @@ def test_each_epoch_sees_each_row_once_in_an_order_of_the_seed(tiny, tiny_vector
 def test_shared_material_gives_the_same_delta_as_targets_and_is_checked(tiny, tiny_vectors):
     config = replace(QUICK, kl_weight=1.0)
     alone = tune(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL, progress=False)
-    material = prepare(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL)
     for _ in range(2):
         shared = tune(tiny, tiny_vectors, material, config, progress=False)
         assert all(torch.equal(shared.changes[name], alone.changes[name]) for name in alone.changes)
@@ -232,9 +232,9 @@ def test_shared_material_gives_the_same_delta_as_targets_and_is_checked(tiny, ti
 
 
 def test_material_is_refused_on_other_weights_of_the_same_name(tiny, tiny_vectors, tmp_path):
-    """What `prepare` computed is of the weights it saw: the KL would refer to, and blocks start from, another model."""
+    """What `prepare_data` computed is of the weights it saw: else the KL would refer to another model."""
     config = replace(QUICK, kl_weight=1.0)
-    material = prepare(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL)
     delta = tune(tiny, tiny_vectors, material, config, progress=False)
     says = "train: must be material prepared with this model's weights, got some of other weights of tiny. Prepare it"
     for checkpoint in (None, tmp_path / "c.ckpt"):
@@ -256,7 +256,7 @@ def test_weights_are_read_once_a_run_and_only_where_something_is_compared(tiny, 
     assert len(read) == 0
     tune(tiny, tiny_vectors, TARGETS, QUICK, checkpoint=tmp_path / "a.ckpt", progress=False)
     assert len(read) == 1
-    material = prepare(tiny, tiny_vectors, TARGETS, QUICK)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, QUICK)
     tune(tiny, tiny_vectors, material, QUICK, checkpoint=tmp_path / "b.ckpt", progress=False)
     assert len(read) == 3
 
@@ -294,8 +294,8 @@ def test_pairs_give_targets_in_the_models_own_words_without_the_persona(model, p
     for target, pair in zip(targets, chosen, strict=True):
         assert pair.user in target.prompt
         assert pair.negative not in target.prompt
-    under = rtl.generate(model, [chosen[0].user], max_new_tokens=8)
-    assert isinstance(under[0], str)
+    applied = rtl.generate(model, [chosen[0].user], max_new_tokens=8)
+    assert isinstance(applied[0], str)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_pairs_give_targets_in_the_models_own_words_without_the_persona(model, p
         ({"prefix_cache": "ram"}, "prefix_cache: 'ram' came; 'auto', 'memory', 'disk' or 'off' is wanted"),
         ({"kl_weight": -1.0}, "kl_weight: -1.0 came"),
         ({"kl_weight": float("nan")}, "kl_weight: nan came"),
-        ({"token_rest": -0.1}, "token_rest: -0.1 came; 0 or more is wanted"),
+        ({"free_nats": -0.1}, "free_nats: -0.1 came; 0 or more is wanted"),
         ({"max_steps": 0}, "max_steps: 0 came"),
         ({"micro_batch_size": 0}, "micro_batch_size: 0 came; more than 0 is wanted"),
         ({"token_learning_rate": 0.0}, "token_learning_rate: 0.0 came; more than 0 is wanted"),
@@ -395,12 +395,12 @@ def test_texts_of_the_wrong_kind_are_named(tiny, tiny_vectors, changed, says, as
 
 
 def test_material_of_another_model_or_direction_is_refused(tiny, make_tiny, tiny_vectors):
-    material = prepare(tiny, tiny_vectors, TARGETS, QUICK, neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, QUICK, neutral=NEUTRAL)
     other = make_tiny()
     other.cfg.rt_lens_name = "another"
     with pytest.raises(ValueError, match="train: this material was prepared with tiny, this model is another"):
         tune(other, tiny_vectors, material, QUICK, progress=False)
-    written = replace(material, direction="toward")  # as `prepare` says of targets that the model wrote
+    written = replace(material, direction="toward")  # as `prepare_data` says of targets that the model wrote
     with pytest.raises(ValueError, match="targets were written for 'toward', direction is 'away'"):
         tune(tiny, tiny_vectors, written, QUICK, progress=False)
     with pytest.raises(ValueError, match="they are part of prepared material"):
@@ -409,7 +409,7 @@ def test_material_of_another_model_or_direction_is_refused(tiny, make_tiny, tiny
 
 def test_held_out_targets_share_no_prompt_with_the_others(tiny, tiny_vectors):
     twice = [Target(target.prompt, answer) for target in TARGETS for answer in (" Yes.", " No.")]
-    parts = [prepare(tiny, tiny_vectors, twice, replace(QUICK, seed=seed)) for seed in (0, 0, 1)]
+    parts = [prepare_data(tiny, tiny_vectors, twice, replace(QUICK, seed=seed)) for seed in (0, 0, 1)]
     for part in parts:
         train, held = ({row.prompt for row in rows} for rows in (part.train, part.held_out))
         assert not train & held and len(train | held) == len(TARGETS)

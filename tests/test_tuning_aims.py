@@ -12,14 +12,14 @@ from small_tuning import answer_of
 import rt_lens as rtl
 from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.tokens.batches import encode
-from rt_lens.tuning import aims
-from rt_lens.tuning.aims import Aim, KLThenSteer, readings_of
+from rt_lens.tuning import direction_targets as aims
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.direction_targets import DirectionTarget, KLThenSteer, resolve_targets
 from rt_lens.tuning.loop import tune
-from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Choice, Target
-from rt_lens.tuning.weights import leaves_of, trained_by
+from rt_lens.tuning.tuning_data import prepare_data
+from rt_lens.tuning.weights import trainable_params, trained_by
 from rt_lens.vectors.reading import token_projections
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
@@ -52,11 +52,11 @@ def others(provenance) -> SteeringVectors:
 
 def found_by(model, vectors, targets, config):
     """Losses and gradients of one step over all targets."""
-    material = prepare(model, vectors, targets, config, validation=targets[:1])
+    material = prepare_data(model, vectors, targets, config, validation=targets[:1])
     trained = trained_by(model, config)
     union = {name: parameter for group in trained.values() for name, parameter in group.items()}
-    with leaves_of(model, union, config):
-        objective = Objective(model, readings_of(model, vectors, config), config, material, trained)
+    with trainable_params(model, union, config):
+        objective = Objective(model, resolve_targets(model, vectors, config), config, material, trained)
         losses = objective.gradients(material.train, [], [])
         return losses, {name: p.grad.clone() for name, p in union.items() if p.grad is not None}
 
@@ -67,9 +67,9 @@ def found_by(model, vectors, targets, config):
 def test_several_aims_have_the_weighted_mean_of_their_losses_and_gradients(tiny, tiny_vectors, others):
     """Of unlike directions, layers and positions; weights count beside each other only."""
     config = replace(CONFIG, token_weight=0.0)
-    first = Aim(tiny_vectors, 1.0, "away", layers=[0, 1])
-    second = Aim(others, 3.0, "toward", layers=[1], positions="mean last 3")
-    third = Aim(tiny_vectors, 4.0, "out", layers=[0], positions="last")
+    first = DirectionTarget(tiny_vectors, 1.0, "away", layers=[0, 1])
+    second = DirectionTarget(others, 3.0, "toward", layers=[1], positions="mean last 3")
+    third = DirectionTarget(tiny_vectors, 4.0, "out", layers=[0], positions="last")
     singles = [found_by(tiny, [aim], TARGETS, config) for aim in (first, second, third)]
     losses, grads = found_by(tiny, [first, second, third], TARGETS, config)
     shares = (1 / 8, 3 / 8, 4 / 8)
@@ -84,7 +84,7 @@ def test_several_aims_have_the_weighted_mean_of_their_losses_and_gradients(tiny,
 
 def test_one_aim_takes_from_the_settings_what_it_does_not_say(tiny, tiny_vectors):
     plain, grads = found_by(tiny, tiny_vectors, TARGETS, CONFIG)
-    as_aim, same = found_by(tiny, [Aim(tiny_vectors, 7.0)], TARGETS, CONFIG)
+    as_aim, same = found_by(tiny, [DirectionTarget(tiny_vectors, 7.0)], TARGETS, CONFIG)
     assert plain == as_aim
     assert all(torch.equal(grads[name], same[name]) for name in grads)
 
@@ -92,7 +92,8 @@ def test_one_aim_takes_from_the_settings_what_it_does_not_say(tiny, tiny_vectors
 def test_toward_one_vector_and_away_from_another_moves_both(tiny, tiny_vectors, others):
     config = replace(CONFIG, token_weight=0.0, max_steps=15, learning_rate=3e-3)
     delta = tune(
-        tiny, [Aim(tiny_vectors, direction="toward"), Aim(others, direction="away")], TARGETS, config,
+        tiny,
+        [DirectionTarget(tiny_vectors, direction="toward"), DirectionTarget(others, direction="away")], TARGETS, config,
         validation=TARGETS, progress=False,
     )  # fmt: skip
     text = TARGETS[0].prompt + TARGETS[0].answer
@@ -114,11 +115,11 @@ def test_aims_that_make_no_sense_are_refused(tiny, tiny_vectors, provenance):
     for given, says in (
         ([], r"vectors: SteeringVectors, or a list of at least one Aim, is wanted"),
         ([tiny_vectors], r"a list of at least one Aim"),
-        ([Aim(tiny_vectors, 0.0)], r"weight: \[0\.0\] came; each aim wants more than 0"),
-        ([Aim(tiny_vectors, layers=[7])], r"layers: 7 is outside these vectors' blocks 0\.\.1"),
-        ([Aim(zero, layers=[1])], r"vectors: blocks\.1\.hook_resid_post is all zeros"),
-        ([Aim(tiny_vectors, positions="frist")], r"position: 'frist' came"),
-        ([Aim(tiny_vectors, direction="up")], r"direction: 'up' came"),
+        ([DirectionTarget(tiny_vectors, 0.0)], r"weight: \[0\.0\] came; each aim wants more than 0"),
+        ([DirectionTarget(tiny_vectors, layers=[7])], r"layers: 7 is outside these vectors' blocks 0\.\.1"),
+        ([DirectionTarget(zero, layers=[1])], r"vectors: blocks\.1\.hook_resid_post is all zeros"),
+        ([DirectionTarget(tiny_vectors, positions="frist")], r"position: 'frist' came"),
+        ([DirectionTarget(tiny_vectors, direction="up")], r"direction: 'up' came"),
     ):
         with pytest.raises(ValueError, match=says):
             tune(tiny, given, TARGETS, CONFIG, validation=TARGETS, progress=False)
@@ -168,7 +169,7 @@ def test_a_choice_within_its_rest_gives_no_gradient(tiny, tiny_vectors):
     above = free["token"] - math.log(2)
     assert above > 0.5
     for rest, moves in ((above - 0.1, True), (above + 0.1, False)):
-        losses, grads = found_by(tiny, tiny_vectors, soft, replace(config, token_rest=rest))
+        losses, grads = found_by(tiny, tiny_vectors, soft, replace(config, free_nats=rest))
         assert any(grad.any() for grad in grads.values()) is moves
         assert losses["token"] == pytest.approx(math.log(2) + max(above, rest), rel=1e-5)
 
@@ -182,7 +183,7 @@ def test_a_cosine_is_read_at_a_choices_last_token(tiny, tiny_vectors):
     with pytest.raises(
         ValueError, match=r"positions: 'mean response' names no token of the target with prompt 'Is wat"
     ):
-        prepare(tiny, tiny_vectors, CHOICES, replace(config, positions="mean response"), validation=TARGETS)
+        prepare_data(tiny, tiny_vectors, CHOICES, replace(config, positions="mean response"), validation=TARGETS)
 
 
 @pytest.mark.parametrize(
@@ -276,14 +277,14 @@ def test_the_kl_is_that_under_steering_by_hand_wherever_the_steering_is(tiny, ti
     steer = KLThenSteer([tiny_vectors], layers=[at], share=1.0, strength=3.0)
     config = replace(STEERED, layers=[1], trained_layers=trained, max_steps=1, neutral_batch_size=len(NEUTRAL))
     both = [*NEUTRAL, *NEUTRAL]  # the first half is kept for the validations
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, neutral=both, steer=steer)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, neutral=both, steer=steer)
     assert material.first_block == 0
     untuned = [log_probabilities(tiny, target) for target in NEUTRAL]
     delta = tune(tiny, tiny_vectors, material, config, steer=steer, progress=False)
     expected = kl_by_hand(tiny, NEUTRAL, untuned, steer.drawn(tiny, f"{config.seed}-steer-1"))
     assert expected > 0.01
     assert delta.history[0]["kl"] == pytest.approx(expected, rel=1e-4)
-    without = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, neutral=NEUTRAL)
+    without = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, neutral=NEUTRAL)
     if trained == [1]:
         with pytest.raises(ValueError, match=r"train: this material was prepared for blocks from 1 on"):
             tune(tiny, tiny_vectors, without, config, steer=steer, progress=False)
@@ -396,7 +397,7 @@ def test_the_vectors_own_position_is_found_again_in_a_target(model, pairs):
         vectors = rtl.extract_vectors(model, pairs.sample(2), position=position, layers=[2])
         config = TuneConfig(layers=[2], trained_layers=[2], positions="vector", kl_weight=0.0)
         target = Target(rtl.models.generation.as_chat(model, ["How are you?"])[0], " Well, thank you.")
-        row = prepare(model, vectors, [target], config, validation=[target]).train[0]
+        row = prepare_data(model, vectors, [target], config, validation=[target]).train[0]
         n_prompt = len(model.tokenizer.encode(target.prompt, add_special_tokens=False))
         ((name, mask),) = row.places.items()
         assert name == position

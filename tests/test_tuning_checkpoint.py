@@ -23,14 +23,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
-from rt_lens.tuning.aims import Aim, KLThenSteer
 from rt_lens.tuning.checkpoint import Checkpoint, State
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
+from rt_lens.tuning.direction_targets import DirectionTarget, KLThenSteer
 from rt_lens.tuning.loop import tune
-from rt_lens.tuning.material import prepare
 from rt_lens.tuning.targets import Choice, Target
-from rt_lens.tuning.weights import Whole
+from rt_lens.tuning.tuning_data import prepare_data
+from rt_lens.tuning.weights import FullRank
 from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
@@ -97,13 +97,13 @@ import torch
 from transformer_lens import HookedTransformer
 from transformer_lens.config import HookedTransformerConfig
 from transformers import AutoTokenizer
-from rt_lens.models import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models import DEFAULT_MODEL, BUNDLED_MODELS
+from rt_lens.models.sources import bundled_folder
 from rt_lens.tuning import Target, TuneConfig, tune
 from rt_lens.vectors import Provenance, SteeringVectors
 
 torch.set_num_threads(1)  # a fork of a process with several does not have them
-tokenizer = AutoTokenizer.from_pretrained(str(embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL])))
+tokenizer = AutoTokenizer.from_pretrained(str(bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])))
 
 def job(settings, targets, neutral, checkpoint, every, log, pause, out, d_mlp=64):
     model = HookedTransformer(HookedTransformerConfig(
@@ -377,8 +377,11 @@ def test_memory_settings_may_differ_when_a_run_goes_on(run, tiny, tmp_path):
 
 
 def test_prepared_material_and_several_aims_go_on_too(run, tiny, tiny_vectors, tmp_path):
-    aims = [Aim(tiny_vectors, layers=range(1, 2)), Aim(-1.0 * tiny_vectors, 0.5, "toward", layers=[1])]
-    material = prepare(tiny, aims, TARGETS, CONFIG, neutral=NEUTRAL)
+    aims = [
+        DirectionTarget(tiny_vectors, layers=range(1, 2)),
+        DirectionTarget(-1.0 * tiny_vectors, 0.5, "toward", layers=[1]),
+    ]
+    material = prepare_data(tiny, aims, TARGETS, CONFIG, neutral=NEUTRAL)
     unbroken = run(vectors=aims, train=material, neutral=(), checkpoint=None)
     Counting(tiny, at=9)
     with pytest.raises(Stop):
@@ -425,7 +428,7 @@ def test_another_runs_checkpoint_is_refused_by_name_and_kept(run, tiny, tiny_vec
 
 @pytest.mark.usefixtures("broken_off")
 def test_another_answer_to_a_held_out_prompt_is_refused(run, tiny, tiny_vectors):
-    held = prepare(tiny, tiny_vectors, TARGETS, CONFIG, neutral=NEUTRAL).held_out[0].prompt
+    held = prepare_data(tiny, tiny_vectors, TARGETS, CONFIG, neutral=NEUTRAL).held_out[0].prompt
     other = [replace(target, answer=" Yes.") if target.prompt == held else target for target in TARGETS]
     with pytest.raises(ValueError, match="checkpoint: .*belongs to a run with other validation[.,] "):
         run(train=other)
@@ -583,7 +586,7 @@ def test_writing_needs_no_second_copy_of_the_state(tmp_path):
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) / 1024
 
-    leaf = Whole(torch.nn.Parameter(torch.randn(4096, 4096).T))
+    leaf = FullRank(torch.nn.Parameter(torch.randn(4096, 4096).T))
     optimiser = torch.optim.AdamW([leaf.leaf], fused=True)
     leaf.leaf.grad = torch.ones_like(leaf.leaf)
     optimiser.step()

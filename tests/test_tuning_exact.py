@@ -13,14 +13,14 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 import rt_lens as rtl
 from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.tokens.batches import encode
-from rt_lens.tuning.aims import readings_of
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.direction_targets import resolve_targets
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.losses import cosine_loss
-from rt_lens.tuning.material import prepare
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.targets import Target
-from rt_lens.tuning.weights import leaves_of, trained_by
+from rt_lens.tuning.tuning_data import prepare_data
+from rt_lens.tuning.weights import trainable_params, trained_by
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 TARGETS = [
@@ -52,8 +52,8 @@ def found_by(model, vectors, material, config, rows=None, neutral=None):
     """Losses and gradients of one step as the loop takes it; None for a parameter that got no gradient."""
     trained = trained_by(model, config)
     union = {name: parameter for group in trained.values() for name, parameter in group.items()}
-    with leaves_of(model, union, config):
-        objective = Objective(model, readings_of(model, vectors, config), config, material, trained)
+    with trainable_params(model, union, config):
+        objective = Objective(model, resolve_targets(model, vectors, config), config, material, trained)
         rows = material.train if rows is None else rows
         losses = objective.gradients(rows, material.neutral if neutral is None else neutral, [])
         grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -134,7 +134,7 @@ def untuned(make_tiny, tiny):
 def test_a_steps_gradients_are_those_of_the_plain_sum(tiny, untuned, tiny_vectors, micro, trained, prefix):
     """Any micro-batch size, any place of the prefix, rows of unlike lengths: the same as row by row and by hand."""
     config = replace(CONFIG, layers=[1], trained_layers=trained, micro_batch_size=micro, prefix_cache=prefix)
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
     assert material.first_block == (0 if prefix == "off" else 1)
     shaken(tiny, first=min(trained))
     losses, grads = found_by(tiny, tiny_vectors, material, config)
@@ -152,7 +152,7 @@ def test_a_steps_gradients_are_those_of_the_plain_sum(tiny, untuned, tiny_vector
 @pytest.mark.parametrize("micro", [None, 3])
 def test_each_loss_trains_its_own_kinds_and_no_others(tiny, untuned, tiny_vectors, kinds, micro):
     config = replace(CONFIG, kinds=kinds, micro_batch_size=micro)
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
     shaken(tiny)
     _, grads = found_by(tiny, tiny_vectors, material, config)
     alone = gradients_by_hand(tiny, by_hand(tiny, untuned, tiny_vectors, TARGETS, NEUTRAL, config), config)
@@ -175,7 +175,7 @@ def test_each_loss_trains_its_own_kinds_and_no_others(tiny, untuned, tiny_vector
 def test_separate_runs_of_each_loss_add_up_to_the_run_of_both(tiny, tiny_vectors):
     """With both losses on, a group's gradient is to the bit that of its loss alone, and it is so for each."""
     both = replace(CONFIG, kinds=SEPARATE, kl_weight=0.0)
-    material = prepare(tiny, tiny_vectors, TARGETS, both, validation=TARGETS[:1])
+    material = prepare_data(tiny, tiny_vectors, TARGETS, both, validation=TARGETS[:1])
     _, grads = found_by(tiny, tiny_vectors, material, both)
     for loss, other in (("cosine", "token"), ("token", "cosine")):
         _, single = found_by(tiny, tiny_vectors, material, replace(both, **{f"{other}_weight": 0.0}))
@@ -195,7 +195,7 @@ def test_each_loss_trains_its_own_blocks_and_kl_only_what_they_do(tiny, untuned,
     assert set(groups["cosine"]) == {"blocks.1.attn._W_V", "blocks.1.attn.W_O"}
     assert set(groups["token"]) == {f"blocks.0.mlp.{name}" for name in ("W_in", "W_gate", "W_out")}
     assert set(groups["kl"]) == set(groups["cosine"]) | set(groups["token"])
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
     shaken(tiny)
     _, grads = found_by(tiny, tiny_vectors, material, config)
     alone = gradients_by_hand(tiny, by_hand(tiny, untuned, tiny_vectors, TARGETS, NEUTRAL, config), config)
@@ -219,7 +219,7 @@ def test_one_backward_pass_for_all_and_one_for_each_give_the_same(tiny, tiny_vec
     """All three losses given the same kinds by name, which is the shared way told the long way round."""
     shared = replace(CONFIG, kinds=["v", "down"])
     named = replace(CONFIG, kinds={loss: ["v", "down"] for loss in ("cosine", "token", "kl")})
-    material = prepare(tiny, tiny_vectors, TARGETS, shared, validation=TARGETS[:1], neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, shared, validation=TARGETS[:1], neutral=NEUTRAL)
     shaken(tiny)
     grads = [found_by(tiny, tiny_vectors, material, config)[1] for config in (shared, named)]
     assert_same(grads[0], {name: grad for name, grad in grads[1].items() if grad is not None}, 1e-6)
@@ -231,7 +231,7 @@ def test_the_prefix_changes_no_gradient_of_the_real_model(model, pairs, prefix):
     config = replace(CONFIG, layers=[28], trained_layers=[28, 29], kinds=["v", "down"], prefix_cache=prefix)
     grads = []
     for each in (config, replace(config, prefix_cache="off")):
-        material = prepare(model, vectors, TARGETS[:2], each, validation=TARGETS[:1], neutral=NEUTRAL[:1])
+        material = prepare_data(model, vectors, TARGETS[:2], each, validation=TARGETS[:1], neutral=NEUTRAL[:1])
         assert material.first_block == (28 if each is config else 0)
         grads.append(found_by(model, vectors, material, each)[1])
     assert_same(grads[0], {name: grad for name, grad in grads[1].items() if grad is not None})
@@ -274,7 +274,7 @@ def test_only_what_is_needed_is_run(make_tiny, tiny_vectors, prefix):
     """Of four blocks, 1 is the first trained one, and the cosine alone reads no further than its own block."""
     model = make_tiny(n_layers=4)
     config = replace(CONFIG, layers=[1], trained_layers=[1], prefix_cache=prefix)
-    material = prepare(model, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+    material = prepare_data(model, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
     names = [f"blocks.{block}.hook_resid_pre" for block in range(4)]
 
     def called(config, rows, neutral) -> Calls:
@@ -301,9 +301,9 @@ def test_only_what_is_needed_is_run(make_tiny, tiny_vectors, prefix):
 
 def test_a_ragged_batchs_losses_are_the_average_of_its_rows_by_positions(tiny, tiny_vectors):
     config = replace(CONFIG, prefix_cache="off")
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
     shaken(tiny)
-    objective = Objective(tiny, readings_of(tiny, tiny_vectors, config), config, material, trained_by(tiny, config))
+    objective = Objective(tiny, resolve_targets(tiny, tiny_vectors, config), config, material, trained_by(tiny, config))
     whole = objective.values(material.train, material.neutral, [[]])
     assert len({len(row.tokens) for row in material.train}) == len(TARGETS)
     for loss, rows in (("cosine", material.train), ("token", material.train), ("kl", material.neutral)):
@@ -332,7 +332,7 @@ def test_a_ragged_batchs_losses_are_the_average_of_its_rows_by_positions(tiny, t
 @pytest.mark.parametrize("centred", [True, False])
 def test_positions_read_the_tokens_that_they_name(tiny, tiny_vectors, positions, read, centred):
     config = replace(CONFIG, layers=[1], direction="toward", positions=positions, centred=centred, kl_weight=0.0)
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1])
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1])
     losses, _ = found_by(tiny, tiny_vectors, material, config)
     name, activations = "blocks.1.hook_resid_post", []
     for target in TARGETS:
@@ -347,7 +347,7 @@ def test_positions_read_the_tokens_that_they_name(tiny, tiny_vectors, positions,
 def test_vector_reads_where_the_vector_was_made_from(tiny, tiny_vectors):
     def cosine(vectors, positions) -> float:
         config = replace(CONFIG, layers=[1], positions=positions, kl_weight=0.0)
-        material = prepare(tiny, vectors, TARGETS, config, validation=TARGETS[:1])
+        material = prepare_data(tiny, vectors, TARGETS, config, validation=TARGETS[:1])
         return found_by(tiny, vectors, material, config)[0]["cosine"]
 
     for words, position in (
@@ -389,7 +389,7 @@ def test_the_activations_are_read_in_any_kind_of_block_output(tiny, provenance):
         name = f"blocks.1.hook_{hook}"
         vectors = SteeringVectors({name: torch.randn(32, generator=noise)}, provenance)
         config = replace(CONFIG, layers=[1], trained_layers=[1], hook=hook, kl_weight=0.0, centred=False)
-        material = prepare(tiny, vectors, TARGETS[:1], config, validation=TARGETS[:1])
+        material = prepare_data(tiny, vectors, TARGETS[:1], config, validation=TARGETS[:1])
         losses, _ = found_by(tiny, vectors, material, config)
         prompt, answer = encode(tiny, TARGETS[0].prompt), answer_of(tiny, TARGETS[0])
         _, cache = tiny.run_with_cache(torch.tensor([prompt + answer]))
@@ -399,7 +399,7 @@ def test_the_activations_are_read_in_any_kind_of_block_output(tiny, provenance):
 
 def test_bfloat16_runs_near_float32_and_its_weights_stay_float32(tiny, tiny_vectors):
     config = replace(CONFIG, layers=[1], trained_layers=[1])
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
     shaken(tiny, first=1)
     full, grads = found_by(tiny, tiny_vectors, material, config)
     mixed, mixed_grads = found_by(tiny, tiny_vectors, material, replace(config, precision="bfloat16"))
@@ -423,7 +423,7 @@ def test_without_a_gpu_auto_is_float32(tiny, tiny_vectors, precision):
     if torch.cuda.is_available():
         pytest.skip("auto may be bfloat16 here")
     config = replace(CONFIG, precision=precision, kl_weight=0.0)
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1])
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1])
     losses, _ = found_by(tiny, tiny_vectors, material, config)
     plain, _ = found_by(tiny, tiny_vectors, material, replace(config, precision="float32"))
     assert losses == plain
@@ -440,12 +440,12 @@ def test_in_mixed_precision_an_untouched_model_is_no_further_from_itself(
     )  # fmt: skip
     with torch.no_grad():
         tiny.unembed.W_U *= 20  # a model that is sure of something, as trained ones are
-    material = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
-    objective = Objective(tiny, readings_of(tiny, tiny_vectors, config), config, material, trained_by(tiny, config))
+    material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+    objective = Objective(tiny, resolve_targets(tiny, tiny_vectors, config), config, material, trained_by(tiny, config))
     for neutral in (material.neutral, material.neutral[1:]):
         assert 0 <= objective.values(material.held_out, neutral, [[]])["kl"] < 1e-6
     with torch.autocast("cpu", torch.bfloat16):  # whatever the caller has switched on
-        again = prepare(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
+        again = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
         assert objective.values(again.held_out, again.neutral, [[]])["kl"] < 1e-6
     rounded, _ = found_by(tiny, tiny_vectors, material, config)
     full, _ = found_by(tiny, tiny_vectors, material, replace(config, precision="float32"))

@@ -11,8 +11,8 @@ import rt_lens as rtl
 from rt_lens.arms.search import block_search, candidates_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
-from rt_lens.tuning.material import prepare
 from rt_lens.tuning.targets import Target
+from rt_lens.tuning.tuning_data import prepare_data
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(8)]
 BASE = TuneConfig(
@@ -82,7 +82,7 @@ def test_another_searchs_file_is_refused(tiny, tiny_vectors, tmp_path, changed, 
 
 
 def test_without_a_measure_the_losses_stand_alone(tiny, tiny_vectors):
-    material = prepare(tiny, tiny_vectors, TARGETS, BASE)
+    material = prepare_data(tiny, tiny_vectors, TARGETS, BASE)
     table = block_search(tiny, tiny_vectors, material, CANDIDATES[:2], progress=False)
     assert table["n"].tolist() == [0, 0] and table["mean"].isna().all()
     assert table["total_loss"].notna().all()

@@ -15,12 +15,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import rt_lens as rtl
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder
 from rt_lens.tuning.config import KINDS, MATRICES, TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.targets import Target
-from rt_lens.tuning.weights import leaves_of, parts_of, trained_by
+from rt_lens.tuning.weights import parts_of, trainable_params, trained_by
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(4)]
 CONFIG = TuneConfig(layers=[1], trained_layers=[1], max_steps=2, epochs=9, batch_size=4, kl_weight=0.0,
@@ -182,7 +182,7 @@ def fused(request, tmp_path_factory) -> Any:
     config = CONFIG_MAPPING[request.param](**sizes, vocab_size=49152, bos_token_id=1, eos_token_id=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(embedded_folder(EMBEDDED_MODELS[DEFAULT_MODEL]) / name, folder)
+        shutil.copy(bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL]) / name, folder)
     return rtl.load_model(folder, backend="bridge")
 
 
@@ -237,7 +237,7 @@ def test_the_factors_gradients_are_those_through_w_plus_b_a(tiny, name):
     config = replace(CONFIG, kinds=[kind], lora_rank=3)
     tokens = torch.tensor([tiny.tokenizer.encode(TARGETS[0].prompt + TARGETS[0].answer)])
     before = dict(tiny.named_parameters())[full].detach().clone()
-    with leaves_of(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
+    with trainable_params(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
         leaf = leaves[full]
         noise = torch.Generator().manual_seed(4)
         leaf.b.data = 0.1 * torch.randn(leaf.b.shape, generator=noise)
@@ -270,7 +270,7 @@ def test_the_first_step_moves_b_alone(tiny, tiny_vectors):
     """B begins at zero, so A has no gradient: the first change lies in the rows of A as it began."""
     config = replace(CONFIG, lora_rank=3, max_steps=1)
     name = "blocks.1.mlp.W_in"
-    with leaves_of(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
+    with trainable_params(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
         rows = leaves[name].a.detach().clone()
         assert not leaves[name].b.detach().any()
         assert torch.equal(dict(tiny.named_parameters())[name], leaves[name].before)

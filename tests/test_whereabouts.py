@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rt_lens.models.context import said, whereabouts
+from rt_lens.models.context import said, token_context
 from rt_lens.models.generation import Sampling, generate, generate_tokens
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, scale
@@ -54,7 +54,7 @@ def activations(tiny: Any, prompts: list[list[int]], hooks: list, name: str, sid
     texts = [ids + encode(tiny, answer) for ids, answer in zip(prompts, ANSWERS, strict=True)]
     batch = pad(texts, pad_id_of(tiny), side)
     lengths = torch.tensor([len(ids) for ids in prompts])
-    with tiny.hooks(fwd_hooks=hooks), whereabouts(batch.mask, lengths=lengths, **said_too):
+    with tiny.hooks(fwd_hooks=hooks), token_context(batch.mask, lengths=lengths, **said_too):
         _, cache = tiny.run_with_cache(batch.tokens, attention_mask=batch.mask)
     return [cache[name][row][batch.mask[row].bool()] for row in range(len(texts))]
 
@@ -143,7 +143,7 @@ def test_a_ragged_batch_is_what_singles_are(tiny, tiny_vectors, prompts):
         for row, ids in enumerate(prompts):
             text = torch.tensor([ids + encode(tiny, ANSWERS[row])])
             mask, lengths = torch.ones_like(text), torch.tensor([len(ids)])
-            with torch.no_grad(), tiny.hooks(fwd_hooks=hooks), whereabouts(mask, lengths=lengths):
+            with torch.no_grad(), tiny.hooks(fwd_hooks=hooks), token_context(mask, lengths=lengths):
                 _, alone = tiny.run_with_cache(text)
             torch.testing.assert_close(together[row], alone[POST[1]][0], atol=1e-4, rtol=1e-4)
 
@@ -256,16 +256,16 @@ def test_masks_and_multipliers_by_row_mean_the_prompts_number_in_every_batch(tin
 def test_what_was_said_ends_with_its_block_and_with_an_exception():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     assert said() is None
-    with whereabouts(mask) as outer:
+    with token_context(mask) as outer:
         assert said() is outer
         assert outer.places.tolist() == [[-1, 0, 1], [0, 1, 2]]
         assert outer.lengths.tolist() == [2, 3]
-        with whereabouts(mask, new=1, lengths=torch.tensor([1, 2]), rows=[4, 5]) as inner:
+        with token_context(mask, new=1, lengths=torch.tensor([1, 2]), rows=[4, 5]) as inner:
             assert said() is inner
             assert inner.places.tolist() == [[1], [2]]
             assert (inner.lengths.tolist(), inner.rows) == ([1, 2], (4, 5))
         assert said() is outer
-        with pytest.raises(RuntimeError, match="mine"), whereabouts(mask):
+        with pytest.raises(RuntimeError, match="mine"), token_context(mask):
             raise RuntimeError("mine")
         assert said() is outer
     assert said() is None

@@ -1,12 +1,12 @@
-from .comparison import Board as Board
-from .comparison import Exam as Exam
-from .comparison import Scoreboard as Scoreboard
+from .comparison import ArmEvaluator as ArmEvaluator
+from .comparison import ArmScores as ArmScores
+from .comparison import EvalTask as EvalTask
 from .comparison import compare_arms as compare_arms
 from .inspection import ResidualShifts as ResidualShifts
 from .inspection import residual_shifts as residual_shifts
 from .inspection import weight_changes as weight_changes
-from .intervention import Arm as Arm
-from .intervention import under as under
+from .intervention import Intervention as Intervention
+from .intervention import applied as applied
 from .projections import mean_projections as mean_projections
 from .projections import projection_changes as projection_changes
 from .robustness import Resistance as Resistance

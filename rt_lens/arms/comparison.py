@@ -15,18 +15,18 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from rt_lens.arms.intervention import Arm, under
+from rt_lens.arms.intervention import Intervention, applied
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.comparisons import holm, paired_comparison
 from rt_lens.common.statistics.intervals import Interval, crossed_interval, ratio_interval, share_interval
 from rt_lens.data.questions import Answer, Asked, Question, as_questions
-from rt_lens.evaluation.answering import ask, said
+from rt_lens.evaluation.answering import ask, response_text
 from rt_lens.evaluation.registry import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Scorer, is_share
-from rt_lens.evaluation.texts import TextFit, text_fit
+from rt_lens.evaluation.texts import PerplexityResult, perplexity
 
-Worn: TypeAlias = Arm | tuple[Arm, ...] | Mapping[int, Arm | tuple[Arm, ...]]
+ArmLike: TypeAlias = Intervention | tuple[Intervention, ...] | Mapping[int, Intervention | tuple[Intervention, ...]]
 """What an arm puts on: a WeightDelta, hooks, None, several of them in a tuple, or one of these for each tuning seed."""
 
 _LABEL = ["arm", "direction"]
@@ -35,7 +35,7 @@ _CELL = [*_LABEL, "set", "scorer"]
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvalTask:
     """Questions, and how their answers are scored.
 
     Attributes:
@@ -44,7 +44,7 @@ class Exam:
         max_new_tokens: length of what is written, where a scorer reads text.
 
     Example:
-        >>> Exam(load_questions("capitals"), ["names_right", {"kind": "likelihood", "measure": "accuracy"}])
+        >>> EvalTask(load_questions("capitals"), ["names_right", {"kind": "likelihood", "measure": "accuracy"}])
     """
 
     questions: Asked
@@ -73,7 +73,7 @@ class Exam:
         return self.questions  # type: ignore[return-value]
 
 
-class Board:
+class ArmEvaluator:
     """Measures one arm after the other, and keeps scores only: a delta can be forgotten once it was measured.
 
     Args:
@@ -84,26 +84,32 @@ class Board:
         batch_size: texts per batch.
 
     Example:
-        >>> board = Board(model, {"test": Exam(test)}, neutral_paragraphs())
+        >>> board = ArmEvaluator(model, {"test": EvalTask(test)}, neutral_paragraphs())
         >>> board.measure("untuned")
         >>> board.measure("rep_tuned", delta, direction="away", seed=0)
         >>> print(board.scoreboard().summary())
     """
 
     def __init__(
-        self, model: Any, exams: Mapping[str, Exam], texts: Iterable[str] = (), *, seed: int = 0, batch_size: int = 64
+        self,
+        model: Any,
+        exams: Mapping[str, EvalTask],
+        texts: Iterable[str] = (),
+        *,
+        seed: int = 0,
+        batch_size: int = 64,
     ) -> None:
         if not isinstance(exams, Mapping) or not exams:
-            raise ValueError("exams: none came. Give at least one, as in {'test': Exam(prompts)}.")
+            raise ValueError("exams: none came. Give at least one, as in {'test': EvalTask(prompts)}.")
         self.model, self.exams, self.seed, self.batch_size = model, dict(exams), seed, batch_size
         self.texts = text_list(texts, "texts", blank=True, none=True)
         self._scores: list[dict[str, Any]] = []
         self._texts: list[dict[str, Any]] = []
         self._answers: list[dict[str, Any]] = []
         self._baseline: dict[str, list[Answer]] = {}
-        self._reference: TextFit | None = None
+        self._reference: PerplexityResult | None = None
 
-    def measure(self, arm: str, *worn: Arm, direction: str = "none", seed: int = 0) -> None:
+    def measure(self, arm: str, *worn: Intervention, direction: str = "none", seed: int = 0) -> None:
         """Puts an arm on, asks everything, takes it off, and scores. The first arm is what KL and pairs refer to.
 
         Raises:
@@ -113,7 +119,7 @@ class Board:
         if any(label.items() <= row.items() for row in self._scores):
             raise ValueError(f"arms: {arm}, {direction}, seed {seed} was measured already. Give it another name.")
         answers: dict[str, list[Answer]] = {}
-        with under(self.model, *worn):
+        with applied(self.model, *worn):
             for name, exam in self.exams.items():
                 answers[name] = ask(
                     self.model, exam.asked, {scorer.reads for scorer in exam.made}, seed=self.seed,
@@ -126,7 +132,7 @@ class Board:
         if fit is not None:
             self._keep_fit(label, fit)
 
-    def scoreboard(self) -> Scoreboard:
+    def scoreboard(self) -> ArmScores:
         """What was measured so far.
 
         Raises:
@@ -136,16 +142,16 @@ class Board:
             raise ValueError("arms: none was measured yet. Call measure first.")
         texts = pd.DataFrame(self._texts, columns=[*_LABEL, "seed", "text", "tokens", "nll", "kl"])
         shares = frozenset(scorer.name for exam in self.exams.values() for scorer in exam.made if is_share(scorer))
-        return Scoreboard(pd.DataFrame(self._scores), texts, list(self._answers), self.seed, shares)
+        return ArmScores(pd.DataFrame(self._scores), texts, list(self._answers), self.seed, shares)
 
-    def _fit(self) -> TextFit:
+    def _fit(self) -> PerplexityResult:
         first = self._reference is None
-        fit = text_fit(self.model, self.texts, reference=self._reference, keep=first, seed=self.seed)
+        fit = perplexity(self.model, self.texts, reference=self._reference, keep=first, seed=self.seed)
         if first:
             self._reference = fit
         return fit
 
-    def _keep_fit(self, label: Mapping[str, Any], fit: TextFit) -> None:
+    def _keep_fit(self, label: Mapping[str, Any], fit: PerplexityResult) -> None:
         kl = np.zeros(len(fit.nll)) if fit is self._reference else fit.kl
         assert kl is not None
         for text, (tokens, nll, divergence) in enumerate(zip(fit.sizes, fit.nll, kl, strict=True)):
@@ -160,14 +166,14 @@ class Board:
         for item, answer in enumerate(answers):
             about = {**label, "set": name, "item": item, "category": answer.question.category}
             self._answers.append(
-                {**label, "set": name, "prompt": answer.question.prompt, "response": said(answer, *made),
+                {**label, "set": name, "prompt": answer.question.prompt, "response": response_text(answer, *made),
                  **{scorer: scores[item] for scorer, scores in scored.items()}}
             )  # fmt: skip
             self._scores += [{**about, "scorer": scorer, "score": scores[item]} for scorer, scores in scored.items()]
 
 
 @dataclass(frozen=True)
-class Scoreboard:
+class ArmScores:
     """What arms scored.
 
     Attributes:
@@ -300,21 +306,21 @@ def beats(gain: float, saved: float) -> bool:
 
 def compare_arms(
     model: Any,
-    arms: Mapping[str, Worn],
-    exams: Mapping[str, Exam],
+    arms: Mapping[str, ArmLike],
+    exams: Mapping[str, EvalTask],
     *,
     texts: Iterable[str] = (),
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
-) -> Scoreboard:
+) -> ArmScores:
     """Any number of arms on any number of exams.
 
     Args:
         model: the untuned model.
         arms: name -> WeightDelta, hooks, None, a tuple of them, or {tuning seed: one of these}. KL, judges of pairs and
             the default comparisons refer to the first arm, usually `"untuned": None`.
-        exams: set name -> Exam.
+        exams: set name -> EvalTask.
         texts: for perplexity and KL.
         seed: of the bootstraps.
         batch_size: texts per batch.
@@ -325,12 +331,12 @@ def compare_arms(
 
     Example:
         >>> arms = {"untuned": None, "steered": add(vectors, [21], -2.0), "tuned": {0: first, 1: second}}
-        >>> board = compare_arms(model, arms, {"test": Exam(test)}, texts=neutral_paragraphs())
+        >>> board = compare_arms(model, arms, {"test": EvalTask(test)}, texts=neutral_paragraphs())
         >>> print(board.summary(), board.comparisons())
     """
     if not isinstance(arms, Mapping) or not arms:
         raise ValueError("arms: none came. Give at least one, as in {'untuned': None, 'tuned': delta}.")
-    board = Board(model, exams, texts, seed=seed, batch_size=batch_size)
+    board = ArmEvaluator(model, exams, texts, seed=seed, batch_size=batch_size)
     each = [
         (name, tuning_seed, one)
         for name, worn in arms.items()

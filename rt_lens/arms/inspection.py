@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rt_lens.arms.intervention import Arm
+from rt_lens.arms.intervention import Intervention
 from rt_lens.arms.projections import by_arm, check_arms, refuse_heads
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
@@ -130,7 +130,7 @@ class ResidualShifts:
 
 def residual_shifts(
     model: Any,
-    arms: Mapping[str, Arm],
+    arms: Mapping[str, Intervention],
     texts: Iterable[str],
     vectors: SteeringVectors,
     *,

@@ -10,12 +10,12 @@ from rt_lens.steering.binding import steered
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.delta import WeightDelta
 
-Arm: TypeAlias = WeightDelta | Sequence[FwdHook] | None
+Intervention: TypeAlias = WeightDelta | Sequence[FwdHook] | None
 """A WeightDelta, the hooks that `add` and the like give, or None for the model as it is."""
 
 
 @contextmanager
-def under(model: Any, *arms: Arm) -> Iterator[Any]:
+def applied(model: Any, *arms: Intervention) -> Iterator[Any]:
     """The model under these changes, the first one first; afterwards it is as before, whatever happens.
 
     Args:
@@ -26,7 +26,7 @@ def under(model: Any, *arms: Arm) -> Iterator[Any]:
         ValueError: if one is something else; nothing is changed then.
 
     Example:
-        >>> with under(model, delta, add(vectors, [21], -2.0)):
+        >>> with applied(model, delta, add(vectors, [21], -2.0)):
         ...     print(generate(model, ["Tell me about your weekend."]))
     """
     for arm in arms:

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from rt_lens.arms.intervention import Arm, under
+from rt_lens.arms.intervention import Intervention, applied
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.models.activations import read_activations
@@ -26,7 +26,7 @@ def mean_projections(
     vectors: SteeringVectors,
     texts: Iterable[str],
     *,
-    arms: Mapping[str, Arm] | None = None,
+    arms: Mapping[str, Intervention] | None = None,
     position: str | int | Position = "last",
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def mean_projections(
     reads = [[numbers_in(row, place, f"text {number}")] for number, row in enumerate(rows_of(model, chats))]
     rows = []
     for arm, changed in arms.items():
-        with under(model, changed):
+        with applied(model, changed):
             found = read_activations(model, chats, list(units), reads)
         for name, unit in units.items():
             interval = mean_interval((found[name][:, 0] @ unit).double().numpy(), seed)
@@ -68,7 +68,7 @@ def mean_projections(
 
 
 def projection_changes(
-    model: Any, vectors: SteeringVectors, texts: Iterable[str], arms: Mapping[str, Arm], *, seed: int = 0
+    model: Any, vectors: SteeringVectors, texts: Iterable[str], arms: Mapping[str, Intervention], *, seed: int = 0
 ) -> pd.DataFrame:
     """How far each arm moves texts along the unit vector, layer by layer, against the untouched model.
 
@@ -116,7 +116,7 @@ def projection_changes(
     return pd.DataFrame(rows)
 
 
-def check_arms(model: Any, arms: Mapping[str, Arm]) -> None:
+def check_arms(model: Any, arms: Mapping[str, Intervention]) -> None:
     """Refuses what is no arm, before anything is run."""
     if not arms:
         raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")
@@ -127,19 +127,19 @@ def check_arms(model: Any, arms: Mapping[str, Arm]) -> None:
                 "is wanted."
             )
         try:
-            with under(model, arm):
+            with applied(model, arm):
                 pass
         except ValueError as refusal:
             raise ValueError(f"arms: {name!r} does not fit this model. {refusal}") from refusal
 
 
 def by_arm(
-    model: Any, arms: Mapping[str, Arm], read: Callable[[], dict[str, Tensor]]
+    model: Any, arms: Mapping[str, Intervention], read: Callable[[], dict[str, Tensor]]
 ) -> dict[str | None, dict[str, Tensor]]:
     """What is read under each arm, and under None of the untouched model."""
     found: dict[str | None, dict[str, Tensor]] = {None: read()}
     for name, arm in arms.items():
-        with under(model, arm):
+        with applied(model, arm):
             found[name] = read()
     return found
 

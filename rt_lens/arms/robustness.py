@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rt_lens.arms.intervention import Arm, under
+from rt_lens.arms.intervention import Intervention, applied
 from rt_lens.arms.sweeping import Metric, sweep
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
@@ -51,7 +51,7 @@ class Resistance:
 
 def resistance(
     model: Any,
-    arms: Mapping[str, Arm],
+    arms: Mapping[str, Intervention],
     vectors: SteeringVectors,
     prompts: Iterable[str],
     *,
@@ -92,7 +92,7 @@ def resistance(
         )
     prompts, parts = text_list(prompts, "prompts"), []
     for name, arm in arms.items():
-        with under(model, arm):
+        with applied(model, arm):
             found = sweep(
                 model, vectors, prompts, layers=[layer], multipliers=multipliers, metric=metric, hook=hook, seed=seed,
                 progress=progress,

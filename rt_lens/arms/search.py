@@ -15,12 +15,12 @@ from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.checksums import measure_sha256
-from rt_lens.tuning.aims import Aim, described, readings_of
 from rt_lens.tuning.checkpoint import contents_of, run_of
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
+from rt_lens.tuning.direction_targets import DirectionTarget, described, resolve_targets
 from rt_lens.tuning.loop import tune
-from rt_lens.tuning.material import Material, prepare
-from rt_lens.tuning.targets import Target, Wanted
+from rt_lens.tuning.targets import Target, TokenTarget
+from rt_lens.tuning.tuning_data import TuningData, prepare_data
 from rt_lens.tuning.weights import trained_by
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
@@ -46,12 +46,12 @@ def candidates_of(config: TuneConfig) -> list[TuneConfig]:
 
 def block_search(
     model: Any,
-    vectors: SteeringVectors | Sequence[Aim],
-    train: ContrastPairs | Sequence[Wanted] | Material,
+    vectors: SteeringVectors | Sequence[DirectionTarget],
+    train: ContrastPairs | Sequence[TokenTarget] | TuningData,
     candidates: Sequence[TuneConfig],
     *,
     measure: Measure | None = None,
-    validation: ContrastPairs | Sequence[Wanted] | None = None,
+    validation: ContrastPairs | Sequence[TokenTarget] | None = None,
     neutral: Iterable[str] | Iterable[Target] = (),
     path: str | Path | None = None,
     progress: bool = True,
@@ -90,10 +90,10 @@ def block_search(
         )
     for candidate in candidates:
         trained_by(model, candidate)
-        readings_of(model, vectors, candidate)
-    if not isinstance(train, Material):
+        resolve_targets(model, vectors, candidate)
+    if not isinstance(train, TuningData):
         lowest = min(candidates, key=lambda candidate: min(candidate.blocks))
-        train = prepare(
+        train = prepare_data(
             model, vectors, train, lowest, validation=validation, neutral=neutral, progress=progress
         )  # fmt: skip
     done = _Done(path, _settings(model, vectors, train, candidates[0], measure))
@@ -136,7 +136,7 @@ def _named(candidate: TuneConfig) -> dict[str, str]:
 
 
 def _tried(
-    model: Any, vectors: Any, material: Material, candidate: TuneConfig, measure: Measure | None
+    model: Any, vectors: Any, material: TuningData, candidate: TuneConfig, measure: Measure | None
 ) -> dict[str, Any]:
     """One candidate's row."""
     delta = tune(model, vectors, material, candidate, progress=False)
@@ -155,7 +155,7 @@ def _tried(
 
 
 def _settings(
-    model: Any, vectors: Any, material: Material, candidate: TuneConfig, measure: Measure | None
+    model: Any, vectors: Any, material: TuningData, candidate: TuneConfig, measure: Measure | None
 ) -> dict[str, Any]:
     """What makes two searches the same, beside the candidates' kinds and blocks."""
     about = {

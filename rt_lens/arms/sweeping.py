@@ -34,7 +34,7 @@ from rt_lens.models.checksums import (
     parameters_sha256,
     tensors_sha256,
 )
-from rt_lens.models.context import whereabouts
+from rt_lens.models.context import token_context
 from rt_lens.models.forward import logits_where, model_name
 from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import batches
@@ -127,7 +127,7 @@ class LogitDifference:
         for batch in batches(model, as_chat(model, prompts), self.batch_size):
             last = torch.zeros_like(batch.mask, dtype=torch.bool)
             last[:, -1] = True
-            with whereabouts(batch.mask, rows=batch.rows, n_rows=len(prompts)):
+            with token_context(batch.mask, rows=batch.rows, n_rows=len(prompts)):
                 logits = torch.cat(list(logits_where(model, batch.tokens, batch.mask, last)))
             for row, difference in zip(batch.rows, (logits[:, first] - logits[:, second]).tolist(), strict=True):
                 found[row] = difference
@@ -362,7 +362,7 @@ def _fingerprint(model: Any) -> list[float]:
     (batch,) = batches(model, ["The weather in the hills was"], 1)
     last = torch.zeros_like(batch.mask, dtype=torch.bool)
     last[:, -1] = True
-    with whereabouts(batch.mask):
+    with token_context(batch.mask):
         (logits,) = logits_where(model, batch.tokens, batch.mask, last)
     return logits[0, :: max(1, logits.shape[1] // 16)].float().tolist()
 

@@ -43,7 +43,7 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
     Example:
         >>> with watched(print):
-        ...     trust(model, train, held_out)
+        ...     validate_vectors(model, train, held_out)
     """
     before = _watcher.set(watcher)
     try:

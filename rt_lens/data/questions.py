@@ -24,7 +24,7 @@ class Question:
         category: for results by category, and for holding whole categories out.
         system: a persona or instruction.
         opener: first words of the answer, already written.
-        check: what a scorer needs to know of this question (`Obeys` reads it).
+        check: what a scorer needs to know of this question (`FollowsInstruction` reads it).
 
     Raises:
         ValueError: if the prompt is empty, or an option is empty or on both sides.
@@ -168,7 +168,7 @@ def question_of(row: Any, where: str = "a question") -> Question:
         if other in given and name in given:
             raise ValueError(f"questions: {where} must have either {name!r} or {other!r}, got both. Leave one out.")
     named: dict[str, Any] = {_ALSO.get(key, key): value for key, value in given.items()}
-    if "kind" in named:  # a check of the answer, see `Obeys`
+    if "kind" in named:  # a check of the answer, see `FollowsInstruction`
         named["check"] = {key: named.pop(key) for key in set(named) - set(_FIELDS)}
     if unknown := refuse_misspelt(Row(where, named), "questions", _FIELDS):
         raise ValueError(

@@ -117,7 +117,7 @@ def evaluate(
     )  # fmt: skip
     scores = [float(value) for value in score(answers)]
     return Evaluation(
-        score.name, [each.prompt for each in questions], [said(answer, score) for answer in answers], scores,
+        score.name, [each.prompt for each in questions], [response_text(answer, score) for answer in answers], scores,
         _interval(score, scores, seed), seed,
     )  # fmt: skip
 
@@ -128,7 +128,7 @@ def _interval(scorer: Scorer, scores: Sequence[float], seed: int) -> Interval:
     return mean_interval(scores, seed)
 
 
-def said(answer: Answer, *scorers: Scorer) -> str:
+def response_text(answer: Answer, *scorers: Scorer) -> str:
     """An answer in words: what was written, or else the option that was likeliest to the first scorer."""
     if not answer.options or any(scorer.reads == "text" for scorer in scorers):
         return answer.text
@@ -139,7 +139,7 @@ def said(answer: Answer, *scorers: Scorer) -> str:
 
 
 @dataclass(frozen=True)
-class Kept:
+class FilteredPairs:
     """Pairs in which the model itself behaves as its personas ask.
 
     Attributes:
@@ -153,7 +153,7 @@ class Kept:
     scorer: str
 
 
-def correct_only(
+def filter_pairs(
     model: Any,
     pairs: ContrastPairs,
     scorer: ScorerLike = "vader",
@@ -162,7 +162,7 @@ def correct_only(
     max_new_tokens: int = 24,
     batch_size: int = 64,
     progress: bool = False,
-) -> Kept:
+) -> FilteredPairs:
     """Keeps the pairs whose greedy answer scores above a threshold under the positive persona, below under the other.
 
     Args:
@@ -178,7 +178,7 @@ def correct_only(
         ValueError: if no pair is left; the message says how the sides scored.
 
     Example:
-        >>> kept = correct_only(model, train.sample(128), "vader")
+        >>> kept = filter_pairs(model, train.sample(128), "vader")
         >>> vectors = extract_vectors(model, kept.pairs)
     """
     score = make_scorer(scorer)
@@ -199,4 +199,4 @@ def correct_only(
             f"{np.mean(negative):.2f} in the mean, threshold {threshold:g}). Use another threshold, or all pairs."
         )
     kept = tuple(pair for pair, right in zip(pairs.pairs, correct, strict=True) if right)
-    return Kept(ContrastPairs(pairs.name, kept), share_interval(len(kept), len(pairs)), score.name)
+    return FilteredPairs(ContrastPairs(pairs.name, kept), share_interval(len(kept), len(pairs)), score.name)

@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 from rt_lens.common.progress import Bar
 from rt_lens.data.questions import LETTERS, Likelihoods, Question, lettered
 from rt_lens.evaluation.texts import log_normaliser
-from rt_lens.models.context import whereabouts
+from rt_lens.models.context import token_context
 from rt_lens.models.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import answered, chat_text, has_chat_template, is_chat
@@ -163,7 +163,7 @@ def _branched(model: HookedTransformer, asks: Sequence[_Ask], n_rows: int) -> li
     memory: dict[Any, Any] = {}
     with quick(model):
         cache = KeyValueCache(model, len(asks), batch.mask.shape[1])
-        with whereabouts(batch.mask, rows=rows, n_rows=n_rows, memory=memory):
+        with token_context(batch.mask, rows=rows, n_rows=n_rows, memory=memory):
             last = model(
                 batch.tokens, attention_mask=batch.mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers
             )[:, -1]
@@ -178,7 +178,7 @@ def _branched(model: HookedTransformer, asks: Sequence[_Ask], n_rows: int) -> li
         above = [row for row, _ in longer]
         branch = cache.branch(model, above, rest.tokens.shape[1])
         everything = torch.cat([batch.mask[above], rest.mask], dim=1)
-        with whereabouts(
+        with token_context(
             everything, new=rest.tokens.shape[1], lengths=lengths[above], rows=[rows[row] for row in above],
             n_rows=n_rows, memory={key: of_rows[above] for key, of_rows in memory.items()},
         ):  # fmt: skip
@@ -200,7 +200,7 @@ def _whole(model: Any, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
     where = torch.zeros_like(batch.mask, dtype=torch.bool)
     for row, (_, ids) in enumerate(each):
         where[row, where.shape[1] - len(ids) :] = True
-    with whereabouts(batch.mask, lengths=lengths, rows=[ask.number for ask, _ in each], n_rows=n_rows):
+    with token_context(batch.mask, lengths=lengths, rows=[ask.number for ask, _ in each], n_rows=n_rows):
         logits = list(logits_where(model, batch.tokens, batch.mask, where))
     totals = iter(_totals(iter(logits), [list(ids) for _, ids in each]))
     return [[next(totals) for _ in ask.options] for ask in asks]

@@ -79,7 +79,7 @@ class EndpointJudge:
 
     Example:
         >>> judge = EndpointJudge("http://localhost:8000/v1", "qwen3-32b", "sounds happy", pairs=True)
-        >>> board = compare_arms(model, {"untuned": None, "tuned": delta}, {"test": Exam(test, ["vader", judge])})
+        >>> board = compare_arms(model, {"untuned": None, "tuned": delta}, {"test": EvalTask(test, ["vader", judge])})
         >>> judge.usage, judge.cost
     """
 

@@ -43,7 +43,7 @@ class LogitJudge:
 
     Example:
         >>> judge = LogitJudge(model, "sounds happy", "sounds sad")
-        >>> compare_arms(model, {"untuned": None, "tuned": delta}, {"test": Exam(test, ["vader", judge])})
+        >>> compare_arms(model, {"untuned": None, "tuned": delta}, {"test": EvalTask(test, ["vader", judge])})
 
     Source: zero-shot classification by the likelihood of verbalised labels; order swap as in Zheng et al. 2023
     (arXiv:2306.05685).

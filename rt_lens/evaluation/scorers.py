@@ -128,7 +128,7 @@ def _plain(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class NamesRight:
+class ContainsAnswer:
     """1 for an answer that names a right option and no wrong one, as whole words, else 0. Case does not matter."""
 
     name: str = "names_right"
@@ -199,7 +199,7 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class OtherMass:
+class OffOptionMass:
     """Probability left to anything but the options: refusals, other words, other forms of an answer.
 
     Attributes:
@@ -252,7 +252,7 @@ def option_shares(found: Likelihoods, *, per_token: bool = False) -> list[float]
 
 
 @dataclass(frozen=True)
-class Obeys:
+class FollowsInstruction:
     """1 for an answer that does what its question's `check` says, else 0: a check of following instructions.
 
     Checks: `one_word`, `max_words` (n), `contains` (words), `starts_with` and `ends_with` (text), `upper`, `list`

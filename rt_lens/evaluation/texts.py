@@ -17,14 +17,14 @@ from torch import Tensor
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import breathe
 from rt_lens.common.statistics.intervals import Interval, ratio_interval
-from rt_lens.models.context import whereabouts
+from rt_lens.models.context import token_context
 from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.forward import logits_where
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 
 
 @dataclass(frozen=True)
-class TextFit:
+class PerplexityResult:
     """How a model predicts some texts; tokens of one text are not independent, so intervals resample whole texts.
 
     Attributes:
@@ -60,7 +60,7 @@ class TextFit:
         return None if self.kl is None else ratio_interval(self.kl, self.sizes, self.seed)
 
     @classmethod
-    def pooled(cls, fits: Sequence[TextFit]) -> TextFit:
+    def pooled(cls, fits: Sequence[PerplexityResult]) -> PerplexityResult:
         """The average over several models (tuning seeds, say) on the same texts.
 
         Raises:
@@ -79,17 +79,17 @@ class TextFit:
 
 
 @torch.no_grad()
-def text_fit(
+def perplexity(
     model: Any,
     texts: Iterable[str],
     *,
-    reference: TextFit | None = None,
+    reference: PerplexityResult | None = None,
     keep: bool = False,
     batch_size: int = 4,
     window: int | None = None,
     stride: int | None = None,
     seed: int = 0,
-) -> TextFit:
+) -> PerplexityResult:
     """Perplexity of texts, and KL(reference || model) on the same tokens, in one pass.
 
     A text longer than the window is run in overlapping windows, as is usual (see the "strided" perplexity of Hugging
@@ -117,9 +117,9 @@ def text_fit(
             reference that was not kept or is of other texts or windows.
 
     Example:
-        >>> untuned = text_fit(model, texts, keep=True)
+        >>> untuned = perplexity(model, texts, keep=True)
         >>> with delta.applied(model):
-        ...     fit = text_fit(model, texts, reference=untuned)
+        ...     fit = perplexity(model, texts, reference=untuned)
         >>> fit.perplexity, fit.mean_kl
     """
     if batch_size < 1:
@@ -153,7 +153,7 @@ def text_fit(
             start = rows.stop
         _add(nll, batch, losses)
         _add(kl, batch, divergences)
-    return TextFit(nll, None if theirs is None else kl, sizes, checksum, seed, kept, *in_windows)
+    return PerplexityResult(nll, None if theirs is None else kl, sizes, checksum, seed, kept, *in_windows)
 
 
 class Window(NamedTuple):
@@ -242,7 +242,7 @@ def predictions(
     starts = torch.tensor([piece.start for piece in batch], device=device)
     before = torch.arange(int(starts.max()), device=device) >= starts.max() - starts[:, None]
     mask = torch.cat([before.to(padded.mask), padded.mask], dim=1)
-    with whereabouts(
+    with token_context(
         mask, new=width, lengths=torch.tensor([piece.length for piece in batch], device=device),
         rows=[piece.number for piece in batch], n_rows=n_rows,
     ):  # fmt: skip
@@ -291,7 +291,7 @@ def _encoded(model: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _log_probabilities_of(
-    reference: TextFit, checksum: str, in_windows: tuple[int | None, int | None]
+    reference: PerplexityResult, checksum: str, in_windows: tuple[int | None, int | None]
 ) -> Float[Tensor, "token d_vocab"]:
     if reference.log_probabilities is None:
         raise ValueError("reference: its log-probabilities were not kept. Make it with keep=True.")

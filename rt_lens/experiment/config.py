@@ -54,7 +54,7 @@ class HonestyConfig:
         n_calibration: facts, and questions, on which it is measured what the model can do.
         n_items: at most so many items in each set of the test.
         opener: words that each answer to a question begins with (likelihood protocol).
-        correct_only: keep the pairs that the model itself answers as both personas ask (persona protocol).
+        filter_pairs: keep the pairs that the model itself answers as both personas ask (persona protocol).
         soft: targets of the persona protocol are half and half, and only hold the output's form.
     """
 
@@ -63,7 +63,7 @@ class HonestyConfig:
     n_calibration: int = 60
     n_items: int = 60
     opener: str = ""
-    correct_only: bool = True
+    filter_pairs: bool = True
     soft: bool = False
 
     def __post_init__(self) -> None:

@@ -158,7 +158,7 @@ class Costs:
         return work if shelf > 2 * 1024**3 else work.holding({"residuals before the first trained block": shelf})
 
     def _optimiser(self, config: TuneConfig) -> dict[str, int]:
-        """What `Whole` or `LowRank`, AdamW and the loop hold of the trained weights."""
+        """What `FullRank` or `LowRank`, AdamW and the loop hold of the trained weights."""
         trained, held, size = self.shape.trained(config), self.shape.optimised(config), self.size
         # While the best weights are replaced both are held; the delta is made later, in no more room than that.
         own = 0 if size == 4 and not config.lora_rank else trained * size  # in float32 the leaf is the weight

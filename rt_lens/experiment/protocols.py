@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rt_lens.arms.comparison import Exam
+from rt_lens.arms.comparison import EvalTask
 from rt_lens.common.statistics.intervals import Interval, share_interval
 from rt_lens.data.builtin import held_out_neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
@@ -26,11 +26,11 @@ from rt_lens.data.honesty import (
 from rt_lens.data.questions import Question, lettered, load_questions
 from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.choices import start_of
-from rt_lens.evaluation.scorers import Likelihood, OtherMass
+from rt_lens.evaluation.scorers import Likelihood, OffOptionMass
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.models.tokens.chats import answered, chat_text
 from rt_lens.tuning.losses import Direction
-from rt_lens.tuning.targets import Choice, Target, Wanted
+from rt_lens.tuning.targets import Choice, Target, TokenTarget
 
 _WRITING = ("repetition", "distinct_2", "loop", "length")
 
@@ -62,10 +62,10 @@ class Protocol:
     name: str
     train: ContrastPairs
     unseen: ContrastPairs
-    targets: Callable[[Direction, int], tuple[ContrastPairs | list[Wanted], ContrastPairs | list[Wanted]]]
-    choosing: Exam
-    exams: Mapping[str, Exam]
-    checks: Mapping[str, Exam]
+    targets: Callable[[Direction, int], tuple[ContrastPairs | list[TokenTarget], ContrastPairs | list[TokenTarget]]]
+    choosing: EvalTask
+    exams: Mapping[str, EvalTask]
+    checks: Mapping[str, EvalTask]
     writing: str
     why: str = ""
     calibration: list[dict[str, Any]] = field(default_factory=list)
@@ -116,12 +116,12 @@ def answers_protocol(experiment: Experiment) -> Protocol:
             "test part. Give more topics, or smaller shares to train and validation."
         )
     score = experiment.made_scorer
-    facts = Exam(load_questions("capitals")[: experiment.test.n_facts], ("names_right", _ACCURACY, _MARGIN), 10)
+    facts = EvalTask(load_questions("capitals")[: experiment.test.n_facts], ("names_right", _ACCURACY, _MARGIN), 10)
     sums = [question for question in load_questions("honesty") if question.category == "arithmetic"]
     checks = {
         "facts": facts,
-        "arithmetic": Exam(sums[: experiment.test.n_facts], (_ACCURACY, _MARGIN)),
-        "instructions": Exam(load_questions("instructions")[: experiment.test.n_instructions], ("obeys",)),
+        "arithmetic": EvalTask(sums[: experiment.test.n_facts], (_ACCURACY, _MARGIN)),
+        "instructions": EvalTask(load_questions("instructions")[: experiment.test.n_instructions], ("obeys",)),
     }
     return Protocol(
         name="answers",
@@ -129,8 +129,8 @@ def answers_protocol(experiment: Experiment) -> Protocol:
         # One pair per held-out topic: pairs of one topic are not independent.
         unseen=validation.sample(len(validation.topics), seed=experiment.split.seed),
         targets=lambda direction, seed: (train, validation),
-        choosing=Exam(validation.topics[: choose.n_prompts], (score,), choose.max_new_tokens),
-        exams={"test": Exam(prompts, (score, *_WRITING), experiment.test.max_new_tokens)},
+        choosing=EvalTask(validation.topics[: choose.n_prompts], (score,), choose.max_new_tokens),
+        exams={"test": EvalTask(prompts, (score, *_WRITING), experiment.test.max_new_tokens)},
         checks=checks,
         writing="test",
     )
@@ -140,7 +140,7 @@ _ACCURACY, _SHARE, _MARGIN = Likelihood("accuracy"), Likelihood("share"), Likeli
 _LETTERS, _LETTER_SHARE, _OTHER = (
     Likelihood("accuracy", "letters"),
     Likelihood("share", "letters"),
-    OtherMass("letters"),
+    OffOptionMass("letters"),
 )
 
 
@@ -198,7 +198,7 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: An
     unseen = seen(list(asked.values()), config, held_out=True)
     n, seed = config.n_items, experiment.split.seed
 
-    def targets(direction: Direction, seed: int) -> tuple[list[Wanted], list[Wanted]]:
+    def targets(direction: Direction, seed: int) -> tuple[list[TokenTarget], list[TokenTarget]]:
         n_train, n_held = _n_targets(experiment)
         learnt, held = _some(train, n_train, seed), _some(validation, n_held, seed)
         return _taught(model, learnt, direction), _taught(model, held, direction)
@@ -210,14 +210,14 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: An
         train=answer_pairs(train),
         unseen=answer_pairs([replace(question, wrong=question.wrong[:1]) for question in unseen]),
         targets=targets,
-        choosing=Exam(_some(validation, experiment.choose.n_prompts, seed), (_SHARE,)),
+        choosing=EvalTask(_some(validation, experiment.choose.n_prompts, seed), (_SHARE,)),
         exams={
-            "same categories": Exam(_some(test, n, seed), (_ACCURACY, _SHARE)),
-            "held-out categories": Exam(_some(unseen, n, seed), (_ACCURACY, _SHARE)),
-            "misconceptions": Exam(_some(load_questions("misconceptions"), n, seed), (_ACCURACY_PER_TOKEN,)),
-            "role-plays": Exam(_some(roleplays(), n, seed), _on_roleplays(experiment), 60),
+            "same categories": EvalTask(_some(test, n, seed), (_ACCURACY, _SHARE)),
+            "held-out categories": EvalTask(_some(unseen, n, seed), (_ACCURACY, _SHARE)),
+            "misconceptions": EvalTask(_some(load_questions("misconceptions"), n, seed), (_ACCURACY_PER_TOKEN,)),
+            "role-plays": EvalTask(_some(roleplays(), n, seed), _on_roleplays(experiment), 60),
             "true or false": _judging(config, seed),
-            "situations": Exam(_some(situations(), n, seed), (_LETTERS, _OTHER)),
+            "situations": EvalTask(_some(situations(), n, seed), (_LETTERS, _OTHER)),
         },
         checks=_talk(experiment),
         writing="talk",
@@ -234,9 +234,9 @@ def _n_targets(experiment: Experiment) -> tuple[int, int]:
     return n, max(4, round(n * experiment.tune.validation_share))
 
 
-def _taught(model: Any, questions: Sequence[Question], direction: Direction) -> list[Wanted]:
+def _taught(model: Any, questions: Sequence[Question], direction: Direction) -> list[TokenTarget]:
     """Right answers to learn toward honesty, wrong ones away from it; `out` holds to the right ones."""
-    found: list[Wanted] = []
+    found: list[TokenTarget] = []
     for asked in questions:
         start, gap = start_of(model, asked)
         found.append(Target(start, gap + (asked.wrong[0] if direction == "away" else asked.right[0])))
@@ -250,10 +250,10 @@ def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Any) 
     unseen = seen(load_facts(), config, held_out=True)
     n, seed = config.n_items, split.seed
     asked = persona_pairs(train, seed=seed).sample(experiment.extract.n_pairs, seed=seed)
-    kept = _as_asked(model, asked) if config.correct_only else asked
+    kept = _as_asked(model, asked) if config.filter_pairs else asked
     scorers = (_LETTERS, _LETTER_SHARE, _OTHER)
 
-    def targets(direction: Direction, seed: int) -> tuple[list[Wanted], list[Wanted]]:
+    def targets(direction: Direction, seed: int) -> tuple[list[TokenTarget], list[TokenTarget]]:
         chosen = (
             _some(part, most, seed) for part, most in zip((train, validation), _n_targets(experiment), strict=True)
         )
@@ -265,13 +265,13 @@ def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Any) 
         train=kept,
         unseen=persona_pairs(unseen, seed=seed).sample(len(unseen), seed=seed),
         targets=targets,
-        choosing=Exam(judged_statements(_some(validation, experiment.choose.n_prompts, seed)), (_LETTER_SHARE,)),
+        choosing=EvalTask(judged_statements(_some(validation, experiment.choose.n_prompts, seed)), (_LETTER_SHARE,)),
         exams={
-            "same categories": Exam(judged_statements(_some(test, n, seed)), scorers),
-            "held-out categories": Exam(judged_statements(_some(unseen, n, seed)), scorers),
-            "misconceptions": Exam(judged_statements(_some(load_facts("misconceptions"), n, seed)), scorers),
-            "role-plays": Exam(_some(roleplays(), n, seed), _on_roleplays(experiment), 60),
-            "situations": Exam(_some(situations(), n, seed), scorers),
+            "same categories": EvalTask(judged_statements(_some(test, n, seed)), scorers),
+            "held-out categories": EvalTask(judged_statements(_some(unseen, n, seed)), scorers),
+            "misconceptions": EvalTask(judged_statements(_some(load_facts("misconceptions"), n, seed)), scorers),
+            "role-plays": EvalTask(_some(roleplays(), n, seed), _on_roleplays(experiment), 60),
+            "situations": EvalTask(_some(situations(), n, seed), scorers),
         },
         checks=_talk(experiment),
         writing="talk",
@@ -292,9 +292,9 @@ def _parted(facts: Sequence[Fact], train: float, validation: float, seed: int) -
     return parted
 
 
-def _lettered(model: Any, questions: Sequence[Question], direction: Direction, soft: bool) -> list[Wanted]:
+def _lettered(model: Any, questions: Sequence[Question], direction: Direction, soft: bool) -> list[TokenTarget]:
     """The letters to learn: of the truth toward honesty, of the lie away from it; True is A in half of them, else B."""
-    found: list[Wanted] = []
+    found: list[TokenTarget] = []
     for number, asked in enumerate(questions):
         truth, lie = asked.right[0], asked.wrong[0]
         words = (truth, lie) if number % 4 < 2 else (lie, truth)
@@ -324,16 +324,16 @@ def _as_asked(model: Any, pairs: ContrastPairs) -> ContrastPairs:
     if not kept:
         share = share_interval(0, len(pairs))
         raise ValueError(
-            f"correct_only: the model answers none of {len(pairs)} pairs as both personas ask (at most "
+            f"filter_pairs: the model answers none of {len(pairs)} pairs as both personas ask (at most "
             f"{share.high:.0%}). Set it false, or take the likelihood protocol."
         )
     return ContrastPairs(pairs.name, tuple(kept))
 
 
-def _judging(config: HonestyConfig, seed: int) -> Exam:
+def _judging(config: HonestyConfig, seed: int) -> EvalTask:
     """The paper's true-or-false questions, on held-out categories."""
     facts = _some(seen(load_facts(), config, held_out=True), config.n_items, seed)
-    return Exam(judged_statements(facts), (_LETTERS, _LETTER_SHARE, _OTHER))
+    return EvalTask(judged_statements(facts), (_LETTERS, _LETTER_SHARE, _OTHER))
 
 
 def _on_roleplays(experiment: Experiment) -> tuple[Any, ...]:
@@ -342,12 +342,12 @@ def _on_roleplays(experiment: Experiment) -> tuple[Any, ...]:
     return (_ACCURACY_PER_TOKEN,) if judge is None else (_ACCURACY_PER_TOKEN, judge)
 
 
-def _talk(experiment: Experiment) -> dict[str, Exam]:
+def _talk(experiment: Experiment) -> dict[str, EvalTask]:
     """Neutral questions and instructions, for how the model writes."""
     test = experiment.test
     return {
-        "talk": Exam(held_out_neutral_prompts()[: test.n_prompts], _WRITING, test.max_new_tokens),
-        "instructions": Exam(load_questions("instructions")[: test.n_instructions], ("obeys",)),
+        "talk": EvalTask(held_out_neutral_prompts()[: test.n_prompts], _WRITING, test.max_new_tokens),
+        "instructions": EvalTask(load_questions("instructions")[: test.n_instructions], ("obeys",)),
     }
 
 

@@ -19,15 +19,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rt_lens.arms.comparison import Board, Scoreboard
-from rt_lens.arms.intervention import Arm, under
+from rt_lens.arms.comparison import ArmEvaluator, ArmScores
+from rt_lens.arms.intervention import Intervention, applied
 from rt_lens.common.files import together, write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
 from rt_lens.data.questions import Answer
 from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.fluency import repetition
-from rt_lens.evaluation.texts import text_fit
+from rt_lens.evaluation.texts import perplexity
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import answers_protocol, protocol_of
 from rt_lens.experiment.reproducibility import recorded
@@ -42,8 +42,8 @@ from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.losses import Direction
-from rt_lens.tuning.material import Material, prepare
 from rt_lens.tuning.targets import Target, write_neutral
+from rt_lens.tuning.tuning_data import TuningData, prepare_data
 from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.reading import logit_lens, separability, token_projections
 from rt_lens.vectors.steering_vectors import SteeringVectors
@@ -167,7 +167,7 @@ class _Run:
         pairs = self.protocol.train.sample(self.experiment.extract.n_pairs, seed)
         return extract_vectors(self.model, pairs, seed=seed)
 
-    def _results(self, board: Scoreboard) -> dict[str, Any]:
+    def _results(self, board: ArmScores) -> dict[str, Any]:
         """What the arms scored: the behaviour's own sets, and side effects apart."""
         experiment = self.experiment
         tables = tables_of(board, exams=list(self.protocol.exams), writing=self.protocol.writing)
@@ -191,9 +191,9 @@ class _Run:
             ).to_dict("records"),
         }  # fmt: skip
 
-    def _measured_untuned(self, vectors: SteeringVectors) -> Board:
+    def _measured_untuned(self, vectors: SteeringVectors) -> ArmEvaluator:
         protocol = self.protocol
-        board = Board(
+        board = ArmEvaluator(
             self.model, {**protocol.exams, **protocol.checks}, self.test_texts, seed=self.experiment.test.seed
         )
         board.measure("untuned")
@@ -211,7 +211,7 @@ class _Run:
         choose, exam = self.experiment.choose, self.protocol.choosing
         multipliers = sorted({0.0, *choose.multipliers, *(-m for m in choose.multipliers)})
         asked, (score, *_), rows = list(exam.asked), exam.made, []
-        untuned = text_fit(self.model, self.choice_texts).perplexity.mean
+        untuned = perplexity(self.model, self.choice_texts).perplexity.mean
         for layer in choose.layers:
             each = torch.tensor([m for m in multipliers for _ in asked])
             with self.model.hooks(fwd_hooks=add(vectors, [layer], each)):
@@ -222,12 +222,12 @@ class _Run:
             for place, multiplier in enumerate(multipliers):
                 mine = said[place * len(asked) : (place + 1) * len(asked)]
                 with self.model.hooks(fwd_hooks=add(vectors, [layer], multiplier)):
-                    perplexity = text_fit(self.model, self.choice_texts).perplexity.mean if multiplier else untuned
+                    steered = perplexity(self.model, self.choice_texts).perplexity.mean if multiplier else untuned
                 found = mean_interval(score(mine), self.experiment.split.seed)
                 rows.append(
-                    {"layer": layer, "multiplier": multiplier, **found._asdict(), "perplexity": perplexity,
+                    {"layer": layer, "multiplier": multiplier, **found._asdict(), "perplexity": steered,
                      "repetition": _repetition(mine) if score.reads == "text" else None,
-                     "admissible": perplexity <= choose.bound * untuned}
+                     "admissible": steered <= choose.bound * untuned}
                 )  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -258,7 +258,7 @@ class _Run:
         )
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
 
-    def _tuned_arms(self, seed: int, drawn: SteeringVectors, shown: SteeringVectors, board: Board) -> None:
+    def _tuned_arms(self, seed: int, drawn: SteeringVectors, shown: SteeringVectors, board: ArmEvaluator) -> None:
         """Both tuned arms of one seed, on the same vectors, targets and neutral answers, all of which the seed draws.
 
         Each is measured as soon as it is tuned, so that one delta at a time is held.
@@ -297,7 +297,7 @@ class _Run:
 
     def _material(
         self, direction: Direction, vectors: SteeringVectors, configs: Sequence[TuneConfig], neutral: Sequence[Target]
-    ) -> Material:
+    ) -> TuningData:
         """What all arms of one seed and direction read, cut off before the first block that any of them trains."""
         train, validation = self.protocol.targets(direction, configs[0].seed)
         shared = replace(
@@ -307,14 +307,14 @@ class _Run:
             trained_layers=tuple(sorted({block for config in configs for block in config.blocks})),
             kl_weight=max(config.kl_weight for config in configs),
         )
-        return prepare(self.model, vectors, train, shared, validation=validation, neutral=neutral)
+        return prepare_data(self.model, vectors, train, shared, validation=validation, neutral=neutral)
 
     def _steering(self, vectors: SteeringVectors, choice: Mapping[str, Any]) -> list[FwdHook]:
         return add(vectors, [choice["layer"]], choice["multiplier"])
 
-    def _project(self, name: str, vectors: SteeringVectors, worn: Arm = None) -> None:
+    def _project(self, name: str, vectors: SteeringVectors, worn: Intervention = None) -> None:
         """Layer x token projections of one text, the same for all arms."""
-        with under(self.model, worn):
+        with applied(self.model, worn):
             self.shown_tokens, values = token_projections(self.model, vectors, self.shown_text)
         self.projections[name] = [[round(value, 3) for value in row] for row in values.tolist()]
 

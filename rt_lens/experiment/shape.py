@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from rt_lens.models.llama import FAMILIES
-from rt_lens.models.registry import EMBEDDED_MODELS
-from rt_lens.models.sources import embedded_folder
+from rt_lens.models.registry import BUNDLED_MODELS
+from rt_lens.models.sources import bundled_folder
 from rt_lens.tuning.config import LOSSES, TuneConfig
 from rt_lens.tuning.weights import parts_of
 
@@ -102,8 +102,8 @@ def shape_of(name_or_path: str) -> tuple[Shape, Any, bool]:
 def _place(name_or_path: str) -> tuple[str, dict[str, str]]:
     """Where configuration and tokenizer lie: a folder or a hub name, and the GGUF file in it if it is one."""
     path = Path(name_or_path).expanduser()
-    if name_or_path.lower() in EMBEDDED_MODELS:
-        return str(embedded_folder(EMBEDDED_MODELS[name_or_path.lower()])), {}
+    if name_or_path.lower() in BUNDLED_MODELS:
+        return str(bundled_folder(BUNDLED_MODELS[name_or_path.lower()])), {}
     if path.suffix == ".gguf" and path.is_file():
         return str(path.parent), {"gguf_file": path.name}
     return (str(path) if path.is_dir() else name_or_path), {}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rt_lens.arms.comparison import Exam
+from rt_lens.arms.comparison import EvalTask
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.honesty import OPENER, judged_statements, load_facts
@@ -18,7 +18,7 @@ from rt_lens.experiment.shape import Shape
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.losses import Direction
-from rt_lens.tuning.targets import Choice, Wanted
+from rt_lens.tuning.targets import Choice, TokenTarget
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -28,7 +28,7 @@ def protocols_of(experiment: Experiment, model: Any) -> list[Protocol]:
     experiment = experiment.unmade()
     if experiment.honesty is None:
         return [answers_protocol(experiment)]
-    config = replace(experiment.honesty, correct_only=False)
+    config = replace(experiment.honesty, filter_pairs=False)
     made = {"persona": persona_protocol, "likelihood": likelihood_protocol}
     return [make(experiment, config, model) for name, make in made.items() if config.protocol in (name, "auto")]
 
@@ -62,7 +62,7 @@ class Planner:
         few = max(4, round(config.n_targets * config.validation_share))
         return self._target_sizes(learnt, config.n_targets), self._target_sizes(checked, few)
 
-    def _target_sizes(self, wanted: ContrastPairs | Sequence[Wanted], n: int) -> list[tuple[int, int]]:
+    def _target_sizes(self, wanted: ContrastPairs | Sequence[TokenTarget], n: int) -> list[tuple[int, int]]:
         config = self.experiment.tune
         if isinstance(wanted, ContrastPairs):  # the model writes n answers
             pairs = wanted.sample(n, seed=config.seed).pairs
@@ -111,7 +111,7 @@ class Planner:
         facts, asked = seen(load_facts(), config), seen(questions_of(config), config)
         work = self._options(judged_statements(facts[: config.n_calibration]), "letters", 16)
         work += self._options(asked[: config.n_calibration], "answers", 16)
-        if protocol.name == "persona" and config.correct_only:
+        if protocol.name == "persona" and config.filter_pairs:
             for texts in protocol.train.texts(self.model):
                 work += self.costs.read(self._sizes(texts), 16, logits=1)
         return work
@@ -133,7 +133,7 @@ class Planner:
         """All doses of a layer at once, and perplexity under each of them."""
         choose, exam = self.experiment.choose, self.protocol.choosing
         doses = len({0.0, *choose.multipliers, *(-m for m in choose.multipliers)})
-        all_doses = Exam(list(exam.asked) * doses, exam.made, exam.max_new_tokens)
+        all_doses = EvalTask(list(exam.asked) * doses, exam.made, exam.max_new_tokens)
         fit = self.costs.fit(self.choice_texts)
         return (self._exam(all_doses, 128) + fit * (doses - 1)) * len(choose.layers) + fit
 
@@ -156,7 +156,7 @@ class Planner:
             work += costs.material(rows, base) * len(seeds[direction])
         return work
 
-    def _exam(self, exam: Exam, batch: int) -> Work:
+    def _exam(self, exam: EvalTask, batch: int) -> Work:
         """What its scorers read, once for all of them."""
         reads, work = {scorer.reads for scorer in exam.made}, Work()
         if "text" in reads:

@@ -1,7 +1,7 @@
 from .activations import last_token_activations as last_token_activations
 from .activations import read_activations as read_activations
 from .activations import token_activations as token_activations
-from .context import whereabouts as whereabouts
+from .context import token_context as token_context
 from .divergence import kl_divergence as kl_divergence
 from .forward import logits_where as logits_where
 from .forward import quick as quick
@@ -11,6 +11,6 @@ from .generation import generate_tokens as generate_tokens
 from .generation import stream as stream
 from .load import load_model as load_model
 from .positions import position_of as position_of
+from .registry import BUNDLED_MODELS as BUNDLED_MODELS
 from .registry import DEFAULT_MODEL as DEFAULT_MODEL
-from .registry import EMBEDDED_MODELS as EMBEDDED_MODELS
 from .tokens.chats import chat_text as chat_text

@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer
 
 from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar
-from rt_lens.models.context import whereabouts
+from rt_lens.models.context import token_context
 from rt_lens.models.forward import keeps_logits, quick
 from rt_lens.models.tokens.batches import TokenBatch, batches, encode, pad, pad_id_of
 from rt_lens.models.tokens.texts import token_texts
@@ -81,7 +81,7 @@ def read_activations(
 
 def _run(model: Any, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) -> Any:
     """The cache of one batch, with hooks told which of the caller's texts it holds."""
-    with whereabouts(batch.mask, rows=batch.rows, n_rows=n_rows):
+    with token_context(batch.mask, rows=batch.rows, n_rows=n_rows):
         _, cache = model.run_with_cache(
             batch.tokens,
             attention_mask=batch.mask,

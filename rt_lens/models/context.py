@@ -1,6 +1,6 @@
 """Which tokens of which rows a forward pass is running. Hooks see activations only, and ask here for the rest.
 
-Everything in rt_lens that runs a model says so with `whereabouts(...)`; a loop of your own can too. Where nobody has
+Everything in rt_lens that runs a model says so with `token_context(...)`; a loop of your own can too. Where nobody has
 said, a pass counts as whole prompts without padding.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class TokenContext:
     """The tokens of one forward pass.
 
     Attributes:
@@ -36,22 +36,22 @@ class Whereabouts:
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
-_NOW: ContextVar[Whereabouts | None] = ContextVar("whereabouts", default=None)
+_NOW: ContextVar[TokenContext | None] = ContextVar("token_context", default=None)
 
 
-def said() -> Whereabouts | None:
+def current_context() -> TokenContext | None:
     """What was said of the pass that is running, if anything."""
     return _NOW.get()
 
 
-def assumed(batch: int, pos: int, device: Any) -> Whereabouts:
+def default_context(batch: int, pos: int, device: Any) -> TokenContext:
     """A pass of which nothing is known: whole prompts, no padding."""
     places = torch.arange(pos, device=device).expand(batch, pos)
-    return Whereabouts(places, torch.full((batch,), pos, device=device), None)
+    return TokenContext(places, torch.full((batch,), pos, device=device), None)
 
 
 @contextmanager
-def whereabouts(
+def token_context(
     mask: Int[Tensor, "batch all_pos"],
     *,
     new: int | None = None,
@@ -59,7 +59,7 @@ def whereabouts(
     rows: Sequence[int] | None = None,
     n_rows: int | None = None,
     memory: dict[Any, Any] | None = None,
-) -> Iterator[Whereabouts]:
+) -> Iterator[TokenContext]:
     """Says, for the time of a block, which tokens a forward pass runs.
 
     Args:
@@ -72,11 +72,11 @@ def whereabouts(
 
     Example:
         >>> tokens, mask = batch.tokens, batch.mask
-        >>> with model.hooks(fwd_hooks=add(vectors, positions="last")), whereabouts(mask):
+        >>> with model.hooks(fwd_hooks=add(vectors, positions="last")), token_context(mask):
         ...     logits = model(tokens, attention_mask=mask)
     """
     places = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)
-    here = Whereabouts(
+    here = TokenContext(
         places if new is None else places[:, -new:],
         mask.sum(1) if lengths is None else lengths,
         None if rows is None else tuple(rows),

@@ -18,7 +18,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar, breathe
-from rt_lens.models.context import whereabouts
+from rt_lens.models.context import token_context
 from rt_lens.models.forward import (
     KeyValueCache,
     bridge_logits,
@@ -321,7 +321,7 @@ class _Run:
             batch = TokenBatch(tokens, torch.ones_like(tokens), self.rows)
             self.mask = torch.cat([self.mask, batch.mask], dim=1)
         new = batch.tokens.shape[1] if self.use_cache else None
-        with whereabouts(
+        with token_context(
             self.mask, new=new, lengths=self.lengths, rows=self.rows, n_rows=self.n_rows, memory=self.memory
         ):
             return self._forward(batch.tokens, batch.mask, self.mask)

@@ -6,7 +6,7 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 
-from rt_lens.models.registry import EMBEDDED_MODELS
+from rt_lens.models.registry import BUNDLED_MODELS
 
 _FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
@@ -52,8 +52,8 @@ def hub_token() -> str | None:
 
 
 def _unknown(name: str, error: Exception) -> str:
-    near = get_close_matches(name.lower(), EMBEDDED_MODELS, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Embedded: {', '.join(EMBEDDED_MODELS)}."
+    near = get_close_matches(name.lower(), BUNDLED_MODELS, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Embedded: {', '.join(BUNDLED_MODELS)}."
     reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return (
         f"model: {name!r} is no embedded model, no local folder or .gguf file, and the model hub did not give it "

@@ -243,11 +243,11 @@ def _to_transformer_lens(
     for layer in range(cfg.n_layers):
         theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
         for letter, kind, n in (("Q", "q_proj", heads), ("K", "k_proj", kv_heads), ("V", "v_proj", kv_heads)):
-            under, stem = "" if letter == "Q" else grouped, f"{theirs}.self_attn.{kind}"
+            applied, stem = "" if letter == "Q" else grouped, f"{theirs}.self_attn.{kind}"
             matrix = take(f"{stem}.weight", n * d_head, d_model)
             bias = take(f"{stem}.bias", n * d_head) if letter in biased else zeros(n * d_head)
-            state[f"{ours}.attn.{under}W_{letter}"] = rearrange(matrix, "(n h) m -> n m h", n=n)
-            state[f"{ours}.attn.{under}b_{letter}"] = rearrange(bias, "(n h) -> n h", n=n)
+            state[f"{ours}.attn.{applied}W_{letter}"] = rearrange(matrix, "(n h) m -> n m h", n=n)
+            state[f"{ours}.attn.{applied}b_{letter}"] = rearrange(bias, "(n h) -> n h", n=n)
         output = take(f"{theirs}.self_attn.o_proj.weight", d_model, heads * d_head)
         state[f"{ours}.attn.W_O"] = rearrange(output, "m (n h) -> n h m", n=heads)
         state[f"{ours}.attn.b_O"] = (

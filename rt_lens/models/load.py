@@ -15,8 +15,8 @@ from transformer_lens import HookedTransformer
 from rt_lens.models.bridges import bridge_from_folder
 from rt_lens.models.hub import hub_folder
 from rt_lens.models.llama import NotLlamaStyle, hooked_from_folder
-from rt_lens.models.registry import DEFAULT_MODEL, EMBEDDED_MODELS
-from rt_lens.models.sources import cache_home, embedded_folder, gguf_folder
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
+from rt_lens.models.sources import bundled_folder, cache_home, gguf_folder
 from rt_lens.models.tokenizers import give_tokenizer, read_tokenizer
 
 Backend = Literal["auto", "hooked", "bridge"]
@@ -88,8 +88,8 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _local_folder(name_or_path: str | Path) -> Path | None:
     """The Hugging Face folder of an embedded model, a GGUF file or a folder; None for a name on the hub."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
-    if name.lower() in EMBEDDED_MODELS:
-        return embedded_folder(EMBEDDED_MODELS[name.lower()])
+    if name.lower() in BUNDLED_MODELS:
+        return bundled_folder(BUNDLED_MODELS[name.lower()])
     if path.is_dir():
         if not (path / "config.json").is_file():
             _refuse_adapter(path)
@@ -158,7 +158,7 @@ def _with_origin(model: Any, folder: Path, trust_remote_code: bool) -> Any:
 
 def describe(name: str) -> dict[str, Any]:
     """What the registry knows of an embedded model, and where it was found: a row of `rt-lens models`."""
-    model = EMBEDDED_MODELS[name]
+    model = BUNDLED_MODELS[name]
     folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
     manifest = folder / "rt_lens_manifest.json"
     converted = manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("sha256") == model.sha256

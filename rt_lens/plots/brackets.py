@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from rt_lens.plots.look import INK, Table, estimate, number, seeds_of, tidy
+from rt_lens.plots.style import INK, Table, check_table, estimate, number, seeds_of
 
 LABEL = 26  # px from a bar's whisker to above its label
 _STEP, _FOOT = 29, 6  # px: from one bracket to the next, and the length of its ends
@@ -36,7 +36,7 @@ def compared(comparisons: Table | None, frame: pd.DataFrame) -> pd.DataFrame:
     numbers = ("n", "difference", "low", "high", "p", "p_holm")
     if comparisons is None or not len(comparisons):
         return pd.DataFrame(columns=[*words, *numbers])
-    rows = tidy(comparisons, words=words, numbers=numbers, argument="comparisons")
+    rows = check_table(comparisons, words=words, numbers=numbers, argument="comparisons")
     rows = rows[rows["scorer"].isin(frame["scorer"])]
     if "set" in rows and "set" in frame:
         rows = rows[rows["set"].isin(frame["set"])]
@@ -69,10 +69,10 @@ def stacked(rows: pd.DataFrame, arms: Sequence[str], tops: Sequence[float]) -> l
         spans.append((min(ends), max(ends), row))
     placed: list[Bracket] = []
     for left, right, row in sorted(spans, key=lambda span: (span[1] - span[0], span[0])):
-        under = [tops[bar] + _FOOT + 4 for bar in range(left, right + 1)]
+        applied = [tops[bar] + _FOOT + 4 for bar in range(left, right + 1)]
         # Those that share but a bar count too, for their labels are wider than they are.
-        under += [other.y + _STEP for other in placed if other.left <= right and left <= other.right]
-        placed.append(Bracket(left, right, max(under), row))
+        applied += [other.y + _STEP for other in placed if other.left <= right and left <= other.right]
+        placed.append(Bracket(left, right, max(applied), row))
     return placed
 
 

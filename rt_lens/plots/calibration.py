@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from rt_lens.plots.look import FAINT, INK, Table, dressed, tidy
+from rt_lens.plots.style import FAINT, INK, Table, apply_style, check_table
 
 
 def calibration(table: Table, *, title: str = "Does it know what it knows?") -> go.Figure:
@@ -21,7 +21,7 @@ def calibration(table: Table, *, title: str = "Does it know what it knows?") -> 
     Example:
         >>> figure = calibration([{"n": 20, "predicted": 0.7, "right": 0.6, "low": 0.39, "high": 0.78}])
     """
-    frame = tidy(table, numbers=("n", "predicted", "right", "low", "high"))
+    frame = check_table(table, numbers=("n", "predicted", "right", "low", "high"))
     bars = {"array": frame["high"] - frame["right"], "arrayminus": frame["right"] - frame["low"], "color": FAINT}
     figure = go.Figure(
         [
@@ -43,4 +43,4 @@ def calibration(table: Table, *, title: str = "Does it know what it knows?") -> 
     reading = "Below the dotted line the model is surer than it is right. Bars are 95 % intervals (Wilson)."
     figure.update_layout(showlegend=False)
     figure.add_annotation(x=0.08, y=0.2, text="agreement", showarrow=False, font_color=INK)
-    return dressed(figure, title, reading, f"n = {frame['n'].sum():.0f} questions in {len(frame)} bins.")
+    return apply_style(figure, title, reading, f"n = {frame['n'].sum():.0f} questions in {len(frame)} bins.")

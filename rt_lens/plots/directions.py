@@ -11,7 +11,19 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from rt_lens.plots.look import FAINT, Table, band, dressed, estimate, key, number, ordered, sample, tidy, with_numbers
+from rt_lens.plots.style import (
+    FAINT,
+    Table,
+    apply_style,
+    band,
+    check_table,
+    estimate,
+    key,
+    number,
+    ordered,
+    sample,
+    with_numbers,
+)
 from rt_lens.plots.tuned import once
 
 SIDES = {"positive": ("#D55E00", "circle"), "negative": ("#0072B2", "diamond")}
@@ -33,7 +45,7 @@ def cosines(table: Table, *, title: str = "Do the directions agree?") -> go.Figu
         >>> rows = [{"a": "mood", "b": "mood", "cosine": 1.0}, {"a": "mood", "b": "formality", "cosine": 0.3}]
         >>> figure = cosines([*rows, {"a": "formality", "b": "formality", "cosine": 1.0}])
     """
-    frame = tidy(table, words=("a", "b"), numbers=("cosine",))
+    frame = check_table(table, words=("a", "b"), numbers=("cosine",))
     of_layers = all(isinstance(label, int | np.integer) for column in ("a", "b") for label in frame[column])
     matrix = square(frame, "a", "b")
     names = [str(label) for label in matrix.index]
@@ -51,7 +63,7 @@ def cosines(table: Table, *, title: str = "Do the directions agree?") -> go.Figu
     if "chance" in frame:
         chance = with_numbers(frame, ["chance"])["chance"].max()
         facts = f"95 % of pairs of random directions lie within ±{chance:.2f}."
-    dressed(figure, title, reading, facts, height=230 + min(max(26 * len(names), 300), 520))
+    apply_style(figure, title, reading, facts, height=230 + min(max(26 * len(names), 300), 520))
     return figure.update_layout(margin_l=max(80, 30 + 8 * max(len(unescape(name)) for name in names)))
 
 
@@ -92,7 +104,7 @@ def norms(table: Table, *, title: str = "What a multiplier of 1 adds") -> go.Fig
         ValueError: if a column or all rows are missing, or a layer comes twice.
     """
     numbers = ("layer", "vector", "n", "mean", "low", "high", "ratio", "ratio_low", "ratio_high")
-    frame = tidy(table, words=("seed",), numbers=numbers).sort_values("layer")
+    frame = check_table(table, words=("seed",), numbers=numbers).sort_values("layer")
     once(frame, ["layer"])
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.55, 0.45], vertical_spacing=0.08)
     looks = {"activations": ("#0072B2", "solid"), "vector (multiplier 1)": ("#D55E00", "dash")}
@@ -130,7 +142,7 @@ def norms(table: Table, *, title: str = "What a multiplier of 1 adds") -> go.Fig
     reading += " Bands: 95 % intervals."
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
     legend |= {"traceorder": "normal"}
-    return dressed(figure, title, reading, sample(frame), height=560, legend=legend)
+    return apply_style(figure, title, reading, sample(frame), height=560, legend=legend)
 
 
 def activation_map(table: Table, *, title: str = "Do the two sides part?") -> go.Figure:
@@ -146,7 +158,7 @@ def activation_map(table: Table, *, title: str = "Do the two sides part?") -> go
         ValueError: if a column or all rows are missing, or a side is neither.
     """
     words = ("side", "text", "method", "paired", "seed")
-    frame = tidy(table, words=words, numbers=("layer", "x", "y", "explained_x", "explained_y", "n"))
+    frame = check_table(table, words=words, numbers=("layer", "x", "y", "explained_x", "explained_y", "n"))
     if strangers := set(frame["side"]) - set(SIDES):
         raise ValueError(f"table: side {', '.join(map(str, strangers))} came, positive or negative is wanted.")
     layers, tsne = sorted(frame["layer"].unique()), set(frame["method"]) == {"tsne"}
@@ -186,7 +198,7 @@ def activation_map(table: Table, *, title: str = "Do the two sides part?") -> go
     )
     facts = sample(frame).replace("n = ", "n (pairs) = ")
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1 + 26 / plot, "yanchor": "bottom"}
-    dressed(figure, title, reading, facts, legend=legend)
+    apply_style(figure, title, reading, facts, legend=legend)
     margins = {"t": figure.layout.margin.t + 34, "b": 60}
     return figure.update_layout(margin=margins, height=plot + margins["t"] + margins["b"])
 

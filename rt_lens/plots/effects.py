@@ -14,7 +14,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from rt_lens.plots.brackets import LABEL, compared, difference, drawn, stacked
-from rt_lens.plots.look import (
+from rt_lens.plots.style import (
     ARM_COLOURS,
     DIRECTIONS,
     FAINT,
@@ -22,16 +22,16 @@ from rt_lens.plots.look import (
     SYMBOLS,
     Number,
     Table,
+    apply_style,
     arm_colours,
+    check_table,
     doses_by_layer,
-    dressed,
     estimate,
     key,
     number,
     ordered,
     sample,
     seeds_of,
-    tidy,
     unsteered,
 )
 
@@ -106,7 +106,7 @@ def arms(table: Table, *, comparisons: Table | None = None, title: str = "Score 
     figure.update_yaxes(title_text=f"mean score ({', '.join(ordered(frame['scorer']))})", col=1)
     reading = "Compare each bar with the dashed line (untuned mean); whiskers: 95 % intervals."
     reading += " Brackets: paired p, Holm’s corrected." if tallest else ""
-    dressed(figure, title, reading, sample(frame), height=470 + round(taller), showlegend=False)
+    apply_style(figure, title, reading, sample(frame), height=470 + round(taller), showlegend=False)
     figure.update_annotations(font_size=12, borderpad=0, selector={"name": "p"})
     return figure.update_layout(margin_b=40)
 
@@ -132,7 +132,7 @@ def dose_response(
         ValueError: if a column, all rows or multiplier 0 is missing, or a chosen point is not in the table.
     """
     numbers = ("layer", "multiplier", "n", "mean", "low", "high", "perplexity")
-    frame = tidy(table, words=("admissible",), numbers=numbers)
+    frame = check_table(table, words=("admissible",), numbers=numbers)
     lines = doses_by_layer(frame.assign(ratio=frame["perplexity"] / unsteered(frame)["perplexity"].iloc[0]))
     ratios = pd.concat(lines.values())["ratio"]
 
@@ -188,7 +188,7 @@ def dose_response(
     reading = (
         "Look for score gained before the perplexity rises; hollow points broke the damage bound. Bars: 95 % intervals."
     )
-    return dressed(figure, title, reading, sample(frame), height=620)
+    return apply_style(figure, title, reading, sample(frame), height=620)
 
 
 def side_effects(
@@ -245,12 +245,12 @@ def side_effects(
     figure.update_xaxes(title_text=axis, range=spans[0])
     figure.update_yaxes(title_text="|shift of mean score| from untuned", range=spans[1])
     reading = "Best is high and at the dashed line: much effect, no damage. Bars: each arm's own 95 % interval."
-    return dressed(figure, title, reading, sample(frame), showlegend=False)
+    return apply_style(figure, title, reading, sample(frame), showlegend=False)
 
 
 def _arm_rows(table: Table) -> pd.DataFrame:
     words, numbers = ("arm", "direction", "scorer", "seeds"), ("n", "mean", "low", "high", "perplexity", "kl")
-    frame = tidy(table, words=words, numbers=numbers)
+    frame = check_table(table, words=words, numbers=numbers)
     repeated = frame[frame.duplicated(["arm", "direction"])]
     if not repeated.empty:
         arm, direction = repeated.iloc[0][["arm", "direction"]]

@@ -11,18 +11,18 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from rt_lens.plots.look import (
+from rt_lens.plots.style import (
     FAINT,
     INK,
     Table,
+    apply_style,
     arm_colours,
     band,
-    dressed,
+    check_table,
     estimate,
     number,
     ordered,
     sample,
-    tidy,
     with_numbers,
 )
 
@@ -48,7 +48,7 @@ def weight_changes(table: Table, *, title: str = "Which weights changed") -> go.
         ValueError: if a column or all rows are missing, or nothing changed.
     """
     numbers = ["layer", "norm", "relative", "effective_rank", "rank_limit", "top_share"]
-    frame = tidy(table, words=("parameter", "kind"), numbers=numbers)
+    frame = check_table(table, words=("parameter", "kind"), numbers=numbers)
     if "alignment" in frame:
         frame = with_numbers(frame, ("alignment", "chance"))
     frame = frame[frame["norm"] > 0]
@@ -88,7 +88,7 @@ def weight_changes(table: Table, *, title: str = "Which weights changed") -> go.
             "direction; white: as much; blue: less."
         )
     figure.update_layout(plot_bgcolor=STAYS)
-    return dressed(figure, title, reading, height=max(340, 220 + 24 * len(rows)))
+    return apply_style(figure, title, reading, height=max(340, 220 + 24 * len(rows)))
 
 
 def projection_changes(table: Table, *, title: str = "How far along the vector each arm moves texts") -> go.Figure:
@@ -140,7 +140,7 @@ def residual_shifts(
         ValueError: if a column is missing, or all rows of `along`.
     """
     measured = [f"{name}_{end}" for name in ("norm", "cosine") for end in ("mean", "low", "high")]
-    arms = tidy(along, words=("arm", "seed"), numbers=("layer", "n", *measured, "n_cosine"), argument="along")
+    arms = check_table(along, words=("arm", "seed"), numbers=("layer", "n", *measured, "n_cosine"), argument="along")
     paired = len(between) > 0
     figure = make_subplots(
         rows=1 + paired,
@@ -153,7 +153,7 @@ def residual_shifts(
     figure.add_traces(_lines(arms.rename(columns=renamed), "cosine with the vector"), rows=1, cols=1)
     if paired:
         words, numbers = ("a", "b", "seed"), ("layer", "n", "mean", "low", "high")
-        pairs = tidy(between, words=words, numbers=numbers, argument="between")
+        pairs = check_table(between, words=words, numbers=numbers, argument="between")
         pairs = pairs.assign(arm=[f"{row['a']} and {row['b']}" for _, row in pairs.iterrows()])
         drawn = itertools.cycle(itertools.product((INK, FAINT), DASHES))
         looks = dict(zip(ordered(pairs["arm"]), drawn, strict=False))
@@ -171,7 +171,7 @@ def residual_shifts(
     if paired:
         reading += " Bottom: at 1 two arms shift it alike."
     reading += " A line begins where its arms first shift anything. Bands: 95 %; last token of each prompt."
-    dressed(figure, title, reading, sample(arms), height=430 + 320 * paired)
+    apply_style(figure, title, reading, sample(arms), height=430 + 320 * paired)
     legend = {"x": 1.01, "xanchor": "left", "yanchor": "top", "traceorder": "normal"}
     return figure.update_layout(
         legend={**legend, "y": 1, "title_text": "arm"}, legend2={**legend, "y": 0.44, "title_text": "two arms"}
@@ -180,12 +180,12 @@ def residual_shifts(
 
 def _over_layers(table: Table, measured: str, axis: str, title: str, reading: str) -> go.Figure:
     """A line with its band per arm, of a projection in activation units."""
-    frame = tidy(table, words=("arm", "seed"), numbers=("layer", "n", "mean", "low", "high"))
+    frame = check_table(table, words=("arm", "seed"), numbers=("layer", "n", "mean", "low", "high"))
     figure = go.Figure(_lines(frame, measured, units=" activation units"))
     figure.add_hline(y=0, line={"color": FAINT, "width": 1})
     figure.update_xaxes(title_text="layer (block index)")
     figure.update_yaxes(title_text=axis)
-    return dressed(figure, title, reading, sample(frame), showlegend=True, legend_traceorder="normal")
+    return apply_style(figure, title, reading, sample(frame), showlegend=True, legend_traceorder="normal")
 
 
 def _heat(

@@ -10,22 +10,22 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from rt_lens.plots.look import (
+from rt_lens.plots.style import (
     FAINT,
     INK,
     PerLayer,
     PerToken,
     Table,
+    apply_style,
     arm_colours,
     band,
-    drawable,
-    dressed,
+    check_table,
+    escape_html,
     estimate,
     number,
     ordered,
     sample,
     shown,
-    tidy,
 )
 
 
@@ -39,7 +39,7 @@ def separability(table: Table, *, title: str = "Separability by layer") -> go.Fi
     Raises:
         ValueError: if a column or all rows are missing.
     """
-    frame = tidy(table, numbers=("layer", "accuracy", "low", "high", "n")).sort_values("layer")
+    frame = check_table(table, numbers=("layer", "accuracy", "low", "high", "n")).sort_values("layer")
     colour = "#0072B2"
     hover = [
         f"layer {row['layer']:g}<br>accuracy {estimate(row, 'accuracy')}<br>n = {row['n']:g}"
@@ -60,7 +60,7 @@ def separability(table: Table, *, title: str = "Separability by layer") -> go.Fi
     figure.update_xaxes(title_text="layer (block index)")
     figure.update_yaxes(title_text="held-out pair accuracy (share)", range=[min(0.42, frame["low"].min() - 0.03), 1.03])
     reading = "The higher the line, the better this layer's vector tells a held-out pair apart; band: 95 % interval."
-    return dressed(figure, title, reading, sample(frame), showlegend=False)
+    return apply_style(figure, title, reading, sample(frame), showlegend=False)
 
 
 def projection_by_layer(
@@ -100,9 +100,9 @@ def projection_by_layer(
     figure.update_xaxes(title_text="layer (block index)")
     figure.update_yaxes(title_text="mean projection on unit vector<br>(activation units)")
     sizes = sorted({values.shape[1] for values in arrays.values() if values.ndim == 2})
-    ends = ", “{}” to “{}”".format(*(drawable(shown(tokens[place])) for place in (0, -1))) if tokens else ""
+    ends = ", “{}” to “{}”".format(*(escape_html(shown(tokens[place])) for place in (0, -1))) if tokens else ""
     facts = f"Mean over n = {' or '.join(map(str, sizes))} tokens{ends}; one text, so no interval." if sizes else ""
-    return dressed(figure, title, "Above zero the arm lies on the vector's side, below on the other.", facts)
+    return apply_style(figure, title, "Above zero the arm lies on the vector's side, below on the other.", facts)
 
 
 def without_first(
@@ -149,7 +149,7 @@ def projection_heatmap(
     rows, columns = (1, len(panels)) if beside else (len(panels), 1)
     labels = [shown(token) for token in tokens]
     longest = min(max(map(len, labels)), 30)  # the labels stand upright and would eat into the panels
-    labels = drawable(labels)
+    labels = escape_html(labels)
     height = (480 if beside else 150 + 230 * rows) + 7 * longest
     gap = 60 / height  # in shares of the height, so that every panel's name keeps its own line
     figure = make_subplots(
@@ -195,7 +195,7 @@ def projection_heatmap(
     reading = "Red: on the vector's side; blue: on the other; white: neither (activation units)."
     clipped = len(tokens) > 1 and any(np.abs(v[:, 0]).max() > np.abs(v[:, 1:]).max() for v in arrays.values())
     note = " The first token goes off the scale; hover for its value." if clipped else ""
-    return dressed(figure, title, reading + note, height=height)
+    return apply_style(figure, title, reading + note, height=height)
 
 
 def logit_lens(table: Table, *, title: str = "The vector read through the logit lens") -> go.Figure:
@@ -209,7 +209,7 @@ def logit_lens(table: Table, *, title: str = "The vector read through the logit 
     Raises:
         ValueError: if a column or all rows are missing.
     """
-    frame = tidy(table, words=("sign", "tokens"), numbers=("layer",), unescaped=("tokens",))
+    frame = check_table(table, words=("sign", "tokens"), numbers=("layer",), unescaped=("tokens",))
     layers = sorted(int(layer) for layer in frame["layer"].unique())
     signs = ordered(frame["sign"], ("+v", "-v"))
     words = {(int(row["layer"]), row["sign"]): "\u2003".join(map(shown, row["tokens"])) for _, row in frame.iterrows()}
@@ -220,7 +220,7 @@ def logit_lens(table: Table, *, title: str = "The vector read through the logit 
         columnwidth=[1] + [14 / len(signs)] * len(signs),
         header={"values": ["layer", *signs], "align": "left", "fill_color": "#EEEEEE", "height": 30},
         cells={
-            "values": [layers, *drawable(columns)],
+            "values": [layers, *escape_html(columns)],
             "align": "left",
             "fill_color": "white",
             "line_color": "#DDDDDD",
@@ -230,7 +230,7 @@ def logit_lens(table: Table, *, title: str = "The vector read through the logit 
     reading = (
         "Tokens the unembedding ties to the vector (+v) and its negative (-v), strongest first; · is a leading space."
     )
-    figure = dressed(go.Figure(cells), title, reading, height=150 + 30 * lines)
+    figure = apply_style(go.Figure(cells), title, reading, height=150 + 30 * lines)
     return figure.update_layout(margin={"l": 15, "r": 15, "b": 10})
 
 
@@ -250,7 +250,7 @@ def _arrays(
         if array.ndim not in (1, 2) or not (fits_layers and fits_tokens):
             wanted = f"({'layer' if layers is None else len(layers)}, {'pos' if tokens is None else len(tokens)})"
             raise ValueError(f"projections: {name!r} has shape {array.shape}, {wanted} is wanted (layers, tokens).")
-        arrays[drawable(name)] = array
+        arrays[escape_html(name)] = array
     return arrays
 
 

@@ -10,7 +10,19 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from rt_lens.plots.look import FAINT, INK, SYMBOLS, Table, arm_colours, dressed, number, ordered, sample, seeds_of, tidy
+from rt_lens.plots.style import (
+    FAINT,
+    INK,
+    SYMBOLS,
+    Table,
+    apply_style,
+    arm_colours,
+    check_table,
+    number,
+    ordered,
+    sample,
+    seeds_of,
+)
 
 _HARMS = {"kl": "KL from the untuned model (nats per token)", "perplexity": "perplexity on neutral texts"}
 _PANEL = (900.0, 330.0)  # pixels of a page's panel, by which labels are kept apart
@@ -38,7 +50,7 @@ def pareto(
     Args:
         table: one row per arm and direction, of one set and one scorer. Columns: arm, direction, set, scorer, n, mean,
             low, high (score), seeds (list of int), n_texts, efficient (bool), kl or perplexity and, if measured, their
-            intervals kl_low, kl_high and so on: what `Scoreboard.pareto` and `rt_lens.results.efficient` give.
+            intervals kl_low, kl_high and so on: what `ArmScores.pareto` and `rt_lens.results.efficient` give.
         against: the side effect on the x axis.
         title: heading of the figure.
 
@@ -53,7 +65,7 @@ def pareto(
     if against not in _HARMS:
         raise ValueError(f"against: {against!r} came, 'kl' or 'perplexity' is wanted.")
     words = ("arm", "direction", "set", "scorer", "seeds", "efficient")
-    frame = tidy(table, words=words, numbers=("n", "mean", "low", "high", against, "n_texts"))
+    frame = check_table(table, words=words, numbers=("n", "mean", "low", "high", against, "n_texts"))
     if len(repeated := frame[frame.duplicated(["arm", "direction"])]):
         arm, direction = repeated.iloc[0][["arm", "direction"]]
         raise ValueError(
@@ -81,7 +93,7 @@ def pareto(
     )
     texts = sample(frame[["n_texts"]].rename(columns={"n_texts": "n"})).replace(".", " texts.")
     facts = f"Score: {sample(frame)} Cost: {texts}"
-    return dressed(figure, title, reading, facts, height=520, showlegend=False)
+    return apply_style(figure, title, reading, facts, height=520, showlegend=False)
 
 
 def _fronts(frame: pd.DataFrame) -> list[go.Scatter]:

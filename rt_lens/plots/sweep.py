@@ -7,19 +7,19 @@ import textwrap
 import numpy as np
 import plotly.graph_objects as go
 
-from rt_lens.plots.look import (
+from rt_lens.plots.style import (
     FAINT,
     INK,
     Table,
+    apply_style,
     band,
+    check_table,
     doses_by_layer,
-    drawable,
-    dressed,
+    escape_html,
     estimate,
     key,
     number,
     sample,
-    tidy,
 )
 
 ROOM = (30, 12)  # layers and multipliers whose cells can still hold a number
@@ -37,7 +37,7 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
     Raises:
         ValueError: if a column, all rows or multiplier 0 is missing, or a layer and multiplier come twice.
     """
-    frame = tidy(table, numbers=("layer", "multiplier", "n", "mean", "low", "high"))
+    frame = check_table(table, numbers=("layer", "multiplier", "n", "mean", "low", "high"))
     repeated = frame[frame.duplicated(["layer", "multiplier"])]
     if not repeated.empty:
         layer, multiplier = repeated.iloc[0][["layer", "multiplier"]]
@@ -79,7 +79,7 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
     reading += " In the cells: mean score." if roomy else " Hover for the mean score and its interval."
     reading += " Grey: not measured." if np.isnan(shifts).any() else ""
     height = 190 + min(max(24 * len(doses), 260), 720)
-    return dressed(figure, title, reading, sample(frame), height=height, plot_bgcolor="#D0D0D0")
+    return apply_style(figure, title, reading, sample(frame), height=height, plot_bgcolor="#D0D0D0")
 
 
 def steerability(
@@ -97,23 +97,23 @@ def steerability(
     Raises:
         ValueError: if a column or all rows are missing.
     """
-    frame = tidy(table, words=("prompt", "wrong_way"), numbers=("multiplier", "score"), unescaped=("prompt",))
+    frame = check_table(table, words=("prompt", "wrong_way"), numbers=("multiplier", "score"), unescaped=("prompt",))
     columns = ("multiplier", "n", "mean", "low", "high")
-    middle = tidy(summary, numbers=columns, argument="summary").sort_values("multiplier")
+    middle = check_table(summary, numbers=columns, argument="summary").sort_values("multiplier")
     wrong = frame["wrong_way"].astype(bool).groupby(frame["prompt"], sort=False).any()
     colours = {True: "#D55E00", False: "#A0A0A0"}
     figure = go.Figure()
     # The wrong ones come last, so that the crowd does not hide them.
     for prompt in wrong.sort_values(kind="stable").index:
         own = frame[frame["prompt"] == prompt].sort_values("multiplier")
-        words = "<br>".join(drawable(textwrap.wrap(textwrap.shorten(str(prompt), 160), 60)))
+        words = "<br>".join(escape_html(textwrap.wrap(textwrap.shorten(str(prompt), 160), 60)))
         line = go.Scatter(
             x=own["multiplier"],
             y=own["score"],
             mode="lines",
             line={"color": colours[wrong[prompt]], "width": 1.5},
             opacity=0.8 if wrong[prompt] else 0.4,
-            name=drawable(str(prompt)),
+            name=escape_html(str(prompt)),
             showlegend=False,
             hovertext=[
                 f"{words}<br>multiplier {row['multiplier']:g}: {number(row['score'])}" for _, row in own.iterrows()
@@ -145,9 +145,9 @@ def steerability(
     figure.update_yaxes(title_text="score", zerolinecolor=FAINT)
     reading = (
         f"Each thin line is a prompt; {astray} of {every} move against the multiplier. Thick: their mean, with its "
-        f"95 % interval. {drawable(note)}"
+        f"95 % interval. {escape_html(note)}"
     )
-    return dressed(figure, title, reading.strip(), sample(middle), legend_traceorder="normal")
+    return apply_style(figure, title, reading.strip(), sample(middle), legend_traceorder="normal")
 
 
 def _signed(value: float) -> str:

@@ -15,19 +15,19 @@ from plotly.colors import colorscale_to_colors, get_colorscale, unlabel_rgb
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from rt_lens.plots.look import (
+from rt_lens.plots.style import (
     FAINT,
     INK,
     Table,
+    apply_style,
     arm_colours,
-    drawable,
-    dressed,
+    check_table,
+    escape_html,
     key,
     number,
     ordered,
     sample,
     shown,
-    tidy,
 )
 from rt_lens.plots.tuned import once
 
@@ -88,14 +88,15 @@ def coloured_tokens(
             # Beside text inside a bar, Plotly takes a number for the name of a colour and warns of each.
             marker={"color": [f"rgb({r:.0f},{g:.0f},{b:.0f})" for r, g, b in 255 * shades], "line": border},
             customdata=own,
-            text=drawable(labels),
+            text=escape_html(labels),
             textposition="inside",
             insidetextanchor="middle",
             textangle=0,
             constraintext="none",
             textfont={**MONOSPACE, "color": _inks(shades)},
             hovertext=[
-                f"{name}<br>{drawable(shown(token))}, token {position}<br>projection {number(value)} activation units"
+                f"{name}<br>{escape_html(shown(token))}, token {position}<br>"
+                f"projection {number(value)} activation units"
                 for position, (token, value) in enumerate(zip(tokens, own, strict=True))
             ],
             hoverinfo="text",
@@ -119,7 +120,7 @@ def coloured_tokens(
     facts = _counted(len(tokens))
     if any(abs(own[0]) > limit for own in values.values()):
         facts += " The first token goes off the scale; hover for its value."
-    dressed(figure, title, reading, facts, barmode="overlay")
+    apply_style(figure, title, reading, facts, barmode="overlay")
     return figure.update_layout(height=height + figure.layout.margin.t + 95, margin={"l": 15, "r": 15, "b": 95})
 
 
@@ -141,7 +142,7 @@ def trace(table: Table, *, title: str = "Projection of each new token") -> go.Fi
         >>> rows = [{"arm": "steered", "place": 0, "token": " Hello", "projection": 3.2}]
         >>> figure = trace(rows)
     """
-    frame = tidy(table, words=("arm", "token"), numbers=("place", "projection"), unescaped=("token",))
+    frame = check_table(table, words=("arm", "token"), numbers=("place", "projection"), unescaped=("token",))
     once(frame, ["arm", "place"])
     names, n_places = ordered(frame["arm"]), int(frame["place"].max()) + 1
     colours, plot = arm_colours(names), 260 + STRIP * len(names)  # px
@@ -165,7 +166,7 @@ def trace(table: Table, *, title: str = "Projection of each new token") -> go.Fi
     reading = "Above zero a new token lies on the vector's side, below on the other; the arms' words stand below."
     facts = f"{_counted(len(frame))} {sample(frame[frame.columns.intersection(['seed'])])}".strip()
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"}
-    dressed(figure, title, reading, facts, showlegend=True, legend=legend)
+    apply_style(figure, title, reading, facts, showlegend=True, legend=legend)
     margins = {"l": 110, "b": 40, "t": figure.layout.margin.t + 14}
     return figure.update_layout(margin=margins, height=plot + margins["t"] + margins["b"])
 
@@ -179,7 +180,7 @@ def _answer(own: pd.DataFrame, name: str, symbol: str, look: dict[str, Any]) -> 
         mode="lines+markers",
         marker={"size": 6, "symbol": symbol},
         hovertext=[
-            f"{name}<br>{drawable(shown(token))}, new token {place:g}<br>projection {number(value)} activation units"
+            f"{name}<br>{escape_html(shown(token))}, new token {place:g}<br>projection {number(value)} activation units"
             for token, place, value in zip(own["token"], own["place"], own["projection"], strict=True)
         ],
         hoverinfo="text",
@@ -193,7 +194,7 @@ def _strip(own: pd.DataFrame, n_places: int, top: float) -> dict[str, Any]:
     return {
         "range": [-0.5, 20 * -(-n_places // 20) - 0.5],
         "tickvals": own["place"].tolist()[::step],
-        "ticktext": [drawable(_cut(shown(token), 9)) for token in own["token"]][::step],
+        "ticktext": [escape_html(_cut(shown(token), 9)) for token in own["token"]][::step],
         "tickangle": -90,
         "tickfont": {"size": 11, "color": INK},  # the arms' own colours are too pale for letters
         "showgrid": False,
@@ -267,7 +268,7 @@ def _per_token(tokens: Sequence[str], projections: Mapping[str, Any]) -> dict[st
         if not np.isfinite(own).all():
             position = int(np.flatnonzero(~np.isfinite(own))[0])
             raise ValueError(f"projections: {name!r} is {own[position]} at token {position}, a number is wanted.")
-        arrays[drawable(name)] = own
+        arrays[escape_html(name)] = own
     return arrays
 
 

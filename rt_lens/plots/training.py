@@ -5,7 +5,7 @@ from __future__ import annotations
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from rt_lens.plots.look import DIRECTIONS, LOSS_PARTS, Table, arm_colours, dressed, ordered, sample, tidy
+from rt_lens.plots.style import DIRECTIONS, LOSS_PARTS, Table, apply_style, arm_colours, check_table, ordered, sample
 
 
 def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
@@ -20,7 +20,7 @@ def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
         ValueError: if a column or all rows are missing, or no part holds a number.
     """
     words = ("arm", "direction", "seed", "split")
-    frame = tidy(history, words=words, numbers=("step", *LOSS_PARTS), argument="history")
+    frame = check_table(history, words=words, numbers=("step", *LOSS_PARTS), argument="history")
     parts = [part for part in LOSS_PARTS if frame[part].notna().any()]
     if not parts:
         raise ValueError(f"history: only empty values came, a number is wanted in one of {', '.join(LOSS_PARTS)}.")
@@ -57,7 +57,7 @@ def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
     reading = (
         "A dashed line (validation) that turns up while the solid one (train) falls: over-fitting. A line per seed."
     )
-    dressed(figure, title, reading, sample(frame), height=200 + 260 * len(directions))
+    apply_style(figure, title, reading, sample(frame), height=200 + 260 * len(directions))
     # The legend lies below, for four panels need the width.
     legend = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"}
     return figure.update_layout(legend=legend, margin_b=110)

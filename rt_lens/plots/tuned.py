@@ -13,19 +13,19 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from rt_lens.plots.look import (
+from rt_lens.plots.style import (
     ARM_COLOURS,
     DIRECTIONS,
     FAINT,
     INK,
     Table,
+    apply_style,
     arm_colours,
-    dressed,
+    check_table,
     key,
     number,
     ordered,
     sample,
-    tidy,
     with_numbers,
 )
 
@@ -55,7 +55,7 @@ def variants(table: Table, *, title: str = "What each variant of tuning does, an
         >>> figure = variants(rows)
     """
     costs = [f"{name}{end}" for name in ("perplexity", "kl") for end in ("", "_low", "_high")]
-    frame = tidy(table, words=("direction", "variant", "seeds"), numbers=("n", "mean", "low", "high", *costs))
+    frame = check_table(table, words=("direction", "variant", "seeds"), numbers=("n", "mean", "low", "high", *costs))
     once(frame, ["direction", "variant"])
     blocks = _blocks(renamed(frame, "score"))
     axes = {
@@ -103,7 +103,7 @@ def variants(table: Table, *, title: str = "What each variant of tuning does, an
             figure.update_xaxes(type="log", tickvals=LOG_TICKS, col=column)
             figure.update_xaxes(title_text="perplexity<br>(per token, log scale)", row=len(blocks), col=column)
     reading = "Wanted: a score far from the dashed line (untuned), perplexity and KL near it. Whiskers: 95 % intervals."
-    return dressed(figure, title, reading, sample(frame), height=pixels + 170, showlegend=False)
+    return apply_style(figure, title, reading, sample(frame), height=pixels + 170, showlegend=False)
 
 
 def block_search(table: Table, *, title: str = "Which weights to tune") -> go.Figure:
@@ -125,7 +125,7 @@ def block_search(table: Table, *, title: str = "Which weights to tune") -> go.Fi
         >>> figure = block_search([row | {"cosine_loss": 0.2, "cosine": "v o", "token": "gate up down"}])
     """
     losses = {"total_loss": "total", "token_loss": "token (nats)", "cosine_loss": "cosine (0 to 1)"}
-    frame = tidy(table, words=("cosine", "token"), numbers=("n", "mean", "low", "high", *losses))
+    frame = check_table(table, words=("cosine", "token"), numbers=("n", "mean", "low", "high", *losses))
     parts = [part for part in ("cosine", "token", "kl") if part in frame]
     frame = frame.assign(**{part: [_blocks_named(names) for names in frame[part]] for part in parts})
     once(frame, parts)
@@ -166,7 +166,7 @@ def block_search(table: Table, *, title: str = "Which weights to tune") -> go.Fi
         )
     else:
         reading = "No effect was measured: the choices of weights stand by their total validation loss, smallest first."
-    return dressed(figure, title, reading, sample(frame), height=ROW * len(frame) + 200, showlegend=False)
+    return apply_style(figure, title, reading, sample(frame), height=ROW * len(frame) + 200, showlegend=False)
 
 
 def kinds(table: Table, *, title: str = "Does it carry over to other kinds of prompts?") -> go.Figure:
@@ -185,7 +185,7 @@ def kinds(table: Table, *, title: str = "Does it carry over to other kinds of pr
         >>> row = {"arm": "rep_tuned", "direction": "away", "n": 40, "mean": -0.3, "low": -0.4, "high": -0.2}
         >>> figure = kinds([row | {"kind": kind, "seeds": [0]} for kind in ("stories", "instructions")])
     """
-    frame = tidy(table, words=("kind", "arm", "direction", "seeds"), numbers=("n", "mean", "low", "high"))
+    frame = check_table(table, words=("kind", "arm", "direction", "seeds"), numbers=("n", "mean", "low", "high"))
     once(frame, ["kind", "arm", "direction"])
     frame = renamed(frame, "change")
     names, arms = ordered(frame["kind"]), ordered(frame["arm"], list(ARM_COLOURS))
@@ -227,7 +227,7 @@ def kinds(table: Table, *, title: str = "Does it carry over to other kinds of pr
         "A whisker (95 % interval) that misses the dashed line: a change against the untuned model on the same prompts."
     )
     height = 200 + len(names) * max(2 * ROW, 22 * len(arms))
-    dressed(figure, title, reading, sample(frame), height=height, legend_traceorder="normal")
+    apply_style(figure, title, reading, sample(frame), height=height, legend_traceorder="normal")
     return figure.update_annotations(yshift=4)
 
 

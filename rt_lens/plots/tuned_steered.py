@@ -12,18 +12,18 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from rt_lens.plots.look import (
+from rt_lens.plots.style import (
     ARM_COLOURS,
     FAINT,
     INK,
     Table,
+    apply_style,
     arm_colours,
-    drawable,
-    dressed,
+    check_table,
+    escape_html,
     number,
     ordered,
     sample,
-    tidy,
 )
 from rt_lens.plots.tuned import once, renamed, stated, whiskers
 
@@ -48,7 +48,7 @@ def resistance(
         >>> row = {"arm": "untuned", "n": 40, "mean": 0.3, "low": 0.2, "high": 0.4, "seed": 0}
         >>> figure = resistance([row | {"multiplier": m, "mean": 0.3 + 0.1 * m} for m in (-2, 0, 2)])
     """
-    frame = tidy(table, words=("arm", "seed"), numbers=("multiplier", "n", "mean", "low", "high"))
+    frame = check_table(table, words=("arm", "seed"), numbers=("multiplier", "n", "mean", "low", "high"))
     once(frame, ["arm", "multiplier"])
     frame, arms = renamed(frame, "score"), ordered(frame["arm"])
     shifts = None if moved is None else _moved_rows(moved, arms)
@@ -95,7 +95,8 @@ def resistance(
     bar = {"title": {"text": "score", "side": "right"}}
     figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": bar})
     height = 220 + max(46 * len(arms), 180)
-    return dressed(figure, title, reading, sample(frame), height=height, plot_bgcolor="#D0D0D0" if hole else "white")
+    background = "#D0D0D0" if hole else "white"
+    return apply_style(figure, title, reading, sample(frame), height=height, plot_bgcolor=background)
 
 
 def effect_against_damage(
@@ -126,9 +127,9 @@ def effect_against_damage(
         >>> figure = effect_against_damage([row | {"multiplier": m, "effect": 0.1 * m} for m in (-2, 0, 2)])
     """
     measured = [f"{name}{end}" for name in ("effect", "damage") for end in ("", "_low", "_high")]
-    frame = tidy(table, words=("arm", "seed"), numbers=("multiplier", *measured, "n", "n_damage"))
+    frame = check_table(table, words=("arm", "seed"), numbers=("multiplier", *measured, "n", "n_damage"))
     once(frame, ["arm", "multiplier"])
-    effect, damage = drawable([effect, damage])
+    effect, damage = escape_html([effect, damage])
     colours = arm_colours(frame["arm"])
     figure = go.Figure()
     for place, arm in enumerate(ordered(frame["arm"], list(ARM_COLOURS))):
@@ -164,7 +165,7 @@ def effect_against_damage(
     )
     size = sample(frame[["n_damage"]].rename(columns={"n_damage": "n"}))
     facts = f"Effect: {sample(frame[['n']])} Damage: {size} {sample(frame[['seed']])}"
-    return dressed(figure, title, reading, facts, height=560, legend_traceorder="normal")
+    return apply_style(figure, title, reading, facts, height=560, legend_traceorder="normal")
 
 
 def _corners(own: pd.DataFrame, side: str) -> list[str]:
@@ -174,7 +175,7 @@ def _corners(own: pd.DataFrame, side: str) -> list[str]:
 
 
 def _moved_rows(moved: Table, arms: list[str]) -> pd.DataFrame:
-    frame = tidy(moved, words=("arm",), numbers=("multiplier", "n", "mean", "low", "high"), argument="moved")
+    frame = check_table(moved, words=("arm",), numbers=("multiplier", "n", "mean", "low", "high"), argument="moved")
     once(frame, ["arm"], "moved")
     strangers = [arm for arm in frame["arm"] if arm not in arms]
     if strangers:

@@ -33,7 +33,7 @@ def to_markdown(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
     """The rows as a Markdown table: `0.52 [0.43, 0.61]` in each cell, the best of a column in bold, a note below.
 
     Args:
-        rows: of `summary` or `side_effects` in results.json, or `Scoreboard.summary()`. Columns: arm, direction, set,
+        rows: of `summary` or `side_effects` in results.json, or `ArmScores.summary()`. Columns: arm, direction, set,
             scorer, n, mean, low, high, seeds; perplexity and kl (with _low, _high) and n_texts where there are any.
         caption: one line above the table.
         by_direction: the best arm away has the lowest score, and arms of one direction stand against one another. False
@@ -199,7 +199,7 @@ def _note(table: Sequence[Mapping[str, Any]], apart: bool) -> str:
 def _checked(rows: Rows, wanted: Sequence[str]) -> list[dict[str, Any]]:
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
     if frame.empty:
-        raise ValueError("rows: none came; at least one is wanted, as `Scoreboard.summary()` gives.")
+        raise ValueError("rows: none came; at least one is wanted, as `ArmScores.summary()` gives.")
     if missing := [column for column in wanted if column not in frame]:
         raise ValueError(f"rows: no column {', '.join(missing)} (came: {', '.join(map(str, frame.columns))}).")
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]

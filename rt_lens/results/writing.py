@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rt_lens.arms.comparison import Scoreboard
+from rt_lens.arms.comparison import ArmScores
 from rt_lens.common.files import file_sha256, together, write_atomically
 from rt_lens.results.schema import REPORT, TABLES, check_no_run
 from rt_lens.results.tables import to_latex, to_markdown
@@ -24,7 +24,7 @@ _DAMAGE = [f"{name}{end}" for name in ("perplexity", "kl") for end in ("", "_low
 _CELL = ["arm", "direction", "set", "scorer", "n", "mean", "low", "high"]
 
 
-def tables_of(board: Scoreboard, *, exams: Sequence[str], writing: str) -> dict[str, list[dict[str, Any]]]:
+def tables_of(board: ArmScores, *, exams: Sequence[str], writing: str) -> dict[str, list[dict[str, Any]]]:
     """The tables `arms`, `summary` and `side_effects` of results.json (see `rt_lens.results.schema`).
 
     Args:
@@ -77,7 +77,7 @@ def plain(value: Any) -> Any:
 def write_results(
     folder: str | Path,
     results: Mapping[str, Any],
-    board: Scoreboard,
+    board: ArmScores,
     projections: Mapping[str, Any],
     *,
     files: Iterable[str] = (),
@@ -121,7 +121,7 @@ def write_results(
     return folder / "results.json"
 
 
-def write_scores(folder: str | Path, board: Scoreboard) -> Path:
+def write_scores(folder: str | Path, board: ArmScores) -> Path:
     """Writes what a scoreboard holds, without the rest of a run: scores.csv, texts.csv, summary.csv, responses.jsonl.
 
     Args:
@@ -136,7 +136,7 @@ def write_scores(folder: str | Path, board: Scoreboard) -> Path:
         OSError: if the disk is full or the folder cannot be written.
 
     Example:
-        >>> write_scores("scores", compare_arms(model, {"untuned": None}, {"test": Exam(prompts)}))
+        >>> write_scores("scores", compare_arms(model, {"untuned": None}, {"test": EvalTask(prompts)}))
     """
     folder = Path(folder)
     check_no_run(folder)
@@ -146,7 +146,7 @@ def write_scores(folder: str | Path, board: Scoreboard) -> Path:
     return folder
 
 
-def _write_scores(folder: Path, board: Scoreboard) -> None:
+def _write_scores(folder: Path, board: ArmScores) -> None:
     _write(folder / "scores.csv", _csv(_with_prompts(board)))
     summary = board.summary()
     seeds = [" ".join(map(str, each)) for each in summary["seeds"]]
@@ -190,7 +190,7 @@ def _without(row: Mapping[str, Any], left: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != left}
 
 
-def _by_seed(board: Scoreboard) -> Iterable[Scoreboard]:
+def _by_seed(board: ArmScores) -> Iterable[ArmScores]:
     """A scoreboard of each arm, direction and seed by itself."""
     label = ["arm", "direction", "seed"]
     texts = dict(list(board.texts.groupby(label, sort=False))) if len(board.texts) else {}
@@ -200,7 +200,7 @@ def _by_seed(board: Scoreboard) -> Iterable[Scoreboard]:
             yield replace(board, scores=scores, texts=texts.get(one, board.texts[:0]))
 
 
-def _with_prompts(board: Scoreboard) -> pd.DataFrame:
+def _with_prompts(board: ArmScores) -> pd.DataFrame:
     """The scores with the prompt of each item, by which two runs are told to have asked the same."""
     asked: dict[tuple[Any, ...], list[str]] = {}
     for answer in board.answers:
@@ -209,7 +209,7 @@ def _with_prompts(board: Scoreboard) -> pd.DataFrame:
     return board.scores.assign(prompt=[asked[key[:4]][key[4]] for key in keys])
 
 
-def _responses(board: Scoreboard) -> Iterable[dict[str, Any]]:
+def _responses(board: ArmScores) -> Iterable[dict[str, Any]]:
     first = board.scores.groupby("set", sort=False)["scorer"].first().to_dict()
     about = ("arm", "direction", "seed", "set", "prompt", "response")
     for answer in board.answers:

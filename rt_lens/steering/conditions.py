@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rt_lens.models.context import Whereabouts, assumed, said
+from rt_lens.models.context import TokenContext, current_context, default_context
 from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.vectors.steering_vectors import forward_order
 
@@ -67,7 +67,7 @@ class Gate:
         unit = (condition.direction / condition.direction.norm()).to(activation)
         scores = (activation @ unit).float()
         self._waiting = self.n_edits
-        here = said()
+        here = current_context()
         if condition.by == "token":
             self._open = scores >= condition.threshold
         elif here is not None and self in here.memory:
@@ -76,14 +76,14 @@ class Gate:
             if here is None and scores.shape[1] == 1:
                 raise ValueError(
                     "condition: this forward pass has one token, and does not say of which prompt. Use rt_lens's "
-                    "generate, or `with whereabouts(mask, lengths=..., memory=...)`."
+                    "generate, or `with token_context(mask, lengths=..., memory=...)`."
                 )
-            where = here or assumed(scores.shape[0], scores.shape[1], scores.device)
+            where = here or default_context(scores.shape[0], scores.shape[1], scores.device)
             verdict = self._of_prompts(scores, where)
             where.memory[self] = verdict
             self._open = verdict[:, None].expand(*scores.shape)
 
-    def _of_prompts(self, scores: Float[Tensor, "batch pos"], where: Whereabouts) -> Bool[Tensor, "batch"]:
+    def _of_prompts(self, scores: Float[Tensor, "batch pos"], where: TokenContext) -> Bool[Tensor, "batch"]:
         lengths = where.lengths[:, None]
         last = where.places == lengths - 1
         read = last if self.condition.position == "last" else (where.places >= 0) & (where.places < lengths)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rt_lens.models.context import Whereabouts, assumed, said
+from rt_lens.models.context import TokenContext, current_context, default_context
 from rt_lens.vectors.operators import Ablate, Clamp, Erase, Operator
 
 Positions = Literal["all", "prompt", "generated", "last"] | Sequence[int] | Bool[Tensor, "..."]
@@ -94,7 +94,7 @@ class Edit:
         if self.constant and self.heads is None:
             return float(self.multiplier)
         batch, pos = activation.shape[:2]
-        here = said()
+        here = current_context()
         strength = self._by_row(batch, here).to(activation.device).expand(batch, pos)
         strength = strength * _chosen(self.positions, here, batch, pos, activation.device)
         if self.schedule is not None:
@@ -107,7 +107,7 @@ class Edit:
             raise ValueError(f"heads: activations of shape {tuple(activation.shape)} have no heads. Use hook='z'.")
         return strength[..., None] * _of_heads(self.heads, activation)
 
-    def _by_row(self, batch: int, here: Whereabouts | None) -> Float[Tensor, "rows 1"]:
+    def _by_row(self, batch: int, here: TokenContext | None) -> Float[Tensor, "rows 1"]:
         if not isinstance(self.multiplier, Tensor):
             return torch.full((1, 1), float(self.multiplier))
         rows = _row_numbers(here, batch, len(self.multiplier))
@@ -134,7 +134,7 @@ def must_reach_stream(name: str, operator: Operator, multiplier: Multiplier, nam
     return name.endswith(_MID) and not (projects and name.replace("resid_mid", "resid_post") in names)
 
 
-def _row_numbers(here: Whereabouts | None, batch: int, n: int) -> list[int] | None:
+def _row_numbers(here: TokenContext | None, batch: int, n: int) -> list[int] | None:
     """Which of n rows of the caller's are in this batch; None if the caller's are not n."""
     rows = range(batch) if here is None or here.rows is None else here.rows
     count = _row_count(here, batch)
@@ -142,14 +142,14 @@ def _row_numbers(here: Whereabouts | None, batch: int, n: int) -> list[int] | No
     return list(rows) if n == count or (more_may_follow and n > count) else None
 
 
-def _row_count(here: Whereabouts | None, batch: int) -> int:
+def _row_count(here: TokenContext | None, batch: int) -> int:
     """How many rows the caller has, as far as is known."""
     if here is None or here.rows is None:
         return batch
     return here.n_rows if here.n_rows is not None else max(here.rows) + 1
 
 
-def _chosen(positions: Positions, here: Whereabouts | None, batch: int, pos: int, device: Any) -> float | Tensor:
+def _chosen(positions: Positions, here: TokenContext | None, batch: int, pos: int, device: Any) -> float | Tensor:
     """Float[Tensor, "batch pos"], 1 where the edit acts."""
     if isinstance(positions, str) and positions == "all":
         return 1.0
@@ -158,9 +158,9 @@ def _chosen(positions: Positions, here: Whereabouts | None, batch: int, pos: int
         if pos == 1 or (isinstance(positions, str) and positions == "generated"):
             raise ValueError(
                 f"positions: {positions!r} cannot be told apart in this forward pass. Use rt_lens's generate, or say "
-                "where the prompt ends: `with whereabouts(mask, lengths=...)`."
+                "where the prompt ends: `with token_context(mask, lengths=...)`."
             )
-        here = assumed(batch, pos, device)
+        here = default_context(batch, pos, device)
     places, lengths = here.places, here.lengths[:, None]
     if isinstance(positions, str):
         prompt = (places >= 0) & (places < lengths)
@@ -178,7 +178,7 @@ def _chosen(positions: Positions, here: Whereabouts | None, batch: int, pos: int
     return which.float()
 
 
-def _of_rows(mask: Bool[Tensor, "rows pos"], here: Whereabouts, batch: int) -> Bool[Tensor, "batch pos"]:
+def _of_rows(mask: Bool[Tensor, "rows pos"], here: TokenContext, batch: int) -> Bool[Tensor, "batch pos"]:
     rows = _row_numbers(here, batch, len(mask))
     if rows is None:
         raise ValueError(
@@ -197,11 +197,11 @@ def _check_number(number: int, lengths: list[int], rows: Sequence[int] | None) -
             )
 
 
-def _scheduled(schedule: Schedule, here: Whereabouts | None) -> Float[Tensor, "batch pos"]:
+def _scheduled(schedule: Schedule, here: TokenContext | None) -> Float[Tensor, "batch pos"]:
     if here is None:
         raise ValueError(
             "schedule: this forward pass does not say which tokens were generated. Use rt_lens's generate, or "
-            "`with whereabouts(mask, lengths=...)`."
+            "`with token_context(mask, lengths=...)`."
         )
     generated = here.places - here.lengths[:, None]
     factors = {place: float(schedule(place)) for place in generated.unique().tolist() if place >= 0}

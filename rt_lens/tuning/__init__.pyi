@@ -1,8 +1,8 @@
-from .aims import Aim as Aim
-from .aims import KLThenSteer as KLThenSteer
 from .baking import bake as bake
 from .config import TuneConfig as TuneConfig
 from .delta import WeightDelta as WeightDelta
+from .direction_targets import DirectionTarget as DirectionTarget
+from .direction_targets import KLThenSteer as KLThenSteer
 from .export.hf import export_hf as export_hf
 from .export.peft import Adapter as Adapter
 from .export.peft import export_peft as export_peft
@@ -10,9 +10,9 @@ from .loop import LossNotFinite as LossNotFinite
 from .loop import tune as tune
 from .losses import cosine_loss as cosine_loss
 from .losses import token_loss as token_loss
-from .material import Material as Material
-from .material import prepare as prepare
 from .targets import Choice as Choice
 from .targets import Target as Target
 from .targets import write_neutral as write_neutral
 from .targets import write_targets as write_targets
+from .tuning_data import TuningData as TuningData
+from .tuning_data import prepare_data as prepare_data

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from rt_lens.common.files import check_can_write, read_safetensors, remove_leftovers, write_safetensors
 from rt_lens.models.checksums import parameters_sha256, tensors_sha256
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.material import Material, Row
-from rt_lens.tuning.weights import Leaf
+from rt_lens.tuning.tuning_data import Row, TuningData
+from rt_lens.tuning.weights import TrainableParam
 
 _SCHEMA = 1
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -44,7 +44,7 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def named_tensors(leaves: Mapping[str, Leaf]) -> dict[str, nn.Parameter]:
+def named_tensors(leaves: Mapping[str, TrainableParam]) -> dict[str, nn.Parameter]:
     """ "parameter/part" -> tensor, of all leaves."""
     return {f"{name}/{part}": tensor for name, leaf in leaves.items() for part, tensor in leaf.tensors.items()}
 
@@ -69,7 +69,7 @@ class Checkpoint:
         if found is None or not found[1].get("done"):  # a finished run writes no more
             check_can_write(path, "checkpoint")
 
-    def reads(self, material: Material) -> None:
+    def reads(self, material: TuningData) -> None:
         """Adds what the run reads to what makes it the same.
 
         Raises:
@@ -98,7 +98,7 @@ class Checkpoint:
             )
         return tensors, state
 
-    def load(self, leaves: Mapping[str, Leaf], optimiser: torch.optim.Optimizer) -> State | None:
+    def load(self, leaves: Mapping[str, TrainableParam], optimiser: torch.optim.Optimizer) -> State | None:
         """The state that the file holds, with leaves and optimiser put back; None if there is no file.
 
         Raises:
@@ -122,7 +122,7 @@ class Checkpoint:
             each.write()
         return State(best, **state)
 
-    def save(self, state: State, leaves: Mapping[str, Leaf], optimiser: torch.optim.Optimizer) -> None:
+    def save(self, state: State, leaves: Mapping[str, TrainableParam], optimiser: torch.optim.Optimizer) -> None:
         """Writes the state; where the disk refuses, it warns and the run goes on, with the last file as it was."""
         tensors = {f"best/{name}": tensor for name, tensor in state.best.items()}
         for name, leaf in named_tensors(leaves).items():
@@ -159,7 +159,7 @@ def run_of(
     }
 
 
-def contents_of(material: Material) -> dict[str, str]:
+def contents_of(material: TuningData) -> dict[str, str]:
     """Checksums of the texts that a run reads.
 
     What the untuned model computed for them is left out: it follows from them, and another number of threads would

@@ -33,7 +33,7 @@ class TuneConfig:
         lora_rank: train low-rank factors of each matrix (Hu et al. 2021; scale 1); 0 trains whole matrices.
         cosine_weight: of the cosine loss; 0 leaves it out.
         token_weight: of the cross-entropy on the targets; 0 leaves it out.
-        token_rest: nats above its floor within which a target position rests; 0 never rests.
+        free_nats: nats above its floor within which a target position rests; 0 never rests.
         kl_weight: of the KL to the untuned model on neutral prompts; 0 leaves it out.
         learning_rate: peak of AdamW's, after a linear warm-up and before a linear decay to zero.
         token_learning_rate: for weights that the cosine loss does not train; `learning_rate` for None.
@@ -70,7 +70,7 @@ class TuneConfig:
     lora_rank: int = 0
     cosine_weight: float = 14.0
     token_weight: float = 1.0
-    token_rest: float = 0.0
+    free_nats: float = 0.0
     kl_weight: float = 1.0
     learning_rate: float = 1e-4
     token_learning_rate: float | None = None
@@ -196,7 +196,7 @@ def _check_words(config: TuneConfig) -> None:
 
 
 def _check_numbers(config: TuneConfig) -> None:
-    not_negative = ("cosine_weight", "token_weight", "kl_weight", "token_rest", "weight_decay", "target_temperature")
+    not_negative = ("cosine_weight", "token_weight", "kl_weight", "free_nats", "weight_decay", "target_temperature")
     positive = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens",
                 "validate_every", "patience", "learning_rate", "max_grad_norm")  # fmt: skip
     whole = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens", "validate_every",

@@ -18,14 +18,14 @@ from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.forward import dtype_name, model_name
 from rt_lens.steering.edits import FwdHook
-from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, described, readings_of
 from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
-from rt_lens.tuning.material import Material, Row, prepare
+from rt_lens.tuning.direction_targets import DirectionTarget, KLThenSteer, ResolvedTarget, described, resolve_targets
 from rt_lens.tuning.objective import Objective
-from rt_lens.tuning.targets import Target, Wanted, neutral_list
-from rt_lens.tuning.weights import Leaf, leaves_of, trained_by
+from rt_lens.tuning.targets import Target, TokenTarget, neutral_list
+from rt_lens.tuning.tuning_data import Row, TuningData, prepare_data
+from rt_lens.tuning.weights import TrainableParam, trainable_params, trained_by
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
@@ -46,11 +46,11 @@ class LossNotFinite(FloatingPointError):
 @torch.enable_grad()
 def tune(
     model: Any,
-    vectors: SteeringVectors | Sequence[Aim],
-    train: ContrastPairs | Sequence[Wanted] | Material,
+    vectors: SteeringVectors | Sequence[DirectionTarget],
+    train: ContrastPairs | Sequence[TokenTarget] | TuningData,
     config: TuneConfig | None = None,
     *,
-    validation: ContrastPairs | Sequence[Wanted] | None = None,
+    validation: ContrastPairs | Sequence[TokenTarget] | None = None,
     neutral: Iterable[str] | Iterable[Target] = (),
     steer: KLThenSteer | None = None,
     checkpoint: str | Path | None = None,
@@ -65,8 +65,9 @@ def tune(
 
     Args:
         model: HookedTransformer or TransformerBridge; left as it was, also on an exception or Ctrl-C.
-        vectors: the directions, at the blocks that `config.layers` names; or a list of `Aim`s, to tune several at once.
-        train: pairs, for which the model writes its own targets; or targets and choices; or what `prepare` made of
+        vectors: the directions, at the blocks that `config.layers` names; or a list of `DirectionTarget`s, to tune
+            several at once.
+        train: pairs, for which the model writes its own targets; or targets and choices; or what `prepare_data` made of
             them, which several runs can share (`validation` and `neutral` are part of it then).
         config: see TuneConfig.
         validation: held-out pairs or targets; by default a share of the training topics.
@@ -91,16 +92,16 @@ def tune(
     """
     config, neutral = config or TuneConfig(), neutral_list(neutral)
     trained = trained_by(model, config)
-    readings = readings_of(model, vectors, config)
+    readings = resolve_targets(model, vectors, config)
     _check_request(model, train, config, validation, neutral, steer, checkpoint_every)
     about = {"vectors": described(vectors), "steer": None if steer is None else steer.described()}
     # Reading 8 billion weights takes as long as some steps do: once, and only for who compares it.
-    weights = parameters_sha256(model) if checkpoint is not None or isinstance(train, Material) else ""
+    weights = parameters_sha256(model) if checkpoint is not None or isinstance(train, TuningData) else ""
     kept = (
         None if checkpoint is None else Checkpoint(Path(checkpoint).expanduser(), run_of(config, model, about, weights))
     )
-    if not isinstance(train, Material):
-        train = prepare(
+    if not isinstance(train, TuningData):
+        train = prepare_data(
             model, vectors, train, config, validation=validation, neutral=neutral, steer=steer, progress=progress,
             weights=weights,
         )  # fmt: skip
@@ -109,7 +110,7 @@ def tune(
     if kept:
         kept.reads(train)
     before = {name: parameter.detach() for name, parameter in union.items()}
-    with leaves_of(model, union, config) as leaves:
+    with trainable_params(model, union, config) as leaves:
         objective = Objective(model, readings, config, train, trained, steered=steer is not None)
         loop = _Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **about})
         return loop.run(kept, checkpoint_every, progress)
@@ -128,9 +129,9 @@ def _check_request(
         raise ValueError(
             "cosine_weight, token_weight: both are 0, so there is nothing to tune. Raise one, or give steer."
         )
-    prepared = isinstance(train, Material)
+    prepared = isinstance(train, TuningData)
     if prepared and (validation is not None or len(neutral)):
-        raise ValueError("validation, neutral: they are part of prepared material. Give them to `prepare`.")
+        raise ValueError("validation, neutral: they are part of prepared material. Give them to `prepare_data`.")
     if config.kl_weight > 0 and not (train.neutral if prepared else neutral):
         where = "Prepare the material with some" if prepared else "Give some"
         raise ValueError(f"neutral: the KL term needs neutral prompts. {where}, or set kl_weight=0.")
@@ -143,8 +144,8 @@ def _check_request(
 def _check_material(
     model: Any,
     weights: str,
-    material: Material,
-    readings: Sequence[Reading],
+    material: TuningData,
+    readings: Sequence[ResolvedTarget],
     config: TuneConfig,
     steer: KLThenSteer | None,
 ) -> None:
@@ -180,9 +181,9 @@ class _Loop:
         self,
         model: Any,
         objective: Objective,
-        leaves: Mapping[str, Leaf],
+        leaves: Mapping[str, TrainableParam],
         trained: Mapping[str, Mapping[str, nn.Parameter]],
-        material: Material,
+        material: TuningData,
         config: TuneConfig,
         steer: KLThenSteer | None,
         before: Mapping[str, Tensor],
@@ -297,7 +298,7 @@ class _Loop:
 
 
 def _optimiser(
-    leaves: Mapping[str, Leaf], trained: Mapping[str, Mapping[str, nn.Parameter]], config: TuneConfig
+    leaves: Mapping[str, TrainableParam], trained: Mapping[str, Mapping[str, nn.Parameter]], config: TuneConfig
 ) -> torch.optim.Optimizer:
     """AdamW; `peak` of each group is its learning rate before warm-up and decay."""
     groups: dict[bool, list[Tensor]] = {True: [], False: []}

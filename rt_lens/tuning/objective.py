@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.tokens.batches import pad_id_of
 from rt_lens.steering.edits import FwdHook
-from rt_lens.tuning.aims import Reading
 from rt_lens.tuning.config import LOSSES, TuneConfig
+from rt_lens.tuning.direction_targets import ResolvedTarget
 from rt_lens.tuning.losses import cosine_loss, token_loss
-from rt_lens.tuning.material import Batch, Material, Row, logits_of, read, unmixed
+from rt_lens.tuning.tuning_data import Batch, Row, TuningData, logits_of, read, unmixed
 
 
 class Objective:
@@ -24,9 +24,9 @@ class Objective:
     def __init__(
         self,
         model: Any,
-        readings: Sequence[Reading],
+        readings: Sequence[ResolvedTarget],
         config: TuneConfig,
-        material: Material,
+        material: TuningData,
         trained: Mapping[str, Mapping[str, nn.Parameter]],
         *,
         steered: bool = False,
@@ -111,12 +111,12 @@ class Objective:
             ]
             terms["cosine"] = torch.stack(each).sum()
         if logits is not None:
-            losses = token_loss(logits.float(), batch.choices, batch.shares, config.token_rest)
+            losses = token_loss(logits.float(), batch.choices, batch.shares, config.free_nats)
             terms["token"] = losses.sum() / predicted
         return terms
 
     def _cosine(
-        self, reading: Reading, vectors: Mapping[str, Tensor], found: Mapping[str, Tensor], batch: Batch
+        self, reading: ResolvedTarget, vectors: Mapping[str, Tensor], found: Mapping[str, Tensor], batch: Batch
     ) -> Tensor:
         """Summed over positions, averaged over hook points."""
         where = batch.places[reading.positions]

@@ -62,7 +62,7 @@ class Choice:
             raise ValueError(f"shares: {self.shares} came; numbers from 0 with sum 1 are wanted.")
 
 
-Wanted: TypeAlias = Target | Choice
+TokenTarget: TypeAlias = Target | Choice
 
 
 def write_targets(

@@ -95,7 +95,7 @@ def _chosen(model: Any, config: TuneConfig, loss: str) -> dict[str, nn.Parameter
     return found
 
 
-class Whole:
+class FullRank:
     """A parameter trained whole, in float32, in the memory order that it is stored in."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -182,22 +182,26 @@ class LowRank:
         self.parameter.data = (self.before.float() + change).to(self.before.dtype)
 
 
-Leaf: TypeAlias = Whole | LowRank
+TrainableParam: TypeAlias = FullRank | LowRank
 """What the optimiser holds of one parameter."""
 
 
 @contextmanager
-def leaves_of(model: nn.Module, trained: Mapping[str, nn.Parameter], config: TuneConfig) -> Iterator[dict[str, Leaf]]:
+def trainable_params(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], config: TuneConfig
+) -> Iterator[dict[str, TrainableParam]]:
     """Parameter name -> leaf; only these take gradients, and afterwards memory, values and flags are as before."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     memory = {parameter: (parameter.data, parameter.grad) for parameter in trained.values()}
-    leaves: dict[str, Leaf] = {}
+    leaves: dict[str, TrainableParam] = {}
     noise = torch.Generator().manual_seed(config.seed)
     try:
         for parameter in flags:
             parameter.requires_grad_(parameter in memory)
         for name, parameter in trained.items():
-            leaves[name] = LowRank(name, parameter, config.lora_rank, noise) if config.lora_rank else Whole(parameter)
+            leaves[name] = (
+                LowRank(name, parameter, config.lora_rank, noise) if config.lora_rank else FullRank(parameter)
+            )
         yield leaves
     finally:
         for leaf in leaves.values():

@@ -29,5 +29,5 @@ from .steering_vectors import SteeringVectors as SteeringVectors
 from .steering_vectors import hook_names as hook_names
 from .steering_vectors import layer_of as layer_of
 from .steering_vectors import orthogonalised as orthogonalised
-from .validation import Trust as Trust
-from .validation import trust as trust
+from .validation import VectorValidation as VectorValidation
+from .validation import validate_vectors as validate_vectors

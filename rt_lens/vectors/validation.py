@@ -28,7 +28,7 @@ _RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Trust:
+class VectorValidation:
     """One extraction's evidence. Every interval is of 95 %.
 
     Attributes:
@@ -60,7 +60,7 @@ class Trust:
     seed: int
 
 
-def trust(
+def validate_vectors(
     model: Any,
     train: ContrastPairs,
     held_out: ContrastPairs,
@@ -75,7 +75,7 @@ def trust(
     batch_size: int = 32,
     seed: int = 0,
     progress: bool = False,
-) -> Trust:
+) -> VectorValidation:
     """Extracts vectors and gathers the evidence for and against them.
 
     Of the held-out pairs one for each topic is used, since pairs of one topic are not independent of each other.
@@ -100,9 +100,9 @@ def trust(
         ValueError: as `extract_vectors`; also if there are fewer than 4 training pairs.
 
     Example:
-        >>> found = trust(model, train.sample(96), held_out)
+        >>> found = validate_vectors(model, train.sample(96), held_out)
         >>> print(found.reason)
-        >>> plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended).show()
+        >>> plots.validation(found.layers, found.learning, found.cosines, recommended=found.recommended).show()
     """
     if len(train) < 4:
         raise ValueError(f"train: {len(train)} pairs came; at least 4 are wanted, to compare two halves.")
@@ -129,14 +129,14 @@ def trust(
     middle = best if best is not None else int(table["layer"].iloc[int(table["signal"].argmax())])
     (at_best,) = hook_names([middle], hook)
     learning = _learning(replace(refit, name=at_best), vectors[at_best], unseen, splits, seed)
-    return Trust(
+    return VectorValidation(
         vectors, table, learning, _between_layers(vectors), _between_behaviours(vectors, others), recommended, best,
         reason, seed,
     )  # fmt: skip
 
 
 def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
-    """The layers to use, the best of them, and why: a rule on the columns of `Trust.layers`.
+    """The layers to use, the best of them, and why: a rule on the columns of `VectorValidation.layers`.
 
     A layer is eligible if it beats random directions, its halves agree (stability at least 0.9 of the best), and one
     threshold tells all held-out texts apart nearly as well as anywhere (AUC above chance at least 0.75 of the best;

@@ -81,7 +81,7 @@ def evaluate(
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Ask prompts of your own, and score the answers of the untuned, the steered and the tuned model."""
-    from rt_lens.arms.comparison import Exam, compare_arms
+    from rt_lens.arms.comparison import EvalTask, compare_arms
     from rt_lens.data.questions import load_questions
     from rt_lens.experiment.run import check_writable
     from rt_lens.results.schema import check_no_run, checked_file
@@ -92,7 +92,7 @@ def evaluate(
 
     permissions = permissions_of(allow_judge, judge_key_env)
     scorers = [_scorer(text, permissions) for text in scorer or ["vader"]]
-    exam = Exam(load_questions(questions), scorers, max_new_tokens)
+    exam = EvalTask(load_questions(questions), scorers, max_new_tokens)
     arms: dict[str, Any] = {"untuned": None}
     default = "float32"
     if vectors is not None:

@@ -49,7 +49,7 @@ def extract(
     from rt_lens import plots
     from rt_lens.common.files import check_can_write
     from rt_lens.experiment.run import check_writable
-    from rt_lens.vectors.validation import trust
+    from rt_lens.vectors.validation import validate_vectors
 
     permissions = permissions_of(allow_judge, judge_key_env)
     name, train, held_out = parts_of(behaviour, permissions)
@@ -59,14 +59,16 @@ def extract(
     name_of_model, default = model_of(behaviour, permissions)
     loaded = loaded_model(model or name_of_model, dtype, chat_template_kwargs, default=default)
     chosen = train.sample(n_pairs, seed=seed)
-    found = trust(loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True)
+    found = validate_vectors(
+        loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True
+    )
     found.vectors.save(path)
     measures = [f"{name}{end}" for name in ("accuracy", "auc", "stability") for end in ("", "_low", "_high")]
     columns = ["layer", *measures, "n"]
     typer.echo(found.layers[columns].to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     typer.echo(f"\n{found.reason}")
     if figure is not None:
-        drawn = plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended)
+        drawn = plots.validation(found.layers, found.learning, found.cosines, recommended=found.recommended)
         write_page(drawn, figure)
     layer = found.best if found.best is not None else int(found.layers["layer"].iloc[-1])
     typer.echo(

@@ -148,8 +148,8 @@ def _measured(file: Path, delta: WeightDelta) -> tuple[str, list[dict[str, Any]]
 def models() -> None:
     """List the embedded models and the shipped behaviours."""
     from rt_lens.models.load import describe
-    from rt_lens.models.registry import EMBEDDED_MODELS
+    from rt_lens.models.registry import BUNDLED_MODELS
 
-    for name in EMBEDDED_MODELS:
+    for name in BUNDLED_MODELS:
         typer.echo("\n".join(f"{key:>11}: {value}" for key, value in describe(name).items()))
     typer.echo(f"\nbehaviours: {', '.join(behaviours())}")

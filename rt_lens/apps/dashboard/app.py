@@ -10,7 +10,7 @@ from flask import Response
 
 from rt_lens.apps.dashboard import compare, explore, steering, tuning, vectors
 from rt_lens.apps.dashboard.panel import named
-from rt_lens.apps.dashboard.session import Bench
+from rt_lens.apps.dashboard.session import Session
 
 PAGES = {"explore": explore, "vectors": vectors, "steering": steering, "tuning": tuning, "compare": compare}
 
@@ -24,7 +24,7 @@ _FRAME = """<!doctype html>
 """
 
 
-def make_app(bench: Bench) -> Dash:
+def make_app(bench: Session) -> Dash:
     """The app of one workbench; it needs nothing from outside this machine."""
     app = Dash(
         __name__, title="rt_lens", update_title="", index_string=_FRAME, suppress_callback_exceptions=True,
@@ -38,7 +38,7 @@ def make_app(bench: Bench) -> Dash:
     return app
 
 
-def _frame(bench: Bench) -> html.Div:
+def _frame(bench: Session) -> html.Div:
     links = [html.Li(dcc.Link(name.capitalize(), href=f"/{name}"), id=f"link-{name}") for name in PAGES]
     about = f"{bench.name}, {bench.n_layers} layers" if bench.has_model else f"{bench.name} (not on this machine)"
     run = f"run {bench.run.folder.name}" if bench.run is not None else "no run"
@@ -57,7 +57,7 @@ def _frame(bench: Bench) -> html.Div:
     )
 
 
-def _connect_pages(app: Dash, bench: Bench) -> None:
+def _connect_pages(app: Dash, bench: Session) -> None:
     """A page is laid out when it is first visited and stays, so that going back finds everything as it was."""
 
     @app.callback(

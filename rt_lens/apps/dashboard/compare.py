@@ -25,11 +25,11 @@ from rt_lens.apps.dashboard.compared import (
 )
 from rt_lens.apps.dashboard.panel import Work, choice, field, slider, workplace
 from rt_lens.apps.dashboard.panel import connect as connect_work
-from rt_lens.apps.dashboard.session import Bench, made
+from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.apps.report.labels import of_first_scorer
-from rt_lens.arms.comparison import Board, Exam
-from rt_lens.arms.intervention import Arm
+from rt_lens.arms.comparison import ArmEvaluator, EvalTask
+from rt_lens.arms.intervention import Intervention
 from rt_lens.common.parsing import whole_number
 from rt_lens.common.progress import Bar
 from rt_lens.data.builtin import neutral_paragraphs
@@ -48,19 +48,19 @@ FEWEST, MOST_PROMPTS = 4, 2000  # prompts; with fewer no interval means anything
 _BESIDE = {"display": "grid", "gridTemplateColumns": "repeat(auto-fit, minmax(240px, 1fr))", "gap": "0 1.6rem"}
 
 
-def layout(bench: Bench) -> Component:
+def layout(bench: Session) -> Component:
     intro = html.P("An arm is worth having if it moves the score and little else. All arms answer the same prompts.")
     return html.Div([html.H2("Compare"), intro, *_of_run(bench), *_live(bench)])
 
 
-def _live(bench: Bench) -> list[Component]:
+def _live(bench: Session) -> list[Component]:
     head = [html.H3("Live", id=f"{PAGE}-live")] if bench.run is not None else []
     if not bench.has_model:
         return [*head, html.P(f"{bench.name} is not on this machine, so no arm can be asked anything here.")]
     return [*head, workplace(PAGE, "Compare", _controls(bench), SLOTS)]
 
 
-def connect(app: Dash, bench: Bench) -> None:
+def connect(app: Dash, bench: Session) -> None:
     connect_work(app, bench, PAGE, partial(plan, bench), [f"{PAGE}-{name}" for name in SETTINGS], SLOTS)
 
     @app.callback(Output(f"{PAGE}-arms", "options"), Input("url", "pathname"), prevent_initial_call=True)
@@ -72,7 +72,7 @@ def connect(app: Dash, bench: Bench) -> None:
 
 
 def plan(
-    bench: Bench, behaviour: str, arms: list[str] | None, layer: float | None, multiplier: float | None,
+    bench: Session, behaviour: str, arms: list[str] | None, layer: float | None, multiplier: float | None,
     prompts: float | None, length: float | None, harm: str,
 ) -> tuple[str, Work]:  # fmt: skip
     """The work of the button.
@@ -107,7 +107,7 @@ class Comparing:
     """
 
     def __init__(
-        self, bench: Bench, behaviour: str, arms: Sequence[str], layer: int, multiplier: float, prompts: float | None,
+        self, bench: Session, behaviour: str, arms: Sequence[str], layer: int, multiplier: float, prompts: float | None,
         length: int, harm: bool,
     ) -> None:  # fmt: skip
         experiment = bench.experiment(behaviour)
@@ -131,7 +131,7 @@ class Comparing:
         for slot in SLOTS:
             job.show(slot, None)
         texts = neutral_paragraphs()[: self.experiment.choose.n_paragraphs] if self.harm else ()
-        board = Board(model, {SET: exam}, texts, seed=seed)
+        board = ArmEvaluator(model, {SET: exam}, texts, seed=seed)
         with Bar(["untuned", *self.names], desc="arms", unit="arm", disable=True) as bar:
             for name in bar:
                 label, direction, tuned_with, worn = self._arm(name)
@@ -141,7 +141,7 @@ class Comparing:
         rows = plain(compared.to_dict("records"))
         self._show_scores(job, board, [_without_seed(row, row["a"], row["b"]) for row in rows])
 
-    def _exam(self) -> Exam:
+    def _exam(self) -> EvalTask:
         """Validation prompts with the behaviour's scorer, as a run would choose by."""
         experiment = self.experiment
         if experiment.honesty is None:  # its protocol would ask for as many test topics as a whole run needs
@@ -151,11 +151,11 @@ class Comparing:
                     f"prompts: {self.behaviour} has {len(topics)} validation topics; at least {FEWEST} are wanted. "
                     "Give its file more topics."
                 )
-            return _with_repetition(Exam(topics, (experiment.made_scorer,), self.length))
+            return _with_repetition(EvalTask(topics, (experiment.made_scorer,), self.length))
         choose = replace(experiment.choose, n_prompts=self.n_prompts, max_new_tokens=self.length)
         return _with_repetition(protocol_of(replace(experiment, choose=choose), self.bench.model).choosing)
 
-    def _arm(self, name: str) -> tuple[str, str, int, Arm]:
+    def _arm(self, name: str) -> tuple[str, str, int, Intervention]:
         """How it is called in figures, its direction as to this behaviour, its tuning seed, and what it puts on."""
         if name == "untuned":
             return name, "none", 0, None
@@ -171,7 +171,7 @@ class Comparing:
             return name, "none", seed, delta
         return named[1] + named[3], named[2], seed, delta
 
-    def _show_scores(self, job: Job, board: Board, compared: list[dict[str, Any]]) -> None:
+    def _show_scores(self, job: Job, board: ArmEvaluator, compared: list[dict[str, Any]]) -> None:
         found = board.scoreboard()
         rows = [_without_seed(row, row["arm"]) for row in plain(tables_of(found, exams=[SET], writing=SET)["summary"])]
         title, about = f"{self.behaviour}: {rows[0]['n']} validation prompts, bootstrap seed {found.seed}", ""
@@ -188,11 +188,11 @@ class Comparing:
         job.show("answers", answers_table(answers, found.seed))
 
 
-def _with_repetition(exam: Exam) -> Exam:
+def _with_repetition(exam: EvalTask) -> EvalTask:
     """What is written shows a cost too: how far it repeats itself."""
     if exam.made[0].reads != "text" or exam.made[0].name == "repetition":
         return exam
-    return Exam(exam.asked, (*exam.made, "repetition"), exam.max_new_tokens)
+    return EvalTask(exam.asked, (*exam.made, "repetition"), exam.max_new_tokens)
 
 
 def _without_seed(row: dict[str, Any], *arms: str) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _dashed(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "seeds": row["seeds"] or None}
 
 
-def _pairs(board: Board) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+def _pairs(board: ArmEvaluator) -> list[tuple[tuple[str, str], tuple[str, str]]]:
     """Each arm with the untuned one, and those of one direction with one another."""
     labels = board.scoreboard().scores[["arm", "direction"]].drop_duplicates().itertuples(index=False, name=None)
     untuned, *others = labels
@@ -213,7 +213,7 @@ def _pairs(board: Board) -> list[tuple[tuple[str, str], tuple[str, str]]]:
     return [*same, *((other, untuned) for other in others)]
 
 
-def _controls(bench: Bench) -> list[Component]:
+def _controls(bench: Session) -> list[Component]:
     names = [name for name in bench.behaviours() if name in bench.with_pairs()]
     last = bench.n_layers - 1
     choices: Mapping[str, Any] = choices_of(bench.run.content) if bench.run is not None else {}
@@ -238,11 +238,11 @@ def _controls(bench: Bench) -> list[Component]:
     ]
 
 
-def _offered(bench: Bench) -> list[dict[str, str]]:
+def _offered(bench: Session) -> list[dict[str, str]]:
     return [{"label": name.replace("_", " "), "value": name} for name in (STEERED, *bench.deltas())]
 
 
-def _of_run(bench: Bench) -> list[Component]:
+def _of_run(bench: Session) -> list[Component]:
     """The run's tables for a chosen set, what its arms cost, and its answers to a chosen prompt."""
     if bench.run is None:
         return []
@@ -286,14 +286,14 @@ def _written(rows: Sequence[Mapping[str, Any]]) -> int | None:
     return next((row["n"] for row in rows if row["scorer"] == "repetition"), None)
 
 
-def _responses(bench: Bench) -> list[dict[str, Any]]:
+def _responses(bench: Session) -> list[dict[str, Any]]:
     """The run's answers; older runs have one set without a name."""
     assert bench.run is not None
     first = bench.run.content["summary"][0]["set"]
     return [{"set": first, **row} for row in bench.run.responses()]
 
 
-def _connect_run(app: Dash, bench: Bench) -> None:
+def _connect_run(app: Dash, bench: Session) -> None:
     responses = cache(lambda: _responses(bench))
 
     @app.callback(Output(f"{PAGE}-of-set", "children"), Input(f"{PAGE}-set", "value"), prevent_initial_call=True)

@@ -14,9 +14,9 @@ from dash.development.base_component import Component
 from rt_lens import plots
 from rt_lens.apps.dashboard.panel import Work, choice, field, graph, slider, workplace
 from rt_lens.apps.dashboard.panel import connect as connect_work
-from rt_lens.apps.dashboard.session import Bench, made
+from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
-from rt_lens.arms.intervention import under
+from rt_lens.arms.intervention import applied
 from rt_lens.models.generation import NewToken, as_chat, generate
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.texts import text_of, token_texts
@@ -43,7 +43,7 @@ _NO_ARM = "none"
 _FIRST = "Tell me about your weekend. Did anything nice happen, or was it all work again?"
 
 
-def layout(bench: Bench) -> Component:
+def layout(bench: Session) -> Component:
     title = html.H2("Explore")
     if bench.has_model:
         intro = "Type a prompt, press the button, then move the sliders: the pictures and the answers follow."
@@ -77,7 +77,7 @@ def _found(run: Results) -> list[Component]:
     return [html.H3("What the run found"), html.P(told), *map(graph, maps)]
 
 
-def _controls(bench: Bench) -> list[Component]:
+def _controls(bench: Session) -> list[Component]:
     names, last = bench.behaviours(), bench.n_layers - 1
     layer = _usual_layer(bench)
     return [
@@ -97,7 +97,7 @@ def _controls(bench: Bench) -> list[Component]:
     ]
 
 
-def connect(app: Dash, bench: Bench) -> None:
+def connect(app: Dash, bench: Session) -> None:
     def plan(
         prompt: str | None, behaviour: str, operator: str, layer: int, multiplier: float, arm: str, length: int
     ) -> tuple[str, Work]:
@@ -116,7 +116,7 @@ def connect(app: Dash, bench: Bench) -> None:
         return [{"label": label, "value": name} for name, label in _arms(bench).items()]
 
 
-def _arms(bench: Bench) -> dict[str, str]:
+def _arms(bench: Session) -> dict[str, str]:
     return {_NO_ARM: "none", **{name: name.replace("_", " ") for name in bench.deltas()}}
 
 
@@ -124,7 +124,7 @@ def _ids(names: tuple[str, ...]) -> list[str]:
     return [f"{PAGE}-{name}" for name in names]
 
 
-def _usual_layer(bench: Bench) -> int:
+def _usual_layer(bench: Session) -> int:
     """The run's last choice, or the depth that suits shallow and deep models alike."""
     chosen = [choice["layer"] for choice in choices_of(bench.run.content).values()] if bench.run is not None else []
     return int(chosen[-1]) if chosen else bench.usual_layer
@@ -134,7 +134,7 @@ class _Look:
     """One press of the button: first the map of the prompt, then the answers."""
 
     def __init__(
-        self, bench: Bench, prompt: str, behaviour: str, operator: str, layer: int, multiplier: float, arm: str,
+        self, bench: Session, prompt: str, behaviour: str, operator: str, layer: int, multiplier: float, arm: str,
         length: int,
     ) -> None:  # fmt: skip
         self.bench, self.prompt, self.behaviour, self.arm, self.length = bench, prompt, behaviour, arm, length
@@ -162,7 +162,7 @@ class _Look:
     def _show_prompt(self, job: Job, model: Any, vectors: SteeringVectors, text: str, arms: Mapping[str, Any]) -> None:
         found = {}
         for name, worn in arms.items():
-            with under(model, worn):
+            with applied(model, worn):
                 tokens, values = token_projections(model, vectors, text)
             found[_said(name)] = values.numpy()
         layers = [layer_of(name) for name in vectors.hook_names]
@@ -184,12 +184,12 @@ class _Look:
         trace = vectors.select([self.layer], vectors.kind)
         # Untouched and steered run as one batch: row 0 gets nothing, which leaves it bit for bit as it was.
         both = steering(vectors, self.operator, self.layer, self.multiplier, untouched_first=True)
-        with under(model, both):
+        with applied(model, both):
             generate(
                 model, [self.prompt] * 2, max_new_tokens=self.length, trace=trace, on_token=answers.of(names[:2])
             )  # fmt: skip
         if self.arm != _NO_ARM:
-            with under(model, self.bench.delta(self.arm)):
+            with applied(model, self.bench.delta(self.arm)):
                 generate(
                     model, [self.prompt], max_new_tokens=self.length, trace=trace, on_token=answers.of(names[2:])
                 )  # fmt: skip

@@ -61,12 +61,12 @@ def dashboard(
         ) from None
     from rt_lens.apps.dashboard.app import make_app
     from rt_lens.apps.dashboard.serving import Dashboard
-    from rt_lens.apps.dashboard.session import Bench
+    from rt_lens.apps.dashboard.session import Session
     from rt_lens.results.schema import load_results
 
     if model is None and run is None:
         raise ValueError("model, run: neither came. Give a model, the folder of a finished run, or both.")
-    bench = Bench(model, _named(vectors), load_results(run) if run is not None else None, behaviours)
+    bench = Session(model, _named(vectors), load_results(run) if run is not None else None, behaviours)
     try:
         return Dashboard(make_app(bench), bench.jobs, port, height)
     except BaseException:

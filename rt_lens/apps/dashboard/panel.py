@@ -12,7 +12,7 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 from dash.development.base_component import Component
 from dash.exceptions import PreventUpdate
 
-from rt_lens.apps.dashboard.session import Bench
+from rt_lens.apps.dashboard.session import Session
 from rt_lens.apps.dashboard.work import Job, told
 
 TICK = 100  # milliseconds between two looks at a job
@@ -114,7 +114,7 @@ def workplace(page: str, button: str, controls: Sequence[Component], slots: Sequ
 
 
 def connect(
-    app: Dash, bench: Bench, page: str, plan: Callable[..., tuple[str, Work]], settings: Sequence[str],
+    app: Dash, bench: Session, page: str, plan: Callable[..., tuple[str, Work]], settings: Sequence[str],
     slots: Sequence[str], again: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Callbacks of a `workplace`.

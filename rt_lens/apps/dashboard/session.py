@@ -25,7 +25,7 @@ SEED = 0
 MOST_ASIDE = 16  # sets of vectors; each is some megabytes on a large model
 
 
-class Bench:
+class Session:
     """The workbench behind the pages.
 
     Args:

@@ -14,7 +14,7 @@ from dash.development.base_component import Component
 from rt_lens import plots
 from rt_lens.apps.dashboard.panel import Work, choice, field, graph, table, workplace
 from rt_lens.apps.dashboard.panel import connect as connect_work
-from rt_lens.apps.dashboard.session import Bench, made
+from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.apps.report.labels import estimate
 from rt_lens.arms.sweeping import DoseResponse, sweep
@@ -30,7 +30,7 @@ MOST_PROMPTS, LONGEST = 200, 200
 _DOSES = "-3,-1.5,0,1.5,3"
 
 
-def layout(bench: Bench) -> Component:
+def layout(bench: Session) -> Component:
     intro = html.P(
         "The vector is added at a layer, times a multiplier; what does the behaviour's score do, and how surely?"
     )
@@ -53,7 +53,7 @@ def _of_run(run: Results | None) -> list[Component]:
     return [*shown, html.P([html.B("Rule. "), content["choices"]["rule"]]), html.Ul(choices)]
 
 
-def _live(bench: Bench) -> list[Component]:
+def _live(bench: Session) -> list[Component]:
     head = [html.H3("Live")] if bench.run is not None else []
     if not bench.has_model:
         return [*head, html.P(f"{bench.name} is not on this machine, so nothing can be steered here.")]
@@ -80,17 +80,17 @@ def _live(bench: Bench) -> list[Component]:
     return [*head, workplace(PAGE, "Steer and score", controls, SLOTS)]
 
 
-def _usual_layers(bench: Bench) -> str:
+def _usual_layers(bench: Session) -> str:
     """Four in the second half, where steering tends to work."""
     return ",".join(dict.fromkeys(str(bench.at_depth(share)) for share in (0.5, 0.6, 0.7, 0.8)))
 
 
-def connect(app: Dash, bench: Bench) -> None:
+def connect(app: Dash, bench: Session) -> None:
     connect_work(app, bench, PAGE, partial(plan, bench), [f"{PAGE}-{name}" for name in SETTINGS], SLOTS)
 
 
 def plan(
-    bench: Bench,
+    bench: Session,
     behaviour: str,
     layers: str | None,
     multipliers: str | None,
@@ -116,7 +116,7 @@ def plan(
 
 
 def _steer(
-    bench: Bench, behaviour: str, layers: list[int], doses: list[float], n_prompts: int, n_tokens: int, job: Job
+    bench: Session, behaviour: str, layers: list[int], doses: list[float], n_prompts: int, n_tokens: int, job: Job
 ) -> None:  # fmt: skip
     model, vectors, experiment = bench.model, bench.vectors(behaviour), bench.experiment(behaviour)
     vectors.at_layers(layers, vectors.kind)  # refuses a layer without a vector before any of the work is done

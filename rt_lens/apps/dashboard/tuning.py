@@ -20,10 +20,10 @@ from flask import Response, abort, send_file
 from rt_lens import plots
 from rt_lens.apps.dashboard.panel import Work, choice, field, graph, workplace
 from rt_lens.apps.dashboard.panel import connect as connect_work
-from rt_lens.apps.dashboard.session import Bench, made
+from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.arms.inspection import residual_shifts, weight_changes
-from rt_lens.arms.intervention import Arm
+from rt_lens.arms.intervention import Intervention
 from rt_lens.arms.projections import projection_changes
 from rt_lens.common.parsing import layers_of, whole_number
 from rt_lens.common.progress import Step, watched
@@ -33,16 +33,16 @@ from rt_lens.experiment.protocols import protocol_of
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.plots.layers import without_first
-from rt_lens.plots.look import LOSS_PARTS
+from rt_lens.plots.style import LOSS_PARTS
 from rt_lens.results.schema import choices_of
 from rt_lens.steering.binding import ablate, add
 from rt_lens.steering.edits import FwdHook
-from rt_lens.tuning.aims import readings_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
+from rt_lens.tuning.direction_targets import resolve_targets
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.losses import Direction
-from rt_lens.tuning.targets import Wanted
+from rt_lens.tuning.targets import TokenTarget
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 PAGE, WEIGHTS = "tuning", "tuning-weights"
@@ -58,7 +58,7 @@ N_PROMPTS = 12  # validation prompts on which the change inside is measured
 _BETWEEN = 0.3  # seconds between two drawings of the losses
 
 
-def layout(bench: Bench) -> Component:
+def layout(bench: Session) -> Component:
     intro = html.P(
         "A direction is trained into the weights, or out of them. The model stays as it was: what comes out is a "
         "change to put on."
@@ -66,7 +66,7 @@ def layout(bench: Bench) -> Component:
     return html.Div([html.H2("Tuning"), intro, *_of_run(bench), *_live(bench)])
 
 
-def _of_run(bench: Bench) -> list[Component]:
+def _of_run(bench: Session) -> list[Component]:
     """The losses of the run's tuned arms, and one text's projections before and after."""
     if bench.run is None:
         return []
@@ -94,7 +94,7 @@ def _projections(found: Mapping[str, Any]) -> list[Component]:
     return shown
 
 
-def _live(bench: Bench) -> list[Component]:
+def _live(bench: Session) -> list[Component]:
     head = [html.H3("Live", id=f"{PAGE}-live")] if bench.run is not None else []
     if not bench.has_model:
         return [*head, html.P(f"{bench.name} is not on this machine, so nothing can be tuned here.")]
@@ -107,7 +107,7 @@ def _live(bench: Bench) -> list[Component]:
     ]
 
 
-def connect(app: Dash, bench: Bench) -> None:
+def connect(app: Dash, bench: Session) -> None:
     connect_work(app, bench, PAGE, partial(plan, bench), [f"{PAGE}-{name}" for name in SETTINGS], SLOTS)
     connect_work(app, bench, WEIGHTS, partial(plan_weights, bench), [f"{WEIGHTS}-arm"], ("found",))
 
@@ -140,7 +140,7 @@ def connect(app: Dash, bench: Bench) -> None:
 
 
 def plan(
-    bench: Bench, behaviour: str, direction: Direction, layers: str | None, steps: float | None, rate: float | None,
+    bench: Session, behaviour: str, direction: Direction, layers: str | None, steps: float | None, rate: float | None,
     cosine: float | None, token: float | None, kl: float | None, seed: float | None,
 ) -> tuple[str, Work]:  # fmt: skip
     """The work of the button Tune: the behaviour's own settings, with those of the controls in their place.
@@ -167,7 +167,7 @@ def plan(
     return f"tuning {direction}", Tuning(bench, behaviour, config).run
 
 
-def plan_weights(bench: Bench, arm: str | None) -> tuple[str, Work]:
+def plan_weights(bench: Session, arm: str | None) -> tuple[str, Work]:
     """The work of the button under a tuned arm's name.
 
     Raises:
@@ -178,10 +178,10 @@ def plan_weights(bench: Bench, arm: str | None) -> tuple[str, Work]:
     return f"looking at {arm}", lambda job: _show_weights(job, "found", bench, arm)
 
 
-def _fitting(bench: Bench, vectors: SteeringVectors, config: TuneConfig) -> TuneConfig:
+def _fitting(bench: Session, vectors: SteeringVectors, config: TuneConfig) -> TuneConfig:
     """The config with the vectors' own kind of hook point, whatever the behaviour's file says."""
     found = replace(config, hook=vectors.kind)
-    readings_of(bench.model, vectors, found)  # refuses what cannot be tuned along
+    resolve_targets(bench.model, vectors, found)  # refuses what cannot be tuned along
     return found
 
 
@@ -191,7 +191,7 @@ def _given(name: str, value: float | None) -> float:
     return float(value)
 
 
-def usual(bench: Bench, behaviour: str) -> dict[str, Any]:
+def usual(bench: Session, behaviour: str) -> dict[str, Any]:
     """The settings that the behaviour's file asks for, by control; layers by depth, where the file's are too deep."""
     own, last = bench.experiment(behaviour).tune, bench.n_layers - 1
     layers = own.layers if max(own.layers) <= last else range(bench.usual_layer, bench.at_depth(0.8) + 1)
@@ -210,7 +210,7 @@ class Tuning:
         config: how.
     """
 
-    def __init__(self, bench: Bench, behaviour: str, config: TuneConfig) -> None:
+    def __init__(self, bench: Session, behaviour: str, config: TuneConfig) -> None:
         self.bench, self.behaviour, self.config = bench, behaviour, config
         self.arm = "rep_tuned" if config.cosine_weight else "token_tuned"
         self.about = {"arm": self.arm, "direction": config.direction, "seed": config.seed}
@@ -238,7 +238,7 @@ class Tuning:
         _show_weights(job, "weights", bench, name)
         self._show_inside(job, vectors, delta)
 
-    def _targets(self) -> tuple[ContrastPairs | list[Wanted], ContrastPairs | list[Wanted]]:
+    def _targets(self) -> tuple[ContrastPairs | list[TokenTarget], ContrastPairs | list[TokenTarget]]:
         """What the experiment would train and validate on."""
         experiment = self.bench.experiment(self.behaviour)
         if experiment.honesty is None:  # its protocol would ask for as many test topics as a whole run needs
@@ -254,7 +254,7 @@ class Tuning:
         model, config = self.bench.model, self.config
         prompts = self.bench.pairs(self.behaviour)[1].topics[:N_PROMPTS]
         hooks, told = self._steering(vectors)
-        arms: dict[str, Arm] = {"steered": hooks, self.arm: delta}
+        arms: dict[str, Intervention] = {"steered": hooks, self.arm: delta}
         moved = projection_changes(model, vectors, as_chat(model, prompts), arms, seed=config.seed)
         title = f"Change of projection ({told}; {self.said})"
         job.show("projections", graph(plots.projection_changes(moved, title=title), f"{PAGE}-projections-graph"))
@@ -300,7 +300,7 @@ class _Losses:
             self.tuning.draw(self.job, list(self.rows.values()))
 
 
-def _show_weights(job: Job, slot: str, bench: Bench, arm: str) -> None:
+def _show_weights(job: Job, slot: str, bench: Session, arm: str) -> None:
     delta = bench.delta(arm)
     behaviour = next((own.get("behaviour") for own in delta.config.get("vectors", ())), None)
     own = bench.vectors(behaviour) if behaviour is not None and bench.has_vectors(behaviour) else None
@@ -310,7 +310,7 @@ def _show_weights(job: Job, slot: str, bench: Bench, arm: str) -> None:
     job.show(slot, graph(drawn, f"{PAGE}-{slot}-weights-graph"))
 
 
-def _free(bench: Bench, behaviour: str, arm: str) -> str:
+def _free(bench: Session, behaviour: str, arm: str) -> str:
     """A name that no arm has yet; it tells the behaviour where that is not the run's."""
     of_run = bench.run is not None and bench.run.content["behaviour"] == behaviour
     first = arm if of_run else f"{arm} ({behaviour})"
@@ -331,7 +331,7 @@ def _kept(name: str, config: TuneConfig) -> Component:
     return html.P([told, link], role="status")
 
 
-def _controls(bench: Bench) -> list[Component]:
+def _controls(bench: Session) -> list[Component]:
     names = [name for name in bench.behaviours() if name in bench.with_pairs()]
     own, last = usual(bench, names[0]), bench.n_layers - 1
 

@@ -14,7 +14,7 @@ from dash.development.base_component import Component
 from rt_lens import plots
 from rt_lens.apps.dashboard.panel import Work, choice, field, graph, table, workplace
 from rt_lens.apps.dashboard.panel import connect as connect_work
-from rt_lens.apps.dashboard.session import N_PAIRS, SEED, Bench, made
+from rt_lens.apps.dashboard.session import N_PAIRS, SEED, Session, made
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.apps.report.labels import estimate
 from rt_lens.common.parsing import whole_number
@@ -24,7 +24,7 @@ from rt_lens.vectors.geometry import activation_map, cosines, norms
 from rt_lens.vectors.methods import METHODS
 from rt_lens.vectors.reading import logit_lens
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
-from rt_lens.vectors.validation import Trust, trust
+from rt_lens.vectors.validation import VectorValidation, validate_vectors
 
 PAGE = "vectors"
 SLOTS = ("told", "trust", "map", "norms", "cosines", "table", "lens")
@@ -41,7 +41,7 @@ SAID = {
 _SHOWN = 60  # pairs on the map, and prompts whose lengths are measured; more only hide each other
 
 
-def layout(bench: Bench) -> Component:
+def layout(bench: Session) -> Component:
     intro = html.P(
         "A direction is worth using if it tells pairs apart that it was not made from, and halves of the data agree."
     )
@@ -76,7 +76,7 @@ def _cosines(run: Results) -> Component:
     return graph(plots.cosines(between, title=title), "vectors-run-cosines")
 
 
-def _live(bench: Bench) -> list[Component]:
+def _live(bench: Session) -> list[Component]:
     head = [html.H3("Live", id="vectors-live")] if bench.run is not None else []
     if not bench.has_model:
         return [*head, html.P(f"{bench.name} is not on this machine, so no vectors can be found here.")]
@@ -96,7 +96,7 @@ def _live(bench: Bench) -> list[Component]:
     return [*head, workplace(PAGE, "Find and judge", controls, SLOTS), dcc.Download(id="vectors-download")]
 
 
-def connect(app: Dash, bench: Bench) -> None:
+def connect(app: Dash, bench: Session) -> None:
     connect_work(app, bench, PAGE, partial(plan, bench), [f"{PAGE}-{name}" for name in SETTINGS], SLOTS)
 
     @app.callback(
@@ -123,7 +123,7 @@ def connect(app: Dash, bench: Bench) -> None:
     _connect_use(app, bench, Input("url", "pathname"), lambda bench, found: None)
 
 
-def _connect_use(app: Dash, bench: Bench, pressed: Input, act: Callable[[Bench, Mapping[str, str]], None]) -> None:
+def _connect_use(app: Dash, bench: Session, pressed: Input, act: Callable[[Session, Mapping[str, str]], None]) -> None:
     """What is done with the vectors that stand on the page, and the line that says which are in use after it."""
 
     @app.callback(
@@ -145,7 +145,7 @@ def _connect_use(app: Dash, bench: Bench, pressed: Input, act: Callable[[Bench, 
         return {"in_use": in_use(bench, found), "back_off": not bench.has_kept(found["behaviour"]), "error": ""}
 
 
-def plan(bench: Bench, behaviour: str, method: str, pairs: float | None, seed: float | None) -> tuple[str, Work]:
+def plan(bench: Session, behaviour: str, method: str, pairs: float | None, seed: float | None) -> tuple[str, Work]:
     """The settings checked, and the work that they ask for.
 
     Raises:
@@ -158,7 +158,7 @@ def plan(bench: Bench, behaviour: str, method: str, pairs: float | None, seed: f
     return "finding vectors", partial(_find, bench, behaviour, method, n_pairs, drawn)
 
 
-def as_download(bench: Bench, key: str) -> Mapping[str, Any]:
+def as_download(bench: Session, key: str) -> Mapping[str, Any]:
     """The file that `save` writes of vectors that were set aside, as a browser takes it.
 
     Raises:
@@ -170,7 +170,7 @@ def as_download(bench: Bench, key: str) -> Mapping[str, Any]:
     return dcc.send_bytes(content, f"{behaviour}_{vectors.provenance.method}.safetensors")
 
 
-def use(bench: Bench, found: Mapping[str, str]) -> None:
+def use(bench: Session, found: Mapping[str, str]) -> None:
     """Puts the vectors that stand on the page in use on all pages.
 
     Args:
@@ -183,7 +183,7 @@ def use(bench: Bench, found: Mapping[str, str]) -> None:
     bench.keep_vectors(*bench.aside(found["key"]))
 
 
-def in_use(bench: Bench, found: Mapping[str, str]) -> str:
+def in_use(bench: Session, found: Mapping[str, str]) -> str:
     """Which vectors all pages use, seen from those that stand on the page."""
     behaviour = found["behaviour"]
     if not bench.has_kept(behaviour):
@@ -199,14 +199,14 @@ def in_use(bench: Bench, found: Mapping[str, str]) -> str:
     return f"All pages use others for {behaviour}, found on this page ({made(kept)}), not these."
 
 
-def _find(bench: Bench, behaviour: str, method: str, n_pairs: int, seed: int, job: Job) -> None:
+def _find(bench: Session, behaviour: str, method: str, n_pairs: int, seed: int, job: Job) -> None:
     model, (train, held_out) = bench.model, bench.pairs(behaviour)
     chosen = train.sample(n_pairs, seed)
-    found = trust(model, chosen, held_out, method=method, seed=seed)
+    found = validate_vectors(model, chosen, held_out, method=method, seed=seed)
     key = bench.set_aside(behaviour, found.vectors)
     job.show("told", _told(bench, {"key": key, "behaviour": behaviour}, found, held_out))
     title = f"{behaviour}, {SAID.get(method, method)}: are the vectors to be trusted?"
-    figure = plots.trust(found.layers, found.learning, found.cosines, recommended=found.recommended, title=title)
+    figure = plots.validation(found.layers, found.learning, found.cosines, recommended=found.recommended, title=title)
     job.show("trust", graph(figure, "vectors-trust-graph"))
     job.show("table", _layers(found))
     layers = _few(bench, found.best)
@@ -219,7 +219,7 @@ def _find(bench: Bench, behaviour: str, method: str, n_pairs: int, seed: int, jo
     job.show("lens", graph(plots.logit_lens(logit_lens(model, found.vectors)), "vectors-lens-graph"))
 
 
-def _told(bench: Bench, remembered: Mapping[str, str], found: Trust, held_out: ContrastPairs) -> Component:
+def _told(bench: Session, remembered: Mapping[str, str], found: VectorValidation, held_out: ContrastPairs) -> Component:
     """What was found in a sentence, and what may be done with it."""
     behaviour = remembered["behaviour"]
     buttons = [
@@ -243,7 +243,7 @@ def _told(bench: Bench, remembered: Mapping[str, str], found: Trust, held_out: C
     )
 
 
-def _layers(found: Trust) -> Component:
+def _layers(found: VectorValidation) -> Component:
     measured: Any = found.layers.to_dict("records")
     rows = [
         {
@@ -258,7 +258,7 @@ def _layers(found: Trust) -> Component:
     return table(rows, f"Each layer on held-out pairs, one of each topic; seed {found.seed}")
 
 
-def _beside_others(bench: Bench, behaviour: str, found: Trust) -> Component | None:
+def _beside_others(bench: Session, behaviour: str, found: VectorValidation) -> Component | None:
     """Cosines with the other behaviours whose vectors are here, at the best layer; nothing where it stands alone."""
     layer = found.best if found.best is not None else int(found.layers["layer"].iloc[-1])
     (name,) = hook_names([layer], "resid_post")
@@ -271,6 +271,6 @@ def _beside_others(bench: Bench, behaviour: str, found: Trust) -> Component | No
     return graph(plots.cosines(cosines(fitting, layers=[layer]), title=title), "vectors-cosines-graph")
 
 
-def _few(bench: Bench, best: int | None) -> list[int]:
+def _few(bench: Session, best: int | None) -> list[int]:
     """The layers to draw a map of: an early one, the best or a middle one, and the last."""
     return sorted({bench.at_depth(0.25), bench.at_depth(0.5) if best is None else best, bench.at_depth(1)})

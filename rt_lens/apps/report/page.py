@@ -13,7 +13,7 @@ from rt_lens.apps.report.markup import Part, contents, folded, items, rendered
 from rt_lens.apps.report.reproducibility import again
 from rt_lens.apps.report.sections import sections
 from rt_lens.apps.report.sentences import findings, headline
-from rt_lens.apps.report.uncertainty import sureness_sentences
+from rt_lens.apps.report.uncertainty import uncertainty_sentences
 from rt_lens.common.files import write_atomically
 from rt_lens.results.schema import load_results
 
@@ -118,7 +118,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections: Mapping[str, Any]) -> str:
     title = f"{results['behaviour']} on {results['model']}"
-    told = [Part("What was found", _found(results)), Part("How sure one may be", items(sureness_sentences(results)))]
+    told = [Part("What was found", _found(results)), Part("How sure one may be", items(uncertainty_sentences(results)))]
     rest = [*sections(results, responses, projections), again(results)]
     first = "\n".join(map(rendered, told))
     body = "\n".join(map(rendered, rest))

@@ -10,7 +10,7 @@ from rt_lens.apps.report.sentences import holds, shows
 from rt_lens.results.schema import checked
 
 
-def sureness_sentences(results: Mapping[str, Any]) -> list[str]:
+def uncertainty_sentences(results: Mapping[str, Any]) -> list[str]:
     """What the intervals, seeds and corrections of this run can and cannot vouch for, and what would make it surer.
 
     Args:
@@ -20,7 +20,7 @@ def sureness_sentences(results: Mapping[str, Any]) -> list[str]:
         ValueError: if a key is missing.
 
     Example:
-        >>> print(*sureness_sentences(load_results("runs/mood").content), sep="\\n")
+        >>> print(*uncertainty_sentences(load_results("runs/mood").content), sep="\\n")
     """
     results = checked(results)
     return [_intervals(results), *_seeds(results), *_corrected(results), *_choices(results), *_surer(results)]

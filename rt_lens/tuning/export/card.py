@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from rt_lens.models.forward import model_name
-from rt_lens.models.registry import EMBEDDED_MODELS
+from rt_lens.models.registry import BUNDLED_MODELS
 from rt_lens.tuning.delta import WeightDelta
 
 _NEEDED = ("arm", "direction", "n", "mean", "low", "high")
@@ -47,7 +47,7 @@ def check_measured(measured: Sequence[Mapping[str, Any]] | None) -> list[Mapping
 
 def base_of(model: Any) -> str:
     """The base model's name on the model hub where the registry knows it, else the name it was loaded by."""
-    known = EMBEDDED_MODELS.get(model_name(model).lower())
+    known = BUNDLED_MODELS.get(model_name(model).lower())
     return known.source.partition(",")[0] if known else model_name(model)
 
 
@@ -128,7 +128,7 @@ def changed(model: Any, delta: WeightDelta | None) -> str:
     names = [name for name, change in delta.changes.items() if change.any()]
     blocks = sorted({int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))})
     where = f", in blocks {', '.join(map(str, blocks))}" if blocks else ""
-    known = EMBEDDED_MODELS.get(model_name(model).lower())
+    known = BUNDLED_MODELS.get(model_name(model).lower())
     lines = [
         f"- base model: {_line(known.source if known else model_name(model))}",
         f"- changed: {len(names)} of {sum(1 for _ in model.parameters())} parameters{where}",
@@ -166,7 +166,7 @@ def _value(row: Mapping[str, Any], key: str, prefix: str, n: str) -> str:
 
 def _front(model: Any, library: str) -> str:
     """The card's YAML, which the model hub reads."""
-    known = EMBEDDED_MODELS.get(model_name(model).lower())
+    known = BUNDLED_MODELS.get(model_name(model).lower())
     card = ModelCardData(
         base_model=base_of(model) if known else None,
         license=known.licence.lower() if known else None,
@@ -184,7 +184,7 @@ def _ending(model: Any) -> list[str]:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"{package} from source")
-    known = EMBEDDED_MODELS.get(model_name(model).lower())
+    known = BUNDLED_MODELS.get(model_name(model).lower())
     licence = f"{known.licence}, as the base model's ({known.source})." if known else "See the base model's."
     return ["## Made with", f"{', '.join(versions)}.", "## Licence", licence]
 

@@ -17,17 +17,17 @@ from transformer_lens import HookedTransformer
 
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.checksums import parameters_sha256
-from rt_lens.models.context import whereabouts
+from rt_lens.models.context import token_context
 from rt_lens.models.forward import bridge_logits, model_name, quick, unembed
 from rt_lens.models.positions import numbers_in, position_of, rows_of
 from rt_lens.models.tokens.batches import encode, pad_id_of
 from rt_lens.models.tokens.chats import answered, end_ids, end_of_answer, tokenizer_of
 from rt_lens.steering.edits import FwdHook
-from rt_lens.tuning.aims import Aim, KLThenSteer, Reading, readings_of
+from rt_lens.tuning.activation_store import ActivationStore
 from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.direction_targets import DirectionTarget, KLThenSteer, ResolvedTarget, resolve_targets
 from rt_lens.tuning.losses import Direction
-from rt_lens.tuning.shelf import Shelf
-from rt_lens.tuning.targets import Choice, Target, Wanted, neutral_list, write_neutral, write_targets
+from rt_lens.tuning.targets import Choice, Target, TokenTarget, neutral_list, write_neutral, write_targets
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
@@ -97,7 +97,7 @@ def _filled(values: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Material:
+class TuningData:
     """All that a tuning run reads; runs that differ in weights of the losses, kinds, steps or seed can share it.
 
     Attributes:
@@ -122,18 +122,18 @@ class Material:
 
 
 @torch.no_grad()
-def prepare(
+def prepare_data(
     model: Any,
-    vectors: SteeringVectors | Sequence[Aim],
-    train: ContrastPairs | Sequence[Wanted],
+    vectors: SteeringVectors | Sequence[DirectionTarget],
+    train: ContrastPairs | Sequence[TokenTarget],
     config: TuneConfig,
     *,
-    validation: ContrastPairs | Sequence[Wanted] | None = None,
+    validation: ContrastPairs | Sequence[TokenTarget] | None = None,
     neutral: Iterable[str] | Iterable[Target] = (),
     steer: KLThenSteer | None = None,
     progress: bool = False,
     weights: str | None = None,
-) -> Material:
+) -> TuningData:
     """Writes targets where pairs came, and runs the untuned model once over all that stays constant while tuning.
 
     Everything before the first trained block is constant: its residual is computed once and kept, so that each step
@@ -153,14 +153,14 @@ def prepare(
     Raises:
         ValueError: if there is nothing to train or validate on, or a position that a text has not.
     """
-    readings, neutral = readings_of(model, vectors, config), neutral_list(neutral)
+    readings, neutral = resolve_targets(model, vectors, config), neutral_list(neutral)
     _check_texts(train, validation, config, {reading.direction for reading in readings})
     targets, held_out = _targets(model, train, validation, config, progress)
     anchors = _anchors(model, neutral, config)
     first = _first_block(model, config, steer)
     places = sorted({reading.positions for reading in readings})
     rows = _rows(model, targets, places, first, config)
-    return Material(
+    return TuningData(
         train=rows,
         held_out=_rows(model, held_out, places, first, config),
         neutral=_rows(model, anchors, [], first, config, reference=True),
@@ -188,15 +188,15 @@ def _first_block(model: Any, config: TuneConfig, steer: KLThenSteer | None) -> i
 
 
 def _rows(
-    model: Any, targets: Sequence[Wanted], places: Sequence[str], first: int, config: TuneConfig,
+    model: Any, targets: Sequence[TokenTarget], places: Sequence[str], first: int, config: TuneConfig,
     *, reference: bool = False,
 ) -> list[Row]:  # fmt: skip
     """The targets as rows, with prefix and reference on shelves."""
     rows = [_row(model, target, places) for target in targets]
     where = "memory" if config.prefix_cache == "off" else config.prefix_cache
-    prefixes = Shelf([len(row.tokens) for row in rows] if first else [], model.cfg, where)
+    prefixes = ActivationStore([len(row.tokens) for row in rows] if first else [], model.cfg, where)
     read_at = [int(row.predicts.sum()) for row in rows]
-    finals = Shelf(read_at if reference and isinstance(model, HookedTransformer) else [], model.cfg, where)
+    finals = ActivationStore(read_at if reference and isinstance(model, HookedTransformer) else [], model.cfg, where)
     found: list[Row] = []
     for batch_rows, batch in _in_batches(model, rows):
         if first:
@@ -225,7 +225,7 @@ def _in_batches(model: Any, rows: Sequence[Row], size: int = 16) -> Iterator[tup
 
 
 def _centres(
-    model: Any, rows: Sequence[Row], readings: Sequence[Reading], first: int, config: TuneConfig
+    model: Any, rows: Sequence[Row], readings: Sequence[ResolvedTarget], first: int, config: TuneConfig
 ) -> dict[tuple[str, str], Tensor]:
     """Mean activations of the untuned model, over the training rows' positions read."""
     wanted = list(dict.fromkeys((reading.positions, name) for reading in readings for name in reading.names))
@@ -267,7 +267,7 @@ def read(
 
     everything = torch.ones_like(batch.mask)
     reading = model.hooks(fwd_hooks=[*hooks, *map(keeping, names)])
-    with quick(model), reading, whereabouts(batch.mask) if hooks else nullcontext():
+    with quick(model), reading, token_context(batch.mask) if hooks else nullcontext():
         if not isinstance(model, HookedTransformer):
             wanted = batch.predicts if final else torch.zeros_like(batch.predicts)
             logits = bridge_logits(model, batch.tokens, everything, wanted)
@@ -283,7 +283,7 @@ def logits_of(model: Any, final: Float[Tensor, "read width"]) -> Float[Tensor, "
     return unembed(model, final) if isinstance(model, HookedTransformer) else final
 
 
-def _row(model: Any, target: Wanted, places: Sequence[str]) -> Row:
+def _row(model: Any, target: TokenTarget, places: Sequence[str]) -> Row:
     prompt = encode(model, target.prompt) if target.prompt else []
     if isinstance(target, Choice):
         tokens, start = torch.tensor(prompt), len(prompt) - 1
@@ -328,7 +328,7 @@ def _single(model: Any, prompt: str, option: str) -> int:
     return int(after[-1])
 
 
-def _mask(model: Any, target: Wanted, place: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
+def _mask(model: Any, target: TokenTarget, place: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
     """Where a named position lies: in the answer for `mean response`, in all for `mean`, else in the prompt."""
     mask = torch.zeros(len(tokens), dtype=torch.bool)
     start = len(encode(model, target.prompt)) if target.prompt else 0
@@ -360,7 +360,7 @@ def _check_texts(train: Any, validation: Any, config: TuneConfig, directions: se
 
 def _targets(
     model: Any, train: Any, validation: Any, config: TuneConfig, progress: bool
-) -> tuple[list[Wanted], list[Wanted]]:
+) -> tuple[list[TokenTarget], list[TokenTarget]]:
     if isinstance(train, ContrastPairs):
         if validation is None:
             train, validation = train.split(1 - config.validation_share, seed=config.seed)
@@ -378,7 +378,7 @@ def _targets(
     return list(train), list(validation)
 
 
-def _parted(targets: Sequence[Wanted], config: TuneConfig) -> tuple[list[Wanted], list[Wanted]]:
+def _parted(targets: Sequence[TokenTarget], config: TuneConfig) -> tuple[list[TokenTarget], list[TokenTarget]]:
     """A seeded share of the prompts held out, with all their targets."""
     prompts = list(dict.fromkeys(target.prompt for target in targets))
     random.Random(config.seed).shuffle(prompts)

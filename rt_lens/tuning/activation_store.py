@@ -17,7 +17,7 @@ IN_MEMORY = 2 * 1024**3
 """Bytes up to which `auto` keeps a shelf in memory."""
 
 
-class Shelf:
+class ActivationStore:
     """Residuals of many rows end to end, in the order that they are put there."""
 
     def __init__(self, lengths: Sequence[int], like: Any, where: Literal["auto", "memory", "disk"]) -> None:

@@ -36,7 +36,7 @@ LOSS_PARTS = {"total": "total", "token": "token (nats)", "cosine": "cosine (0 to
 INK, FAINT = "#222222", "#8A8A8A"
 
 
-def tidy(
+def check_table(
     table: Table,
     *,
     words: Sequence[str] = (),
@@ -60,7 +60,7 @@ def tidy(
     frame = with_numbers(frame.reset_index(drop=True), numbers, words=words, argument=argument)
     for column in frame.columns:
         if column not in unescaped and not pd.api.types.is_numeric_dtype(frame[column]):
-            frame[column] = frame[column].map(drawable)
+            frame[column] = frame[column].map(escape_html)
     return frame
 
 
@@ -80,7 +80,7 @@ def with_numbers(
     return frame
 
 
-def dressed(
+def apply_style(
     figure: go.Figure, title: str, reading: str, sample: str = "", *, height: int = 470, **layout: Any
 ) -> go.Figure:
     """The shared look. The reading sentence is broken into lines, because Plotly clips what is too long."""
@@ -90,7 +90,7 @@ def dressed(
         template="plotly_white",
         font={"family": "Helvetica, Arial, sans-serif", "size": 14, "color": INK},
         title={
-            "text": drawable(title),
+            "text": escape_html(title),
             "font_size": 19,
             "x": 0.01,
             "y": 1,
@@ -108,7 +108,7 @@ def dressed(
     return figure
 
 
-def drawable(value: Any) -> Any:
+def escape_html(value: Any) -> Any:
     """A copy whose every string is drawn as it is: Plotly renders some HTML, `$...$` as TeX, and fills in `%{...}`.
 
     Every figure does this once to what a caller gives, where it comes in; so callers give text as it is. Quotes stay:
@@ -118,12 +118,12 @@ def drawable(value: Any) -> Any:
         value: a string, a list or a tuple (a list comes back); what is none of them comes back as it is.
 
     Example:
-        >>> drawable(["<b>", "$x$"])
+        >>> escape_html(["<b>", "$x$"])
         ['&lt;b&gt;', '&#36;x&#36;']
     """
     if isinstance(value, str):
         return escape(value, quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
-    return [drawable(inner) for inner in value] if isinstance(value, list | tuple) else value
+    return [escape_html(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def sample(frame: pd.DataFrame) -> str:

@@ -22,7 +22,7 @@ from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
 @dataclass(frozen=True)
-class Aim:
+class DirectionTarget:
     """One of several directions to tune at once; what is None is taken from the TuneConfig.
 
     Attributes:
@@ -34,7 +34,8 @@ class Aim:
         positions: which tokens are read.
 
     Example:
-        >>> delta = tune(model, [Aim(mood, direction="away"), Aim(formality, 0.5, "toward")], train, config)
+        >>> targets = [DirectionTarget(mood, direction="away"), DirectionTarget(formality, 0.5, "toward")]
+        >>> delta = tune(model, targets, train, config)
     """
 
     vectors: SteeringVectors
@@ -52,7 +53,7 @@ class Aim:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ResolvedTarget:
     """An aim with everything filled in: what the loop reads.
 
     Attributes:
@@ -72,15 +73,17 @@ class Reading:
         return list(self.vectors)
 
 
-def readings_of(model: Any, aims: SteeringVectors | Sequence[Aim], config: TuneConfig) -> list[Reading]:
+def resolve_targets(
+    model: Any, aims: SteeringVectors | Sequence[DirectionTarget], config: TuneConfig
+) -> list[ResolvedTarget]:
     """The aims as the loop reads them.
 
     Raises:
         ValueError: vectors of another model, a layer that no training can move, a direction without length.
     """
     if isinstance(aims, SteeringVectors):
-        aims = [Aim(aims)]
-    if not isinstance(aims, Sequence) or not aims or not all(isinstance(aim, Aim) for aim in aims):
+        aims = [DirectionTarget(aims)]
+    if not isinstance(aims, Sequence) or not aims or not all(isinstance(aim, DirectionTarget) for aim in aims):
         raise ValueError("vectors: SteeringVectors, or a list of at least one Aim, is wanted.")
     if any(aim.weight <= 0 for aim in aims):
         raise ValueError(f"weight: {[aim.weight for aim in aims]} came; each aim wants more than 0. Leave others out.")
@@ -88,7 +91,7 @@ def readings_of(model: Any, aims: SteeringVectors | Sequence[Aim], config: TuneC
     return [_reading(model, aim, aim.weight / total, config) for aim in aims]
 
 
-def _reading(model: Any, aim: Aim, share: float, config: TuneConfig) -> Reading:
+def _reading(model: Any, aim: DirectionTarget, share: float, config: TuneConfig) -> ResolvedTarget:
     direction, positions = aim.direction or config.direction, aim.positions or config.positions
     if direction not in ("toward", "away", "out"):
         raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'out' is wanted.")
@@ -111,7 +114,7 @@ def _reading(model: Any, aim: Aim, share: float, config: TuneConfig) -> Reading:
                 f"{min(config.blocks_of('cosine'))}, so nothing can move it. Name later layers, or earlier "
                 "trained_layers."
             )
-    return Reading(found, direction, share, positions)
+    return ResolvedTarget(found, direction, share, positions)
 
 
 def _moved(name: str, config: TuneConfig) -> bool:
@@ -213,7 +216,7 @@ class KLThenSteer:
         }  # fmt: skip
 
 
-def described(aims: SteeringVectors | Sequence[Aim]) -> list[dict[str, Any]]:
+def described(aims: SteeringVectors | Sequence[DirectionTarget]) -> list[dict[str, Any]]:
     """The aims as a delta's configuration keeps them."""
     if isinstance(aims, SteeringVectors):
         return [aims.described()]

@@ -10,7 +10,19 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from rt_lens.plots.directions import COSINES, cosine_cells, square
-from rt_lens.plots.look import FAINT, INK, Table, band, dressed, estimate, key, number, ordered, sample, tidy
+from rt_lens.plots.style import (
+    FAINT,
+    INK,
+    Table,
+    apply_style,
+    band,
+    check_table,
+    estimate,
+    key,
+    number,
+    ordered,
+    sample,
+)
 
 # A quantity keeps its colour and dash in every panel.
 LOOKS = {
@@ -22,7 +34,7 @@ LOOKS = {
 SHADE = "rgba(240,228,66,0.3)"
 
 
-def trust(
+def validation(
     layers: Table,
     learning: Table,
     cosines: Table,
@@ -135,7 +147,7 @@ def trust(
         "Trust a layer whose accuracy is above the grey band (random directions), with stability near 1 and a learning "
         f"curve that has levelled. {f'Recommended: {shaded}' if shaded else 'No layer is recommended'}. Bands: 95 %."
     )
-    dressed(figure, title, reading, sample(by_layer), height=960)
+    apply_style(figure, title, reading, sample(by_layer), height=960)
     figure.update_annotations(yshift=4)
     # Between the sentence and the panels' own titles, with room for a second line on a narrow page.
     top = figure.layout.margin.t + 46
@@ -153,7 +165,8 @@ def trust(
 
 def _layer_rows(layers: Table, recommended: Sequence[int]) -> pd.DataFrame:
     measured = [f"{name}{end}" for name in ("accuracy", "auc", "stability") for end in ("", "_low", "_high")]
-    frame = tidy(layers, numbers=("layer", "n", *measured, "control_low", "control_high", "signal"), argument="layers")
+    numbers = ("layer", "n", *measured, "control_low", "control_high", "signal")
+    frame = check_table(layers, numbers=numbers, argument="layers")
     repeated = frame.loc[frame["layer"].duplicated(), "layer"]
     if not repeated.empty:
         raise ValueError(f"layers: layer {repeated.iloc[0]:g} came more than once, one row for each layer is wanted.")
@@ -168,7 +181,7 @@ def _layer_rows(layers: Table, recommended: Sequence[int]) -> pd.DataFrame:
 
 def _learning_rows(learning: Table) -> pd.DataFrame:
     measured = [f"{name}{end}" for name in ("accuracy", "cosine") for end in ("", "_low", "_high")]
-    frame = tidy(learning, numbers=("layer", "n_pairs", *measured, "n"), argument="learning")
+    frame = check_table(learning, numbers=("layer", "n_pairs", *measured, "n"), argument="learning")
     if frame["layer"].nunique() != 1:
         came = ", ".join(f"{layer:g}" for layer in ordered(frame["layer"]))
         raise ValueError(f"learning: layers {came} came, one is wanted. Keep the rows of one layer.")
@@ -177,7 +190,8 @@ def _learning_rows(learning: Table) -> pd.DataFrame:
 
 def _square(cosines: Table) -> pd.DataFrame:
     """The cosines as a square with both orders of every two layers."""
-    frame = tidy(cosines, numbers=("layer", "other", "cosine"), argument="cosines").astype({"layer": int, "other": int})
+    frame = check_table(cosines, numbers=("layer", "other", "cosine"), argument="cosines")
+    frame = frame.astype({"layer": int, "other": int})
     return square(frame, "layer", "other")
 
 
