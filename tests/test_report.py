@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from full_disk import full_disk
 
-from rt_lens.apps import report
 from rt_lens.apps.report.labels import harm_of
+from rt_lens.apps.report.page import write_report
 from rt_lens.apps.report.reproducibility import again
 from rt_lens.apps.report.sections import sections
-from rt_lens.apps.report.sentences import headline
+from rt_lens.apps.report.sentences import headline, summary_sentences
+from rt_lens.apps.report.uncertainty import uncertainty_sentences
 from rt_lens.results.schema import checked
 
 HOSTILE = ("<script>alert(1)</script>", "</script>", "<b>", '"><img src=x onerror=alert(2)>', "]]><!--")
@@ -240,7 +241,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory) -> str:
-    return report.write_report(write_run(tmp_path_factory.mktemp("run"))).read_text(encoding="utf-8")
+    return write_report(write_run(tmp_path_factory.mktemp("run"))).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def honesty(tmp_path_factory) -> Page:
     run = write_run(tmp_path_factory.mktemp("honesty"), make_honesty())
     rows = [{"set": name, **row} for name in SETS for row in make_responses()]
     (run / "responses.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return Page(report.write_report(run).read_text(encoding="utf-8"))
+    return Page(write_report(run).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +369,7 @@ def test_responses_show_twelve_prompts_of_the_first_seed(page):
 
 
 def test_summary_sentences_carry_numbers_n_interval_and_seeds():
-    *sentences, brackets = report.summary_sentences(make_results())
+    *sentences, brackets = summary_sentences(make_results())
     assert sentences[0] == (
         "Untuned, SmolLM2-135M-Instruct scores 0.31 [0.25, 0.37] (mood, test, scored by vader; n = 216, seeds 0, 1, 2)."
     )
@@ -389,7 +390,7 @@ def test_summary_sentences_carry_numbers_n_interval_and_seeds():
 def test_summary_sentences_do_without_what_was_not_measured():
     results = make_results()
     results["summary"] = [{**row, "perplexity": None, "facts": None, "kl": None} for row in results["summary"]]
-    assert not any("perplexity" in sentence or "facts" in sentence for sentence in report.summary_sentences(results))
+    assert not any("perplexity" in sentence or "facts" in sentence for sentence in summary_sentences(results))
 
 
 @pytest.mark.parametrize("key", sorted(make_results()))
@@ -397,7 +398,7 @@ def test_a_missing_key_is_named_and_nothing_is_written(key, tmp_path):
     results = make_results()
     del results[key]
     with pytest.raises(ValueError, match=rf"results\.json: no key {key}\b"):
-        report.write_report(write_run(tmp_path / "run", results))
+        write_report(write_run(tmp_path / "run", results))
     assert not list((tmp_path / "run").glob("*report*"))
 
 
@@ -406,49 +407,49 @@ def test_a_missing_column_is_named(key, column):
     results = make_results()
     del results[key][1][column]
     with pytest.raises(ValueError, match=rf"results\.json: {key}: no key {column} \(came"):
-        report.summary_sentences(results)
+        summary_sentences(results)
 
 
 def test_a_choice_without_its_reason_is_named():
     results = make_results()
     del results["choices"]["away"]["why"]
     with pytest.raises(ValueError, match="choices: away: no key why"):
-        report.summary_sentences(results)
+        summary_sentences(results)
 
 
 def test_another_schema_and_broken_json_are_refused(tmp_path):
     with pytest.raises(ValueError, match="schema 2 came, 1 is wanted"):
-        report.summary_sentences({**make_results(), "schema": 2})
+        summary_sentences({**make_results(), "schema": 2})
     run = write_run(tmp_path / "run")
     (run / "responses.jsonl").write_text('{"arm": ')
     with pytest.raises(ValueError, match=r"responses\.jsonl: not valid JSON"):
-        report.write_report(run)
+        write_report(run)
     (run / "responses.jsonl").write_text('{"arm": "untuned"}')
     with pytest.raises(ValueError, match=r"responses\.jsonl: no key direction, seed"):
-        report.write_report(run)
+        write_report(run)
     (run / "responses.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match="run: .*responses.jsonl is not there"):
-        report.write_report(run)
+        write_report(run)
 
 
 def test_a_failure_keeps_the_old_report(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "report.html").write_text("old")
     with full_disk(100_000), pytest.raises(OSError, match=r"."):
-        report.write_report(run)
+        write_report(run)
     assert (run / "report.html").read_text() == "old"
     assert not list(run.glob(".report*"))
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     run = write_run(tmp_path / "run")
-    assert report.write_report(run).read_bytes() == report.write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
 
 
 def test_a_run_without_tuning_still_has_a_page(tmp_path):
     results = {**make_results(), "history": [], "comparisons": [], "logit_lens": []}
     results["summary"] = [row for row in results["summary"] if "tuned" not in row["arm"] or row["arm"] == "untuned"]
-    page = report.write_report(write_run(tmp_path / "run", results)).read_text(encoding="utf-8")
+    page = write_report(write_run(tmp_path / "run", results)).read_text(encoding="utf-8")
     assert page.count("None in this run.") == 3  # comparisons, losses, logit lens
 
 
@@ -486,7 +487,7 @@ def test_the_sentences_of_a_new_run_tell_the_protocol_and_p_before_and_after_the
     for row in results["comparisons"]:
         if row["b"] == "steered":
             row["p"], row["p_holm"] = 0.2, 1.0
-    protocol, *sentences = report.summary_sentences(results)
+    protocol, *sentences = summary_sentences(results)
     assert protocol == results["protocol"]["why"]
     sampled = "(n = 216, seeds 0, 1, 2)."
     found = (
@@ -520,7 +521,7 @@ def test_the_protocol_and_side_effects_are_told_only_where_there_are_any(html, h
 )
 def test_a_damaged_key_of_a_new_run_is_named(change, message):
     with pytest.raises(ValueError, match=message):
-        report.summary_sentences({**make_honesty(), **change})
+        summary_sentences({**make_honesty(), **change})
 
 
 AGAIN = {
@@ -555,7 +556,7 @@ def test_the_page_itself_says_how_to_do_it_again(page):
 
 def test_a_damaged_record_of_the_command_is_named():
     with pytest.raises(ValueError, match="again: no key call"):
-        report.summary_sentences({**make_results(), "again": {"command": "rt-lens run mood"}})
+        summary_sentences({**make_results(), "again": {"command": "rt-lens run mood"}})
 
 
 def test_how_sure_one_may_be_counts_seeds_comparisons_and_prompts():
@@ -565,13 +566,13 @@ def test_how_sure_one_may_be_counts_seeds_comparisons_and_prompts():
             row["seeds"] = [4]
     for place, row in enumerate(results["comparisons"]):
         row["p"], row["p_holm"] = ((0.001, 0.04), (0.01, 0.4), (0.3, 1.0))[place % 3]
-    sentences = report.uncertainty_sentences(results)
+    sentences = uncertainty_sentences(results)
     text = "\n".join(sentences)
     assert "rep_tuned away: tuned once, with seed 4." in text
     assert "token_tuned toward, token_tuned away and rep_tuned toward: tuned with seeds 0, 1 and 2." in text
     assert "In this run a seed drew the order of the batches only" in text
     drawn = ["the targets", "the order of the batches"]
-    told = "\n".join(report.uncertainty_sentences({**results, "seed_draws": drawn}))
+    told = "\n".join(uncertainty_sentences({**results, "seed_draws": drawn}))
     assert "A seed draws the targets and the order of the batches; all arms of a seed share what it drew." in told
     assert "48 comparisons were made; if nothing differed, about one in twenty would have p below 0.05." in text
     assert "16 hold; 16 more hold only taken alone" in text
@@ -586,26 +587,26 @@ def test_more_prompts_halve_the_interval_of_one_seed_only(kept, halved, seeded):
     results = make_results()
     for row in results["summary"]:
         row["seeds"] = kept or ([0] if row["arm"] == "untuned" else [0, 1, 2])
-    first, *_, last = report.uncertainty_sentences(results)
+    first, *_, last = uncertainty_sentences(results)
     assert ("four times as many halve the interval of an arm with one seed" in last) == halved
     assert ("with several seeds how far other seeds" in first) == seeded
 
 
 def test_weights_are_not_said_to_have_seen_training_topics_only():
-    tuned = "\n".join(report.uncertainty_sentences(make_results()))
+    tuned = "\n".join(uncertainty_sentences(make_results()))
     assert "weights saw" not in tuned, "the validation loss picks those that are kept"
     assert (
         "Vectors and gradients saw training topics only; when to stop tuning was chosen on validation topics" in tuned
     )
-    steered = "\n".join(report.uncertainty_sentences({**make_results(), "history": []}))
+    steered = "\n".join(uncertainty_sentences({**make_results(), "history": []}))
     assert "Vectors saw training topics only; layer and multiplier were chosen on" in steered
     assert "when to stop" not in steered
 
 
 def test_how_sure_one_may_be_without_comparisons_or_corrections():
     results = make_results()
-    assert any("4 of 4 comparisons have p below 0.05" in told for told in report.uncertainty_sentences(results))
-    alone = report.uncertainty_sentences({**results, "comparisons": []})
+    assert any("4 of 4 comparisons have p below 0.05" in told for told in uncertainty_sentences(results))
+    alone = uncertainty_sentences({**results, "comparisons": []})
     assert any("Nothing was compared in pairs" in told for told in alone)
 
 
@@ -613,7 +614,7 @@ def test_a_difference_that_does_not_survive_holm_is_told_apart():
     results = make_honesty()
     for row in results["comparisons"]:
         row["p"], row["p_holm"] = 0.01, 0.4
-    told = [line for line in report.summary_sentences(results) if ", only taken alone: " in line]
+    told = [line for line in summary_sentences(results) if ", only taken alone: " in line]
     assert len(told) == 2 * len(SETS)
     assert all("(by Holm = 0.400)" in line and "[" in line and "seeds 0, 1, 2" in line for line in told)
 

@@ -25,6 +25,7 @@ from rt_lens.evaluation.answering import ask, response_text
 from rt_lens.evaluation.registry import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Scorer, is_share
 from rt_lens.evaluation.texts import PerplexityResult, perplexity
+from rt_lens.models.protocol import Model
 
 ArmLike: TypeAlias = Intervention | tuple[Intervention, ...] | Mapping[int, Intervention | tuple[Intervention, ...]]
 """What an arm puts on: a WeightDelta, hooks, None, several of them in a tuple, or one of these for each tuning seed."""
@@ -92,7 +93,7 @@ class ArmEvaluator:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         exams: Mapping[str, EvalTask],
         texts: Iterable[str] = (),
         *,
@@ -305,7 +306,7 @@ def beats(gain: float, saved: float) -> bool:
 
 
 def compare_arms(
-    model: Any,
+    model: Model,
     arms: Mapping[str, ArmLike],
     exams: Mapping[str, EvalTask],
     *,

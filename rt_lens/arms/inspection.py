@@ -26,6 +26,7 @@ from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.forward import check_layers, finest_dtype
 from rt_lens.models.generation import as_chat
+from rt_lens.models.protocol import Model
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 
@@ -49,7 +50,7 @@ _AS_MATRIX |= dict.fromkeys(("gate", "up", "down", "embed"), "read write -> writ
 
 
 def weight_changes(
-    model: Any,
+    model: Model,
     delta: WeightDelta,
     vectors: SteeringVectors | None = None,
     *,
@@ -129,7 +130,7 @@ class ResidualShifts:
 
 
 def residual_shifts(
-    model: Any,
+    model: Model,
     arms: Mapping[str, Intervention],
     texts: Iterable[str],
     vectors: SteeringVectors,
@@ -181,7 +182,7 @@ def residual_shifts(
     return ResidualShifts(pd.DataFrame(along), pd.DataFrame(between, columns=columns))
 
 
-def _units(model: Any, vectors: SteeringVectors, hook: str) -> dict[int, Float[Tensor, "d_model"]]:
+def _units(model: Model, vectors: SteeringVectors, hook: str) -> dict[int, Float[Tensor, "d_model"]]:
     """Unit vectors by layer, of one kind of hook point; those without a direction are left out."""
     vectors.check_fits(model)
     chosen = vectors.at_layers(None, hook)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
+from rt_lens.models.protocol import Model
 from rt_lens.steering.binding import steered
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.delta import WeightDelta
@@ -15,7 +16,7 @@ Intervention: TypeAlias = WeightDelta | Sequence[FwdHook] | None
 
 
 @contextmanager
-def applied(model: Any, *arms: Intervention) -> Iterator[Any]:
+def applied(model: Model, *arms: Intervention) -> Iterator[Any]:
     """The model under these changes, the first one first; afterwards it is as before, whatever happens.
 
     Args:

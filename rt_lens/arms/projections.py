@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -15,6 +14,7 @@ from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.models.activations import read_activations
 from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import Position, numbers_in, position_of, rows_of
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.geometry import one_per_layer
@@ -22,7 +22,7 @@ from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
 def mean_projections(
-    model: Any,
+    model: Model,
     vectors: SteeringVectors,
     texts: Iterable[str],
     *,
@@ -68,7 +68,7 @@ def mean_projections(
 
 
 def projection_changes(
-    model: Any, vectors: SteeringVectors, texts: Iterable[str], arms: Mapping[str, Intervention], *, seed: int = 0
+    model: Model, vectors: SteeringVectors, texts: Iterable[str], arms: Mapping[str, Intervention], *, seed: int = 0
 ) -> pd.DataFrame:
     """How far each arm moves texts along the unit vector, layer by layer, against the untouched model.
 
@@ -116,7 +116,7 @@ def projection_changes(
     return pd.DataFrame(rows)
 
 
-def check_arms(model: Any, arms: Mapping[str, Intervention]) -> None:
+def check_arms(model: Model, arms: Mapping[str, Intervention]) -> None:
     """Refuses what is no arm, before anything is run."""
     if not arms:
         raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")
@@ -134,7 +134,7 @@ def check_arms(model: Any, arms: Mapping[str, Intervention]) -> None:
 
 
 def by_arm(
-    model: Any, arms: Mapping[str, Intervention], read: Callable[[], dict[str, Tensor]]
+    model: Model, arms: Mapping[str, Intervention], read: Callable[[], dict[str, Tensor]]
 ) -> dict[str | None, dict[str, Tensor]]:
     """What is read under each arm, and under None of the untouched model."""
     found: dict[str | None, dict[str, Tensor]] = {None: read()}

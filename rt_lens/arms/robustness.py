@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +12,7 @@ from rt_lens.arms.intervention import Intervention, applied
 from rt_lens.arms.sweeping import Metric, sweep
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.models.protocol import Model
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
@@ -50,7 +50,7 @@ class Resistance:
 
 
 def resistance(
-    model: Any,
+    model: Model,
     arms: Mapping[str, Intervention],
     vectors: SteeringVectors,
     prompts: Iterable[str],

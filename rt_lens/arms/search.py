@@ -15,6 +15,7 @@ from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.checksums import measure_sha256
+from rt_lens.models.protocol import Model
 from rt_lens.tuning.checkpoint import contents_of, run_of
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
 from rt_lens.tuning.direction_targets import DirectionTarget, described, resolve_targets
@@ -45,7 +46,7 @@ def candidates_of(config: TuneConfig) -> list[TuneConfig]:
 
 
 def block_search(
-    model: Any,
+    model: Model,
     vectors: SteeringVectors | Sequence[DirectionTarget],
     train: ContrastPairs | Sequence[TokenTarget] | TuningData,
     candidates: Sequence[TuneConfig],
@@ -136,7 +137,7 @@ def _named(candidate: TuneConfig) -> dict[str, str]:
 
 
 def _tried(
-    model: Any, vectors: Any, material: TuningData, candidate: TuneConfig, measure: Measure | None
+    model: Model, vectors: Any, material: TuningData, candidate: TuneConfig, measure: Measure | None
 ) -> dict[str, Any]:
     """One candidate's row."""
     delta = tune(model, vectors, material, candidate, progress=False)
@@ -155,7 +156,7 @@ def _tried(
 
 
 def _settings(
-    model: Any, vectors: Any, material: TuningData, candidate: TuneConfig, measure: Measure | None
+    model: Model, vectors: Any, material: TuningData, candidate: TuneConfig, measure: Measure | None
 ) -> dict[str, Any]:
     """What makes two searches the same, beside the candidates' kinds and blocks."""
     about = {

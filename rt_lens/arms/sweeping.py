@@ -37,6 +37,7 @@ from rt_lens.models.checksums import (
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import logits_where, model_name
 from rt_lens.models.generation import as_chat
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import batches
 from rt_lens.models.tokens.chats import tokenizer_of
 from rt_lens.steering.binding import add, steered
@@ -66,7 +67,7 @@ class Answers:
         """The scorer, made once: it may take a model of its own."""
         return make_scorer(self.scorer)
 
-    def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
+    def __call__(self, model: Model, prompts: Sequence[str]) -> list[float]:
         score, asked = self.made, as_questions(prompts)
         answers = ask(
             model, asked, {score.reads}, max_new_tokens=self.max_new_tokens, batch_size=self.batch_size
@@ -88,7 +89,7 @@ class Options:
     form: Literal["answers", "letters"] = "answers"
     batch_size: int = 16
 
-    def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
+    def __call__(self, model: Model, prompts: Sequence[str]) -> list[float]:
         known = {question.prompt: question for question in self.questions}
         if missing := [prompt for prompt in prompts if prompt not in known]:
             raise ValueError(
@@ -114,7 +115,7 @@ class LogitDifference:
     batch_size: int = 32
 
     @torch.no_grad()
-    def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
+    def __call__(self, model: Model, prompts: Sequence[str]) -> list[float]:
         tokenizer = tokenizer_of(model)
         encoded = [tokenizer.encode(text, add_special_tokens=False) for text in (self.positive, self.negative)]
         if [] in encoded or encoded[0][0] == encoded[1][0]:
@@ -225,7 +226,7 @@ def _rank(doses: Float[np.ndarray, "dose"], means: Float[np.ndarray, "dose"]) ->
 
 
 def sweep(
-    model: Any,
+    model: Model,
     vectors: SteeringVectors,
     prompts: Iterable[str],
     *,
@@ -298,7 +299,7 @@ def sweep(
 
 
 def _one_layer(
-    model: Any,
+    model: Model,
     vectors: SteeringVectors,
     prompts: Sequence[str],
     layer: int,
@@ -320,7 +321,7 @@ def _one_layer(
     return parts
 
 
-def _measured(measure: Metric, model: Any, prompts: Sequence[str]) -> list[float]:
+def _measured(measure: Metric, model: Model, prompts: Sequence[str]) -> list[float]:
     scores = [float(value) for value in measure(model, prompts)]
     if len(scores) != len(prompts):
         raise ValueError(f"metric: {len(scores)} numbers came for {len(prompts)} prompts. Give one for each, in order.")
@@ -328,7 +329,7 @@ def _measured(measure: Metric, model: Any, prompts: Sequence[str]) -> list[float
 
 
 def _settings(
-    model: Any, vectors: SteeringVectors, prompts: Sequence[str], doses: Sequence[float], measure: Any, steer: Any
+    model: Model, vectors: SteeringVectors, prompts: Sequence[str], doses: Sequence[float], measure: Any, steer: Any
 ) -> dict[str, Any]:
     """What makes two sweeps the same."""
     erasers = [(name, part) for name, eraser in vectors.erasers.items() for part in vars(eraser).values()]
@@ -357,7 +358,7 @@ def _settings(
 
 
 @torch.no_grad()
-def _fingerprint(model: Any) -> list[float]:
+def _fingerprint(model: Model) -> list[float]:
     """What files of schema 1 keep of the weights and hooks: some logits after a fixed text."""
     (batch,) = batches(model, ["The weather in the hills was"], 1)
     last = torch.zeros_like(batch.mask, dtype=torch.bool)
@@ -415,7 +416,7 @@ class _Done:
 class _Kept(_Done):
     """Finished layers on disk too, written after each."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], model: Any) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], model: Model) -> None:
         super().__init__()
         self.path, self.settings = path, json.loads(json.dumps(settings))
         if not path.exists():
@@ -440,7 +441,7 @@ class _Kept(_Done):
             )
 
     def _differing(
-        self, theirs: Mapping[str, Any], fingerprint: Float[np.ndarray, "_"] | None, model: Any
+        self, theirs: Mapping[str, Any], fingerprint: Float[np.ndarray, "_"] | None, model: Model
     ) -> list[str]:
         """What the file says otherwise, in words; one of schema 1 has a few logits for the weights and hooks."""
         changed = [name for name, value in self.settings.items() if name in theirs and theirs[name] != value]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from rt_lens.data.builtin import behaviour_file
 from rt_lens.data.readers import ROW_ENDINGS, Row, read_rows, read_toml, refuse_misspelt
 from rt_lens.data.splitting import connected, cut, is_product, share_out, sizes_of
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import chat_text
 
 
@@ -112,7 +113,7 @@ class ContrastPairs:
         content = json.dumps(kept, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def texts(self, model: Any) -> PairTexts:
+    def texts(self, model: Model) -> PairTexts:
         """The two sides through the model's chat template, special tokens included (tokenize with none added)."""
         sides = zip(*(pair.sides for pair in self.pairs), strict=True)
         return PairTexts(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from rt_lens.evaluation.choices import likelihoods, question_text
 from rt_lens.evaluation.registry import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Reads, Scorer, is_share, option_shares
 from rt_lens.models.generation import generate
+from rt_lens.models.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Evaluation:
 
 
 def ask(
-    model: Any,
+    model: Model,
     questions: Sequence[Question],
     reads: Iterable[Reads] = ("text",),
     *,
@@ -80,7 +80,7 @@ def ask(
 
 
 def evaluate(
-    model: Any,
+    model: Model,
     test: Asked,
     scorer: ScorerLike = "vader",
     *,
@@ -154,7 +154,7 @@ class FilteredPairs:
 
 
 def filter_pairs(
-    model: Any,
+    model: Model,
     pairs: ContrastPairs,
     scorer: ScorerLike = "vader",
     *,

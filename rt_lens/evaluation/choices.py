@@ -10,13 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rt_lens.common.progress import Bar
 from rt_lens.data.questions import LETTERS, Likelihoods, Question, lettered
 from rt_lens.evaluation.texts import log_normaliser
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import answered, chat_text, has_chat_template, is_chat
 
@@ -41,7 +41,7 @@ class _Ask:
 
 @torch.no_grad()
 def likelihoods(
-    model: Any, questions: Sequence[Question], *, form: Form = "answers", batch_size: int = 16
+    model: Model, questions: Sequence[Question], *, form: Form = "answers", batch_size: int = 16
 ) -> list[Likelihoods]:
     """Log-likelihood of every option of every question, with no text generated.
 
@@ -78,7 +78,7 @@ def likelihoods(
     return [_averaged(orders, sizes[number]) for number, orders in enumerate(found)]
 
 
-def question_text(model: Any, question: Question) -> str:
+def question_text(model: Model, question: Question) -> str:
     """A question as the model reads it, up to where it answers; one that went through a template stays as it is.
 
     Raises:
@@ -94,7 +94,7 @@ def question_text(model: Any, question: Question) -> str:
     return answered(model, question.prompt, question.opener) if question.opener else question.prompt
 
 
-def start_of(model: Any, question: Question) -> tuple[str, str]:
+def start_of(model: Model, question: Question) -> tuple[str, str]:
     """The text that an answer to a question follows, and what stands between the two: a space, or nothing."""
     text = question_text(model, question)
     opened = question.opener or getattr(text, "prefill", "")  # of a prompt that is a chat already, too
@@ -119,7 +119,7 @@ def _averaged(orders: Sequence[Sequence[float]], sizes: tuple[int, ...]) -> Like
     return Likelihoods(tuple(table.mean(0).tolist()), sizes, float(other))
 
 
-def _asks(model: Any, number: int, question: Question, form: Form) -> Iterator[_Ask]:
+def _asks(model: Model, number: int, question: Question, form: Form) -> Iterator[_Ask]:
     """The question as it is asked: once, or once for each rotation of its options."""
     if form == "answers":
         text, gap = start_of(model, question)
@@ -135,7 +135,7 @@ def _asks(model: Any, number: int, question: Question, form: Form) -> Iterator[_
         yield _ask(model, number, text, [f" {LETTERS[place]}" for place in places])
 
 
-def _ask(model: Any, number: int, start: str, options: Sequence[str]) -> _Ask:
+def _ask(model: Model, number: int, start: str, options: Sequence[str]) -> _Ask:
     # Tokens may reach over the edge between question and option, so the edge is where the token lists part.
     whole = [encode(model, answered(model, start, option)) for option in options]
     shared = _shared([encode(model, start), *whole])
@@ -151,12 +151,12 @@ def _shared(sequences: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _measured(model: Any, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
+def _measured(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
     """Log-likelihoods of each ask's options."""
     return (_branched if can_be_quick(model) else _whole)(model, asks, n_rows)
 
 
-def _branched(model: HookedTransformer, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
+def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
     """From one run of the questions, whose keys and values all options share."""
     batch = pad([ask.start for ask in asks], pad_id_of(model)).to(model.cfg.device)
     rows, lengths = [ask.number for ask in asks], batch.mask.sum(1)
@@ -192,7 +192,7 @@ def _branched(model: HookedTransformer, asks: Sequence[_Ask], n_rows: int) -> li
     return totals
 
 
-def _whole(model: Any, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
+def _whole(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
     """Each option with its question run in full: for models whose cache cannot be branched."""
     each = [(ask, ids) for ask in asks for ids in ask.options]
     batch = pad([[*ask.start, *ids[:-1]] for ask, ids in each], pad_id_of(model)).to(model.cfg.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -17,6 +16,7 @@ from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.questions import Answer
 from rt_lens.evaluation.scorers import Reads
 from rt_lens.models.generation import generate
+from rt_lens.models.protocol import Model
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class TextClassifier:
 
 
 def classifier_of(
-    model: Any,
+    model: Model,
     pairs: ContrastPairs,
     *,
     n_train: int = 200,

@@ -18,12 +18,13 @@ import torch
 from rt_lens.evaluation.texts import Piece, log_normaliser, predictions, windows_of
 from rt_lens.models.forward import model_name
 from rt_lens.models.generation import NewToken, Sampling, generate_tokens
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import ChatText, has_chat_template, rendered, tokenizer_of
 from rt_lens.models.tokens.texts import text_of
 
 
-def harness_model(model: Any, *, batch_size: int = 16, seed: int = 0) -> Any:
+def harness_model(model: Model, *, batch_size: int = 16, seed: int = 0) -> Any:
     """The model as an `lm_eval.api.model.LM`, to be handed to `lm_eval.simple_evaluate`.
 
     What the model carries while a task runs (hooks, a delta) is what is measured. A request's context counts as the
@@ -65,7 +66,7 @@ def _kind() -> type:
         raise ImportError('harness: lm-eval is not installed. Run: pip install "rt_lens[harness]".') from None
 
     class HarnessModel(TemplateLM):
-        def __init__(self, model: Any, batch_size: int, seed: int) -> None:
+        def __init__(self, model: Model, batch_size: int, seed: int) -> None:
             super().__init__()
             self.model, self.batch_size, self.seed = model, batch_size, seed
             self.tokenizer = tokenizer_of(model)
@@ -107,13 +108,13 @@ def _kind() -> type:
     return HarnessModel
 
 
-def prefix_of(model: Any) -> int:
+def prefix_of(model: Model) -> int:
     """The token that a text without a context follows: the tokenizer's beginning, or else end, of a text."""
     tokenizer = tokenizer_of(model)
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def chat_of(model: Any, messages: Sequence[Mapping[str, str]], open_answer: bool = True) -> str:
+def chat_of(model: Model, messages: Sequence[Mapping[str, str]], open_answer: bool = True) -> str:
     """A conversation through the model's chat template; a system role that it lacks goes before the user's text.
 
     Args:
@@ -132,7 +133,7 @@ def chat_of(model: Any, messages: Sequence[Mapping[str, str]], open_answer: bool
 
 @torch.no_grad()
 def continued(
-    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of each continuation in nats, and whether it is what the model would write greedily.
 
@@ -158,7 +159,7 @@ def continued(
 
 
 @torch.no_grad()
-def rolled(model: Any, texts: Sequence[str], batch_size: int) -> list[float]:
+def rolled(model: Model, texts: Sequence[str], batch_size: int) -> list[float]:
     """Log-likelihood of each whole text in nats, after the token of a text's beginning.
 
     A text longer than the context is run in windows side by side; the last is moved back to be full.
@@ -177,7 +178,7 @@ def rolled(model: Any, texts: Sequence[str], batch_size: int) -> list[float]:
     return totals
 
 
-def _scored(model: Any, pieces: Sequence[Piece], n_rows: int, batch_size: int) -> list[tuple[float, bool]]:
+def _scored(model: Model, pieces: Sequence[Piece], n_rows: int, batch_size: int) -> list[tuple[float, bool]]:
     """Log-likelihood of what each piece wants, and whether each of its tokens was the likeliest."""
     found = [(0.0, True)] * len(pieces)
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i].ids))
@@ -232,7 +233,9 @@ def wish_of(options: Mapping[str, Any], seed: int = 0) -> Wish:
     return Wish(tuple(stop for stop in stops if stop), most, Sampling(temperature, top_k, top_p, seed))
 
 
-def written(model: Any, requests: Sequence[tuple[str, Mapping[str, Any]]], batch_size: int, seed: int = 0) -> list[str]:
+def written(
+    model: Model, requests: Sequence[tuple[str, Mapping[str, Any]]], batch_size: int, seed: int = 0
+) -> list[str]:
     """Answers to contexts, each cut before the first of its stop texts; a batch ends when all of its rows have one.
 
     Args:
@@ -275,7 +278,7 @@ class _AllStoppedError(Exception):
 class _Watch:
     """Gathers new tokens, and ends the batch when no row is left that goes on."""
 
-    def __init__(self, model: Any, rows: Sequence[int], wish: Wish) -> None:
+    def __init__(self, model: Model, rows: Sequence[int], wish: Wish) -> None:
         self.model, self.wish = model, wish
         self.ids: dict[int, list[int]] = {row: [] for row in rows}
         self.stopped: set[int] = set()
@@ -300,7 +303,7 @@ class _Watch:
 
 
 def _batch_written(
-    model: Any, rows: Sequence[int], encoded: Sequence[Sequence[int]], wish: Wish, n_rows: int
+    model: Model, rows: Sequence[int], encoded: Sequence[Sequence[int]], wish: Wish, n_rows: int
 ) -> list[str]:
     watch = _Watch(model, rows, wish)
     with suppress(_AllStoppedError):
@@ -308,7 +311,7 @@ def _batch_written(
     return watch.texts()
 
 
-def _encoded(model: Any, text: str, add_special_tokens: bool | None = None) -> list[int]:
+def _encoded(model: Model, text: str, add_special_tokens: bool | None = None) -> list[int]:
     if add_special_tokens is None:
         return encode(model, text)
     return tokenizer_of(model).encode(text, add_special_tokens=add_special_tokens)

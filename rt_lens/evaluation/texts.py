@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from rt_lens.common.statistics.intervals import Interval, ratio_interval
 from rt_lens.models.context import token_context
 from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.forward import logits_where
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 
 
@@ -80,7 +81,7 @@ class PerplexityResult:
 
 @torch.no_grad()
 def perplexity(
-    model: Any,
+    model: Model,
     texts: Iterable[str],
     *,
     reference: PerplexityResult | None = None,
@@ -229,7 +230,7 @@ class Piece:
 
 
 def predictions(
-    model: Any, batch: Sequence[Piece], n_rows: int
+    model: Model, batch: Sequence[Piece], n_rows: int
 ) -> Iterator[tuple[Float[Tensor, "n d_vocab"], Int[Tensor, "n 1"]]]:
     """Logits that predict what is wanted of a batch, piece after piece and some at a time, with the tokens wanted."""
     padded = pad([piece.ids for piece in batch], pad_id_of(model)).to(model.cfg.device)
@@ -265,7 +266,7 @@ def _in_windows(encoded: Sequence[Sequence[int]], window: int, stride: int) -> l
     return sorted(pieces, key=lambda piece: -len(piece.ids))
 
 
-def _checked(model: Any, window: int | None, stride: int | None) -> tuple[int, int]:
+def _checked(model: Model, window: int | None, stride: int | None) -> tuple[int, int]:
     context = model.cfg.n_ctx
     window = context if window is None else window
     if not 1 <= window <= context:
@@ -279,7 +280,7 @@ def _checked(model: Any, window: int | None, stride: int | None) -> tuple[int, i
     return window, stride
 
 
-def _encoded(model: Any, texts: Sequence[str]) -> list[list[int]]:
+def _encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
     encoded = [encode(model, text) for text in texts]
     for number, ids in enumerate(encoded):
         if len(ids) < 2:

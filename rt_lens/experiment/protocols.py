@@ -28,6 +28,7 @@ from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.choices import start_of
 from rt_lens.evaluation.scorers import Likelihood, OffOptionMass
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import answered, chat_text
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, Target, TokenTarget
@@ -82,7 +83,7 @@ class Protocol:
         return found
 
 
-def protocol_of(experiment: Experiment, model: Any) -> Protocol:
+def protocol_of(experiment: Experiment, model: Model) -> Protocol:
     """The experiment's protocol; for honesty with `auto` the model is asked what it can do first.
 
     Raises:
@@ -144,7 +145,7 @@ _LETTERS, _LETTER_SHARE, _OTHER = (
 )
 
 
-def calibrate(config: HonestyConfig, model: Any, seed: int) -> tuple[list[dict[str, Any]], str, str]:
+def calibrate(config: HonestyConfig, model: Model, seed: int) -> tuple[list[dict[str, Any]], str, str]:
     """What the model can do: judge statements (by letters), and prefer right answers (by likelihood).
 
     Asked on categories that are not held out. `auto` takes the persona protocol if the model judges above chance, else
@@ -191,7 +192,7 @@ def _share(right: Sequence[float]) -> Interval:
     return share_interval(sum(score == 1.0 for score in right), len(right))
 
 
-def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: Any) -> Protocol:
+def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: Model) -> Protocol:
     """Right answers against wrong ones: for models that know facts but cannot judge statements."""
     asked = {question.prompt: question for question in questions_of(config)}
     train, validation, test = ([asked[prompt] for prompt in part.topics] for part in parts(experiment))
@@ -234,7 +235,7 @@ def _n_targets(experiment: Experiment) -> tuple[int, int]:
     return n, max(4, round(n * experiment.tune.validation_share))
 
 
-def _taught(model: Any, questions: Sequence[Question], direction: Direction) -> list[TokenTarget]:
+def _taught(model: Model, questions: Sequence[Question], direction: Direction) -> list[TokenTarget]:
     """Right answers to learn toward honesty, wrong ones away from it; `out` holds to the right ones."""
     found: list[TokenTarget] = []
     for asked in questions:
@@ -243,7 +244,7 @@ def _taught(model: Any, questions: Sequence[Question], direction: Direction) -> 
     return found
 
 
-def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Any) -> Protocol:
+def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Model) -> Protocol:
     """True or false by letters, under personas (Ackerman 2024)."""
     split = experiment.split
     train, validation, test = _parted(seen(load_facts(), config), split.train, split.validation, split.seed)
@@ -292,7 +293,7 @@ def _parted(facts: Sequence[Fact], train: float, validation: float, seed: int) -
     return parted
 
 
-def _lettered(model: Any, questions: Sequence[Question], direction: Direction, soft: bool) -> list[TokenTarget]:
+def _lettered(model: Model, questions: Sequence[Question], direction: Direction, soft: bool) -> list[TokenTarget]:
     """The letters to learn: of the truth toward honesty, of the lie away from it; True is A in half of them, else B."""
     found: list[TokenTarget] = []
     for number, asked in enumerate(questions):
@@ -305,7 +306,7 @@ def _lettered(model: Any, questions: Sequence[Question], direction: Direction, s
     return found
 
 
-def _as_asked(model: Any, pairs: ContrastPairs) -> ContrastPairs:
+def _as_asked(model: Model, pairs: ContrastPairs) -> ContrastPairs:
     """The pairs whose letters the model itself prefers under both personas ("correct only").
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from rt_lens.arms.comparison import EvalTask
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
@@ -15,6 +14,7 @@ from rt_lens.experiment.config import DIRECTIONS, Experiment, questions_of, seen
 from rt_lens.experiment.costs import Costs, Work, steps_of, summed
 from rt_lens.experiment.protocols import Protocol, answers_protocol, likelihood_protocol, persona_protocol
 from rt_lens.experiment.shape import Shape
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.losses import Direction
@@ -23,7 +23,7 @@ from rt_lens.tuning.targets import Choice, TokenTarget
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def protocols_of(experiment: Experiment, model: Any) -> list[Protocol]:
+def protocols_of(experiment: Experiment, model: Model) -> list[Protocol]:
     """The protocols that may run, with no scorer made. Where the model's answers decide what is kept, all is."""
     experiment = experiment.unmade()
     if experiment.honesty is None:
@@ -36,7 +36,7 @@ def protocols_of(experiment: Experiment, model: Any) -> list[Protocol]:
 class Planner:
     """The stages of one protocol, as `run_experiment` goes through them."""
 
-    def __init__(self, experiment: Experiment, shape: Shape, model: Any, protocol: Protocol, local: bool) -> None:
+    def __init__(self, experiment: Experiment, shape: Shape, model: Model, protocol: Protocol, local: bool) -> None:
         self.experiment, self.model, self.protocol, self.local = experiment, model, protocol, local
         self.shape, self.costs = shape, Costs(shape, BYTES[experiment.dtype])
         self.pairs = protocol.train.sample(experiment.extract.n_pairs, experiment.split.seed)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rt_lens.arms.sweeping import Answers, Metric, Options
 from rt_lens.experiment.config import Experiment
 from rt_lens.experiment.protocols import parts, protocol_of
+from rt_lens.models.protocol import Model
 
 
-def validation_metric(experiment: Experiment, model: Any, max_new_tokens: int) -> tuple[list[str], Metric]:
+def validation_metric(experiment: Experiment, model: Model, max_new_tokens: int) -> tuple[list[str], Metric]:
     """Prompts to steer on, and how to measure what steering does there, both for `sweep`.
 
     Args:

@@ -15,11 +15,12 @@ from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import keeps_logits, quick
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import TokenBatch, batches, encode, pad, pad_id_of
 from rt_lens.models.tokens.texts import token_texts
 
 
-def check_hook_names(model: Any, hook_names: Sequence[str]) -> None:
+def check_hook_names(model: Model, hook_names: Sequence[str]) -> None:
     """Refuses hook names that the model has not.
 
     Raises:
@@ -35,7 +36,7 @@ def check_hook_names(model: Any, hook_names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def read_activations(
-    model: Any,
+    model: Model,
     texts: Iterable[str],
     hook_names: Sequence[str],
     reads: Sequence[Sequence[Sequence[int]]],
@@ -79,7 +80,7 @@ def read_activations(
     return found
 
 
-def _run(model: Any, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) -> Any:
+def _run(model: Model, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) -> Any:
     """The cache of one batch, with hooks told which of the caller's texts it holds."""
     with token_context(batch.mask, rows=batch.rows, n_rows=n_rows):
         _, cache = model.run_with_cache(
@@ -93,7 +94,7 @@ def _run(model: Any, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) 
     return cache
 
 
-def _stop(model: Any, hook_names: Sequence[str]) -> int | None:
+def _stop(model: Model, hook_names: Sequence[str]) -> int | None:
     """The first block that need not run, which after the last one is the unembedding; None to run everything."""
     if not all(name.startswith("blocks.") for name in hook_names):
         return None
@@ -101,7 +102,7 @@ def _stop(model: Any, hook_names: Sequence[str]) -> int | None:
     return stop if stop < model.cfg.n_layers or isinstance(model, HookedTransformer) else None
 
 
-def _no_logits(model: Any) -> dict[str, int]:
+def _no_logits(model: Model) -> dict[str, int]:
     """What asks a TransformerBridge, which has no end before its unembedding, for as few logits as it can make."""
     return {} if isinstance(model, HookedTransformer) or not keeps_logits(model) else {"logits_to_keep": 1}
 
@@ -118,7 +119,7 @@ def _weights(batch: TokenBatch, reads: Sequence[Sequence[Sequence[int]]]) -> Flo
 
 
 def last_token_activations(
-    model: Any, texts: Iterable[str], hook_names: Sequence[str], *, batch_size: int = 32, progress: bool = False
+    model: Model, texts: Iterable[str], hook_names: Sequence[str], *, batch_size: int = 32, progress: bool = False
 ) -> dict[str, Float[Tensor, "text *heads d"]]:
     """Activations at the last token of each text: see `read_activations`.
 
@@ -133,7 +134,7 @@ def last_token_activations(
 
 @torch.no_grad()
 def token_activations(
-    model: Any, text: str, hook_names: Sequence[str]
+    model: Model, text: str, hook_names: Sequence[str]
 ) -> tuple[list[str], dict[str, Float[Tensor, "pos *heads d"]]]:
     """Activations at every token of one text.
 

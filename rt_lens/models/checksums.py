@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rt_lens.models.protocol import Model
+
 _PLAIN = (str, int, float, complex, bool, bytes, torch.dtype, torch.device, torch.Size, type(None), type(...))
 _LIBRARIES = tuple(
     f"{Path(place).resolve()}{os.sep}"
@@ -51,12 +53,12 @@ def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
     return content.hexdigest()
 
 
-def parameters_sha256(model: nn.Module) -> str:
+def parameters_sha256(model: Model | nn.Module) -> str:
     """Checksum of all parameters, whatever the model is called. Every weight is read: 135 million take 0.3 s."""
     return tensors_sha256(model.named_parameters())
 
 
-def buffers_sha256(model: nn.Module) -> str:
+def buffers_sha256(model: Model | nn.Module) -> str:
     """Checksum of all buffers; of rotary tables, which TransformerLens lengthens as texts grow, their beginning."""
     return tensors_sha256(
         (name, buffer[:_SETTLED] if name.rsplit(".", 1)[-1] in _TABLES else buffer)
@@ -64,7 +66,7 @@ def buffers_sha256(model: nn.Module) -> str:
     )
 
 
-def hooks_of(model: nn.Module) -> list[dict[str, str]]:
+def hooks_of(model: Model | nn.Module) -> list[dict[str, str]]:
     """What acts on a model's forward pass beside its weights: point, name and checksum of each hook, in their order.
 
     Raises:
@@ -80,7 +82,7 @@ def hooks_of(model: nn.Module) -> list[dict[str, str]]:
     return found
 
 
-def measure_sha256(measure: Any, model: nn.Module) -> str | None:
+def measure_sha256(measure: Any, model: Model | nn.Module) -> str | None:
     """Checksum of a function that measures, or of such an object: its code, and tensors and functions that it holds.
 
     Other numbers, lists and the like that it holds are left out: they may be what it counts.
@@ -98,7 +100,7 @@ def measure_sha256(measure: Any, model: nn.Module) -> str | None:
         return None
 
 
-def _inside(model: nn.Module) -> dict[int, str]:
+def _inside(model: Model | nn.Module) -> dict[int, str]:
     return {id(module): name for name, module in model.named_modules()}
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
+from rt_lens.models.protocol import Model
+
 
 class CacheSlot:
     """Keys and values of one layer; keys are stored with their rotation already applied."""
@@ -53,7 +55,7 @@ class CacheSlot:
 class KeyValueCache:
     """A preallocated key-value cache that `HookedTransformer.forward` takes as `past_kv_cache`, inside `quick`."""
 
-    def __init__(self, model: HookedTransformer, batch: int, capacity: int) -> None:
+    def __init__(self, model: Model, batch: int, capacity: int) -> None:
         cfg, like = model.cfg, next(model.parameters()).detach()
         heads = cfg.n_key_value_heads or cfg.n_heads
         self.batch = batch
@@ -69,7 +71,7 @@ class KeyValueCache:
             slot.append(*(part[:, : shared.length].expand(self.batch, -1, -1, -1) for part in shared.pair))
         self.mask = prefix.mask.expand(self.batch, -1)
 
-    def branch(self, model: HookedTransformer, rows: list[int], room: int) -> KeyValueCache:
+    def branch(self, model: Model, rows: list[int], room: int) -> KeyValueCache:
         """A cache in which row i goes on from what `rows[i]` has seen, with room for so many more tokens."""
         found = KeyValueCache(model, len(rows), self.mask.shape[1] + room)
         for slot, seen in zip(found.slots, self.slots, strict=True):
@@ -95,7 +97,7 @@ class _Frame:
     causal: bool
 
 
-def can_be_quick(model: Any) -> bool:
+def can_be_quick(model: Model) -> bool:
     """True if `quick` has its own attention for this model: a rotary HookedTransformer with nothing unusual."""
     if not isinstance(model, HookedTransformer):
         return False
@@ -112,7 +114,7 @@ def can_be_quick(model: Any) -> bool:
 
 
 @contextmanager
-def quick(model: Any) -> Iterator[Any]:
+def quick(model: Model) -> Iterator[Any]:
     """While the block lasts, the model's attention runs fast; its hooks, weights and results stay what they were.
 
     Nested use is harmless. On leaving, and on any exception, the model is as before.
@@ -212,13 +214,13 @@ def _causal(n_query: int, total: int, device: torch.device) -> Tensor:
 
 
 def final_residual(
-    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:
     """The residual stream after the last block of a HookedTransformer, with no unembedding."""
     return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
 
 
-def unembed(model: HookedTransformer, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+def unembed(model: Model, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
     """Logits of chosen residuals of a HookedTransformer: its final norm, unembedding and soft cap."""
     flat = residual.reshape(1, -1, residual.shape[-1])
     logits = model.unembed(model.ln_final(flat) if model.cfg.normalization_type is not None else flat)
@@ -229,7 +231,7 @@ def unembed(model: HookedTransformer, residual: Float[Tensor, "... d_model"]) ->
 
 
 def logits_where(
-    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor, *, size: int = 128
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor, *, size: int = 128
 ) -> Iterator[Float[Tensor, "chosen d_vocab"]]:
     """Logits at chosen positions, some at a time: on a HookedTransformer no others are computed.
 
@@ -254,7 +256,7 @@ def logits_where(
 
 
 def bridge_logits(
-    model: Any, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor
+    model: Model, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor
 ) -> Float[Tensor, "chosen d_vocab"]:
     """Logits of a TransformerBridge at chosen positions, with no other columns than theirs in memory.
 
@@ -279,7 +281,7 @@ def keeps_logits(model: Any) -> bool:
     return not hooked and "logits_to_keep" in inspect.signature(model.original_model.forward).parameters
 
 
-def cache_error(model: Any) -> float:
+def cache_error(model: Model) -> float:
     """How far a TransformerBridge's logits with a key-value cache are from those without, relative to their size.
 
     Measured once, on two rows of which one is padded, without whatever hooks the model carries; remembered on
@@ -297,13 +299,13 @@ def allowed_error(dtype: torch.dtype) -> float:
     return {torch.float16: 0.02, torch.bfloat16: 0.05}.get(dtype, 1e-3)
 
 
-def caches_rightly(model: Any) -> bool:
+def caches_rightly(model: Model) -> bool:
     """Whether decoding with a key-value cache gives what decoding without one gives, but for rounding."""
     return cache_error(model) < allowed_error(next(model.parameters()).dtype)
 
 
 @torch.no_grad()
-def _measured_cache_error(model: Any, n: int = 8, steps: int = 4) -> float:
+def _measured_cache_error(model: Model, n: int = 8, steps: int = 4) -> float:
     tokens = torch.linspace(0, model.cfg.d_vocab - 1, 2 * (n + steps)).long().view(2, -1).to(model.cfg.device)
     mask = torch.ones_like(tokens)
     mask[1, : n // 2] = 0
@@ -324,7 +326,7 @@ def _measured_cache_error(model: Any, n: int = 8, steps: int = 4) -> float:
 
 
 @contextmanager
-def _without_hooks(model: Any) -> Iterator[None]:
+def _without_hooks(model: Model) -> Iterator[None]:
     """While the block lasts, no hook point calls anything: edits by row and the like would meet rows not their own."""
     points = [part for part in model.modules() if isinstance(part, HookPoint)]
     kept = [(point._forward_hooks, point._backward_hooks) for point in points]
@@ -342,7 +344,7 @@ def finest_dtype(device: Any) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:
+def check_layers(model: Model, layers: Iterable[int] | None) -> list[int]:
     """The block indices, all for None.
 
     Raises:
@@ -361,11 +363,11 @@ def check_layers(model: Any, layers: Iterable[int] | None) -> list[int]:
     return chosen
 
 
-def dtype_name(model: Any) -> str:
+def dtype_name(model: Model) -> str:
     """The type of the model's weights, as `load_model` takes it."""
     return str(model.cfg.dtype).removeprefix("torch.")
 
 
-def model_name(model: Any) -> str:
+def model_name(model: Model) -> str:
     """The name under which the model was loaded."""
     return getattr(model.cfg, "rt_lens_name", None) or model.cfg.model_name

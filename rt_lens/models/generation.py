@@ -31,6 +31,7 @@ from rt_lens.models.forward import (
     quick,
     unembed,
 )
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
 from rt_lens.models.tokens.texts import Pieces, text_of
@@ -43,7 +44,7 @@ class Directions(Protocol):
     @property
     def vectors(self) -> Mapping[str, Tensor]: ...
 
-    def check_fits(self, model: Any) -> None: ...
+    def check_fits(self, model: Model) -> None: ...
 
     def unit(self) -> Directions: ...
 
@@ -105,7 +106,7 @@ class NewToken:
     projections: dict[str, float] = field(default_factory=dict)
 
 
-def as_chat(model: Any, prompts: Sequence[str], *, system: str = "") -> list[str]:
+def as_chat(model: Model, prompts: Sequence[str], *, system: str = "") -> list[str]:
     """User messages through the chat template; left as they are if there is none, or they went through already."""
     if not has_chat_template(model):
         return list(prompts)
@@ -113,7 +114,7 @@ def as_chat(model: Any, prompts: Sequence[str], *, system: str = "") -> list[str
 
 
 def generate(
-    model: Any,
+    model: Model,
     prompts: Iterable[str],
     *,
     chat: bool = True,
@@ -200,7 +201,7 @@ def _warn_of_thoughts(prompts: Sequence[str], answers: Sequence[str]) -> None:
 
 
 def stream(
-    model: Any,
+    model: Model,
     prompt: str,
     *,
     max_new_tokens: int = 40,
@@ -233,7 +234,7 @@ def stream(
 
 
 def generate_tokens(
-    model: Any,
+    model: Model,
     encoded: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -284,7 +285,7 @@ class _Run:
     """One batch on its way: the tokens so far, their mask, and the step that makes the next logits."""
 
     def __init__(
-        self, model: Any, encoded: Sequence[Sequence[int]], n: int, use_cache: bool,
+        self, model: Model, encoded: Sequence[Sequence[int]], n: int, use_cache: bool,
         rows: tuple[int, ...] | None = None, n_rows: int | None = None,
     ) -> None:  # fmt: skip
         longest = max(len(ids) for ids in encoded)
@@ -345,7 +346,7 @@ class _Teller:
     """Tells a callback of new tokens, and reads their own activations where it wants a trace."""
 
     def __init__(
-        self, model: Any, rows: Sequence[int], ends: Tensor, on_token: Callable[[NewToken], None],
+        self, model: Model, rows: Sequence[int], ends: Tensor, on_token: Callable[[NewToken], None],
         trace: Directions | None,
     ) -> None:  # fmt: skip
         self.model, self.rows, self.ends, self.on_token = model, rows, ends, on_token
@@ -397,12 +398,12 @@ class _Teller:
             self.on_token(replace(new, text=new.text + rest))
 
 
-def _shared_beginning(model: Any, encoded: Sequence[Sequence[int]]) -> int:
+def _shared_beginning(model: Model, encoded: Sequence[Sequence[int]]) -> int:
     """How many first tokens all prompts share (a template's system text, say) and can be run once for the batch.
 
     None under hooks: they may act by row, and would meet a single one.
     """
-    if not can_be_quick(model) or len(encoded) == 1 or any(point._forward_hooks for point in model.hook_points()):
+    if not can_be_quick(model) or len(encoded) == 1 or any(point._forward_hooks for point in model.hook_dict.values()):
         return 0
     most = min(len(ids) for ids in encoded) - 1  # each row needs a token of its own to go on from
     columns = itertools.islice(zip(*encoded, strict=False), most)
@@ -453,7 +454,7 @@ def _may_cache(model: Any) -> bool:
     return False
 
 
-def _bridge_stepper(model: Any) -> Step:
+def _bridge_stepper(model: Model) -> Step:
     state: dict[str, Any] = {"logits_to_keep": 1} if keeps_logits(model) else {}
 
     def step(tokens: Tensor, mask: Tensor, everything: Tensor) -> Tensor:
@@ -465,7 +466,7 @@ def _bridge_stepper(model: Any) -> Step:
     return step
 
 
-def _plain_stepper(model: Any) -> Step:
+def _plain_stepper(model: Model) -> Step:
     """Steps that run the whole text again."""
     so_far: list[Tensor] = []
 
@@ -488,7 +489,7 @@ def _draws(seed: int, streams: Iterable[int], n: int) -> Float[Tensor, "batch n"
     return torch.stack(rows)
 
 
-def _ends(model: Any) -> Int[Tensor, "n"]:
+def _ends(model: Model) -> Int[Tensor, "n"]:
     return torch.tensor(end_ids(model), dtype=torch.long)
 
 

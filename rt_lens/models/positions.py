@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import tokenizer_of
 from rt_lens.models.tokens.texts import token_texts
@@ -144,7 +144,7 @@ def _substring(row: Row, words: str) -> list[int]:
     return row.within(start, start + len(words))
 
 
-def rows_of(model: Any, texts: Sequence[str], prompt_ends: Sequence[int] | None = None) -> list[Row]:
+def rows_of(model: Model, texts: Sequence[str], prompt_ends: Sequence[int] | None = None) -> list[Row]:
     """Texts as positions see them.
 
     Args:

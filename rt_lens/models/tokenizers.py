@@ -13,6 +13,7 @@ from typing import Any
 from transformer_lens import HookedTransformer
 
 from rt_lens.models.hub import hub_token
+from rt_lens.models.protocol import Model
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
@@ -43,7 +44,7 @@ def give_tokenizer(model: Any, tokenizer: Any) -> Any:
     return model
 
 
-def source_tokenizer(model: Any) -> Any:
+def source_tokenizer(model: Model) -> Any:
     """A copy of a model's tokenizer that pads as the source's did; what was set on it since loading is kept."""
     tokenizer = copy.deepcopy(model.tokenizer)
     for name, (before, ours) in getattr(model.cfg, "rt_lens_tokenizer", {}).items():

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rt_lens.models.protocol import Model
 from rt_lens.steering.edits import (
     Edit,
     FwdHook,
@@ -247,7 +248,7 @@ def _nonzero(name: str, vector: Tensor) -> Tensor:
 
 
 @contextmanager
-def steered(model: Any, *hooks: Sequence[FwdHook]) -> Iterator[Any]:
+def steered(model: Model, *hooks: Sequence[FwdHook]) -> Iterator[Any]:
     """`model.hooks(fwd_hooks=...)` for several lists, refusing hook points that the model has not.
 
     HookedTransformer names an unknown hook point without a hint, TransformerBridge ignores it. On leaving, and on any

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from rt_lens.models.activations import read_activations, token_activations
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import numbers_in, position_of, rows_of
+from rt_lens.models.protocol import Model
 from rt_lens.steering.conditions import Condition, check_condition
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
@@ -39,7 +40,7 @@ class FittedCondition(Condition):
 
 
 def fit_condition(
-    model: Any,
+    model: Model,
     holds: Iterable[str],
     fails: Iterable[str],
     *,
@@ -116,14 +117,14 @@ def _rate(wrong: Sequence[float], by: str, seed: int) -> Interval:
     return mean_interval(wrong, seed) if by == "token" else share_interval(int(sum(wrong)), len(wrong))
 
 
-def _read(model: Any, prompts: Sequence[str], name: str, position: str) -> list[Float[Tensor, "1 d_model"]]:
+def _read(model: Model, prompts: Sequence[str], name: str, position: str) -> list[Float[Tensor, "1 d_model"]]:
     texts = as_chat(model, prompts)
     place = position_of(position)
     reads = [[numbers_in(row, place, f"prompt {i}")] for i, row in enumerate(rows_of(model, texts))]
     return list(read_activations(model, texts, [name], reads)[name])
 
 
-def _all_tokens(model: Any, prompts: Sequence[str], name: str) -> list[Float[Tensor, "pos d_model"]]:
+def _all_tokens(model: Model, prompts: Sequence[str], name: str) -> list[Float[Tensor, "pos d_model"]]:
     return [token_activations(model, text, [name])[1][name] for text in as_chat(model, prompts)]
 
 

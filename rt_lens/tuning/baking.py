@@ -15,6 +15,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from rt_lens.models.forward import dtype_name, finest_dtype, model_name
+from rt_lens.models.protocol import Model
 from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.operators import Affine
@@ -25,7 +26,7 @@ _FOLDABLE = (*_RESIDUAL, "attn_out", "mlp_out", "z")
 
 
 @torch.no_grad()
-def bake(model: Any, hooks: Sequence[FwdHook]) -> WeightDelta:
+def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
     """The change of weights that does what constant edits do, exactly.
 
     An edit has an exact fold if it acts on every token alike (positions `all`, one multiplier, no schedule, no
@@ -103,7 +104,7 @@ class _Weights:
         return {name: now - self.before[name] for name, now in self.now.items()}
 
 
-def _writes_as_it_is(model: Any) -> bool:
+def _writes_as_it_is(model: Model) -> bool:
     """Whether embedding, attention and MLP go into the stream one after the other, and without a norm in between."""
     cfg = model.cfg
     normed = cfg.use_normalization_before_and_after or cfg.original_architecture in POST_NORM_ARCHITECTURES
@@ -111,7 +112,7 @@ def _writes_as_it_is(model: Any) -> bool:
     return not (normed or aside or cfg.post_embedding_ln)
 
 
-def _constant(model: Any, name: str, edit: Any) -> Edit:
+def _constant(model: Model, name: str, edit: Any) -> Edit:
     """The edit, if it is one of ours that acts on every token alike and fits the hook point."""
     if name not in model.hook_dict:
         near = get_close_matches(name, model.hook_dict, n=3)
@@ -141,11 +142,11 @@ def _kind(name: str) -> str:
     return name.rsplit("hook_", 1)[-1]
 
 
-def _shape(model: Any, name: str) -> tuple[int, ...]:
+def _shape(model: Model, name: str) -> tuple[int, ...]:
     return (model.cfg.n_heads, model.cfg.d_head) if _kind(name) == "z" else (model.cfg.d_model,)
 
 
-def _affine(model: Any, name: str, edits: Sequence[Edit]) -> Affine:
+def _affine(model: Model, name: str, edits: Sequence[Edit]) -> Affine:
     """The edits at one hook point, one after the other, as h A + c; heads that are left alone get the identity."""
     shape, kind = _shape(model, name), {"device": model.cfg.device, "dtype": finest_dtype(model.cfg.device)}
     matrix, offset = torch.eye(shape[-1], **kind).expand(*shape, -1), torch.zeros(shape, **kind)
@@ -160,12 +161,12 @@ def _affine(model: Any, name: str, edits: Sequence[Edit]) -> Affine:
     return matrix, offset
 
 
-def _only_adds(model: Any, name: str, edits: Sequence[Edit]) -> bool:
+def _only_adds(model: Model, name: str, edits: Sequence[Edit]) -> bool:
     matrix, _ = _affine(model, name, edits)
     return torch.equal(matrix, torch.eye(len(matrix)).to(matrix))
 
 
-def _writer(model: Any, name: str) -> tuple[str, str]:
+def _writer(model: Model, name: str) -> tuple[str, str]:
     """Names of the weight and bias of what is written into the stream last before a point; the embedding is both."""
     layer, kind = layer_of(name), _kind(name)
     if kind == "resid_pre":
@@ -177,7 +178,7 @@ def _writer(model: Any, name: str) -> tuple[str, str]:
     return f"blocks.{layer}.mlp.W_out", f"blocks.{layer}.mlp.b_out"
 
 
-def _fold_one(model: Any, weights: _Weights, name: str, edits: Sequence[Edit]) -> None:
+def _fold_one(model: Model, weights: _Weights, name: str, edits: Sequence[Edit]) -> None:
     """The edits of one block's output, or constants added to the stream."""
     matrix, offset = _affine(model, name, edits)
     weight, bias = _writer(model, name)
@@ -191,7 +192,7 @@ def _fold_one(model: Any, weights: _Weights, name: str, edits: Sequence[Edit]) -
         weights[weight], weights[bias] = weights[weight] @ matrix, weights[bias] @ matrix + offset
 
 
-def _fold_stream(model: Any, weights: _Weights, points: Mapping[str, Sequence[Edit]], stream: Sequence[str]) -> None:
+def _fold_stream(model: Model, weights: _Weights, points: Mapping[str, Sequence[Edit]], stream: Sequence[str]) -> None:
     """One and the same projection at every point of the stream, up to some point: orthogonalise what writes to it."""
     first = stream[0]
     every = [name for layer in range(model.cfg.n_layers) for kind in _RESIDUAL for name in hook_names([layer], kind)]

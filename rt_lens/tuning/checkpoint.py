@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rt_lens.common.files import check_can_write, read_safetensors, remove_leftovers, write_safetensors
 from rt_lens.models.checksums import parameters_sha256, tensors_sha256
+from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.tuning_data import Row, TuningData
 from rt_lens.tuning.weights import TrainableParam
@@ -144,7 +145,7 @@ class Checkpoint:
 
 
 def run_of(
-    config: TuneConfig, model: nn.Module, about: Mapping[str, Any], weights: str | None = None
+    config: TuneConfig, model: Model | nn.Module, about: Mapping[str, Any], weights: str | None = None
 ) -> dict[str, Any]:
     """What makes two runs the same beside the texts: settings, and checksums of the model's weights and the vectors.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rt_lens.common.files import read_safetensors, write_safetensors
+from rt_lens.models.protocol import Model
 
 _SCHEMA = 1
 
@@ -94,7 +95,7 @@ class WeightDelta:
                     "loaded with one backend."
                 )
 
-    def apply(self, model: nn.Module) -> Callable[[], None]:
+    def apply(self, model: Model | nn.Module) -> Callable[[], None]:
         """Puts the change on, until the function that comes back takes it off again.
 
         The changed parameters get memory of their own; the memory from before is kept, and put back by the undo, so
@@ -127,7 +128,7 @@ class WeightDelta:
         return swap.take_off
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[Any]:
+    def applied(self, model: Model | nn.Module) -> Iterator[Any]:
         """The tuned model, for as long as the block lasts; afterwards the weights are bit for bit what they were.
 
         Raises:
@@ -165,7 +166,7 @@ class WeightDelta:
 class _Swap:
     """A delta and a model's parameters: the memory before, and the memory with the change."""
 
-    def __init__(self, delta: WeightDelta, model: nn.Module) -> None:
+    def __init__(self, delta: WeightDelta, model: Model | nn.Module) -> None:
         parameters = dict(model.named_parameters())
         for name, change in delta.changes.items():
             if name not in parameters or parameters[name].shape != change.shape:

@@ -13,6 +13,7 @@ from torch import Tensor
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.forward import check_layers
 from rt_lens.models.positions import position_named, position_of
+from rt_lens.models.protocol import Model
 from rt_lens.steering.binding import add
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import TuneConfig, whole_numbers
@@ -74,7 +75,7 @@ class ResolvedTarget:
 
 
 def resolve_targets(
-    model: Any, aims: SteeringVectors | Sequence[DirectionTarget], config: TuneConfig
+    model: Model, aims: SteeringVectors | Sequence[DirectionTarget], config: TuneConfig
 ) -> list[ResolvedTarget]:
     """The aims as the loop reads them.
 
@@ -91,7 +92,7 @@ def resolve_targets(
     return [_reading(model, aim, aim.weight / total, config) for aim in aims]
 
 
-def _reading(model: Any, aim: DirectionTarget, share: float, config: TuneConfig) -> ResolvedTarget:
+def _reading(model: Model, aim: DirectionTarget, share: float, config: TuneConfig) -> ResolvedTarget:
     direction, positions = aim.direction or config.direction, aim.positions or config.positions
     if direction not in ("toward", "away", "out"):
         raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'out' is wanted.")
@@ -170,7 +171,7 @@ class KLThenSteer:
                 "share above 0 and up to 1, and at least one pair are wanted."
             )
 
-    def check_fits(self, model: Any) -> None:
+    def check_fits(self, model: Model) -> None:
         """Refuses directions of another model and layers outside it.
 
         Raises:
@@ -182,14 +183,14 @@ class KLThenSteer:
                 each.check_fits(model)
                 each.at_layers(self.layers)
 
-    def drawn(self, model: Any, seed: str) -> list[FwdHook]:
+    def drawn(self, model: Model, seed: str) -> list[FwdHook]:
         """The hooks of one step: none, or a direction with a multiplier."""
         chance = random.Random(seed)
         steered, which = chance.random() < self.share, chance.randrange(len(self.directions))
         multiplier = self.strength * chance.uniform(-1, 1)
         return self.hooks(model, which, multiplier, chance.randrange(2**31)) if steered else []
 
-    def held_out(self, model: Any) -> list[list[FwdHook]]:
+    def held_out(self, model: Model) -> list[list[FwdHook]]:
         """The hooks of every validation: each direction at half its strength, both ways."""
         return [
             self.hooks(model, which, sign * self.strength / 2, 0)
@@ -197,7 +198,7 @@ class KLThenSteer:
             for sign in (1, -1)
         ]
 
-    def hooks(self, model: Any, which: int, multiplier: float, seed: int) -> list[FwdHook]:
+    def hooks(self, model: Model, which: int, multiplier: float, seed: int) -> list[FwdHook]:
         """One of the directions, added."""
         chosen = self.directions[which]
         if isinstance(chosen, ContrastPairs):

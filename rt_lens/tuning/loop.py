@@ -17,6 +17,7 @@ from rt_lens.common.progress import Bar
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.forward import dtype_name, model_name
+from rt_lens.models.protocol import Model
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of
 from rt_lens.tuning.config import TuneConfig
@@ -45,7 +46,7 @@ class LossNotFinite(FloatingPointError):
 @torch.inference_mode(mode=False)  # gradients are wanted here, whatever the caller has switched off
 @torch.enable_grad()
 def tune(
-    model: Any,
+    model: Model,
     vectors: SteeringVectors | Sequence[DirectionTarget],
     train: ContrastPairs | Sequence[TokenTarget] | TuningData,
     config: TuneConfig | None = None,
@@ -117,7 +118,7 @@ def tune(
 
 
 def _check_request(
-    model: Any,
+    model: Model,
     train: Any,
     config: TuneConfig,
     validation: Any,
@@ -142,7 +143,7 @@ def _check_request(
 
 
 def _check_material(
-    model: Any,
+    model: Model,
     weights: str,
     material: TuningData,
     readings: Sequence[ResolvedTarget],
@@ -179,7 +180,7 @@ class _Loop:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         objective: Objective,
         leaves: Mapping[str, TrainableParam],
         trained: Mapping[str, Mapping[str, nn.Parameter]],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rt_lens.models.divergence import kl_divergence
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import pad_id_of
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import LOSSES, TuneConfig
@@ -23,7 +24,7 @@ class Objective:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         readings: Sequence[ResolvedTarget],
         config: TuneConfig,
         material: TuningData,

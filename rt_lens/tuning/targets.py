@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from rt_lens.common.inputs import as_text, listed, text_list
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.generation import as_chat, generate
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.losses import Direction
@@ -66,7 +67,7 @@ TokenTarget: TypeAlias = Target | Choice
 
 
 def write_targets(
-    model: Any, pairs: ContrastPairs, direction: Direction, config: TuneConfig, *, progress: bool = False
+    model: Model, pairs: ContrastPairs, direction: Direction, config: TuneConfig, *, progress: bool = False
 ) -> list[Target]:
     """Targets in the model's own words: answers it writes under a persona, to be learnt without the persona.
 
@@ -94,7 +95,7 @@ def neutral_list(neutral: Iterable[Any]) -> list[Any]:
 
 
 def write_neutral(
-    model: Any, prompts: Iterable[str], config: TuneConfig | None = None, *, progress: bool = False
+    model: Model, prompts: Iterable[str], config: TuneConfig | None = None, *, progress: bool = False
 ) -> list[Target]:
     """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
     asked = as_chat(model, text_list(prompts, "prompts", none=True))
@@ -102,7 +103,7 @@ def write_neutral(
 
 
 def _written(
-    model: Any, asked: Sequence[str], prompts: Sequence[str], config: TuneConfig, progress: bool
+    model: Model, asked: Sequence[str], prompts: Sequence[str], config: TuneConfig, progress: bool
 ) -> list[Target]:
     """What the model answers to the texts asked, to be learnt as answers to the prompts."""
     lengths: Counter[int] = Counter()

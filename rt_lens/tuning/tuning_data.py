@@ -20,6 +20,7 @@ from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import bridge_logits, model_name, quick, unembed
 from rt_lens.models.positions import numbers_in, position_of, rows_of
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode, pad_id_of
 from rt_lens.models.tokens.chats import answered, end_ids, end_of_answer, tokenizer_of
 from rt_lens.steering.edits import FwdHook
@@ -123,7 +124,7 @@ class TuningData:
 
 @torch.no_grad()
 def prepare_data(
-    model: Any,
+    model: Model,
     vectors: SteeringVectors | Sequence[DirectionTarget],
     train: ContrastPairs | Sequence[TokenTarget],
     config: TuneConfig,
@@ -172,7 +173,7 @@ def prepare_data(
     )
 
 
-def unmixed(model: Any) -> AbstractContextManager[Any]:
+def unmixed(model: Model) -> AbstractContextManager[Any]:
     """Runs the model in its weights' own precision: both sides of the KL do, and mixed precision changes neither.
 
     In bfloat16 a row's logits depend on the rows beside it: an untouched model would be 0.0005 nats from itself.
@@ -180,7 +181,7 @@ def unmixed(model: Any) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(model.cfg.device).type, enabled=False)
 
 
-def _first_block(model: Any, config: TuneConfig, steer: KLThenSteer | None) -> int:
+def _first_block(model: Model, config: TuneConfig, steer: KLThenSteer | None) -> int:
     """The first block that training or steering changes anything in; 0 where the model cannot start later."""
     if config.prefix_cache == "off" or not isinstance(model, HookedTransformer):
         return 0
@@ -188,7 +189,7 @@ def _first_block(model: Any, config: TuneConfig, steer: KLThenSteer | None) -> i
 
 
 def _rows(
-    model: Any, targets: Sequence[TokenTarget], places: Sequence[str], first: int, config: TuneConfig,
+    model: Model, targets: Sequence[TokenTarget], places: Sequence[str], first: int, config: TuneConfig,
     *, reference: bool = False,
 ) -> list[Row]:  # fmt: skip
     """The targets as rows, with prefix and reference on shelves."""
@@ -218,14 +219,14 @@ def _rows(
     return found
 
 
-def _in_batches(model: Any, rows: Sequence[Row], size: int = 16) -> Iterator[tuple[list[Row], Batch]]:
+def _in_batches(model: Model, rows: Sequence[Row], size: int = 16) -> Iterator[tuple[list[Row], Batch]]:
     for start in range(0, len(rows), size):
         some = list(rows[start : start + size])
         yield some, Batch.of(some, pad_id_of(model), model.cfg.device)
 
 
 def _centres(
-    model: Any, rows: Sequence[Row], readings: Sequence[ResolvedTarget], first: int, config: TuneConfig
+    model: Model, rows: Sequence[Row], readings: Sequence[ResolvedTarget], first: int, config: TuneConfig
 ) -> dict[tuple[str, str], Tensor]:
     """Mean activations of the untuned model, over the training rows' positions read."""
     wanted = list(dict.fromkeys((reading.positions, name) for reading in readings for name in reading.names))
@@ -246,7 +247,7 @@ def _centres(
 
 
 def read(
-    model: Any, batch: Batch, names: Sequence[str], first: int, *, final: bool, hooks: Sequence[FwdHook] = ()
+    model: Model, batch: Batch, names: Sequence[str], first: int, *, final: bool, hooks: Sequence[FwdHook] = ()
 ) -> tuple[dict[str, Float[Tensor, "row pos d_model"]], Float[Tensor, "read width"] | None]:
     """Activations at hook points and, if wanted, the final residual (a bridge: logits) at the positions that predict.
 
@@ -278,12 +279,12 @@ def read(
     return found, output[batch.predicts] if final else None
 
 
-def logits_of(model: Any, final: Float[Tensor, "read width"]) -> Float[Tensor, "read d_vocab"]:
+def logits_of(model: Model, final: Float[Tensor, "read width"]) -> Float[Tensor, "read d_vocab"]:
     """Logits of what `read` gave as final."""
     return unembed(model, final) if isinstance(model, HookedTransformer) else final
 
 
-def _row(model: Any, target: TokenTarget, places: Sequence[str]) -> Row:
+def _row(model: Model, target: TokenTarget, places: Sequence[str]) -> Row:
     prompt = encode(model, target.prompt) if target.prompt else []
     if isinstance(target, Choice):
         tokens, start = torch.tensor(prompt), len(prompt) - 1
@@ -302,7 +303,7 @@ def _row(model: Any, target: TokenTarget, places: Sequence[str]) -> Row:
     return Row(target.prompt, tokens, predicts, choices, shares, masks)
 
 
-def _answer_ids(model: Any, target: Target, prompt: list[int]) -> list[int]:
+def _answer_ids(model: Model, target: Target, prompt: list[int]) -> list[int]:
     """The tokens that a target's answer adds to its prompt, as the template writes a whole answer, with its end."""
     whole = answered(model, target.prompt, target.answer)
     if not whole.startswith(target.prompt):  # a template that opens a thought, which the answer then stands in
@@ -316,7 +317,7 @@ def _answer_ids(model: Any, target: Target, prompt: list[int]) -> list[int]:
     return answer if end is None or not answer or answer[-1] in end_ids(model) else [*answer, end]
 
 
-def _single(model: Any, prompt: str, option: str) -> int:
+def _single(model: Model, prompt: str, option: str) -> int:
     # Where it follows: some tokenizers give " A" alone a token for its beginning more.
     before, after = encode(model, prompt), encode(model, answered(model, prompt, option))
     if len(after) != len(before) + 1 or after[:-1] != before:
@@ -328,7 +329,7 @@ def _single(model: Any, prompt: str, option: str) -> int:
     return int(after[-1])
 
 
-def _mask(model: Any, target: TokenTarget, place: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
+def _mask(model: Model, target: TokenTarget, place: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
     """Where a named position lies: in the answer for `mean response`, in all for `mean`, else in the prompt."""
     mask = torch.zeros(len(tokens), dtype=torch.bool)
     start = len(encode(model, target.prompt)) if target.prompt else 0
@@ -359,7 +360,7 @@ def _check_texts(train: Any, validation: Any, config: TuneConfig, directions: se
 
 
 def _targets(
-    model: Any, train: Any, validation: Any, config: TuneConfig, progress: bool
+    model: Model, train: Any, validation: Any, config: TuneConfig, progress: bool
 ) -> tuple[list[TokenTarget], list[TokenTarget]]:
     if isinstance(train, ContrastPairs):
         if validation is None:
@@ -386,7 +387,7 @@ def _parted(targets: Sequence[TokenTarget], config: TuneConfig) -> tuple[list[To
     return [t for t in targets if t.prompt not in held], [t for t in targets if t.prompt in held]
 
 
-def _anchors(model: Any, neutral: Sequence[str] | Sequence[Target], config: TuneConfig) -> list[Target]:
+def _anchors(model: Model, neutral: Sequence[str] | Sequence[Target], config: TuneConfig) -> list[Target]:
     """Neutral targets for the KL term: those given, or the untuned model's answers to the prompts given."""
     if config.kl_weight == 0:
         return []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rt_lens.models.forward import check_layers
+from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
 
 # Names of a HookedTransformer and, with `_original_component` taken out, Hugging Face's under a TransformerBridge,
@@ -41,7 +42,7 @@ def parts_of(name: str) -> tuple[int | None, tuple[str, ...]]:
     return int(found[1]), kinds
 
 
-def trained_by(model: Any, config: TuneConfig) -> dict[str, dict[str, nn.Parameter]]:
+def trained_by(model: Model, config: TuneConfig) -> dict[str, dict[str, nn.Parameter]]:
     """Loss -> parameter name -> parameter, for the losses that have weight.
 
     Raises:
@@ -56,7 +57,7 @@ def trained_by(model: Any, config: TuneConfig) -> dict[str, dict[str, nn.Paramet
     return found
 
 
-def _chosen(model: Any, config: TuneConfig, loss: str) -> dict[str, nn.Parameter]:
+def _chosen(model: Model, config: TuneConfig, loss: str) -> dict[str, nn.Parameter]:
     blocks, kinds = config.blocks_of(loss), set(config.kinds_of(loss))
     check_layers(model, blocks)
     found: dict[str, nn.Parameter] = {}
@@ -188,7 +189,7 @@ TrainableParam: TypeAlias = FullRank | LowRank
 
 @contextmanager
 def trainable_params(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], config: TuneConfig
+    model: Model | nn.Module, trained: Mapping[str, nn.Parameter], config: TuneConfig
 ) -> Iterator[dict[str, TrainableParam]]:
     """Parameter name -> leaf; only these take gradients, and afterwards memory, values and flags are as before."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}

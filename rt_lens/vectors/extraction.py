@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.activations import check_hook_names, read_activations
 from rt_lens.models.forward import check_layers, dtype_name, model_name
 from rt_lens.models.positions import OF_A_PAIR, Named, Position, Row, numbers_in, position_of, rows_of
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import ChatText
 from rt_lens.vectors.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
@@ -55,7 +56,7 @@ class Sides:
 
 
 def extract_vectors(
-    model: Any,
+    model: Model,
     pairs: ContrastPairs,
     *,
     method: str | Method = "mean_diff",
@@ -111,7 +112,7 @@ def extract_vectors(
 
 
 def extract_offsets(
-    model: Any,
+    model: Model,
     pairs: ContrastPairs,
     last: int = 22,
     *,
@@ -146,7 +147,7 @@ def extract_offsets(
 
 
 def covariate_vectors(
-    model: Any,
+    model: Model,
     texts: Iterable[str],
     values: Sequence[float] | Literal["length"] = "length",
     *,
@@ -193,7 +194,7 @@ def covariate_vectors(
 
 
 def read_sides(
-    model: Any,
+    model: Model,
     pairs: ContrastPairs,
     names: Sequence[str],
     places: Sequence[Named],
@@ -294,7 +295,7 @@ def method_of(method: str | Method, seed: int) -> tuple[Callable[[str, int], Met
     return (lambda name, head: METHODS[method](1_000_000 * seed + 1000 * layer_of(name) + head)), method
 
 
-def provenance_of(model: Any, pairs: ContrastPairs, sides: Sides, method: str, seed: int) -> Provenance:
+def provenance_of(model: Model, pairs: ContrastPairs, sides: Sides, method: str, seed: int) -> Provenance:
     """What the vectors of these sides are and how they were made."""
     return Provenance(
         model=model_name(model),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -25,11 +25,12 @@ from rt_lens.models.activations import last_token_activations
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import Position, position_of
+from rt_lens.models.protocol import Model
 from rt_lens.vectors.extraction import read_sides
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 
 
-def norms(model: Any, vectors: SteeringVectors, texts: Iterable[str], *, seed: int = 0) -> pd.DataFrame:
+def norms(model: Model, vectors: SteeringVectors, texts: Iterable[str], *, seed: int = 0) -> pd.DataFrame:
     """What a multiplier of 1 means: each vector's length beside that of the activations it would be added to.
 
     Activations are read at the last token of each prompt, where the answer begins.
@@ -109,7 +110,7 @@ def cosines(
 
 
 def activation_map(
-    model: Any,
+    model: Model,
     pairs: ContrastPairs,
     *,
     layers: Iterable[int] | None = None,
@@ -190,11 +191,11 @@ def _plane(
     return fitted.transform(points), (float(first), float(second))
 
 
-def _chats(model: Any, texts: Iterable[str]) -> list[str]:
+def _chats(model: Model, texts: Iterable[str]) -> list[str]:
     return as_chat(model, text_list(texts, "texts"))
 
 
-def one_per_layer(model: Any, vectors: SteeringVectors) -> dict[str, Float[Tensor, "d_model"]]:
+def one_per_layer(model: Model, vectors: SteeringVectors) -> dict[str, Float[Tensor, "d_model"]]:
     """The vectors on the CPU, refused if a layer has several or one for each head."""
     vectors.check_fits(model)
     layers = [layer_of(name) for name in vectors.hook_names]

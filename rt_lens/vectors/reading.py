@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -13,13 +11,14 @@ from rt_lens.common.statistics.intervals import share_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.activations import token_activations
 from rt_lens.models.positions import Position, position_of
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.texts import token_text
 from rt_lens.vectors.extraction import read_sides
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
 def separability(
-    model: Any,
+    model: Model,
     vectors: SteeringVectors,
     pairs: ContrastPairs,
     *,
@@ -48,7 +47,9 @@ def separability(
     return pd.DataFrame(rows).drop(columns="mean")
 
 
-def token_projections(model: Any, vectors: SteeringVectors, text: str) -> tuple[list[str], Float[Tensor, "layer pos"]]:
+def token_projections(
+    model: Model, vectors: SteeringVectors, text: str
+) -> tuple[list[str], Float[Tensor, "layer pos"]]:
     """Projection of every token of a text on the unit vector of every block, under whatever hooks the model carries.
 
     Vectors of the residual stream, or of what is written into it.
@@ -61,7 +62,7 @@ def token_projections(model: Any, vectors: SteeringVectors, text: str) -> tuple[
 
 
 @torch.no_grad()
-def logit_lens(model: Any, vectors: SteeringVectors, *, top: int = 8) -> pd.DataFrame:
+def logit_lens(model: Model, vectors: SteeringVectors, *, top: int = 8) -> pd.DataFrame:
     """Tokens whose unembedding each vector, and its negative, points to most (nostalgebraist 2020).
 
     A token's score is what the direction itself adds to its logit: W_U applied to the odd part of the last norm,

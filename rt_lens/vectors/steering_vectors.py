@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rt_lens.common.files import read_safetensors, write_atomically
+from rt_lens.models.protocol import Model
 from rt_lens.vectors.operators import Ablate
 
 _SCHEMA = 1
@@ -190,7 +191,7 @@ class SteeringVectors:
         chosen = self.at_layers(layers, hook)
         return SteeringVectors(chosen, self.provenance, {n: e for n, e in self.erasers.items() if n in chosen})
 
-    def everywhere(self, model: Any, layer: int, hook: str = "resid_post") -> SteeringVectors:
+    def everywhere(self, model: Model, layer: int, hook: str = "resid_post") -> SteeringVectors:
         """One block's vector at every point of a model's residual stream (to ablate it with hook="any")."""
         (vector,) = self.at_layers([layer], hook).values()
         kinds = ("resid_pre", "resid_mid", "resid_post")
@@ -300,7 +301,7 @@ class SteeringVectors:
             del told["dtype"]
         return {**told, "sha256": content.hexdigest()}
 
-    def check_fits(self, model: Any) -> None:
+    def check_fits(self, model: Model) -> None:
         """Refuses a model of another width or without these hook points.
 
         Raises:

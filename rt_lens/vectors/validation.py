@@ -6,7 +6,6 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,7 @@ from rt_lens.common.statistics.intervals import share_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.forward import check_layers
 from rt_lens.models.positions import Position, position_of
+from rt_lens.models.protocol import Model
 from rt_lens.vectors.extraction import Sides, method_of, provenance_of, read_sides, vectors_of
 from rt_lens.vectors.methods import Method, winsorise
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
@@ -61,7 +61,7 @@ class VectorValidation:
 
 
 def validate_vectors(
-    model: Any,
+    model: Model,
     train: ContrastPairs,
     held_out: ContrastPairs,
     *,

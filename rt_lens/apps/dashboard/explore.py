@@ -18,6 +18,7 @@ from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.arms.intervention import applied
 from rt_lens.models.generation import NewToken, as_chat, generate
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.texts import text_of, token_texts
 from rt_lens.plots.layers import without_first
@@ -159,7 +160,9 @@ class _Look:
         self._show_prompt(job, model, vectors, text, arms)
         self._show_answers(job, model, vectors, arms)
 
-    def _show_prompt(self, job: Job, model: Any, vectors: SteeringVectors, text: str, arms: Mapping[str, Any]) -> None:
+    def _show_prompt(
+        self, job: Job, model: Model, vectors: SteeringVectors, text: str, arms: Mapping[str, Any]
+    ) -> None:
         found = {}
         for name, worn in arms.items():
             with applied(model, worn):
@@ -177,7 +180,7 @@ class _Look:
         drawn = plots.projection_by_layer(averaged, tokens=rest, layers=layers, title=title)
         job.show("curves", graph(drawn, "explore-curves-graph"))
 
-    def _show_answers(self, job: Job, model: Any, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:
+    def _show_answers(self, job: Job, model: Model, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:
         names = [_said(name) for name in arms]
         title = f"Each new token's projection at layer {self.layer}, as it is written ({self.about})"
         answers = _Answers(model, job, names, title)
@@ -225,7 +228,7 @@ def _said(name: str) -> str:
 class _Answers:
     """Answers side by side as they grow, and the trace under them."""
 
-    def __init__(self, model: Any, job: Job, names: list[str], title: str) -> None:
+    def __init__(self, model: Model, job: Job, names: list[str], title: str) -> None:
         self.model, self.job, self.title = model, job, title
         self.tokens: dict[str, list[int]] = {name: [] for name in names}
         self.rows: list[dict[str, Any]] = []

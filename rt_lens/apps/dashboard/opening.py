@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rt_lens.models.protocol import Model
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def dashboard(
-    model: Any = None,
+    model: Model | None = None,
     vectors: SteeringVectors | Mapping[str, SteeringVectors] | None = None,
     *,
     run: str | Path | None = None,

@@ -15,6 +15,7 @@ from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.protocols import parts
 from rt_lens.models.forward import model_name
+from rt_lens.models.protocol import Model
 from rt_lens.results.schema import Results
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.extraction import extract_vectors
@@ -37,7 +38,7 @@ class Session:
 
     def __init__(
         self,
-        model: Any,
+        model: Model | None,
         vectors: Mapping[str, SteeringVectors],
         run: Results | None = None,
         own: Sequence[str | Path | Experiment] = (),

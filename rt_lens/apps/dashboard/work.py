@@ -14,6 +14,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from rt_lens.common.progress import Step, watched
+from rt_lens.models.protocol import Model
 
 _KEPT = 64
 _A_LOOK = 0.3  # seconds
@@ -25,7 +26,7 @@ State = Literal["waiting", "running", "done", "stopped", "failed"]
 _TURNS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 
 
-def turn_of(model: Any) -> AbstractContextManager[Any]:
+def turn_of(model: Model | None) -> AbstractContextManager[Any]:
     """One lock for each model, which two dashboards may share; nothing to wait for without one."""
     return nullcontext() if model is None else _TURNS.setdefault(model, threading.Lock())
 

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rt_lens.common.inputs import text_list
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import ChatText, tokenizer_of
 
 
@@ -37,7 +38,7 @@ class TokenBatch:
         return TokenBatch(self.tokens.to(device), self.mask.to(device), self.rows)
 
 
-def encode(model: Any, text: str) -> list[int]:
+def encode(model: Model, text: str) -> list[int]:
     """Token ids of a text that a model is to go on from.
 
     A chat's special tokens are taken as written, and plain text gets the start token that the tokenizer adds, once.
@@ -73,7 +74,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
     return TokenBatch(tokens, mask, tuple(range(len(sequences))))
 
 
-def pad_id_of(model: Any) -> int:
+def pad_id_of(model: Model) -> int:
     """The id used for padding: the pad token, else the end-of-text token, else 0; always one that the model has."""
     tokenizer, rows = tokenizer_of(model), getattr(getattr(model, "cfg", None), "d_vocab", math.inf)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -83,7 +84,7 @@ def pad_id_of(model: Any) -> int:
 
 
 def batches(
-    model: Any, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
+    model: Model, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
 ) -> Iterator[TokenBatch]:
     """Token batches of like length, longest first (so that a batch too large for the memory fails at once).
 

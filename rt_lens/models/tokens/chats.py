@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from rt_lens.models.protocol import Model
+
 TEMPLATE_DATE = datetime(2024, 7, 26, 12, 0, 0)
 """What templates that write today's date get: else the same seed would give other numbers tomorrow."""
 
@@ -48,7 +50,7 @@ class ChatText(str):
         return ChatText(str.__add__(self, more), self.messages, self.prefill + more)
 
 
-def tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: Model) -> Any:
     """The model's tokenizer.
 
     Raises:
@@ -59,19 +61,19 @@ def tokenizer_of(model: Any) -> Any:
     return model.tokenizer
 
 
-def has_chat_template(model: Any) -> bool:
+def has_chat_template(model: Model) -> bool:
     """True if the model's tokenizer knows how to write a chat."""
     return bool(getattr(tokenizer_of(model), "chat_template", None))
 
 
-def is_chat(model: Any, text: str) -> bool:
+def is_chat(model: Model, text: str) -> bool:
     """Whether a text went through the chat template: here, or elsewhere if it begins with a special token."""
     if isinstance(text, ChatText):
         return True
     return has_chat_template(model) and text.startswith(tuple(map(str, tokenizer_of(model).all_special_tokens)))
 
 
-def chat_text(model: Any, user: str, *, system: str = "", opener: str = "") -> str:
+def chat_text(model: Model, user: str, *, system: str = "", opener: str = "") -> str:
     """One exchange through the model's chat template, up to the point where the assistant writes.
 
     Templates that refuse a system role, or pass over it, get the system text in front of the user's. The opener is
@@ -97,7 +99,7 @@ def chat_text(model: Any, user: str, *, system: str = "", opener: str = "") -> s
     return _opened(model, messages, opener)
 
 
-def _opened(model: Any, messages: Sequence[Message], prefill: str) -> ChatText:
+def _opened(model: Model, messages: Sequence[Message], prefill: str) -> ChatText:
     """The messages, and the assistant's turn opened with some words."""
     if prefill:
         try:
@@ -108,7 +110,7 @@ def _opened(model: Any, messages: Sequence[Message], prefill: str) -> ChatText:
     return ChatText(rendered(model, messages) + prefill, messages, prefill)
 
 
-def answered(model: Any, prompt: str, answer: str) -> str:
+def answered(model: Model, prompt: str, answer: str) -> str:
     """A prompt with its answer, as the template writes a whole one: Llama-2's puts a space before it, say.
 
     Args:
@@ -121,7 +123,7 @@ def answered(model: Any, prompt: str, answer: str) -> str:
     return prompt + answer
 
 
-def rendered(model: Any, messages: Sequence[Message], *, open_answer: bool = True) -> str:
+def rendered(model: Model, messages: Sequence[Message], *, open_answer: bool = True) -> str:
     """A conversation through the model's chat template.
 
     Args:
@@ -155,7 +157,7 @@ def rendered(model: Any, messages: Sequence[Message], *, open_answer: bool = Tru
     return through(folded) if passed_over else text
 
 
-def _variables(model: Any) -> dict[str, Any]:
+def _variables(model: Model) -> dict[str, Any]:
     return dict(getattr(getattr(model, "cfg", None), "rt_lens_chat_template_kwargs", None) or {})
 
 
@@ -179,7 +181,7 @@ def special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
 
 
-def end_ids(model: Any) -> tuple[int, ...]:
+def end_ids(model: Model) -> tuple[int, ...]:
     """Token ids that end an answer.
 
     Those of the model's generation settings, which may be several, as in Hugging Face's `generate`. A model without
@@ -196,13 +198,13 @@ def end_ids(model: Any) -> tuple[int, ...]:
     return tuple(sorted(number for number in ends if number is not None))
 
 
-def end_of_answer(model: Any) -> int | None:
+def end_of_answer(model: Model) -> int | None:
     """The token that a whole answer is learnt to end with: the template's, if it ends answers; None if nothing does."""
     ends = end_ids(model)
     return next((number for number in [*_after_an_answer(model), *ends] if number in ends), None)
 
 
-def _after_an_answer(model: Any) -> list[int]:
+def _after_an_answer(model: Model) -> list[int]:
     """Special tokens that the chat template writes after an answer, in order."""
     if not has_chat_template(model):
         return []

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from rt_lens.models.forward import model_name
+from rt_lens.models.protocol import Model
 from rt_lens.models.registry import BUNDLED_MODELS
 from rt_lens.tuning.delta import WeightDelta
 
@@ -45,7 +46,7 @@ def check_measured(measured: Sequence[Mapping[str, Any]] | None) -> list[Mapping
     return rows
 
 
-def base_of(model: Any) -> str:
+def base_of(model: Model) -> str:
     """The base model's name on the model hub where the registry knows it, else the name it was loaded by."""
     known = BUNDLED_MODELS.get(model_name(model).lower())
     return known.source.partition(",")[0] if known else model_name(model)
@@ -53,7 +54,7 @@ def base_of(model: Any) -> str:
 
 def model_card(
     name: str,
-    model: Any,
+    model: Model,
     delta: WeightDelta | None,
     measured: Sequence[Mapping[str, Any]],
     *,
@@ -87,7 +88,7 @@ print(tokenizer.decode(model.generate(**tokens, max_new_tokens=60)[0]))"""
 
 def adapter_card(
     name: str,
-    model: Any,
+    model: Model,
     delta: WeightDelta,
     measured: Sequence[Mapping[str, Any]],
     *,
@@ -121,7 +122,7 @@ model = PeftModel.from_pretrained(base, {name!r})"""
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def changed(model: Any, delta: WeightDelta | None) -> str:
+def changed(model: Model, delta: WeightDelta | None) -> str:
     """What a delta changes and how it was made."""
     if delta is None:
         return "Nothing: these are the weights of the base model."
@@ -164,7 +165,7 @@ def _value(row: Mapping[str, Any], key: str, prefix: str, n: str) -> str:
     return f"{row[key]:.3g} [{row[f'{prefix}low']:.3g}, {row[f'{prefix}high']:.3g}], n = {row[n]}"
 
 
-def _front(model: Any, library: str) -> str:
+def _front(model: Model, library: str) -> str:
     """The card's YAML, which the model hub reads."""
     known = BUNDLED_MODELS.get(model_name(model).lower())
     card = ModelCardData(
@@ -177,7 +178,7 @@ def _front(model: Any, library: str) -> str:
     return f"---\n{card.to_yaml()}\n---"
 
 
-def _ending(model: Any) -> list[str]:
+def _ending(model: Model) -> list[str]:
     versions = []
     for package in _PACKAGES:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 
+from rt_lens.models.protocol import Model
 from rt_lens.models.tokenizers import source_tokenizer
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.export.card import check_measured, model_card
@@ -19,7 +20,7 @@ from rt_lens.tuning.export.weights import as_huggingface, changed_by
 
 
 def export_hf(
-    model: Any,
+    model: Model,
     path: str | Path,
     *,
     delta: WeightDelta | None = None,
@@ -78,7 +79,7 @@ def export_hf(
 
 
 @torch.no_grad()
-def _check_reads_back(model: Any, delta: WeightDelta | None, folder: Path) -> None:
+def _check_reads_back(model: Model, delta: WeightDelta | None, folder: Path) -> None:
     """The logits of sixteen tokens spread over the vocabulary, here and from the folder, but for rounding."""
     from transformers import AutoModelForCausalLM
 

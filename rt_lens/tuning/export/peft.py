@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from rt_lens.models.protocol import Model
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.export.card import adapter_card, base_of, check_measured
 from rt_lens.tuning.export.folder import check_free, whole_folder
@@ -48,7 +49,7 @@ class Adapter:
 
 @torch.no_grad()
 def export_peft(
-    model: Any,
+    model: Model,
     path: str | Path,
     delta: WeightDelta,
     rank: int | None,
@@ -109,7 +110,7 @@ def export_peft(
     return adapter
 
 
-def _skeleton(model: Any, base: str) -> Any:
+def _skeleton(model: Model, base: str) -> Any:
     """The base model as transformers has it, without memory for its weights: it knows its modules' names and kinds."""
     from transformers import AutoModelForCausalLM
 
@@ -119,7 +120,7 @@ def _skeleton(model: Any, base: str) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _matrices(model: Any, delta: WeightDelta, skeleton: nn.Module) -> dict[str, Tensor]:
+def _matrices(model: Model, delta: WeightDelta, skeleton: nn.Module) -> dict[str, Tensor]:
     """Module -> change of its matrix, [out, in]; refuses by name what LoRA cannot hold."""
     modules = dict(skeleton.named_modules())
     matrices, others = {}, []

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 
 from rt_lens.models.forward import model_name
 from rt_lens.models.llama import FAMILIES, NotLlamaStyle, refuse_what_is_not_covered, to_huggingface
+from rt_lens.models.protocol import Model
 from rt_lens.tuning.delta import WeightDelta
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -45,7 +46,7 @@ class HuggingFaceModel:
 
 
 @torch.no_grad()
-def as_huggingface(model: Any, delta: WeightDelta | None) -> HuggingFaceModel:
+def as_huggingface(model: Model, delta: WeightDelta | None) -> HuggingFaceModel:
     """The model under a change, as Hugging Face's; the model itself stays as it is.
 
     Raises:
@@ -63,12 +64,12 @@ def as_huggingface(model: Any, delta: WeightDelta | None) -> HuggingFaceModel:
     return found
 
 
-def changed_by(model: Any, delta: WeightDelta | None) -> AbstractContextManager[Any]:
+def changed_by(model: Model, delta: WeightDelta | None) -> AbstractContextManager[Any]:
     """The model with a change of its weights, or as it is."""
     return nullcontext(model) if delta is None else delta.applied(model)
 
 
-def source_config(model: Any) -> PretrainedConfig:
+def source_config(model: Model) -> PretrainedConfig:
     """A copy of the Hugging Face configuration that the model was made from.
 
     Raises:
@@ -92,7 +93,7 @@ def source_config(model: Any) -> PretrainedConfig:
 
 
 @torch.no_grad()
-def changes_as_huggingface(model: Any, delta: WeightDelta) -> dict[str, Tensor]:
+def changes_as_huggingface(model: Model, delta: WeightDelta) -> dict[str, Tensor]:
     """The differences that are not zero, by Hugging Face's names and in its layout.
 
     What has no place in Hugging Face's files keeps the name that it has here.
@@ -108,11 +109,11 @@ def changes_as_huggingface(model: Any, delta: WeightDelta) -> dict[str, Tensor]:
     return changes
 
 
-def _class_name(model: Any, config: PretrainedConfig) -> str:
+def _class_name(model: Model, config: PretrainedConfig) -> str:
     return type(model.original_model).__name__ if isinstance(model, TransformerBridge) else FAMILIES[config.model_type]
 
 
-def _of_hooked(model: Any, config: PretrainedConfig, parameters: Mapping[str, Tensor]) -> HuggingFaceModel:
+def _of_hooked(model: Model, config: PretrainedConfig, parameters: Mapping[str, Tensor]) -> HuggingFaceModel:
     weights: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         found = to_huggingface(name, parameter)
@@ -137,7 +138,7 @@ def _of_hooked(model: Any, config: PretrainedConfig, parameters: Mapping[str, Te
     return HuggingFaceModel(config, weights, None if came_without else settings, note)
 
 
-def _with_biases(model: Any, config: PretrainedConfig, weights: dict[str, Tensor]) -> tuple[PretrainedConfig, str]:
+def _with_biases(model: Model, config: PretrainedConfig, weights: dict[str, Tensor]) -> tuple[PretrainedConfig, str]:
     """A configuration that has a place for every bias that is not zero; `weights` then has what it asks for."""
     biases = [name for name, tensor in weights.items() if name.endswith(".bias") and tensor.any()]
     kinds, note = {name.split(".", 3)[3].removesuffix(".bias") for name in biases}, ""
@@ -166,7 +167,7 @@ def _biased(config: PretrainedConfig) -> set[str]:
     return {*(_ATTENTION if attention else ()), *(_MLP if mlp else ())}
 
 
-def _as_llama(model: Any, config: PretrainedConfig, attention: bool, mlp: bool) -> LlamaConfig:
+def _as_llama(model: Model, config: PretrainedConfig, attention: bool, mlp: bool) -> LlamaConfig:
     """The same maths as a Llama's, with biases: the other families are that, once no window slides."""
     source = config.to_dict()
     try:

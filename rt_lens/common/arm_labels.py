@@ -1,0 +1,53 @@
+"""The name of a row of a comparison: an arm, its direction, and the tuning seed."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+DIRECTIONS = ("toward", "away", "suppress")
+"""Which way an arm goes along a behaviour's direction; an arm without one, as the untuned model, has `none`."""
+
+_STEM = re.compile(rf"(?P<arm>.+)_(?P<direction>{'|'.join((*DIRECTIONS, 'out'))})(?: seed (?P<seed>\d+))?")
+
+
+class ArmLabel(NamedTuple):
+    """An arm, its direction and its tuning seed.
+
+    Attributes:
+        arm: its name, `rep_tuned` say.
+        direction: `toward`, `away`, `suppress`, or `none`.
+        seed: of the tuning run.
+
+    Example:
+        >>> str(ArmLabel("rep_tuned", "away"))
+        'rep_tuned, away'
+        >>> ArmLabel.parse("rep_tuned_away")
+        ArmLabel(arm='rep_tuned', direction='away', seed=0)
+        >>> ArmLabel("rep_tuned", "away").stem
+        'rep_tuned_away'
+    """
+
+    arm: str
+    direction: str = "none"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.arm if self.direction == "none" else f"{self.arm}, {self.direction}"
+
+    @property
+    def stem(self) -> str:
+        """The name of its file, without the ending."""
+        return self.arm if self.direction == "none" else f"{self.arm}_{self.direction}"
+
+    @classmethod
+    def parse(cls, stem: str) -> ArmLabel:
+        """The label of a file's name; a name without a direction is an arm as it is.
+
+        `out`, the older word for `suppress`, is read too.
+        """
+        named = _STEM.fullmatch(stem)
+        if named is None:
+            return cls(stem)
+        direction = "suppress" if named["direction"] == "out" else named["direction"]
+        return cls(named["arm"], direction, int(named["seed"] or 0))
