@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cosine only": {"token_weight": 0.0, "kl_weight": 0.0},
     "token only": {"cosine_weight": 0.0, "kl_weight": 0.0},
     "both shared": {"kl_weight": 0.0},
-    "both separate": {"kl_weight": 0.0, "kinds": SEPARATE},
+    "both separate": {"kl_weight": 0.0, "target_modules": SEPARATE},
     "KL-regularised": {},
     # At 1e-3 its KL on validation texts is that of whole matrices; at 2e-3 seven times that.
     "LoRA": {"lora_rank": 16, "learning_rate": 1e-3},
@@ -90,8 +90,8 @@ class Session:
         return rtl.tune(self.model, self.drawn(seed), self.material(direction, seed), config, progress=False)
 
     def steered(self, direction: str) -> list[Any]:
-        """Steering at the chosen multiplier; its counterpart for `out` takes the direction away everywhere."""
-        if direction == "out":
+        """Steering at the chosen multiplier; its counterpart for `suppress` takes the direction away everywhere."""
+        if direction == "suppress":
             return rtl.ablate(self.vectors.everywhere(self.model, LAYER), hook="any")
         return rtl.add(self.vectors, [LAYER], DOSE if direction == "toward" else -DOSE)
 
@@ -169,7 +169,7 @@ def variants(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Every variant in every direction, beside untuned and steered."""
     untuned = bench.measured([None])
     rows = [{"direction": "none", "variant": "untuned", **untuned, "seeds": [0]}]
-    for direction in ("toward", "away", "out"):
+    for direction in ("toward", "away", "suppress"):
         rows.append(
             {"direction": direction, "variant": "steered", **bench.measured([bench.steered(direction)]), "seeds": [0]}
         )
@@ -231,7 +231,7 @@ def kinds(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
         found = paired_comparison(np.mean(each, axis=0), right["untuned"][0])
         sums.append({"arm": arm, "right": float(np.mean(each)), **found._asdict()})
     table = pd.DataFrame(rows)
-    yield "kinds", table, rtl.plots.kinds(table)
+    yield "kinds", table, rtl.plots.target_modules(table)
     yield "kinds_rep_minus_token", pd.DataFrame(between), None
     yield "kinds_sums_right", pd.DataFrame(sums), None
 
@@ -251,7 +251,7 @@ OUT: dict[str, Any] = {
 def resistance(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Every tuned model under online steering, and what the tuned-out ones cost."""
     arms: dict[str, Any] = {"untuned": None}
-    for direction in ("toward", "away", "out"):
+    for direction in ("toward", "away", "suppress"):
         arms[f"{direction}_tuned"] = bench.tuned(direction, bench.seeds[0])
     withstanding = {f"out_under_steering, seed {seed}": out_under_steering(bench, seed) for seed in bench.seeds}
     arms |= withstanding
@@ -269,8 +269,8 @@ def resistance(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
 
 def out_under_steering(bench: Session, seed: int) -> rtl.WeightDelta:
     """Tuned out while steered at random: the blocks after the steered one learn to take the direction out again."""
-    config = replace(bench.tune, direction="out", seed=seed, **OUT)
-    own, vectors = write_targets(bench.model, bench.train, "out", config), bench.drawn(seed)
+    config = replace(bench.tune, direction="suppress", seed=seed, **OUT)
+    own, vectors = write_targets(bench.model, bench.train, "suppress", config), bench.drawn(seed)
     steer = rtl.tuning.KLThenSteer([vectors], layers=[LAYER], strength=DOSE, share=0.8)
     return rtl.tune(
         bench.model, vectors, bench.train, config, validation=bench.validation, neutral=own + bench.neutral(seed),

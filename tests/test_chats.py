@@ -110,15 +110,15 @@ def test_a_system_text_for_a_chat_that_is_written_already_is_refused(tiny):
     written = chat_text(tiny, "Who are you?")
     with pytest.raises(ValueError, match=r"system must be empty for a prompt .* got 'Be kind\.'\. Give"):
         ask(tiny, [Question(written, system="Be kind.")])
-    opened = Question(written, opener="I am")
+    opened = Question(written, prefill="I am")
     assert (
         ask(tiny, [opened], max_new_tokens=3)[0].text
-        == ask(tiny, [Question("Who are you?", opener="I am")], max_new_tokens=3)[0].text
+        == ask(tiny, [Question("Who are you?", prefill="I am")], max_new_tokens=3)[0].text
     )
 
 
 def test_a_chat_stays_one_when_words_are_added(tiny):
-    text = chat_text(tiny, "Who are you?", opener="I") + " am"
+    text = chat_text(tiny, "Who are you?", prefill="I") + " am"
     assert isinstance(text, ChatText) and text.prefill == "I am" and text[text.answer_at :] == "I am"
 
 
@@ -151,8 +151,8 @@ def test_variables_reach_the_template(tokenizer):
     assert chat_text(answering, "Hi").endswith("<think>\n\n</think>\n\n")
 
 
-def test_an_opener_stands_outside_a_thought_that_the_template_opens(tokenizer):
-    text = chat_text(stand_in(tokenizer, THINKING), "Hi", opener="Well,")
+def test_an_prefill_stands_outside_a_thought_that_the_template_opens(tokenizer):
+    text = chat_text(stand_in(tokenizer, THINKING), "Hi", prefill="Well,")
     assert text.endswith("<|im_start|>assistant\nWell,") and "<think>" not in text
     options = answered(stand_in(tokenizer, THINKING), chat_text(stand_in(tokenizer, THINKING), "Hi"), "Yes")
     assert options.endswith("<|im_start|>assistant\nYes")
@@ -207,7 +207,7 @@ def test_the_first_word_of_an_answer_is_the_token_of_a_whole_answer(llama_2):
     tokenizer = llama_2.tokenizer
     turns = [{"role": "user", "content": "Is it true?"}, {"role": "assistant", "content": "The answer is"}]
     theirs = tokenizer.apply_chat_template(turns, continue_final_message=True, return_dict=False)
-    prompt = chat_text(llama_2, "Is it true?", opener="The answer is")
+    prompt = chat_text(llama_2, "Is it true?", prefill="The answer is")
     assert encode(llama_2, prompt) == theirs
     assert tokenizer.convert_ids_to_tokens(theirs)[-3:] != ["The", "▁answer", "▁is"]  # "[/INST]The" is another text
     assert prompt[prompt.answer_at :] == "The answer is"
@@ -219,24 +219,24 @@ def test_pairs_targets_choices_and_options_are_tokenised_alike(llama_2):
     whole = tokenizer.apply_chat_template(turns, continue_final_message=True, return_dict=False)
     row = _row(llama_2, Target(prompt, "The answer is A"), [])
     assert row.tokens.tolist() == [*whole, tokenizer.eos_token_id]
-    opened = chat_text(llama_2, "Is it true?", opener="The answer is")
+    opened = chat_text(llama_2, "Is it true?", prefill="The answer is")
     choice = _row(llama_2, Choice(opened, (" A", " B"), (1.0, 0.0)), [])
     assert [*choice.tokens.tolist(), int(choice.choices[0, 0])] == whole
     text, gap = start_of(llama_2, Question("Is it true?", ("Yes",), ("No",)))
     assert gap == "" and answered(llama_2, text, gap + "Yes").endswith("[/INST] Yes")
-    text, gap = start_of(llama_2, Question("Is it true?", ("A",), ("B",), opener="The answer is"))
+    text, gap = start_of(llama_2, Question("Is it true?", ("A",), ("B",), prefill="The answer is"))
     assert encode(llama_2, answered(llama_2, text, gap + "A")) == whole
     text, gap = start_of(llama_2, Question(opened, ("A",), ("B",)))  # a chat whose answer is opened already
     assert encode(llama_2, answered(llama_2, text, gap + "A")) == whole
     pair = ContrastPairs(
-        "honesty", (Pair("", "", "Is it true?", "The answer is A", negative_opener="The answer is B"),)
+        "honesty", (Pair("", "", "Is it true?", "The answer is A", negative_prefill="The answer is B"),)
     )
     assert encode(llama_2, pair.texts(llama_2).positive[0]) == whole
 
 
-def test_an_opener_that_the_template_trims_still_begins_the_answer(tokenizer):
+def test_an_prefill_that_the_template_trims_still_begins_the_answer(tokenizer):
     trimming = stand_in(tokenizer, PHI.replace("m['content']", "m['content'] | trim"))
-    text = chat_text(trimming, "Hello?", opener="Well, ")
+    text = chat_text(trimming, "Hello?", prefill="Well, ")
     theirs = trimming.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Well, "}], tokenize=False,
         continue_final_message=True,

@@ -18,7 +18,7 @@ from rt_lens.models.tokens.chats import chat_text
 ASKED = [
     Question("What is the capital of France?", ("Paris",), ("Lyon", "Madrid")),
     Question("Why is the sky blue?", ("Because air scatters blue light most.",), ("The sea.", "It is painted.")),
-    Question("Is ice cold?", ("Yes",), ("No",), system="You answer in one word.", opener="Answer:"),
+    Question("Is ice cold?", ("Yes",), ("No",), system="You answer in one word.", prefill="Answer:"),
 ]
 
 
@@ -33,8 +33,8 @@ def directly(model, text: str, option: str) -> float:
 
 def test_totals_are_those_of_plain_passes(model):
     for question, found in zip(ASKED, likelihoods(model, ASKED), strict=True):
-        text = chat_text(model, question.prompt, system=question.system, opener=question.opener)
-        gap = " " if question.opener else ""
+        text = chat_text(model, question.prompt, system=question.system, prefill=question.prefill)
+        gap = " " if question.prefill else ""
         for option, total, size in zip(question.options, found.totals, found.sizes, strict=True):
             assert total == pytest.approx(directly(model, text, gap + option), abs=2e-4)
             assert size == len(model.tokenizer.encode(gap + option, add_special_tokens=False))
@@ -46,7 +46,7 @@ def test_letters_are_asked_in_every_rotation_and_averaged(model):
     totals = [[0.0] * 3 for _ in range(3)]
     for turn in range(3):
         listed = [question.options[(place - turn) % 3] for place in range(3)]
-        text = chat_text(model, lettered(question.prompt, listed), opener="The answer is")
+        text = chat_text(model, lettered(question.prompt, listed), prefill="The answer is")
         for option in range(3):
             totals[turn][option] = directly(model, text, " " + "ABC"[listed.index(question.options[option])])
     (found,) = likelihoods(model, [question], form="letters")
@@ -127,8 +127,8 @@ def test_a_condition_read_at_the_question_holds_for_its_options(tiny, tiny_vecto
 
 
 def test_tokens_that_reach_over_the_edge_are_counted(tiny):
-    # "Answer:" and " Yes" share no token, but an option may join the opener's last one ("micro" + "scope").
-    question = Question("Name a tool.", ("scope",), ("wave",), opener="A micro")
+    # "Answer:" and " Yes" share no token, but an option may join the prefill's last one ("micro" + "scope").
+    question = Question("Name a tool.", ("scope",), ("wave",), prefill="A micro")
     (ask,) = _asks(tiny, 0, question, "answers")
     joined = tiny.tokenizer.decode([*ask.start, *ask.options[0]])
     assert joined.endswith("A micro scope")
@@ -175,6 +175,6 @@ def test_the_likelihood_scorer_by_hand():
 
 def test_the_embedded_model_knows_facts_by_likelihood_and_cannot_judge_letters(model):
     capitals = [q for q in load_questions("capitals") if q.wrong][:20]
-    found = likelihoods(model, [Question(q.prompt, q.right[:1], q.wrong, opener="Answer:") for q in capitals])
+    found = likelihoods(model, [Question(q.prompt, q.right[:1], q.wrong, prefill="Answer:") for q in capitals])
     right = [each.totals[0] == max(each.totals) for each in found]
     assert sum(right) >= 15

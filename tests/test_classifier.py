@@ -27,9 +27,9 @@ THINGS = (
 )  # fmt: skip
 
 
-def asked(positive: str, negative: str, opener: str = "", negative_opener: str = "", n: int = 40) -> ContrastPairs:
+def asked(positive: str, negative: str, prefill: str = "", negative_prefill: str = "", n: int = 40) -> ContrastPairs:
     topics = [f"How do you feel about {thing}?" for thing in THINGS[:n]]
-    return ContrastPairs("feeling", tuple(Pair(positive, negative, x, opener, "", negative_opener) for x in topics))
+    return ContrastPairs("feeling", tuple(Pair(positive, negative, x, prefill, "", negative_prefill) for x in topics))
 
 
 def answers(texts: list[str]) -> list[Answer]:
@@ -85,7 +85,7 @@ def test_the_same_call_gives_the_same_classifier_and_another_seed_other_topics(t
 
 
 @pytest.mark.filterwarnings("ignore:classifier")
-def test_openers_are_left_out_where_both_sides_share_them(tiny):
+def test_prefills_are_left_out_where_both_sides_share_them(tiny):
     bare, opened = asked("Be kind.", "Be rude.", n=12), asked("Be kind.", "Be rude.", "Well,", n=12)
     texts = answers(rtl.generate(tiny, bare.topics[:4], max_new_tokens=4))
     assert classifier_of(tiny, bare, max_new_tokens=4)(texts) == classifier_of(tiny, opened, max_new_tokens=4)(texts)

@@ -244,15 +244,15 @@ def test_tuning_where_there_is_no_vector_is_refused_before_any_work(bench, tiny_
 
 def test_a_second_arm_gets_a_name_of_its_own_and_all_pages_offer_it(bench, tuned):
     done(tuning.plan(bench, BEHAVIOUR, "away", "1", 1, 1e-3, 14.0, 0.0, 0.0, 0)[1])
-    done(tuning.plan(bench, BEHAVIOUR, "out", "1", 1, 1e-3, 0.0, 1.0, 0.0, 0)[1])
-    names = [f"rep_tuned_away ({BEHAVIOUR})", f"rep_tuned_away ({BEHAVIOUR}) 2", f"token_tuned_out ({BEHAVIOUR})"]
+    done(tuning.plan(bench, BEHAVIOUR, "suppress", "1", 1, 1e-3, 0.0, 1.0, 0.0, 0)[1])
+    names = [f"rep_tuned_away ({BEHAVIOUR})", f"rep_tuned_away ({BEHAVIOUR}) 2", f"token_tuned_suppress ({BEHAVIOUR})"]
     assert bench.deltas() == names
     assert names[0] in text(tuned.shown["kept"]) and "seed 5" in text(tuned.shown["kept"])
     assert [option["value"] for option in compare._offered(bench)] == ["steered", *names]
     assert list(explore._arms(bench))[1:] == names
     again = done(tuning.plan_weights(bench, names[2])[1])
     title = figures(again.shown["found"])["tuning-found-weights-graph"].layout.title.text
-    assert title == f"Changed weights: token_tuned_out (&lt;b&gt;glad&lt;/b&gt;) (along {said(bench)})"
+    assert title == f"Changed weights: token_tuned_suppress (&lt;b&gt;glad&lt;/b&gt;) (along {said(bench)})"
 
 
 @pytest.mark.parametrize("stop_at", [("losses", 3), ("kept", 2)])

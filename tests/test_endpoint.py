@@ -43,7 +43,7 @@ def served() -> Iterator[tuple[str, str]]:
         for _ in range(600):
             assert server.poll() is None, f"the server ended with {server.returncode}"
             try:
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health")
+                urllib.request.build_prefill(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health")
                 break
             except OSError:
                 time.sleep(0.2)

@@ -299,7 +299,7 @@ def test_extract_steer_and_tune_by_command(run, tmp_path):
     assert f"saved {file}" in said
     assert "steered (layer 18" in command("steer", str(file), "Hello.", "--layer", "18", "--max-new-tokens", "4")
     out = tmp_path / "d.safetensors"
-    said = command("tune", str(run.parent / "sweetness.toml"), str(file), "--direction", "out", "--out", str(out))
+    said = command("tune", str(run.parent / "sweetness.toml"), str(file), "--direction", "suppress", "--out", str(out))
     assert f"saved {out} (7 matrices" in said
 
 
@@ -315,7 +315,10 @@ def test_models_lists_licence_and_behaviours():
         (("run", "moood"), "behaviour: 'moood' is neither a shipped behaviour nor a file. Did you mean 'mood'?"),
         (("run", "mood", "--model", "smollm2-135m-instrct"), "Did you mean 'smollm2-135m-instruct'?"),
         (("steer", "nothing.safetensors", "Hi.", "--layer", "3"), "vectors: there is no file nothing.safetensors."),
-        (("tune", "mood", "v.safetensors", "--direction", "up"), "direction: 'up' came; 'toward', 'away' or 'out'"),
+        (
+            ("tune", "mood", "v.safetensors", "--direction", "up"),
+            "direction: 'up' came; 'toward', 'away' or 'suppress'",
+        ),
         (("run", "mood", "--out", "/dev/null/x"), "out: cannot write to /dev/null/x"),
         (("run", "mood", "--plan", "--chat-template-kwargs", "[1]"), "chat_template_kwargs must be a JSON object, got"),
         (("run", "mood", "--plan", "--dtype", "int4"), "dtype: 'int4' came; one of"),
@@ -356,7 +359,7 @@ def test_shipped_behaviours_are_whole(name):
     pairs = load_pairs(name)
     assert len({(p.positive, p.negative) for p in pairs.pairs}) >= 12
     assert len(pairs.topics) >= 60
-    assert len({p.opener for p in pairs.pairs}) >= 12
+    assert len({p.prefill for p in pairs.pairs}) >= 12
     *_, test = pairs.split(experiment.split.train, experiment.split.validation, seed=experiment.split.seed)
     assert len(test.topics) >= experiment.test.n_prompts >= 60
 

@@ -49,7 +49,7 @@ def plain_sides(model: Any, pairs: ContrastPairs, position: Any, name: str) -> l
     for texts in pairs.texts(model):
         means = []
         for text, pair in zip(texts, pairs.pairs, strict=True):
-            (row,) = rows_of(model, [text], [len(text) - len(pair.opener)])
+            (row,) = rows_of(model, [text], [len(text) - len(pair.prefill)])
             numbers = numbers_in(row, position_of(position), "it")
             cached = model.run_with_cache(torch.tensor([encode(model, text)]))[1][name][0]
             means.append(torch.stack([cached[number] for number in numbers]).mean(0))
@@ -85,7 +85,7 @@ def test_mood_separates_held_out_pairs_and_swapped_sides_do_not(model, pairs):
     vectors = rtl.extract_vectors(model, train.sample(24), layers=range(16, 22))
     few = held_out.sample(20)
     assert separability(model, vectors, few)["accuracy"].min() >= 0.9
-    swapped = ContrastPairs("swapped", tuple(Pair(p.negative, p.positive, p.user, p.opener) for p in few.pairs))
+    swapped = ContrastPairs("swapped", tuple(Pair(p.negative, p.positive, p.user, p.prefill) for p in few.pairs))
     assert separability(model, vectors, swapped)["accuracy"].max() <= 0.1
 
 
@@ -231,7 +231,7 @@ def test_offsets_at_which_the_sides_are_the_same_are_left_out_and_texts_too_shor
 )
 def test_provenance_says_the_position_in_words_and_in_the_first_pairs_tokens(tiny, ragged, position, words, tokens):
     made = rtl.extract_vectors(tiny, ragged, position=position, layers=[0]).provenance
-    assert made.position == f"{words} of the chat prompt and the answer's opener"
+    assert made.position == f"{words} of the chat prompt and the answer's prefill"
     assert made.position_tokens == tokens
 
 
@@ -463,7 +463,7 @@ def test_correct_only_keeps_the_pairs_that_both_personas_get_their_way_in(tiny, 
         rtl.evaluation.filter_pairs(tiny, ragged, score, threshold=2.0)
 
 
-def test_correct_only_asks_the_model_itself_with_personas_and_openers(tiny, ragged):
+def test_correct_only_asks_the_model_itself_with_personas_and_prefills(tiny, ragged):
     texts = ragged.texts(tiny)
     first, second = (rtl.generate(tiny, side, max_new_tokens=3) for side in texts)
     wanted = {first[1], first[3]}
@@ -564,7 +564,7 @@ def test_a_text_without_the_words_or_too_short_is_named_with_its_side(tiny, ragg
 
 def test_the_negative_side_is_named_too(tiny, ragged):
     swapped = tuple(
-        Pair(pair.positive + " I like grumbles.", pair.negative, pair.user, pair.opener) for pair in ragged.pairs
+        Pair(pair.positive + " I like grumbles.", pair.negative, pair.user, pair.prefill) for pair in ragged.pairs
     )
     with pytest.raises(ValueError, match=r"text 1 of the negative side: 'grumbles' is not in it"):
         rtl.extract_vectors(tiny, ContrastPairs("swapped", swapped), position='mean "grumbles"')

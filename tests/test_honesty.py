@@ -12,7 +12,7 @@ import pytest
 
 from rt_lens.apps.report.page import write_report
 from rt_lens.data.honesty import (
-    OPENER,
+    PREFILL,
     Fact,
     answer_pairs,
     judged_statements,
@@ -45,7 +45,7 @@ protocol = "PROTOCOL"
 held_out = ["animals"]
 n_calibration = 8
 n_items = 4
-opener = "Answer:"
+prefill = "Answer:"
 filter_pairs = false
 [extract]
 n_pairs = 8
@@ -136,13 +136,13 @@ def test_letters_words_and_statements_cancel_between_the_sides_of_persona_pairs(
     pairs = persona_pairs(facts, seed=1)
     assert len(pairs) == 16
     for pair in pairs.pairs:
-        (honest, user, opener), (dishonest, other, same) = pair.sides
-        assert opener == same  # the same letter on both sides
+        (honest, user, prefill), (dishonest, other, same) = pair.sides
+        assert prefill == same  # the same letter on both sides
         assert (honest, dishonest) in personas()
-        word = user.split(f"{opener[-1]}. ")[1].split("\n")[0]
+        word = user.split(f"{prefill[-1]}. ")[1].split("\n")[0]
         assert ("True statement" in user) == (word == "True")  # honest: says what is so
         assert ("True statement" in other) == (word == "False")  # dishonest: says what is not
-    letters = Counter((pair.opener[-1], "True statement" in pair.user) for pair in pairs.pairs)
+    letters = Counter((pair.prefill[-1], "True statement" in pair.user) for pair in pairs.pairs)
     assert set(letters.values()) == {4}  # A and B stand for truth and lie alike
 
 
@@ -152,7 +152,7 @@ def test_both_pairs_of_a_fact_stay_on_one_side_of_a_split():
 
 
 def test_answer_pairs_differ_in_the_answer_alone(tiny):
-    asked = Question("What is 2 + 2?", ("4",), ("5", "6"), opener="Answer:")
+    asked = Question("What is 2 + 2?", ("4",), ("5", "6"), prefill="Answer:")
     texts = answer_pairs([asked]).texts(tiny)
     assert [text.removesuffix("4") for text in texts.positive] == [text[:-1] for text in texts.negative]
     assert [text[-1] for text in texts.negative] == ["5", "6"]
@@ -190,7 +190,7 @@ def test_targets_teach_truth_toward_and_lies_away(model):
     protocol = protocol_of(
         replace(experiment, honesty=replace(experiment.honesty, protocol="likelihood", n_calibration=4)), model
     )
-    for direction, side in (("toward", "right"), ("away", "wrong"), ("out", "right")):
+    for direction, side in (("toward", "right"), ("away", "wrong"), ("suppress", "right")):
         for target in protocol.targets(direction, 0)[0]:
             (question,) = (q for prompt, q in asked.items() if prompt in target.prompt)
             assert target.answer.strip() in getattr(question, side)
@@ -252,7 +252,7 @@ def test_a_model_that_can_do_neither_is_refused(tiny):
 
 
 def test_the_experiment_runs_to_its_end_and_its_files_hold_together(small, tmp_path):
-    results = run_experiment(load_experiment(small("likelihood")), tmp_path / "out", progress=False)
+    results = run_experiment(load_experiment(small("likelihood")), tmp_path / "suppress", progress=False)
     assert results["protocol"]["name"] == "likelihood" and "chance" in results["protocol"]["why"]
     sets = {row["set"] for row in results["summary"]}
     assert {"same categories", "held-out categories", "misconceptions", "role-plays", "situations"} <= sets
@@ -262,8 +262,8 @@ def test_the_experiment_runs_to_its_end_and_its_files_hold_together(small, tmp_p
     assert len(arms) == 1 + 3 * 2
     assert all(0 <= row["p"] <= row["p_holm"] <= 1 for row in results["comparisons"])
     assert {row["set"] for row in results["side_effects"]} >= {"talk", "instructions"}
-    assert load_results(tmp_path / "out").content["behaviour"] == "honesty"
-    assert "held-out categories" in write_report(tmp_path / "out").read_text()
+    assert load_results(tmp_path / "suppress").content["behaviour"] == "honesty"
+    assert "held-out categories" in write_report(tmp_path / "suppress").read_text()
     told = [json.loads(line) for line in (tmp_path / "out/responses.jsonl").read_text().splitlines()]
     assert {row["set"] for row in told} >= sets
 
@@ -293,7 +293,7 @@ def test_correct_only_keeps_pairs_that_both_personas_get_their_way_in(small, mod
     right = []
     for pair in every.pairs:
         asked = [
-            Question(u, (o[-1],), ({"A": "B", "B": "A"}[o[-1]],), system=p, opener=OPENER) for p, u, o in pair.sides
+            Question(u, (o[-1],), ({"A": "B", "B": "A"}[o[-1]],), system=p, prefill=PREFILL) for p, u, o in pair.sides
         ]
         right.append(evaluate(model, asked, {"kind": "likelihood", "measure": "accuracy"}).scores == [1.0, 1.0])
     assert kept.pairs == tuple(pair for pair, both in zip(every.pairs, right, strict=True) if both)

@@ -154,9 +154,9 @@ def test_pairs_are_antisymmetric_and_the_same_text_is_a_tie(model):
     assert judge([]) == []
 
 
-def test_an_opener_is_part_of_what_is_judged(tiny):
+def test_an_prefill_is_part_of_what_is_judged(tiny):
     judge = LogitJudge(tiny, "is kind")
-    opened, whole = Answer(Question("Hi?", opener="Well,"), " yes."), Answer(Question("Hi?"), "Well, yes.")
+    opened, whole = Answer(Question("Hi?", prefill="Well,"), " yes."), Answer(Question("Hi?"), "Well, yes.")
     assert judge([opened]) == judge([whole]) != judge([Answer(Question("Hi?"), "yes.")])
 
 

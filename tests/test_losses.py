@@ -13,7 +13,7 @@ from rt_lens.models.divergence import kl_divergence
 from rt_lens.tuning.losses import cosine_loss, token_loss
 
 SEEDS = st.integers(0, 10_000)
-DIRECTIONS = ("toward", "away", "out")
+DIRECTIONS = ("toward", "away", "suppress")
 
 
 def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -30,11 +30,11 @@ def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
         ([3.0, 0.0], "away", 1.0),
         ([-2.0, 0.0], "away", 0.0),
         ([0.0, 5.0], "away", 0.5),
-        ([3.0, 0.0], "out", 1.0),
-        ([-2.0, 0.0], "out", 1.0),
-        ([0.0, 5.0], "out", 0.0),
-        ([3.0, 4.0], "out", 0.6),
-        ([-3.0, 4.0], "out", 0.6),
+        ([3.0, 0.0], "suppress", 1.0),
+        ([-2.0, 0.0], "suppress", 1.0),
+        ([0.0, 5.0], "suppress", 0.0),
+        ([3.0, 4.0], "suppress", 0.6),
+        ([-3.0, 4.0], "suppress", 0.6),
     ],
 )
 def test_cosine_loss_by_hand(h, direction, value):
@@ -81,7 +81,7 @@ def test_a_step_down_the_gradient_moves_the_cosine_the_way_the_direction_says(di
     cosine_loss(h, vector, direction).sum().backward()
     before = torch.cosine_similarity(h.detach(), vector[None])
     change = torch.cosine_similarity((h - 0.1 * h.grad).detach(), vector[None]) - before
-    wanted = {"toward": torch.ones(4), "away": -torch.ones(4), "out": -before.sign()}[direction]
+    wanted = {"toward": torch.ones(4), "away": -torch.ones(4), "suppress": -before.sign()}[direction]
     assert (change * wanted > 0).all()
 
 
@@ -101,7 +101,7 @@ def test_an_unknown_direction_is_refused_by_name():
     unchecked = cosine_loss
     while hasattr(unchecked, "__wrapped__"):  # without the tests' type checker, as a user runs it
         unchecked = unchecked.__wrapped__
-    with pytest.raises(ValueError, match=r"direction: 'up' came; 'toward', 'away' or 'out' is wanted"):
+    with pytest.raises(ValueError, match=r"direction: 'up' came; 'toward', 'away' or 'suppress' is wanted"):
         unchecked(random(0, 2, 3), random(1, 3), "up")
 
 

@@ -128,7 +128,7 @@ def test_a_map_by_neighbours_is_the_same_with_the_same_seed_only(tiny, few):
 
 def test_a_map_of_activations_that_are_all_the_same_is_one_point(tiny, few):
     table = activation_map(tiny, few, layers=[0], hook="resid_pre")
-    assert not table[["x", "y"]].to_numpy().any(), "the embedding of the opener's last token"
+    assert not table[["x", "y"]].to_numpy().any(), "the embedding of the prefill's last token"
     assert math.isnan(table["explained"].iloc[0])
 
 

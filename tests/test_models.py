@@ -44,8 +44,8 @@ PLAIN = [
 CHATS = [
     {"user": "Tell me about your weekend."},
     {"user": "What is 12 + 30?", "system": "You are a pirate who answers in one line."},
-    {"user": "Bonjour !", "system": "Tu es poli.", "opener": "Bonjour, comment"},
-    {"user": "Write a haiku about rust.", "opener": "Red flakes on"},
+    {"user": "Bonjour !", "system": "Tu es poli.", "prefill": "Bonjour, comment"},
+    {"user": "Write a haiku about rust.", "prefill": "Red flakes on"},
 ]
 
 

@@ -166,12 +166,14 @@ def test_parameters_are_those_in_the_file(folder):
 
 CONFIGS = {
     "all": TuneConfig(layers=[2]),
-    "by loss": TuneConfig(layers=[1, 2], kinds={"cosine": ["v", "o"], "token": ["gate", "down"]}),
-    "blocks by loss": TuneConfig(layers=[3], trained_layers={"cosine": [1, 2], "token": [2, 3]}, kinds=["v", "up"]),
-    "kl beside": TuneConfig(layers=[2], kinds={"cosine": ["v"], "token": ["o"], "kl": ["q"]}),
-    "token alone": TuneConfig(layers=[2], cosine_weight=0.0, kinds={"cosine": ["v"], "token": ["o"]}),
-    "biases and norms": TuneConfig(layers=[2], kinds=["bias", "norm", "k"]),
-    "low rank": TuneConfig(layers=[2], lora_rank=3, kinds=["q", "down"]),
+    "by loss": TuneConfig(layers=[1, 2], target_modules={"cosine": ["v", "o"], "token": ["gate", "down"]}),
+    "blocks by loss": TuneConfig(
+        layers=[3], trained_layers={"cosine": [1, 2], "token": [2, 3]}, target_modules=["v", "up"]
+    ),
+    "kl beside": TuneConfig(layers=[2], target_modules={"cosine": ["v"], "token": ["o"], "kl": ["q"]}),
+    "token alone": TuneConfig(layers=[2], cosine_weight=0.0, target_modules={"cosine": ["v"], "token": ["o"]}),
+    "biases and norms": TuneConfig(layers=[2], target_modules=["bias", "norm", "k"]),
+    "low rank": TuneConfig(layers=[2], lora_rank=3, target_modules=["q", "down"]),
 }
 
 
@@ -204,9 +206,9 @@ def test_llama_2_13b_is_known_without_the_network_and_fits(offline):
 def test_all_weights_of_the_papers_blocks_do_not_fit_and_the_plan_says_what_to_lower(offline):
     experiment = load_experiment("honesty_paper")
     wider = {"cosine": ["v", "o"], "token": ["q", "k", "gate", "up", "down"]}
-    said = str(plan_of(replace(experiment, tune=replace(experiment.tune, kinds=wider))))
-    assert "in tune. IT DOES NOT FIT into 80.0 GB. Set tune.lora_rank = 16, or name fewer tune.kinds" in said
-    lower = plan_of(replace(experiment, tune=replace(experiment.tune, kinds=wider, lora_rank=16)))
+    said = str(plan_of(replace(experiment, tune=replace(experiment.tune, target_modules=wider))))
+    assert "in tune. IT DOES NOT FIT into 80.0 GB. Set tune.lora_rank = 16, or name fewer tune.target_modules" in said
+    lower = plan_of(replace(experiment, tune=replace(experiment.tune, target_modules=wider, lora_rank=16)))
     assert lower.peak(GPU)[1] < 0.75 * GPU.memory
     many = plan_of(replace(experiment, tune=replace(experiment.tune, batch_size=64)))
     assert "IT DOES NOT FIT into 80.0 GB. Lower tune.micro_batch_size." in str(many)

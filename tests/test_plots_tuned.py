@@ -16,7 +16,7 @@ from rt_lens.plots.tuned import block_search, kinds, variants
 from rt_lens.plots.tuned_steered import effect_against_damage, resistance
 
 VARIANTS = ("untuned", "steered", "token only", "cosine only", "both shared", "both separate", "KL-regularised", "LoRA")
-SIGNS = {"out": -0.2, "toward": 1.0, "away": -1.0}
+SIGNS = {"suppress": -0.2, "toward": 1.0, "away": -1.0}
 SCORES = {"untuned": (0.31, 0.11), "toward_tuned": (0.7, 0.03), "away_tuned": (-0.35, 0.05), "out_tuned": (0.2, 0.02)}
 MULTIPLIERS = (-4, -2, 0, 2, 4)
 KINDS = ("stories", "instructions", "customer letters")
@@ -170,10 +170,12 @@ def test_the_examples_run(room):
 
 def test_variants_draws_scores_and_costs_with_their_whiskers():
     figure, frame = variants(variant_rows()), pd.DataFrame(variant_rows())
-    assert [note.text for note in figure.layout.annotations] == [f"direction: {d}" for d in ("toward", "away", "out")]
+    assert [note.text for note in figure.layout.annotations] == [
+        f"direction: {d}" for d in ("toward", "away", "suppress")
+    ]
     columns = [("mean", "low", "high")] + [(name, f"{name}_low", f"{name}_high") for name in ("perplexity", "kl")]
     traces = iter(figure.data)
-    for direction in ("toward", "away", "out"):
+    for direction in ("toward", "away", "suppress"):
         rows = frame[frame["direction"] == direction]
         for name, low, high in columns:
             trace = next(traces)

@@ -13,7 +13,7 @@ from rt_lens.models.positions import Row, numbers_in, position_named, position_o
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 
-OPENER = "Well, I'd"
+PREFILL = "Well, I'd"
 PROMPT = [
     "<|im_start|>", "system", "\n", "Be", " kind", ".", "<|im_end|>", "\n",
     "<|im_start|>", "user", "\n", "Kind", " of", " you", "?", "<|im_end|>", "\n",
@@ -49,9 +49,9 @@ def framing(stand_in):
     return SimpleNamespace(tokenizer=own)
 
 
-def row_of(model, user="Kind of you?", system="Be kind.", opener=OPENER) -> Row:
-    text = chat_text(model, user, system=system, opener=opener)
-    (row,) = rows_of(model, [text], [len(text) - len(opener)])
+def row_of(model, user="Kind of you?", system="Be kind.", prefill=PREFILL) -> Row:
+    text = chat_text(model, user, system=system, prefill=prefill)
+    (row,) = rows_of(model, [text], [len(text) - len(prefill)])
     return row
 
 
@@ -123,23 +123,23 @@ def test_words_of_no_named_position_are_refused(words):
 
 
 def test_prompt_and_response_are_the_whole_and_share_nothing(stand_in):
-    for opener in (OPENER, "\n\n  Hm", "🙂🙃", "tant"):  # some of them grow together with the template's last newline
-        row = row_of(stand_in, opener=opener)
+    for prefill in (PREFILL, "\n\n  Hm", "🙂🙃", "tant"):  # some of them grow together with the template's last newline
+        row = row_of(stand_in, prefill=prefill)
         prompt, response = (numbers_in(row, position_of(f"mean {part}"), "it") for part in ("prompt", "response"))
         assert prompt + response == list(range(len(row.ids)))
         covered = "".join(row.text[row.spans[i][0] : row.spans[i][1]] for i in dict.fromkeys(response))
-        assert opener.strip()[:2] in covered
+        assert prefill.strip()[:2] in covered
 
 
 def test_the_last_occurrence_of_the_words_is_read(stand_in):
-    row = row_of(stand_in, user="Red or red?", system="Say red.", opener="red!")
+    row = row_of(stand_in, user="Red or red?", system="Say red.", prefill="red!")
     numbers = numbers_in(row, position_of('mean "red"'), "it")
     assert numbers == [len(row.ids) - 2]
     assert sum("red" in label for label in row.labels) == 3
 
 
 def test_words_of_several_bytes_a_character_name_all_their_tokens(stand_in):
-    row = row_of(stand_in, user="I like 東京 and 🜚 very much", opener="")
+    row = row_of(stand_in, user="I like 東京 and 🜚 very much", prefill="")
     for words in ("東京", "🜚"):
         numbers = numbers_in(row, position_of(f'mean "{words}"'), "it")
         read = stand_in.tokenizer.decode([row.ids[number] for number in numbers])
@@ -147,8 +147,8 @@ def test_words_of_several_bytes_a_character_name_all_their_tokens(stand_in):
     assert len(numbers) > 1
 
 
-def test_without_an_opener_the_prompt_is_the_whole_text(stand_in):
-    assert labels(row_of(stand_in, opener=""), "mean prompt") == PROMPT
+def test_without_an_prefill_the_prompt_is_the_whole_text(stand_in):
+    assert labels(row_of(stand_in, prefill=""), "mean prompt") == PROMPT
     (row,) = rows_of(stand_in, ["A plain text."])
     assert labels(row, "mean prompt") == ["A", " plain", " text", "."]
 
@@ -170,7 +170,7 @@ def test_the_start_token_that_the_tokenizer_adds_covers_no_character_and_its_end
 
 
 def test_a_chat_that_holds_its_special_tokens_gets_none_added(framing, stand_in):
-    text = chat_text(stand_in, "Kind of you?", system="Be kind.", opener=OPENER)
+    text = chat_text(stand_in, "Kind of you?", system="Be kind.", prefill=PREFILL)
     (row,) = rows_of(framing, [text], [text.answer_at])
     assert list(row.labels) == PROMPT + ANSWER
     assert labels(row, "mean response") == ANSWER
@@ -199,8 +199,8 @@ def test_tokens_that_a_text_has_not_are_refused_by_its_name_and_beginning(stand_
 
 
 def test_a_response_that_is_not_there_is_refused_with_the_mend(stand_in):
-    with pytest.raises(ValueError, match=r"no openers, so there is no response to read\. Use 'mean prompt' or 'last'"):
-        labels(row_of(stand_in, opener=""), "mean response")
+    with pytest.raises(ValueError, match=r"no prefills, so there is no response to read\. Use 'mean prompt' or 'last'"):
+        labels(row_of(stand_in, prefill=""), "mean response")
 
 
 def test_a_function_may_give_whatever_numbers_are(stand_in):

@@ -16,20 +16,20 @@ from rt_lens.data.contrast_pairs import ContrastPairs, Pair, load_pairs, pairs_f
 from rt_lens.experiment.config import load_experiment
 
 ROWS = [
-    {"positive": "You are glad.", "negative": "You are sad.", "user": "Tell me of rain.", "opener": "The rain"},
-    {"positive": "Be merry.", "negative": "Be gloomy.", "user": "Was ist für dich „Glück“?", "opener": ""},
+    {"positive": "You are glad.", "negative": "You are sad.", "user": "Tell me of rain.", "prefill": "The rain"},
+    {"positive": "Be merry.", "negative": "Be gloomy.", "user": "Was ist für dich „Glück“?", "prefill": ""},
 ]
 TABLE = {"positive": ["glad", "merry"], "negative": ["sad", "gloomy"], "topics": ["rain", "tea", "cats"]}
 
 
-def product(topics: int, personas: int, openers: int) -> ContrastPairs:
+def product(topics: int, personas: int, prefills: int) -> ContrastPairs:
     return pairs_from_table(
         "made up",
         {
             "positive": [f"p{i}" for i in range(personas)],
             "negative": [f"n{i}" for i in range(personas)],
             "topics": [f"t{i}" for i in range(topics)],
-            "openers": [f"o{i}" for i in range(openers)],
+            "prefills": [f"o{i}" for i in range(prefills)],
         },
     )
 
@@ -45,9 +45,12 @@ def write_csv(path, rows):
 
 
 def test_the_shipped_mood_is_every_combination_of_its_lists(pairs):
-    openers, personas = {pair.opener for pair in pairs.pairs}, {(pair.positive, pair.negative) for pair in pairs.pairs}
+    prefills, personas = (
+        {pair.prefill for pair in pairs.pairs},
+        {(pair.positive, pair.negative) for pair in pairs.pairs},
+    )
     assert pairs.name == "mood"
-    assert len(pairs) == len(set(pairs.pairs)) == len(pairs.topics) * len(personas) * len(openers) > 100
+    assert len(pairs) == len(set(pairs.pairs)) == len(pairs.topics) * len(personas) * len(prefills) > 100
     assert all(positive != negative for positive, negative in personas)
 
 
@@ -64,16 +67,16 @@ def test_a_file_of_ones_own_gives_its_rows_in_order(tmp_path, ending):
         assert loaded.pairs == tuple(Pair(**row) for row in ROWS)
 
 
-def test_an_opener_may_be_left_out_or_null_and_fields_that_are_not_used_are_named(tmp_path):
+def test_an_prefill_may_be_left_out_or_null_and_fields_that_are_not_used_are_named(tmp_path):
     path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"positive": "a", "negative": "b", "user": "c", "opener": None, "note": 3}))
+    path.write_text(json.dumps({"positive": "a", "negative": "b", "user": "c", "prefill": None, "note": 3}))
     with pytest.warns(UserWarning, match=r"pairs: mine\.jsonl has fields that are not used: note\. Used are positive"):
         assert load_pairs(path).pairs == (Pair("a", "b", "c", ""),)
 
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("openner", "opener"), ("Opener", "opener"), ("Group", "group"), ("negativ_user", "negative_user")],
+    [("openner", "prefill"), ("Prefill", "prefill"), ("Group", "group"), ("negativ_user", "negative_user")],
 )
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_a_misspelt_field_is_refused_with_the_nearest_name(tmp_path, name, near, ending):
@@ -93,7 +96,7 @@ def test_a_group_may_be_a_number_in_json(tmp_path):
 
 @pytest.mark.usefixtures("as_a_user")
 def test_an_empty_cell_of_a_table_is_refused_as_a_side():
-    for side in ("negative", "opener", "negative_user"):
+    for side in ("negative", "prefill", "negative_user"):
         with pytest.raises(
             ValueError, match=rf"pairs: {side} of number 1 of 'mine' must be a text, got nan\. Leave out"
         ):
@@ -131,7 +134,7 @@ def test_a_row_without_a_side_is_refused_with_its_line_in_the_file(tmp_path, sid
         ('{"positive": "a", "positive": "b"}', "'positive' is there twice"),
         ('{"positive": "a", "negative": "b", "user": "cut \\ud83d"}', "must be a JSON object, .*surrogates"),
         ('{"positive": 1, "negative": "b", "user": "c"}', r"must have a text as 'positive', got 1\. Put it in quotes"),
-        ('{"positive": "a", "negative": "b", "user": "c", "opener": 3}', "must have a text as 'opener', got 3"),
+        ('{"positive": "a", "negative": "b", "user": "c", "prefill": 3}', "must have a text as 'prefill', got 3"),
         ('{"positive": "a", "negative": NaN, "user": "c"}', "lacks the side 'negative'"),
         ('{"positive": "a", "negative": null, "user": "c"}', "lacks the side 'negative'"),
     ],
@@ -165,9 +168,9 @@ def test_a_table_without_a_list_is_refused_by_its_name(side, wrong):
         pairs_from_table("mine", {**TABLE, side: wrong}, "mine.toml")
 
 
-def test_a_table_with_one_string_for_openers_is_refused():
-    with pytest.raises(ValueError, match=r"pairs\.openers"):
-        pairs_from_table("mine", {**TABLE, "openers": "So"})
+def test_a_table_with_one_string_for_prefills_is_refused():
+    with pytest.raises(ValueError, match=r"pairs\.prefills"):
+        pairs_from_table("mine", {**TABLE, "prefills": "So"})
 
 
 def test_personas_that_do_not_align_are_refused():
@@ -197,13 +200,13 @@ def test_the_checksum_knows_content_and_order_and_not_the_name():
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(2, 9), st.integers(1, 6), st.integers(1, 4), st.floats(0.2, 0.8), st.integers(0, 99))
-def test_parts_of_a_product_share_no_topic_and_no_persona_or_opener_where_there_are_enough(t, p, o, share, seed):
+def test_parts_of_a_product_share_no_topic_and_no_persona_or_prefill_where_there_are_enough(t, p, o, share, seed):
     assume(0 < round(share * t) < t)
     whole = product(t, p, o)
     train, test = whole.split(share, seed=seed)
     assert set(train.topics) | set(test.topics) == set(whole.topics)
     assert len(train.topics) == round(share * t)
-    for n, key in ((t, "user"), (p, "positive"), (p, "negative"), (o, "opener")):
+    for n, key in ((t, "user"), (p, "positive"), (p, "negative"), (o, "prefill")):
         ours, theirs = ({getattr(pair, key) for pair in part.pairs} for part in (train, test))
         if 0 < round(share * n) < n:
             assert not ours & theirs, key
@@ -257,19 +260,19 @@ def rows(*pairs: Pair) -> ContrastPairs:
     return ContrastPairs("rows", pairs)
 
 
-def test_a_hundred_rows_of_which_two_share_an_opener_all_find_a_part():
+def test_a_hundred_rows_of_which_two_share_an_prefill_all_find_a_part():
     whole = rows(*(Pair("glad", "sad", f"t{i}", f"o{max(i, 1)}") for i in range(100)))  # as one reported: 9, 2 and 15
     parts = whole.split(0.4, 0.2, seed=0)
     assert [len(part) for part in parts] == [40, 20, 40]
     assert parts.left_out == 0
-    assert not shared(parts, lambda pair: pair.user) and not shared(parts, lambda pair: pair.opener)
+    assert not shared(parts, lambda pair: pair.user) and not shared(parts, lambda pair: pair.prefill)
 
 
-def test_five_openers_in_equal_numbers_are_kept_apart_and_a_persona_of_all_rows_is_not(recwarn):
+def test_five_prefills_in_equal_numbers_are_kept_apart_and_a_persona_of_all_rows_is_not(recwarn):
     whole = rows(*(Pair("glad", "sad", f"t{i}", f"o{i % 5}") for i in range(100)))
     parts = whole.split(0.4, 0.2, seed=1)
     assert [len(part) for part in parts] == [40, 20, 40]
-    assert not shared(parts, lambda pair: pair.opener)
+    assert not shared(parts, lambda pair: pair.prefill)
     assert shared(parts, lambda pair: pair.positive)
     assert not recwarn  # that one persona is everywhere is known to whoever wrote it
 
@@ -415,4 +418,4 @@ def test_texts_are_aligned_and_differ_in_the_persona_only(tiny):
     )
     for pair, positive, negative in zip(pairs.pairs, *texts, strict=True):
         assert positive.replace(pair.positive, pair.negative) == negative != positive
-        assert positive.endswith(f"<|im_start|>assistant\n{pair.opener}")
+        assert positive.endswith(f"<|im_start|>assistant\n{pair.prefill}")

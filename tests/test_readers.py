@@ -17,8 +17,8 @@ from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.data.questions import Question, load_questions
 from rt_lens.data.readers import read_lines, read_rows, read_toml
 
-KNOWN = ("positive", "negative", "user", "opener")
-ROW = {"positive": "Be glad.", "negative": "Be sad.", "user": "Wie geht’s – gut?", "opener": "It was"}
+KNOWN = ("positive", "negative", "user", "prefill")
+ROW = {"positive": "Be glad.", "negative": "Be sad.", "user": "Wie geht’s – gut?", "prefill": "It was"}
 MARKS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # where str.splitlines cuts, and no file format does
 
 
@@ -172,7 +172,7 @@ def unencoded(source: str) -> list[int]:
         binary = any(isinstance(each, ast.Constant) and "b" in str(each.value) for each in mode)
         opens = call[-1] in ("open", "fdopen", "NamedTemporaryFile", "TextIOWrapper") and not binary
         texts = call[-1] in ("read_text", "write_text") or (call[0] == "subprocess" and {"text"} & set(named))
-        if (opens or texts) and "encoding" not in named and not set(call) & {"archive", "webbrowser", "build_opener"}:
+        if (opens or texts) and "encoding" not in named and not set(call) & {"archive", "webbrowser", "build_prefill"}:
             positional = len(node.args) > (1 if call[-1] == "write_text" else 0) and call[-1] in (
                 "read_text",
                 "write_text",

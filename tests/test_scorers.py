@@ -112,8 +112,8 @@ def test_evaluate_scores_what_the_model_says_and_batches_do_not_matter(model):
     assert evaluate(model, prompts, len, max_new_tokens=8).scores == [len(r) for r in found.responses]
 
 
-def test_questions_are_asked_with_their_persona_and_opener(tiny):
-    asked = [Question("Hi.", system="Be brief.", opener="Well,"), Question("Hi.")]
+def test_questions_are_asked_with_their_persona_and_prefill(tiny):
+    asked = [Question("Hi.", system="Be brief.", prefill="Well,"), Question("Hi.")]
     found = ask(tiny, asked, {"text"}, max_new_tokens=4)
     texts = [
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nWell,",
@@ -134,7 +134,7 @@ def test_only_what_is_read_is_measured_and_an_option_is_said_in_words(tiny):
 
 
 def test_evaluate_by_likelihood_gives_shares_and_the_options_preferred(model):
-    asked = [Question("What is the capital of France?", ("Paris",), ("Lyon",), opener="Answer:")]
+    asked = [Question("What is the capital of France?", ("Paris",), ("Lyon",), prefill="Answer:")]
     found = evaluate(model, asked, {"kind": "likelihood", "measure": "share"})
     assert found.responses == ["Paris"]
     assert 0.5 < found.scores[0] < 1

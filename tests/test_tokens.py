@@ -49,7 +49,7 @@ def test_a_model_without_a_tokenizer_is_refused():
 
 def test_a_chat_ends_where_the_assistant_writes(stand_in):
     assert has_chat_template(stand_in)
-    text = chat_text(stand_in, "Hello?", system="Be kind.", opener="Well")
+    text = chat_text(stand_in, "Hello?", system="Be kind.", prefill="Well")
     assert text == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\nWell"
     )
@@ -77,7 +77,7 @@ def test_a_template_that_refuses_everything_shows_its_own_reason(stand_in):
 def test_a_tokenizer_without_a_template_gets_plain_paragraphs(stand_in):
     stand_in.tokenizer.chat_template = None
     assert not has_chat_template(stand_in)
-    assert chat_text(stand_in, "Hello?", system="Be kind.", opener="Well") == "Be kind.\n\nHello?\n\nWell"
+    assert chat_text(stand_in, "Hello?", system="Be kind.", prefill="Well") == "Be kind.\n\nHello?\n\nWell"
     assert chat_text(stand_in, "Hello?") == "Hello?"
 
 

@@ -28,7 +28,7 @@ def numbered(n: int, name: str = "planted") -> ContrastPairs:
 def shuffled(pairs: ContrastPairs, seed: int) -> ContrastPairs:
     """The sides of each pair swapped, or not, by chance: there is nothing to find any more."""
     coin = random.Random(seed)
-    swapped = [Pair(p.negative, p.positive, p.user, p.opener) if coin.random() < 0.5 else p for p in pairs.pairs]
+    swapped = [Pair(p.negative, p.positive, p.user, p.prefill) if coin.random() < 0.5 else p for p in pairs.pairs]
     return ContrastPairs(f"{pairs.name}, shuffled", tuple(swapped))
 
 

@@ -49,7 +49,9 @@ def test_cosine_tuning_moves_the_projection_the_way_it_should(tiny, tiny_vectors
 
 @pytest.mark.parametrize("token_weight", [0.0, 0.1])
 def test_out_tuning_brings_the_cosine_near_zero_also_beside_a_token_loss(tiny, tiny_vectors, token_weight):
-    config = replace(QUICK, direction="out", token_weight=token_weight, cosine_weight=1.0, centred=False, max_steps=20)
+    config = replace(
+        QUICK, direction="suppress", token_weight=token_weight, cosine_weight=1.0, centred=False, max_steps=20
+    )
     delta = tune(tiny, tiny_vectors, TARGETS, config, progress=False)
     found = loss(delta, "train", "cosine")
     assert found[0] > 0.05
@@ -177,7 +179,7 @@ def test_the_rate_rises_over_the_warm_up_and_falls_to_zero_after_it(tiny, tiny_v
 def test_the_token_rate_is_for_what_the_cosine_does_not_train(tiny, tiny_vectors):
     """With nearly none, what both losses train moves all the same, and what the token loss alone trains does not."""
     kinds = {"cosine": ["v", "o"], "token": ["o", "gate", "up", "down"]}
-    config = replace(QUICK, kinds=kinds, max_steps=4)
+    config = replace(QUICK, target_modules=kinds, max_steps=4)
     slow = tune(tiny, tiny_vectors, TARGETS, replace(config, token_learning_rate=1e-12), progress=False).changes
     same = tune(tiny, tiny_vectors, TARGETS, config, progress=False).changes
     assert len(slow) == 5
@@ -302,7 +304,7 @@ def test_pairs_give_targets_in_the_models_own_words_without_the_persona(model, p
     ("settings", "says"),
     [
         ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 0.0}, "all are 0, so there is nothing to tune"),
-        ({"direction": "up"}, "direction: 'up' came; 'toward', 'away' or 'out' is wanted"),
+        ({"direction": "up"}, "direction: 'up' came; 'toward', 'away' or 'suppress' is wanted"),
         ({"precision": "float16"}, "precision: 'float16' came; 'float32', 'bfloat16' or 'auto' is wanted"),
         ({"prefix_cache": "ram"}, "prefix_cache: 'ram' came; 'auto', 'memory', 'disk' or 'off' is wanted"),
         ({"kl_weight": -1.0}, "kl_weight: -1.0 came"),
@@ -359,8 +361,8 @@ def test_a_bridge_tunes_too(bridge, pairs):
         ({"layers": []}, "layers: the list is empty"),
         ({"trained_layers": []}, "trained_layers: the list is empty"),
         ({"layers": [1.5]}, "layers: 1.5 came; a whole number"),
-        ({"kinds": 5}, "kinds: 5 came; a list"),
-        ({"kinds": "v o"}, r"kinds: 'v o' came; a list is wanted, as in kinds=\['v', 'o'\]"),
+        ({"target_modules": 5}, "target_modules: 5 came; a list"),
+        ({"target_modules": "v o"}, r"target_modules: 'v o' came; a list is wanted, as in target_modules=\['v', 'o'\]"),
         ({"max_steps": 2.5}, "max_steps: 2.5 came; a whole number"),
         ({"micro_batch_size": 1.5}, "micro_batch_size: 1.5 came; a whole number"),
         ({"learning_rate": "1e-4"}, "learning_rate: '1e-4' came; a number"),

@@ -69,7 +69,7 @@ def test_several_aims_have_the_weighted_mean_of_their_losses_and_gradients(tiny,
     config = replace(CONFIG, token_weight=0.0)
     first = DirectionTarget(tiny_vectors, 1.0, "away", layers=[0, 1])
     second = DirectionTarget(others, 3.0, "toward", layers=[1], positions="mean last 3")
-    third = DirectionTarget(tiny_vectors, 4.0, "out", layers=[0], positions="last")
+    third = DirectionTarget(tiny_vectors, 4.0, "suppress", layers=[0], positions="last")
     singles = [found_by(tiny, [aim], TARGETS, config) for aim in (first, second, third)]
     losses, grads = found_by(tiny, [first, second, third], TARGETS, config)
     shares = (1 / 8, 3 / 8, 4 / 8)
@@ -293,7 +293,7 @@ def test_the_kl_is_that_under_steering_by_hand_wherever_the_steering_is(tiny, ti
 def test_cosine_and_token_loss_are_those_under_steering_too(tiny, tiny_vectors, others):
     """By a plain forward pass with the step's hooks; the activation is read after what is added to it."""
     steer = KLThenSteer([others], layers=[1], share=1.0, strength=3.0)
-    config = replace(CONFIG, layers=[1], direction="out", centred=False, max_steps=1, batch_size=len(TARGETS))
+    config = replace(CONFIG, layers=[1], direction="suppress", centred=False, max_steps=1, batch_size=len(TARGETS))
     delta = tune(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, steer=steer, progress=False)
     plain = tune(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, progress=False)
     name, tokens, cosines = "blocks.1.hook_resid_post", [], []
@@ -353,7 +353,7 @@ def test_directions_from_pairs_are_taken_again_from_the_model_as_it_is_by_then(m
     steer = KLThenSteer([pairs], layers=[29], share=1.0, strength=1.0, n_pairs=2)
     vectors = rtl.extract_vectors(model, pairs.sample(2), layers=[29])
     before = model.blocks[29].mlp.W_out.detach().clone()
-    config = replace(STEERED, layers=[29], trained_layers=[29], kinds=["down"], neutral_batch_size=1, max_steps=2,
+    config = replace(STEERED, layers=[29], trained_layers=[29], target_modules=["down"], neutral_batch_size=1, max_steps=2,
                      validate_every=1)  # fmt: skip
     tune(model, vectors, TARGETS[:2], config, validation=TARGETS[:1], neutral=NEUTRAL[:1], steer=steer, progress=False)
     assert [n for n, _ in taken] == [2] * 6  # in each of two steps once, and both ways in each of two validations

@@ -399,7 +399,7 @@ OTHERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "direction": lambda v: {"config": replace(CONFIG, direction="toward")},
     "max_steps": lambda v: {"config": replace(CONFIG, max_steps=9)},
     "lora_rank": lambda v: {"config": replace(CONFIG, lora_rank=2)},
-    "kinds": lambda v: {"config": replace(CONFIG, kinds=["q"])},
+    "target_modules": lambda v: {"config": replace(CONFIG, target_modules=["q"])},
     "vectors": lambda v: {"vectors": SteeringVectors({n: 1.01 * x for n, x in v.vectors.items()}, v.provenance)},
     "steer": lambda v: {"steer": KLThenSteer([v], layers=[1])},
     "train": lambda v: {"train": [Target("Question 0: what was it?", TARGETS[0].answer), *TARGETS[1:]]},
@@ -605,7 +605,7 @@ def test_writing_needs_no_second_copy_of_the_state(tmp_path):
 
 def test_the_embedded_model_goes_on_to_the_same_bits(model, pairs, tmp_path):
     vectors = extract_vectors(model, pairs.sample(4), layers=[29])
-    config = replace(CONFIG, layers=[29], trained_layers=[29], kinds=["o", "down"], max_steps=4, kl_weight=0.0)
+    config = replace(CONFIG, layers=[29], trained_layers=[29], target_modules=["o", "down"], max_steps=4, kl_weight=0.0)
 
     def run(checkpoint: Path | None) -> WeightDelta:
         more = {"checkpoint": checkpoint, "checkpoint_every": 2}

@@ -148,10 +148,12 @@ def test_a_steps_gradients_are_those_of_the_plain_sum(tiny, untuned, tiny_vector
     assert_same(grads, {name: sum(alone[loss][name] for loss in alone) for name in names})
 
 
-@pytest.mark.parametrize("kinds", [SEPARATE, {**SEPARATE, "kl": ["q", "o", "up"]}], ids=["kl left out", "kl named"])
+@pytest.mark.parametrize(
+    "target_modules", [SEPARATE, {**SEPARATE, "kl": ["q", "o", "up"]}], ids=["kl left out", "kl named"]
+)
 @pytest.mark.parametrize("micro", [None, 3])
 def test_each_loss_trains_its_own_kinds_and_no_others(tiny, untuned, tiny_vectors, kinds, micro):
-    config = replace(CONFIG, kinds=kinds, micro_batch_size=micro)
+    config = replace(CONFIG, target_modules=kinds, micro_batch_size=micro)
     material = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], neutral=NEUTRAL)
     shaken(tiny)
     _, grads = found_by(tiny, tiny_vectors, material, config)
@@ -174,7 +176,7 @@ def test_each_loss_trains_its_own_kinds_and_no_others(tiny, untuned, tiny_vector
 
 def test_separate_runs_of_each_loss_add_up_to_the_run_of_both(tiny, tiny_vectors):
     """With both losses on, a group's gradient is to the bit that of its loss alone, and it is so for each."""
-    both = replace(CONFIG, kinds=SEPARATE, kl_weight=0.0)
+    both = replace(CONFIG, target_modules=SEPARATE, kl_weight=0.0)
     material = prepare_data(tiny, tiny_vectors, TARGETS, both, validation=TARGETS[:1])
     _, grads = found_by(tiny, tiny_vectors, material, both)
     for loss, other in (("cosine", "token"), ("token", "cosine")):
@@ -190,7 +192,7 @@ def test_separate_runs_of_each_loss_add_up_to_the_run_of_both(tiny, tiny_vectors
 
 
 def test_each_loss_trains_its_own_blocks_and_kl_only_what_they_do(tiny, untuned, tiny_vectors):
-    config = replace(CONFIG, layers=[1], trained_layers={"cosine": [1], "token": [0]}, kinds=SEPARATE)
+    config = replace(CONFIG, layers=[1], trained_layers={"cosine": [1], "token": [0]}, target_modules=SEPARATE)
     groups = trained_by(tiny, config)
     assert set(groups["cosine"]) == {"blocks.1.attn._W_V", "blocks.1.attn.W_O"}
     assert set(groups["token"]) == {f"blocks.0.mlp.{name}" for name in ("W_in", "W_gate", "W_out")}
@@ -207,7 +209,7 @@ def test_each_loss_trains_its_own_blocks_and_kl_only_what_they_do(tiny, untuned,
 
 @pytest.mark.parametrize("kinds", [SEPARATE, ["v", "up"]], ids=["separate", "shared"])
 def test_weights_that_no_loss_names_are_not_in_the_delta(tiny, tiny_vectors, kinds):
-    config = replace(CONFIG, kinds=kinds, max_steps=2, batch_size=2, kl_weight=0.0)
+    config = replace(CONFIG, target_modules=kinds, max_steps=2, batch_size=2, kl_weight=0.0)
     delta = tune(tiny, tiny_vectors, TARGETS, config, validation=TARGETS[:1], progress=False)
     named = {"v": "attn._W_V", "o": "attn.W_O", "gate": "mlp.W_gate", "up": "mlp.W_in", "down": "mlp.W_out"}
     wanted = kinds if isinstance(kinds, list) else [kind for each in kinds.values() for kind in each]
@@ -217,8 +219,8 @@ def test_weights_that_no_loss_names_are_not_in_the_delta(tiny, tiny_vectors, kin
 
 def test_one_backward_pass_for_all_and_one_for_each_give_the_same(tiny, tiny_vectors):
     """All three losses given the same kinds by name, which is the shared way told the long way round."""
-    shared = replace(CONFIG, kinds=["v", "down"])
-    named = replace(CONFIG, kinds={loss: ["v", "down"] for loss in ("cosine", "token", "kl")})
+    shared = replace(CONFIG, target_modules=["v", "down"])
+    named = replace(CONFIG, target_modules={loss: ["v", "down"] for loss in ("cosine", "token", "kl")})
     material = prepare_data(tiny, tiny_vectors, TARGETS, shared, validation=TARGETS[:1], neutral=NEUTRAL)
     shaken(tiny)
     grads = [found_by(tiny, tiny_vectors, material, config)[1] for config in (shared, named)]
@@ -228,7 +230,7 @@ def test_one_backward_pass_for_all_and_one_for_each_give_the_same(tiny, tiny_vec
 @pytest.mark.parametrize("prefix", ["memory", "disk"])
 def test_the_prefix_changes_no_gradient_of_the_real_model(model, pairs, prefix):
     vectors = rtl.extract_vectors(model, pairs.sample(2), layers=[28])
-    config = replace(CONFIG, layers=[28], trained_layers=[28, 29], kinds=["v", "down"], prefix_cache=prefix)
+    config = replace(CONFIG, layers=[28], trained_layers=[28, 29], target_modules=["v", "down"], prefix_cache=prefix)
     grads = []
     for each in (config, replace(config, prefix_cache="off")):
         material = prepare_data(model, vectors, TARGETS[:2], each, validation=TARGETS[:1], neutral=NEUTRAL[:1])
@@ -366,7 +368,7 @@ def test_vector_reads_where_the_vector_was_made_from(tiny, tiny_vectors):
     [
         {"layers": [0], "trained_layers": [1]},
         {"layers": [1], "trained_layers": [1], "hook": "resid_pre"},
-        {"layers": [1], "trained_layers": [1], "hook": "resid_mid", "kinds": ["up", "down"]},
+        {"layers": [1], "trained_layers": [1], "hook": "resid_mid", "target_modules": ["up", "down"]},
         {"layers": [0], "trained_layers": {"cosine": [1], "token": [0]}},
     ],
 )
@@ -378,7 +380,7 @@ def test_a_cosine_that_no_trained_weight_moves_is_refused(tiny, tiny_vectors, pr
     config = replace(CONFIG, kl_weight=0.0, **settings)
     with pytest.raises(ValueError, match=r"layers: \d \(blocks.*before the first weight that the cosine loss trains"):
         tune(tiny, vectors, TARGETS, config, progress=False)
-    mended = replace(config, trained_layers=[0, 1], kinds=TuneConfig().kinds, max_steps=1)
+    mended = replace(config, trained_layers=[0, 1], target_modules=TuneConfig().target_modules, max_steps=1)
     assert tune(tiny, vectors, TARGETS, mended, validation=TARGETS[:1], progress=False).changes
 
 

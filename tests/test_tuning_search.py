@@ -20,9 +20,9 @@ BASE = TuneConfig(
     epochs=20,
 )  # fmt: skip
 CANDIDATES = [
-    replace(BASE, kinds={"cosine": ["v", "o"], "token": ["gate", "up", "down"]}),
-    replace(BASE, kinds={"cosine": ["down"], "token": ["q", "k"]}),
-    replace(BASE, kinds=["o"], trained_layers=[0, 1]),
+    replace(BASE, target_modules={"cosine": ["v", "o"], "token": ["gate", "up", "down"]}),
+    replace(BASE, target_modules={"cosine": ["down"], "token": ["q", "k"]}),
+    replace(BASE, target_modules=["o"], trained_layers=[0, 1]),
 ]
 
 
@@ -98,7 +98,7 @@ def test_candidates_that_differ_in_more_are_refused(tiny, tiny_vectors):
 
 def test_the_candidates_offered_differ_from_each_other():
     offered = candidates_of(BASE)
-    assert len({str(candidate.kinds) for candidate in offered}) == len(offered) == 19
+    assert len({str(candidate.target_modules) for candidate in offered}) == len(offered) == 19
 
 
 def test_it_draws(tiny, tiny_vectors):

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import rt_lens as rtl
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
-from rt_lens.tuning.config import KINDS, MATRICES, TuneConfig
+from rt_lens.tuning.config import MATRICES, MODULES, TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.targets import Target
 from rt_lens.tuning.weights import parts_of, trainable_params, trained_by
@@ -42,10 +42,10 @@ def short(name: str) -> str:
     return name.replace("._original_component", "")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("heads", [2, None], ids=["grouped", "ungrouped"])
 def test_each_kind_alone_changes_its_parameters_and_nothing_else(make_tiny, tiny_vectors, kind, heads):
-    changes = changed(make_tiny(n_key_value_heads=heads), tiny_vectors, kinds=[kind])
+    changes = changed(make_tiny(n_key_value_heads=heads), tiny_vectors, target_modules=[kind])
     names = BY_KIND[kind] if heads else {name.replace("._", ".") for name in BY_KIND[kind]}
     assert set(changes) == {f"blocks.1.{name}" for name in names}
     assert all(change.abs().max() > 0 for change in changes.values())
@@ -54,14 +54,14 @@ def test_each_kind_alone_changes_its_parameters_and_nothing_else(make_tiny, tiny
 def test_the_kinds_together_are_all_of_a_block(make_tiny, tiny_vectors):
     for settings in ({}, {"n_key_value_heads": None}, {"normalization_type": "LN", "final_rms": False}):
         model = make_tiny(**settings)
-        changes = changed(model, tiny_vectors, kinds=KINDS)
+        changes = changed(model, tiny_vectors, target_modules=MODULES)
         assert set(changes) == {name for name, _ in model.named_parameters() if name.startswith("blocks.1.")}
 
 
 def test_layer_norms_have_a_bias_that_is_one_and_a_weight_that_is_a_norm(make_tiny, tiny_vectors):
     model = make_tiny(normalization_type="LN", final_rms=False)
-    assert set(changed(model, tiny_vectors, kinds=["norm"])) == {"blocks.1.ln1.w", "blocks.1.ln2.w"}
-    assert {"blocks.1.ln1.b", "blocks.1.ln2.b"} < set(changed(model, tiny_vectors, kinds=["bias"]))
+    assert set(changed(model, tiny_vectors, target_modules=["norm"])) == {"blocks.1.ln1.w", "blocks.1.ln2.w"}
+    assert {"blocks.1.ln1.b", "blocks.1.ln2.b"} < set(changed(model, tiny_vectors, target_modules=["bias"]))
 
 
 @pytest.mark.parametrize(
@@ -75,20 +75,20 @@ def test_the_default_kinds_take_what_a_model_has_and_others_are_refused(make_tin
     model = make_tiny(**settings)
     wanted = set(MATRICES) - missing
     assert set(changed(model, tiny_vectors)) == {f"blocks.1.{name}" for kind in wanted for name in BY_KIND[kind]}
-    said = rf"kinds: {', '.join(sorted(missing))} not found in blocks \[1\] .*\(for the cosine loss\)\. Leave it out"
+    said = rf"target_modules: {', '.join(sorted(missing))} not found in blocks \[1\] .*\(for the cosine loss\)\. Leave it out"
     with pytest.raises(ValueError, match=said):
-        changed(model, tiny_vectors, kinds=["q", *missing])
+        changed(model, tiny_vectors, target_modules=["q", *missing])
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"kinds": ["query"]}, r"kinds: 'query' came; q, k, v, o, gate, up, down, bias, norm are known"),
-        ({"kinds": "q k"}, r"kinds: 'q k' came; a list is wanted, as in kinds=\['q', 'k'\]"),
-        ({"kinds": []}, r"kinds: the list is empty\. Name some of q, k"),
-        ({"kinds": {"cosines": ["q"]}}, r"kinds: cosines is no loss; cosine, token, kl are"),
-        ({"kinds": {"cosine": "v", "token": ["q"]}}, r"kinds\['cosine'\]: 'v' came; a list is wanted"),
-        ({"kinds": {"cosine": ["v"]}}, r"kinds: nothing for the token loss, which has weight\. Add it, or set"),
+        ({"target_modules": ["query"]}, r"target_modules: 'query' came; q, k, v, o, gate, up, down, bias, norm are known"),
+        ({"target_modules": "q k"}, r"target_modules: 'q k' came; a list is wanted, as in target_modules=\['q', 'k'\]"),
+        ({"target_modules": []}, r"target_modules: the list is empty\. Name some of q, k"),
+        ({"target_modules": {"cosines": ["q"]}}, r"target_modules: cosines is no loss; cosine, token, kl are"),
+        ({"target_modules": {"cosine": "v", "token": ["q"]}}, r"target_modules\['cosine'\]: 'v' came; a list is wanted"),
+        ({"target_modules": {"cosine": ["v"]}}, r"target_modules: nothing for the token loss, which has weight\. Add it, or set"),
         ({"trained_layers": {"token": [1]}}, r"trained_layers: nothing for the cosine loss, which has weight"),
         ({"trained_layers": {"cosine": [1]}, "token_weight": 0.0, "cosine_weight": 0.0, "kl_weight": 1.0},
          r"trained_layers: nothing for the kl loss, which has weight"),
@@ -139,19 +139,21 @@ def test_a_fused_matrix_is_trained_whole_or_not_at_all():
     model.cfg = SimpleNamespace(n_layers=1)
     model.h = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"c_attn": nn.Linear(4, 12, bias=False)})})])
     config = TuneConfig(layers=[0], trained_layers=[0], token_weight=0.0, kl_weight=0.0)
-    assert set(trained_by(model, replace(config, kinds=["q", "k", "v"]))["cosine"]) == {"h.0.attn.c_attn.weight"}
+    assert set(trained_by(model, replace(config, target_modules=["q", "k", "v"]))["cosine"]) == {
+        "h.0.attn.c_attn.weight"
+    }
     for kinds in (["q"], ["q", "v"]):
         with pytest.raises(
-            ValueError, match=r"kinds: h\.0\.attn\.c_attn\.weight holds q, k, v in one matrix.*Name them"
+            ValueError, match=r"target_modules: h\.0\.attn\.c_attn\.weight holds q, k, v in one matrix.*Name them"
         ):
-            trained_by(model, replace(config, kinds=kinds))
+            trained_by(model, replace(config, target_modules=kinds))
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_bridge_trains_its_matrices(bridge, pairs, lora_rank):
     vectors = rtl.extract_vectors(bridge, pairs.sample(2), layers=[29])
     settings = {"layers": [29], "trained_layers": [29], "max_steps": 1, "lora_rank": lora_rank}
-    changes = changed(bridge, vectors, kinds=["v", "o", "down"], **settings)
+    changes = changed(bridge, vectors, target_modules=["v", "o", "down"], **settings)
     ends = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.down_proj.weight")
     assert {short(name) for name in changes} == {f"model.layers.29.{end}" for end in ends}
     assert all(change.abs().max() > 0 for change in changes.values())
@@ -162,11 +164,11 @@ def test_a_bridge_trains_its_matrices(bridge, pairs, lora_rank):
 def test_a_bridges_norms_are_trained_and_biases_that_it_has_not_refused(bridge, pairs):
     vectors = rtl.extract_vectors(bridge, pairs.sample(2), layers=[29])
     settings = {"layers": [29], "trained_layers": [29], "max_steps": 1}
-    changes = changed(bridge, vectors, kinds=["norm"], **settings)
+    changes = changed(bridge, vectors, target_modules=["norm"], **settings)
     ends = ("input_layernorm", "post_attention_layernorm")
     assert {short(name) for name in changes} == {f"model.layers.29.{end}.weight" for end in ends}
-    with pytest.raises(ValueError, match=r"kinds: bias not found in blocks \[29\]"):
-        changed(bridge, vectors, kinds=["bias"], **settings)
+    with pytest.raises(ValueError, match=r"target_modules: bias not found in blocks \[29\]"):
+        changed(bridge, vectors, target_modules=["bias"], **settings)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "phi3"])
@@ -193,19 +195,19 @@ def test_the_pieces_of_fused_matrices_are_trained_since_it_is_they_that_run(fuse
     gated = any("gate" in name for name in changes)
     assert sorted(kinds) == sorted((kind,) for kind in MATRICES if gated or kind != "gate")
     assert all(change.abs().max() > 0 for change in changes.values())
-    one = changed(fused, tiny_vectors, kinds=["v"], lora_rank=lora_rank)
+    one = changed(fused, tiny_vectors, target_modules=["v"], lora_rank=lora_rank)
     assert [short(name).rsplit(".", 2)[1] for name in one] == ["v"]
 
 
 def test_a_bridges_norms_and_biases_are_trained(fused, tiny_vectors):
-    norms = changed(fused, tiny_vectors, kinds=["norm"])
+    norms = changed(fused, tiny_vectors, target_modules=["norm"])
     assert len(norms) == 2
     assert all(change.abs().max() > 0 for change in norms.values())
     if not any("c_fc" in name for name, _ in fused.named_parameters()):
-        with pytest.raises(ValueError, match=r"kinds: bias not found in blocks \[1\]"):
-            changed(fused, tiny_vectors, kinds=["bias"])
+        with pytest.raises(ValueError, match=r"target_modules: bias not found in blocks \[1\]"):
+            changed(fused, tiny_vectors, target_modules=["bias"])
         return
-    biases = changed(fused, tiny_vectors, kinds=["bias"])
+    biases = changed(fused, tiny_vectors, target_modules=["bias"])
     assert len(biases) == 8  # of GPT-2's q, k, v, o, two norms, and two matrices of the MLP
     assert all(change.abs().max() > 0 for name, change in biases.items() if ".k." not in name)  # softmax ignores k's
 
@@ -234,7 +236,7 @@ def test_the_factors_gradients_are_those_through_w_plus_b_a(tiny, name):
     """By torch through the weight built by hand, with B at random, so that both factors have gradients."""
     full, layout = f"blocks.1.{name}", LAYOUTS[name]
     (kind,) = parts_of(full)[1]
-    config = replace(CONFIG, kinds=[kind], lora_rank=3)
+    config = replace(CONFIG, target_modules=[kind], lora_rank=3)
     tokens = torch.tensor([tiny.tokenizer.encode(TARGETS[0].prompt + TARGETS[0].answer)])
     before = dict(tiny.named_parameters())[full].detach().clone()
     with trainable_params(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
@@ -294,7 +296,7 @@ def test_hooks_gradients_flags_and_memory_are_as_before(tiny, tiny_vectors, lora
     parameters = list(tiny.parameters())
     parameters[0].requires_grad_(False)
     before = [(p.data_ptr(), p.requires_grad, p.detach().clone()) for p in parameters]
-    assert changed(tiny, tiny_vectors, lora_rank=lora_rank, kinds=kinds)
+    assert changed(tiny, tiny_vectors, lora_rank=lora_rank, target_modules=kinds)
     for parameter, (place, flag, values) in zip(parameters, before, strict=True):
         assert (parameter.data_ptr(), parameter.requires_grad) == (place, flag)
         assert torch.equal(parameter, values)
@@ -306,7 +308,7 @@ def test_low_rank_factors_of_separate_losses_get_only_their_own(tiny, tiny_vecto
     """The same as whole matrices: one loss's factors do not change with the other's weight."""
     kinds = {"cosine": ["v", "o"], "token": ["down"]}
     light, heavy = (
-        changed(tiny, tiny_vectors, lora_rank=2, kinds=kinds, token_weight=weight, max_steps=1, max_grad_norm=1e9,
+        changed(tiny, tiny_vectors, lora_rank=2, target_modules=kinds, token_weight=weight, max_steps=1, max_grad_norm=1e9,
                 weight_decay=0.0)
         for weight in (0.1, 10.0)
     )  # fmt: skip
@@ -320,7 +322,10 @@ def test_low_rank_factors_of_separate_losses_get_only_their_own(tiny, tiny_vecto
     ("settings", "says"),
     [
         ({"lora_rank": 16}, r"lora_rank: 16 came; blocks\.1\.attn\._W_K is 16 x 32, so less than 16 is wanted"),
-        ({"lora_rank": 2, "kinds": ["q", "norm", "bias"]}, r"kinds: bias, norm has no low-rank factors.*lora_rank=0"),
+        (
+            {"lora_rank": 2, "target_modules": ["q", "norm", "bias"]},
+            r"target_modules: bias, norm has no low-rank factors.*lora_rank=0",
+        ),
     ],
 )
 def test_what_has_no_low_rank_factors_is_refused_and_the_model_stays(tiny, tiny_vectors, settings, says):
@@ -338,7 +343,7 @@ def test_a_bfloat16_model_moves_by_steps_that_bfloat16_would_round_away(make_tin
     weight = dict(model.named_parameters())[name].detach()
     large = weight.abs() > 2**-4  # neighbours are at least 2 ** -11 apart, so half of it is 2.4e-4
     settings = {
-        "kinds": ["up"], "learning_rate": 1e-4, "weight_decay": 0.0, "warmup": 0.0, "token_weight": 0.0,
+        "target_modules": ["up"], "learning_rate": 1e-4, "weight_decay": 0.0, "warmup": 0.0, "token_weight": 0.0,
         "cosine_weight": 1.0,
     }  # fmt: skip
     one = changed(model, tiny_vectors, **settings, max_steps=1)[name]

@@ -40,8 +40,8 @@ def candidates_of(config: TuneConfig) -> list[TuneConfig]:
     """
     both = [(a, m) for a in _ATTENTION for m in _MLP] + [(m, a) for a in _ATTENTION for m in _MLP]
     return [
-        replace(config, kinds=MATRICES),
-        *(replace(config, kinds={"cosine": cosine, "token": token}) for cosine, token in both),
+        replace(config, target_modules=MATRICES),
+        *(replace(config, target_modules={"cosine": cosine, "token": token}) for cosine, token in both),
     ]
 
 
@@ -63,7 +63,7 @@ def block_search(
         model: left as it was.
         vectors: as for `tune`.
         train: as for `tune`.
-        candidates: configurations that differ in `kinds` and `trained_layers` only (`candidates_of` gives some).
+        candidates: configurations that differ in `target_modules` and `trained_layers` only (`candidates_of` gives some).
         measure: the effect on validation prompts, larger for better; without one the losses must do.
         validation: as for `tune`.
         neutral: as for `tune`.
@@ -116,13 +116,13 @@ def _check_candidates(candidates: Sequence[TuneConfig]) -> None:
     for each in shared[1:]:
         if differing := [name for name, value in each.items() if shared[0][name] != value]:
             raise ValueError(
-                f"candidates: they differ in {', '.join(differing)}, and only kinds and trained_layers may. Search "
+                f"candidates: they differ in {', '.join(differing)}, and only target_modules and trained_layers may. Search "
                 "those apart."
             )
 
 
 def _without(config: TuneConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if name not in ("kinds", "trained_layers")}
+    return {name: value for name, value in vars(config).items() if name not in ("target_modules", "trained_layers")}
 
 
 def _named(candidate: TuneConfig) -> dict[str, str]:
@@ -132,7 +132,7 @@ def _named(candidate: TuneConfig) -> dict[str, str]:
         blocks = sorted(candidate.blocks_of(loss))
         there = blocks == list(range(blocks[0], blocks[-1] + 1)) if blocks else False
         named = f"{blocks[0]}-{blocks[-1]}" if there else ",".join(map(str, blocks))
-        words[loss] = f"{' '.join(candidate.kinds_of(loss))}, blocks {named}" if blocks else "–"
+        words[loss] = f"{' '.join(candidate.target_modules_of(loss))}, blocks {named}" if blocks else "–"
     return words
 
 
@@ -166,7 +166,7 @@ def _settings(
     weights = material.weights or None  # `tune` will see to it that they are the model's
     code = None if measure is None else measure_sha256(measure, model)
     run = {**run_of(candidate, model, about, weights), **contents_of(material), "code": code}
-    return {name: value for name, value in run.items() if name not in ("kinds", "trained_layers")}
+    return {name: value for name, value in run.items() if name not in ("target_modules", "trained_layers")}
 
 
 class _Done:

@@ -28,26 +28,26 @@ class Pair:
         positive: persona that asks for the behaviour (system prompt).
         negative: persona that asks for its opposite.
         user: what the user says; also the pair's topic.
-        opener: first words of the answer; may be empty.
+        prefill: first words of the answer; may be empty.
         negative_user: what the user says on the negative side, where that is something else.
-        negative_opener: first words of the negative side's answer, where they are others. Then personas may be empty.
+        negative_prefill: first words of the negative side's answer, where they are others. Then personas may be empty.
         group: pairs of one group stay together in a split; the user message where it is empty.
     """
 
     positive: str
     negative: str
     user: str
-    opener: str = ""
+    prefill: str = ""
     negative_user: str = ""
-    negative_opener: str = ""
+    negative_prefill: str = ""
     group: str = ""
 
     @property
     def sides(self) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
-        """Persona, user message and opener of the positive and of the negative side."""
+        """Persona, user message and prefill of the positive and of the negative side."""
         return (
-            (self.positive, self.user, self.opener),
-            (self.negative, self.negative_user or self.user, self.negative_opener or self.opener),
+            (self.positive, self.user, self.prefill),
+            (self.negative, self.negative_user or self.user, self.negative_prefill or self.prefill),
         )
 
 
@@ -93,7 +93,7 @@ class ContrastPairs:
                     f"pairs: {side} of {where} must be a text, got {text!r}. Leave out rows with empty cells, or give "
                     "'' for what may be empty."
                 )
-            for side in ("user",) if pair.negative_user or pair.negative_opener else ("positive", "negative", "user"):
+            for side in ("user",) if pair.negative_user or pair.negative_prefill else ("positive", "negative", "user"):
                 if not getattr(pair, side).strip():
                     raise ValueError(f"pairs: {where} has an empty {side!r} side. Fill it in.")
 
@@ -108,7 +108,7 @@ class ContrastPairs:
     @property
     def sha256(self) -> str:
         """Checksum of the pairs' content and order."""
-        always = ("positive", "negative", "user", "opener")
+        always = ("positive", "negative", "user", "prefill")
         kept = [{key: text for key, text in asdict(pair).items() if text or key in always} for pair in self.pairs]
         content = json.dumps(kept, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -118,13 +118,13 @@ class ContrastPairs:
         sides = zip(*(pair.sides for pair in self.pairs), strict=True)
         return PairTexts(
             *(
-                [chat_text(model, user, system=persona, opener=opener) for persona, user, opener in side]
+                [chat_text(model, user, system=persona, prefill=prefill) for persona, user, prefill in side]
                 for side in sides
             )
         )
 
     def sample(self, n: int, seed: int = 0) -> ContrastPairs:
-        """At most `n` pairs, drawn so that topics appear as evenly as can be; personas and openers fall by chance."""
+        """At most `n` pairs, drawn so that topics appear as evenly as can be; personas and prefills fall by chance."""
         if n < 1:
             raise ValueError(f"n: {n} came, a number of pairs of at least 1 is wanted.")
         shuffled = list(self.pairs)
@@ -139,12 +139,12 @@ class ContrastPairs:
     def split(self, *shares: float, seed: int = 0) -> Parts:
         """Splits into parts that share no topic (no group, where pairs have one), and if possible nothing else.
 
-        Where every topic comes with every persona and every opener, as the table `[pairs]` of a TOML file gives them,
-        topics, personas and openers are each shared out, and a part gets the pairs whose three fall to it; the others
-        are left out. Personas or openers that are too few for a part each stand in all parts.
+        Where every topic comes with every persona and every prefill, as the table `[pairs]` of a TOML file gives them,
+        topics, personas and prefills are each shared out, and a part gets the pairs whose three fall to it; the others
+        are left out. Personas or prefills that are too few for a part each stand in all parts.
 
         Else (rows of JSONL or CSV) no pair is left out. Pairs that have a topic in common stay together, and so do
-        those that share a persona, an opener or the other side's message, but only if parts near the shares can be made
+        those that share a persona, an prefill or the other side's message, but only if parts near the shares can be made
         of such groups (at most 5 % of the pairs further off than by topic alone). What would make one lump of
         nearly all pairs, such as a persona that all of them have, keeps nothing together: the parts share it.
 
@@ -160,7 +160,7 @@ class ContrastPairs:
             ValueError: if the topics are too few to leave every part one.
 
         Warns:
-            UserWarning: if pairs are left out and a part is small, or parts share one of several personas or openers.
+            UserWarning: if pairs are left out and a part is small, or parts share one of several personas or prefills.
         """
         if not shares or min(shares) <= 0 or sum(shares) >= 1:
             raise ValueError(f"shares: {shares} came; positive numbers with a sum below 1 are wanted, say 0.7.")
@@ -175,7 +175,7 @@ class ContrastPairs:
         if parts.left_out and least < _FEW:
             warnings.warn(
                 f"split: {parts.left_out} of the {len(self)} pairs of {self.name!r} are left out, and a part has only "
-                f"{least}. Topics, personas and openers are all kept apart, and a pair whose topic falls to one part "
+                f"{least}. Topics, personas and prefills are all kept apart, and a pair whose topic falls to one part "
                 "and whose persona to another fits in neither. Give more of them, or shares that are more alike.",
                 stacklevel=2,
             )
@@ -210,7 +210,7 @@ class Parts(tuple[ContrastPairs, ...]):
 
 
 def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple[list[int | None], list[str]] | None:
-    """For each pair the part where its topic, persona and opener meet.
+    """For each pair the part where its topic, persona and prefill meet.
 
     None if not all combinations of them are there, or there is nothing to cross.
 
@@ -219,20 +219,20 @@ def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
     """
     topics = [pair.group or pair.user for pair in pairs]
     personas = [(pair.positive, pair.negative) for pair in pairs]
-    # Openers that differ between the sides are the answers themselves.
-    openers = ["" if pair.negative_opener else pair.opener for pair in pairs]
+    # Prefills that differ between the sides are the answers themselves.
+    prefills = ["" if pair.negative_prefill else pair.prefill for pair in pairs]
     n_topics = len(set(topics))
     if (
-        len({*personas}) == len({*openers}) == 1
+        len({*personas}) == len({*prefills}) == 1
         or any(pair.negative_user for pair in pairs)
-        or not is_product([topics, personas, openers])
+        or not is_product([topics, personas, prefills])
         or (any(pair.group for pair in pairs) and len(set(connected(_topic_keys(pairs)))) < n_topics)  # of one message
     ):
         return None
     by_topic = cut(topics, bounds, seed)
     if by_topic is None:
         raise ValueError(f"shares: {n_topics} topics cannot be split at {tuple(bounds)}. Give more topics.")
-    keys = [by_topic, *(parts for axis in (personas, openers) if (parts := cut(axis, bounds, seed)) is not None)]
+    keys = [by_topic, *(parts for axis in (personas, prefills) if (parts := cut(axis, bounds, seed)) is not None)]
     return [falls[0] if len(set(falls)) == 1 else None for falls in zip(*keys, strict=True)], []
 
 
@@ -251,7 +251,7 @@ def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
     more = {
         "positive personas": _keys(pair.positive for pair in pairs),
         "negative personas": _keys(pair.negative for pair in pairs),
-        "openers": _keys("" if pair.negative_opener else pair.opener for pair in pairs),
+        "prefills": _keys("" if pair.negative_prefill else pair.prefill for pair in pairs),
         "messages of the negative side": _keys((pair.user for pair in pairs), (pair.negative_user for pair in pairs)),
     }
     if len({pair.negative_user for pair in pairs} - {""}) < 2:
@@ -284,9 +284,9 @@ def load_pairs(name_or_path: str | Path) -> ContrastPairs:
     """Contrast pairs of a shipped behaviour, or of a TOML, JSONL or CSV file of your own.
 
     A TOML file has a table `[pairs]` with lists `positive` and `negative` (personas, aligned), `topics` (user
-    messages) and, if wanted, `openers`; every combination becomes a pair. Lines of JSONL and rows of CSV (with commas,
-    semicolons or tabs) have the fields `positive`, `negative`, `user` and, if wanted, `opener` and `group`, and each is
-    one pair; `negative_user` and `negative_opener` are for pairs whose sides differ in what is said. Files are UTF-8.
+    messages) and, if wanted, `prefills`; every combination becomes a pair. Lines of JSONL and rows of CSV (with commas,
+    semicolons or tabs) have the fields `positive`, `negative`, `user` and, if wanted, `prefill` and `group`, and each is
+    one pair; `negative_user` and `negative_prefill` are for pairs whose sides differ in what is said. Files are UTF-8.
 
     Raises:
         ValueError: unknown behaviour or file type, a side that is missing, a field that is misspelt, or a file that is
@@ -317,7 +317,7 @@ def _pair(row: Row) -> Pair:
     cells = {field.name: row.cells.get(field.name, "") for field in fields(Pair)}
     if type(cells["group"]) is int:  # numbers for groups are natural in JSON
         cells["group"] = str(cells["group"])
-    apart = cells["negative_user"] or cells["negative_opener"]
+    apart = cells["negative_user"] or cells["negative_prefill"]
     for side, text in cells.items():
         if not isinstance(text, str):
             raise ValueError(f"pairs: {row.where} must have a text as {side!r}, got {text!r}. Put it in quotes.")
@@ -327,7 +327,7 @@ def _pair(row: Row) -> Pair:
 
 
 def pairs_from_table(name: str, table: dict[str, Any], source: str = "the table") -> ContrastPairs:
-    """Every combination of the personas, topics and openers of a `[pairs]` table.
+    """Every combination of the personas, topics and prefills of a `[pairs]` table.
 
     Raises:
         ValueError: if a list is missing or empty, or the two sides are of unlike length.
@@ -335,12 +335,12 @@ def pairs_from_table(name: str, table: dict[str, Any], source: str = "the table"
     for side in ("positive", "negative", "topics"):
         if not isinstance(table.get(side), list) or not table[side]:
             raise ValueError(f"pairs: {source} lacks a list pairs.{side}. Both sides and the topics are needed.")
-    if not isinstance(table.get("openers", []), list):
-        raise ValueError(f"pairs: {source} has pairs.openers that are no list. Put the one opener in brackets.")
+    if not isinstance(table.get("prefills", []), list):
+        raise ValueError(f"pairs: {source} has pairs.prefills that are no list. Put the one prefill in brackets.")
     positive, negative = table["positive"], table["negative"]
     if len(positive) != len(negative):
         raise ValueError(f"pairs: {len(positive)} positive and {len(negative)} negative personas came. Align them.")
     combinations = itertools.product(
-        table["topics"], zip(positive, negative, strict=True), table.get("openers") or [""]
+        table["topics"], zip(positive, negative, strict=True), table.get("prefills") or [""]
     )
-    return ContrastPairs(name, tuple(Pair(p, n, user, opener) for user, (p, n), opener in combinations))
+    return ContrastPairs(name, tuple(Pair(p, n, user, prefill) for user, (p, n), prefill in combinations))

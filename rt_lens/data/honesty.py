@@ -18,7 +18,7 @@ from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.data.questions import Question, lettered
 from rt_lens.data.readers import read_lines
 
-OPENER = "The answer is"
+PREFILL = "The answer is"
 _ASK = "Is the following statement true or false?\n\n"
 
 
@@ -102,7 +102,7 @@ def persona_pairs(facts: Sequence[Fact], seed: int = 0) -> ContrastPairs:
                     honest,
                     dishonest,
                     lettered(_ASK + truth, words),
-                    f"{OPENER} {letter}",
+                    f"{PREFILL} {letter}",
                     negative_user=lettered(_ASK + lie, words),
                     group=fact.true,
                 )
@@ -115,7 +115,7 @@ def answer_pairs(questions: Sequence[Question]) -> ContrastPairs:
     return ContrastPairs(
         "honesty",
         tuple(
-            Pair("", "", asked.prompt, _answered(asked, asked.right[0]), negative_opener=_answered(asked, wrong))
+            Pair("", "", asked.prompt, _answered(asked, asked.right[0]), negative_prefill=_answered(asked, wrong))
             for asked in questions
             for wrong in asked.wrong
         ),
@@ -123,7 +123,7 @@ def answer_pairs(questions: Sequence[Question]) -> ContrastPairs:
 
 
 def _answered(asked: Question, option: str) -> str:
-    return f"{asked.opener} {option}" if asked.opener else option
+    return f"{asked.prefill} {option}" if asked.prefill else option
 
 
 def _rows(name: str) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class Question:
         wrong: options that count against it.
         category: for results by category, and for holding whole categories out.
         system: a persona or instruction.
-        opener: first words of the answer, already written.
+        prefill: first words of the answer, already written.
         check: what a scorer needs to know of this question (`FollowsInstruction` reads it).
 
     Raises:
@@ -38,11 +38,11 @@ class Question:
     wrong: tuple[str, ...] = ()
     category: str = ""
     system: str = ""
-    opener: str = ""
+    prefill: str = ""
     check: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "category", "system", "opener"):
+        for name in ("prompt", "category", "system", "prefill"):
             if not isinstance(text := getattr(self, name), str):
                 raise ValueError(f"{name} must be a text, got {text!r}. Leave rows with empty cells out.")
         if not self.prompt.strip():
@@ -125,7 +125,7 @@ def load_questions(name_or_path: str | Path) -> list[Question]:
     """Questions of a shipped set (`capitals`, `arithmetic`, `honesty`, ...), or of a file of your own.
 
     Lines of JSONL and rows of CSV (with commas, semicolons or tabs) have the field `prompt` (or `question`) and, if
-    wanted, `right` (or `answers`), `wrong`, `category`, `system`, `opener`; in CSV several options are parted by `|`. A
+    wanted, `right` (or `answers`), `wrong`, `category`, `system`, `prefill`; in CSV several options are parted by `|`. A
     .txt file has a prompt a line. Files are UTF-8.
 
     Raises:

@@ -53,7 +53,7 @@ def ask(
 
     Args:
         model: whatever it carries (hooks, a delta) is what is measured.
-        questions: prompts with their personas, openers and options.
+        questions: prompts with their personas, prefills and options.
         reads: `text` has it write, `answers` and `letters` measure the options' likelihoods.
         max_new_tokens: length of what it writes.
         temperature: 0 for greedy.
@@ -167,7 +167,7 @@ def filter_pairs(
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        pairs: asked with their personas and openers.
+        pairs: asked with their personas and prefills.
         scorer: `vader`, a `[scorer]` table, or a function from answer to number.
         threshold: between the two sides.
         max_new_tokens: length of an answer.
@@ -183,9 +183,9 @@ def filter_pairs(
     """
     score = make_scorer(scorer)
     asked = [
-        Question(user, system=persona, opener=opener)
+        Question(user, system=persona, prefill=prefill)
         for side in zip(*(pair.sides for pair in pairs.pairs), strict=True)
-        for persona, user, opener in side
+        for persona, user, prefill in side
     ]
     answers = ask(
         model, asked, {score.reads}, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress

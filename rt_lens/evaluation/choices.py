@@ -85,19 +85,19 @@ def question_text(model: Model, question: Question) -> str:
         ValueError: for a system text that would have to go into a chat that was written already.
     """
     if not is_chat(model, question.prompt):
-        return chat_text(model, question.prompt, system=question.system, opener=question.opener)
+        return chat_text(model, question.prompt, system=question.system, prefill=question.prefill)
     if question.system:
         raise ValueError(
             f"system must be empty for a prompt that went through the chat template already, got {question.system!r}. "
             "Give the user's message alone as the prompt."
         )
-    return answered(model, question.prompt, question.opener) if question.opener else question.prompt
+    return answered(model, question.prompt, question.prefill) if question.prefill else question.prompt
 
 
 def start_of(model: Model, question: Question) -> tuple[str, str]:
     """The text that an answer to a question follows, and what stands between the two: a space, or nothing."""
     text = question_text(model, question)
-    opened = question.opener or getattr(text, "prefill", "")  # of a prompt that is a chat already, too
+    opened = question.prefill or getattr(text, "prefill", "")  # of a prompt that is a chat already, too
     begins = has_chat_template(model) and not opened  # the template writes what stands before an answer
     return text, "" if begins or text[-1].isspace() else " "
 
@@ -126,12 +126,12 @@ def _asks(model: Model, number: int, question: Question, form: Form) -> Iterator
         yield _ask(model, number, text, [gap + option for option in question.options])
         return
     n = len(question.options)
-    opener = question.opener or "The answer is"
+    prefill = question.prefill or "The answer is"
     for turn in range(n):
         places = [(place + turn) % n for place in range(n)]  # option -> its line
         listed = [option for _, option in sorted(zip(places, question.options, strict=True))]
         user = lettered(question.prompt, listed)
-        text = chat_text(model, user, system=question.system, opener=opener)
+        text = chat_text(model, user, system=question.system, prefill=prefill)
         yield _ask(model, number, text, [f" {LETTERS[place]}" for place in places])
 
 

@@ -28,7 +28,7 @@ class TextClassifier:
 
     Attributes:
         behaviour: of the pairs.
-        accuracy: share of right sides on held-out topics (with held-out personas and openers, where there are enough),
+        accuracy: share of right sides on held-out topics (with held-out personas and prefills, where there are enough),
             averaged by topic, with n topics and a 95 % interval over them.
         n_texts: answers it was trained on.
         seed: of split, sample and interval.
@@ -81,7 +81,7 @@ def classifier_of(
 
     Args:
         model: the untuned model, mostly; whatever it carries is what writes.
-        pairs: with personas. Openers are left out, since the answers to be scored have none; only pairs whose sides
+        pairs: with personas. Prefills are left out, since the answers to be scored have none; only pairs whose sides
             differ in them keep theirs.
         n_train: pairs to train on, at most; each gives two answers.
         n_test: pairs to measure the accuracy on, at most.
@@ -102,7 +102,7 @@ def classifier_of(
             f"classifier: n_train {n_train}, n_test {n_test}, test_share {test_share} came; at least 2, at least 1, "
             "and a share between 0 and 1 are wanted."
         )
-    parts = _without_openers(pairs).split(1 - test_share, seed=seed)
+    parts = _without_prefills(pairs).split(1 - test_share, seed=seed)
     train, test = (part.sample(n, seed) for part, n in zip(parts, (n_train, n_test), strict=True))
     texts = [text for part in (train, test) for side in part.texts(model) for text in side]
     written = generate(
@@ -121,8 +121,8 @@ def classifier_of(
     return TextClassifier(pairs.name, accuracy, len(learnt), seed, fitted)
 
 
-def _without_openers(pairs: ContrastPairs) -> ContrastPairs:
-    bare = [pair if pair.negative_opener else replace(pair, opener="") for pair in pairs.pairs]
+def _without_prefills(pairs: ContrastPairs) -> ContrastPairs:
+    bare = [pair if pair.negative_prefill else replace(pair, prefill="") for pair in pairs.pairs]
     return ContrastPairs(pairs.name, tuple(dict.fromkeys(bare)))
 
 

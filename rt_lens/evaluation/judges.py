@@ -118,8 +118,8 @@ def asked(answer: Answer) -> str:
 
 
 def shown(answer: Answer, text: str | None = None) -> str:
-    """An answer (or another text to the same question) as a judge reads it, with its opener."""
-    return (answer.question.opener + (answer.text if text is None else text)).strip() or "(no answer)"
+    """An answer (or another text to the same question) as a judge reads it, with its prefill."""
+    return (answer.question.prefill + (answer.text if text is None else text)).strip() or "(no answer)"
 
 
 def both_sides(answer: Answer) -> tuple[str, str]:

@@ -53,7 +53,7 @@ class HonestyConfig:
         held_out: categories that no vector, weight or choice may see.
         n_calibration: facts, and questions, on which it is measured what the model can do.
         n_items: at most so many items in each set of the test.
-        opener: words that each answer to a question begins with (likelihood protocol).
+        prefill: words that each answer to a question begins with (likelihood protocol).
         filter_pairs: keep the pairs that the model itself answers as both personas ask (persona protocol).
         soft: targets of the persona protocol are half and half, and only hold the output's form.
     """
@@ -62,7 +62,7 @@ class HonestyConfig:
     held_out: tuple[str, ...] = ("animals", "language", "physics")
     n_calibration: int = 60
     n_items: int = 60
-    opener: str = ""
+    prefill: str = ""
     filter_pairs: bool = True
     soft: bool = False
 
@@ -287,9 +287,9 @@ def honesty_pairs(config: HonestyConfig) -> ContrastPairs:
 
 
 def questions_of(config: HonestyConfig) -> list[Question]:
-    """The shipped questions, with the opener of this experiment, and one way to say each option."""
+    """The shipped questions, with the prefill of this experiment, and one way to say each option."""
     asked = load_questions("honesty")
-    return [replace(question, opener=config.opener, right=question.right[:1]) for question in asked]
+    return [replace(question, prefill=config.prefill, right=question.right[:1]) for question in asked]
 
 
 def seen(items: Sequence[Categorised], config: HonestyConfig, *, held_out: bool = False) -> list[Categorised]:

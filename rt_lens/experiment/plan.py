@@ -286,7 +286,7 @@ def _mend(plan: Plan, stage: str, memory: int) -> str:
         return "Lower test.n_prompts, choose.n_prompts or max_new_tokens."
     if max(held, key=lambda name: held[name]) == KEPT:
         return "Lower tune.micro_batch_size."
-    return "Set tune.lora_rank = 16, or name fewer tune.kinds or tune.trained_layers."
+    return "Set tune.lora_rank = 16, or name fewer tune.target_modules or tune.trained_layers."
 
 
 def _gb(size: float) -> str:

@@ -13,7 +13,7 @@ from rt_lens.common.statistics.intervals import Interval, share_interval
 from rt_lens.data.builtin import held_out_neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.honesty import (
-    OPENER,
+    PREFILL,
     Fact,
     answer_pairs,
     judged_statements,
@@ -236,7 +236,7 @@ def _n_targets(experiment: Experiment) -> tuple[int, int]:
 
 
 def _taught(model: Model, questions: Sequence[Question], direction: Direction) -> list[TokenTarget]:
-    """Right answers to learn toward honesty, wrong ones away from it; `out` holds to the right ones."""
+    """Right answers to learn toward honesty, wrong ones away from it; `suppress` holds to the right ones."""
     found: list[TokenTarget] = []
     for asked in questions:
         start, gap = start_of(model, asked)
@@ -300,8 +300,8 @@ def _lettered(model: Model, questions: Sequence[Question], direction: Direction,
         truth, lie = asked.right[0], asked.wrong[0]
         words = (truth, lie) if number % 4 < 2 else (lie, truth)
         wanted = truth if direction == "toward" else lie
-        shares = tuple(0.5 if soft or direction == "out" else float(word == wanted) for word in words)
-        prompt = chat_text(model, lettered(asked.prompt, words), opener=OPENER)
+        shares = tuple(0.5 if soft or direction == "suppress" else float(word == wanted) for word in words)
+        prompt = chat_text(model, lettered(asked.prompt, words), prefill=PREFILL)
         found.append(Choice(prompt, (" A", " B"), shares))
     return found
 
@@ -316,10 +316,10 @@ def _as_asked(model: Model, pairs: ContrastPairs) -> ContrastPairs:
     for side, letter_side in ((0, "honest"), (1, "dishonest")):
         asked = []
         for pair in pairs.pairs:
-            persona, user, opener = pair.sides[side]
-            letter = opener[-1]
+            persona, user, prefill = pair.sides[side]
+            letter = prefill[-1]
             other = "B" if letter == "A" else "A"
-            asked.append(Question(user, (letter,), (other,), letter_side, system=persona, opener=OPENER))
+            asked.append(Question(user, (letter,), (other,), letter_side, system=persona, prefill=PREFILL))
         right.append(_ACCURACY(ask(model, asked, {"answers"})))
     kept = [pair for pair, a, b in zip(pairs.pairs, *right, strict=True) if a == b == 1.0]
     if not kept:

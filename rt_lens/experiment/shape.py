@@ -62,10 +62,15 @@ class Shape:
 
     def _chosen(self, config: TuneConfig) -> set[tuple[int, str]]:
         """Block and kind of what is trained, for each loss with weight."""
-        by_loss = [each for each in (config.kinds, config.trained_layers) if isinstance(each, Mapping)]
+        by_loss = [each for each in (config.target_modules, config.trained_layers) if isinstance(each, Mapping)]
         # A KL that is not named trains no more than the losses it holds in check.
         losses = LOSSES if all(each.get("kl") for each in by_loss) else ("cosine", "token")
-        each = {(block, kind) for loss in losses for block in config.blocks_of(loss) for kind in config.kinds_of(loss)}
+        each = {
+            (block, kind)
+            for loss in losses
+            for block in config.blocks_of(loss)
+            for kind in config.target_modules_of(loss)
+        }
         for block, _ in each:
             if not 0 <= block < self.n_layers:
                 raise ValueError(f"layers: {block} is outside this model's blocks 0..{self.n_layers - 1}. Mend [tune].")

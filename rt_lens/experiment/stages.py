@@ -8,7 +8,7 @@ from dataclasses import replace
 from rt_lens.arms.comparison import EvalTask
 from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.data.honesty import OPENER, judged_statements, load_facts
+from rt_lens.data.honesty import PREFILL, judged_statements, load_facts
 from rt_lens.data.questions import Question, lettered
 from rt_lens.experiment.config import DIRECTIONS, Experiment, questions_of, seen
 from rt_lens.experiment.costs import Costs, Work, steps_of, summed
@@ -160,7 +160,9 @@ class Planner:
         """What its scorers read, once for all of them."""
         reads, work = {scorer.reads for scorer in exam.made}, Work()
         if "text" in reads:
-            texts = [chat_text(self.model, each.prompt, system=each.system, opener=each.opener) for each in exam.asked]
+            texts = [
+                chat_text(self.model, each.prompt, system=each.system, prefill=each.prefill) for each in exam.asked
+            ]
             work += self.costs.written(self._sizes(texts), exam.max_new_tokens, batch)
         for form in ("answers", "letters"):
             if form in reads:
@@ -174,8 +176,8 @@ class Planner:
         for each in asked:
             n = len(each.options)
             user = each.prompt if form == "answers" else lettered(each.prompt, each.options)
-            opener = each.opener or ("" if form == "answers" else OPENER)
-            text = chat_text(self.model, user, system=each.system, opener=opener)
+            prefill = each.prefill or ("" if form == "answers" else PREFILL)
+            text = chat_text(self.model, user, system=each.system, prefill=prefill)
             sizes = [self._option(option) for option in each.options] if form == "answers" else [1] * n
             for _ in range(1 if form == "answers" else n):
                 starts.append(self._size(text))

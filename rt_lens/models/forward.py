@@ -220,7 +220,7 @@ def final_residual(
     return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
 
 
-def unembed(model: Model, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+def unembed(model: Any, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
     """Logits of chosen residuals of a HookedTransformer: its final norm, unembedding and soft cap."""
     flat = residual.reshape(1, -1, residual.shape[-1])
     logits = model.unembed(model.ln_final(flat) if model.cfg.normalization_type is not None else flat)

@@ -23,7 +23,7 @@ class Row:
         ids: its token ids.
         labels: its tokens as strings, see `token_texts`.
         spans: characters that each token covers; empty for tokens the tokenizer put in by itself.
-        prompt_end: character at which the answer begins: the opener, or the end of the text.
+        prompt_end: character at which the answer begins: the prefill, or the end of the text.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Row:
 Position = Callable[[Row], Sequence[int]]
 """The numbers (from 0, or negative from the end) of the tokens whose mean activation is read."""
 
-OF_A_PAIR = " of the chat prompt and the answer's opener"
+OF_A_PAIR = " of the chat prompt and the answer's prefill"
 """What follows a position's meaning in the provenance of vectors."""
 
 _WORDS = {
@@ -133,7 +133,7 @@ def _part(row: Row, part: str) -> list[int]:
         return [i for i, (low, high) in enumerate(row.spans) if high <= row.prompt_end]
     tokens = row.within(row.prompt_end, len(row.text))
     if not tokens:
-        raise ValueError("these pairs have no openers, so there is no response to read. Use 'mean prompt' or 'last'")
+        raise ValueError("these pairs have no prefills, so there is no response to read. Use 'mean prompt' or 'last'")
     return tokens
 
 

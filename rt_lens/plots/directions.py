@@ -188,9 +188,9 @@ def activation_map(table: Table, *, title: str = "Do the two sides part?") -> go
     figure.update_yaxes(**look, tickfont_size=11)
     reading = "Where the colours part, the model tells the two sides apart. "
     if frame["paired"].astype(bool).all():
-        reading += "What the sides of a pair share (topic, opener) is taken away. "
+        reading += "What the sides of a pair share (topic, prefill) is taken away. "
     else:
-        reading += "Where they do not, texts differ more by something else: topic or opener, say. "
+        reading += "Where they do not, texts differ more by something else: topic or prefill, say. "
     reading += (
         "t-SNE: axes, gaps and sizes mean nothing."
         if tsne

@@ -256,7 +256,7 @@ def _arrays(
 
 def _dash(name: str) -> str:
     """Line style of "arm direction", so that one arm's directions differ though they share its colour."""
-    return {"away": "dash", "out": "dot"}.get(name.split()[-1], "solid")
+    return {"away": "dash", "suppress": "dot"}.get(name.split()[-1], "solid")
 
 
 def _colour_limit(panels: Sequence[np.ndarray]) -> float:

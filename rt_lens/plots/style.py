@@ -30,8 +30,8 @@ ARM_COLOURS |= {
     "kl_then_steer": "#000000",
 }
 SPARE_COLOURS = ("#CC79A7", "#D55E00", "#0072B2", "#F0E442")
-DIRECTIONS = ("none", "toward", "away", "out")
-SYMBOLS = {"none": "circle", "toward": "triangle-up", "away": "triangle-down", "out": "diamond"}
+DIRECTIONS = ("none", "toward", "away", "suppress")
+SYMBOLS = {"none": "circle", "toward": "triangle-up", "away": "triangle-down", "suppress": "diamond"}
 LOSS_PARTS = {"total": "total", "token": "token (nats)", "cosine": "cosine (0 to 1)", "kl": "KL (nats)"}
 INK, FAINT = "#222222", "#8A8A8A"
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rt_lens.tuning.losses import Direction
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-KINDS = (*MATRICES, "bias", "norm")
+MODULES = (*MATRICES, "bias", "norm")
 LOSSES = ("cosine", "token", "kl")
 
 
@@ -20,7 +20,7 @@ class TuneConfig:
     """How to tune; see Ackerman 2024 for the dual loss.
 
     Attributes:
-        direction: `toward` the vector, `away` from it, or `out` (no component left, either way).
+        direction: `toward` the vector, `away` from it, or `suppress` (no component left, either way).
         layers: blocks whose activations the cosine loss reads.
         hook: kind of hook point of the cosine loss.
         positions: tokens that it reads: `response` (those from which the answer is predicted), `vector` (those that
@@ -28,7 +28,7 @@ class TuneConfig:
         centred: subtract the untuned model's mean activation before the cosine.
         trained_layers: blocks that may change; by default from three below the first of `layers` up to the last of
             them. Or by loss, `{"cosine": [...], "token": [...]}`.
-        kinds: which of their weights: q, k, v, o, gate, up, down, bias, norm. Or by loss, as `trained_layers`: then a
+        target_modules: which of their weights: q, k, v, o, gate, up, down, bias, norm. Or by loss, as `trained_layers`: then a
             weight gets gradients only from the losses that name it. A `kl` left out trains what any other loss does.
         lora_rank: train low-rank factors of each matrix (Hu et al. 2021; scale 1); 0 trains whole matrices.
         cosine_weight: of the cosine loss; 0 leaves it out.
@@ -66,7 +66,7 @@ class TuneConfig:
     positions: str = "response"
     centred: bool = True
     trained_layers: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-    kinds: Sequence[str] | Mapping[str, Sequence[str]] = MATRICES
+    target_modules: Sequence[str] | Mapping[str, Sequence[str]] = MATRICES
     lora_rank: int = 0
     cosine_weight: float = 14.0
     token_weight: float = 1.0
@@ -94,7 +94,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
-        for name in ("trained_layers", "kinds"):
+        for name in ("trained_layers", "target_modules"):
             object.__setattr__(self, name, _frozen(name, getattr(self, name)))
         object.__setattr__(self, "seed", _whole("seed", self.seed))
         _check_words(self)
@@ -112,13 +112,13 @@ class TuneConfig:
             return self.trained_layers or tuple(range(max(0, min(self.layers) - 3), max(self.layers) + 1))  # type: ignore[return-value]
         return tuple(self.trained_layers.get(loss) or self._of_others("blocks_of"))
 
-    def kinds_of(self, loss: str) -> tuple[str, ...]:
+    def target_modules_of(self, loss: str) -> tuple[str, ...]:
         """The kinds of weights that a loss trains; none if it has no weight."""
         if self.weight(loss) == 0:
             return ()
-        if not isinstance(self.kinds, Mapping):
-            return tuple(self.kinds)
-        return tuple(self.kinds.get(loss) or self._of_others("kinds_of"))
+        if not isinstance(self.target_modules, Mapping):
+            return tuple(self.target_modules)
+        return tuple(self.target_modules.get(loss) or self._of_others("target_modules_of"))
 
     def _of_others(self, which: str) -> tuple[Any, ...]:
         """What the KL term trains where it is not named: all that the losses it holds in check do."""
@@ -138,7 +138,7 @@ def _frozen(name: str, value: Any) -> Any:
     if isinstance(value, str):
         raise ValueError(f"{name}: {value!r} came; a list is wanted, as in {name}={value.split()!r}.")
     if not isinstance(value, Mapping):
-        return _words(name, value) if name.startswith("kinds") else whole_numbers(name, value)
+        return _words(name, value) if name.startswith("target_modules") else whole_numbers(name, value)
     if unknown := set(value) - set(LOSSES):
         raise ValueError(f"{name}: {', '.join(sorted(map(str, unknown)))} is no loss; {', '.join(LOSSES)} are.")
     return {loss: _frozen(f"{name}[{loss!r}]", each) for loss, each in value.items()}
@@ -173,7 +173,7 @@ def _whole(name: str, value: Any) -> int:
 
 def _check_words(config: TuneConfig) -> None:
     allowed = {
-        "direction": ("toward", "away", "out"),
+        "direction": ("toward", "away", "suppress"),
         "precision": ("float32", "bfloat16", "auto"),
         "prefix_cache": ("auto", "memory", "disk", "off"),
     }
@@ -181,18 +181,18 @@ def _check_words(config: TuneConfig) -> None:
         if getattr(config, name) not in words:
             known = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
             raise ValueError(f"{name}: {getattr(config, name)!r} came; {known} is wanted.")
-    given = config.kinds.values() if isinstance(config.kinds, Mapping) else [config.kinds]
+    given = config.target_modules.values() if isinstance(config.target_modules, Mapping) else [config.target_modules]
     for kind in (kind for each in given for kind in each):
-        if kind not in KINDS:
-            raise ValueError(f"kinds: {kind!r} came; {', '.join(KINDS)} are known.")
-    for name in ("trained_layers", "kinds"):
+        if kind not in MODULES:
+            raise ValueError(f"target_modules: {kind!r} came; {', '.join(MODULES)} are known.")
+    for name in ("trained_layers", "target_modules"):
         by_loss = getattr(config, name)
         others = config.cosine_weight > 0 or config.token_weight > 0
         for loss in ("cosine", "token") if others else LOSSES:
             if isinstance(by_loss, Mapping) and config.weight(loss) > 0 and not by_loss.get(loss):
                 raise ValueError(f"{name}: nothing for the {loss} loss, which has weight. Add it, or set its weight 0.")
-    if not isinstance(config.kinds, Mapping) and not config.kinds:
-        raise ValueError(f"kinds: the list is empty. Name some of {', '.join(KINDS)}.")
+    if not isinstance(config.target_modules, Mapping) and not config.target_modules:
+        raise ValueError(f"target_modules: the list is empty. Name some of {', '.join(MODULES)}.")
 
 
 def _check_numbers(config: TuneConfig) -> None:

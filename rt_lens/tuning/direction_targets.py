@@ -29,7 +29,7 @@ class DirectionTarget:
     Attributes:
         vectors: the direction, at each of the layers.
         weight: of its cosine loss beside the other aims'.
-        direction: `toward`, `away` or `out`.
+        direction: `toward`, `away` or `suppress`.
         layers: blocks whose activations are read.
         hook: kind of hook point.
         positions: which tokens are read.
@@ -59,7 +59,7 @@ class ResolvedTarget:
 
     Attributes:
         vectors: hook name -> Float[Tensor, "d_model"].
-        direction: `toward`, `away` or `out`.
+        direction: `toward`, `away` or `suppress`.
         weight: its share of the cosine loss; the shares of all readings add up to 1.
         positions: `response`, or a name that `position_of` knows.
     """
@@ -94,8 +94,8 @@ def resolve_targets(
 
 def _reading(model: Model, aim: DirectionTarget, share: float, config: TuneConfig) -> ResolvedTarget:
     direction, positions = aim.direction or config.direction, aim.positions or config.positions
-    if direction not in ("toward", "away", "out"):
-        raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'out' is wanted.")
+    if direction not in ("toward", "away", "suppress"):
+        raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'suppress' is wanted.")
     if positions == "vector":
         positions = position_named(aim.vectors.provenance.position)
     if positions != "response":
@@ -123,7 +123,7 @@ def _moved(name: str, config: TuneConfig) -> bool:
     first = min(config.blocks_of("cosine"))
     if layer_of(name) != first:
         return layer_of(name) > first
-    only_mlp = set(config.kinds_of("cosine")) <= {"gate", "up", "down"}
+    only_mlp = set(config.target_modules_of("cosine")) <= {"gate", "up", "down"}
     return not name.endswith(("hook_resid_pre", "hook_attn_out", "hook_resid_mid") if only_mlp else "hook_resid_pre")
 
 
@@ -133,7 +133,7 @@ class KLThenSteer:
 
     In each step, with probability `share`, one of the directions is added to every token with a multiplier drawn from
     `strength` * U(-1, 1), and all losses are computed under it. With the KL alone the model learns to keep its own
-    answers while steered: KL(tuned and steered || untuned and unsteered). With the cosine of direction `out` it learns
+    answers while steered: KL(tuned and steered || untuned and unsteered). With the cosine of direction `suppress` it learns
     to take the direction out again. With a small share, the first steps of such a run have nothing to learn from.
 
     Attributes:

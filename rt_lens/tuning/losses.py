@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Direction = Literal["toward", "away", "out"]
+Direction = Literal["toward", "away", "suppress"]
 
 
 def cosine_loss(
@@ -29,7 +29,7 @@ def cosine_loss(
     Args:
         h: activations at the chosen positions.
         vector: the direction.
-        direction: `toward`, `away` or `out`.
+        direction: `toward`, `away` or `suppress`.
         centre: what is subtracted from h first, usually the untuned model's mean.
     """
     cosine = F.cosine_similarity(h if centre is None else h - centre, vector[None], dim=-1)
@@ -37,9 +37,9 @@ def cosine_loss(
         return (1 - cosine) / 2
     if direction == "away":
         return (1 + cosine) / 2
-    if direction == "out":
+    if direction == "suppress":
         return cosine.abs()
-    raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'out' is wanted.")
+    raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'suppress' is wanted.")
 
 
 def token_loss(

@@ -76,13 +76,13 @@ def write_targets(
     Args:
         model: the untuned model.
         pairs: personas and topics.
-        direction: `toward` takes the positive personas, `away` the negative; `out` takes none, so that the answers are
+        direction: `toward` takes the positive personas, `away` the negative; `suppress` takes none, so that the answers are
             the model's own: places to read activations, and what a token loss holds the model to.
         config: number, length and seed of the targets.
         progress: show a bar.
     """
     chosen = pairs.sample(config.n_targets, seed=config.seed).pairs
-    persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "out": lambda p: ""}[direction]
+    persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "suppress": lambda p: ""}[direction]
     asked = [chat_text(model, pair.user, system=persona(pair)) for pair in chosen]
     plain = [chat_text(model, pair.user) for pair in chosen]
     return _written(model, asked, plain, config, progress)

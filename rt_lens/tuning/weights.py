@@ -49,7 +49,7 @@ def trained_by(model: Model, config: TuneConfig) -> dict[str, dict[str, nn.Param
         ValueError: blocks outside the model, kinds that it has not, or a fused matrix of which a part is wanted.
     """
     found = {loss: _chosen(model, config, loss) for loss in LOSSES if config.weight(loss) > 0}
-    by_loss = [each for each in (config.kinds, config.trained_layers) if isinstance(each, Mapping)]
+    by_loss = [each for each in (config.target_modules, config.trained_layers) if isinstance(each, Mapping)]
     if "kl" in found and not all(each.get("kl") for each in by_loss):
         # All kinds in all blocks of the other losses may be more than what any of them trains.
         others = {name for loss in found.keys() - {"kl"} for name in found[loss]}
@@ -58,7 +58,7 @@ def trained_by(model: Model, config: TuneConfig) -> dict[str, dict[str, nn.Param
 
 
 def _chosen(model: Model, config: TuneConfig, loss: str) -> dict[str, nn.Parameter]:
-    blocks, kinds = config.blocks_of(loss), set(config.kinds_of(loss))
+    blocks, kinds = config.blocks_of(loss), set(config.target_modules_of(loss))
     check_layers(model, blocks)
     found: dict[str, nn.Parameter] = {}
     seen: set[str] = set()
@@ -73,19 +73,21 @@ def _chosen(model: Model, config: TuneConfig, loss: str) -> dict[str, nn.Paramet
             continue
         if not set(parts) <= kinds:
             raise ValueError(
-                f"kinds: {name} holds {', '.join(parts)} in one matrix, so they are trained together or not at all. "
+                f"target_modules: {name} holds {', '.join(parts)} in one matrix, so they are trained together or not at all. "
                 "Name them all, or none."
             )
         found[name] = parameter
         seen.update(parts)
-    missing = kinds - seen if config.kinds != MATRICES else set()  # the default takes what there is
+    missing = kinds - seen if config.target_modules != MATRICES else set()  # the default takes what there is
     if missing or not found:
         raise ValueError(
-            f"kinds: {', '.join(sorted(missing or kinds))} not found in blocks {list(blocks)} of this model (for the "
+            f"target_modules: {', '.join(sorted(missing or kinds))} not found in blocks {list(blocks)} of this model (for the "
             f"{loss} loss). Leave it out, or name other trained_layers."
         )
     if config.lora_rank and (flat := sorted(kinds - set(MATRICES))):
-        raise ValueError(f"kinds: {', '.join(flat)} has no low-rank factors. Leave it out, or set lora_rank=0.")
+        raise ValueError(
+            f"target_modules: {', '.join(flat)} has no low-rank factors. Leave it out, or set lora_rank=0."
+        )
     for name, parameter in found.items() if config.lora_rank else ():
         out, into = as_matrix(name, parameter).shape
         if config.lora_rank >= min(out, into):

@@ -207,10 +207,10 @@ def read_sides(
     check_hook_names(model, names)
     texts = pairs.texts(model)
     both = texts.positive + texts.negative
-    openers = [pair.sides[side][2] for side in (0, 1) for pair in pairs.pairs]
+    prefills = [pair.sides[side][2] for side in (0, 1) for pair in pairs.pairs]
     ends = [
-        text.answer_at if isinstance(text, ChatText) else len(text) - len(opener)
-        for text, opener in zip(both, openers, strict=True)
+        text.answer_at if isinstance(text, ChatText) else len(text) - len(prefill)
+        for text, prefill in zip(both, prefills, strict=True)
     ]
     rows = rows_of(model, both, ends)
     n = len(pairs)

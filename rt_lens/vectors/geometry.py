@@ -125,7 +125,7 @@ def activation_map(
     PCA is of both sides together, centred. It is the same every time; t-SNE (van der Maaten and Hinton 2008) keeps
     neighbours only, and its axes, gaps and sizes mean nothing. The positive side is turned to the right.
 
-    Texts mostly differ by topic and opener, which the two sides of a pair share. With `paired` each pair's mean is
+    Texts mostly differ by topic and prefill, which the two sides of a pair share. With `paired` each pair's mean is
     taken away; what is left is how its sides differ, mirrored about 0, and the colours part where the pairs'
     differences have a direction in common.
 
@@ -141,7 +141,7 @@ def activation_map(
 
     Returns:
         Columns layer, side (positive or negative), x, y (activation units for PCA, none for t-SNE), text (user message
-        and opener), explained_x, explained_y, explained (share of the variance along x, y and both; NaN for t-SNE, or
+        and prefill), explained_x, explained_y, explained (share of the variance along x, y and both; NaN for t-SNE, or
         where all activations are the same), method, paired, n (pairs), seed.
 
     Raises:
@@ -207,6 +207,6 @@ def one_per_layer(model: Model, vectors: SteeringVectors) -> dict[str, Float[Ten
     return {name: vector.detach().cpu().float() for name, vector in vectors.vectors.items()}
 
 
-def _short(user: str, opener: str) -> str:
+def _short(user: str, prefill: str) -> str:
     words = " ".join(user.split())
-    return (words if len(words) <= 80 else f"{words[:79]}…") + (f" → {opener}" if opener else "")
+    return (words if len(words) <= 80 else f"{words[:79]}…") + (f" → {prefill}" if prefill else "")

@@ -50,7 +50,7 @@ SLOTS = ("kept", "losses", "weights", "projections", "shifts")
 SETTINGS = ("behaviour", "direction", "layers", "steps", "rate", "cosine", "token", "kl", "seed")
 OF_FILE = SETTINGS[2:]  # those that the behaviour's file has a say in
 DIRECTIONS = {
-    "away": "away from the vector", "toward": "toward the vector", "out": "out: no component left, either way",
+    "away": "away from the vector", "toward": "toward the vector", "suppress": "out: no component left, either way",
 }  # fmt: skip
 N_NEUTRAL = 24  # prompts that the KL term may read
 MOST_STEPS, LARGEST_SEED = 10_000, 2**31 - 1
@@ -271,7 +271,7 @@ class Tuning:
         if run is not None and run.content["behaviour"] == self.behaviour:
             own = choices_of(run.content).get(direction)
             layer, multiplier = (int(own["layer"]), float(own["multiplier"])) if own else (layer, multiplier)
-        if direction == "out":
+        if direction == "suppress":
             return ablate(vectors, [layer], hook=vectors.kind), f"steered: ablated at layer {layer}"
         return add(
             vectors, [layer], multiplier, hook=vectors.kind

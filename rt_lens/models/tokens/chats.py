@@ -73,10 +73,10 @@ def is_chat(model: Model, text: str) -> bool:
     return has_chat_template(model) and text.startswith(tuple(map(str, tokenizer_of(model).all_special_tokens)))
 
 
-def chat_text(model: Model, user: str, *, system: str = "", opener: str = "") -> str:
+def chat_text(model: Model, user: str, *, system: str = "", prefill: str = "") -> str:
     """One exchange through the model's chat template, up to the point where the assistant writes.
 
-    Templates that refuse a system role, or pass over it, get the system text in front of the user's. The opener is
+    Templates that refuse a system role, or pass over it, get the system text in front of the user's. The prefill is
     written as the template writes an answer, so that its first word is the token that it would be in a whole answer.
     Tokenizers without a template get plain paragraphs.
 
@@ -84,19 +84,19 @@ def chat_text(model: Model, user: str, *, system: str = "", opener: str = "") ->
         model: for its tokenizer, and for `chat_template_kwargs` of `load_model`.
         user: what the user says.
         system: a persona or instruction; empty leaves the template's default.
-        opener: first words of the assistant's answer, already written.
+        prefill: first words of the assistant's answer, already written.
 
     Returns:
         A ChatText; a plain string where there is no template.
 
     Example:
-        >>> chat_text(model, "How was your day?", system="You are cheerful.", opener="It was")
+        >>> chat_text(model, "How was your day?", system="You are cheerful.", prefill="It was")
     """
     if not has_chat_template(model):
-        return "\n\n".join(part for part in (system, user, opener) if part)
+        return "\n\n".join(part for part in (system, user, prefill) if part)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": user})
-    return _opened(model, messages, opener)
+    return _opened(model, messages, prefill)
 
 
 def _opened(model: Model, messages: Sequence[Message], prefill: str) -> ChatText:

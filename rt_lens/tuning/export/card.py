@@ -134,7 +134,7 @@ def changed(model: Model, delta: WeightDelta | None) -> str:
         f"- base model: {_line(known.source if known else model_name(model))}",
         f"- changed: {len(names)} of {sum(1 for _ in model.parameters())} parameters{where}",
     ]
-    for key in ("direction", "layers", "kinds", "seed", "vectors"):
+    for key in ("direction", "layers", "target_modules", "seed", "vectors"):
         if key in delta.config:
             lines.append(f"- {key}: `{_json(delta.config[key]).replace('`', ' ')}`")
     every = f"How the change was made, in full:\n\n{_code(_json(delta.config, indent=1), 'json')}"
