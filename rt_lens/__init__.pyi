@@ -9,7 +9,7 @@ from . import steering as steering
 from . import tuning as tuning
 from . import vectors as vectors
 from .apps.dashboard.opening import dashboard as dashboard
-from .arms.comparison import EvalTask as EvalTask
+from .evaluation.tasks import EvalTask as EvalTask
 from .arms.comparison import compare_arms as compare_arms
 from .arms.intervention import applied as applied
 from .arms.sweeping import sweep as sweep

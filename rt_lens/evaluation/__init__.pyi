@@ -28,5 +28,8 @@ from .scorers import Scorer as Scorer
 from .scorers import calibration as calibration
 from .scorers import option_shares as option_shares
 from .scorers import vader as vader
+from .tasks import EvalTask as EvalTask
+from .tasks import LogitDifference as LogitDifference
+from .tasks import Measure as Measure
 from .texts import PerplexityResult as PerplexityResult
 from .texts import perplexity as perplexity
