@@ -55,7 +55,7 @@ class ArmEvaluator:
     def __init__(
         self,
         model: Model,
-        exams: Mapping[str, EvalTask],
+        tasks: Mapping[str, EvalTask],
         texts: Iterable[str] = (),
         *,
         seed: int = 0,

@@ -81,9 +81,10 @@ def _known(key: str, part: Any) -> dict[str, Any]:
 
 
 def _same(name: str, theirs: Any, ours: Any) -> bool:
-    if name == "vectors" and isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+    ours = json.loads(json.dumps(ours))
+    if isinstance(ours, dict) and isinstance(theirs, dict):
         return all(ours[key] == value for key, value in theirs.items() if key in ours)
-    return bool(theirs == json.loads(json.dumps(ours)))
+    return bool(theirs == ours)
 
 
 def _same_logits(stored: Any, model: Model) -> bool:

@@ -20,7 +20,7 @@ from rt_lens.apps.report.labels import estimate
 from rt_lens.arms.sweeping import DoseResponse, sweep
 from rt_lens.common.parsing import layers_of, multipliers_of, whole_number
 from rt_lens.common.progress import Bar
-from rt_lens.experiment.validation import validation_metric
+from rt_lens.experiment.validation import validation_task
 from rt_lens.results.schema import Results, choices_of
 
 PAGE = "steering"
@@ -120,14 +120,14 @@ def _steer(
 ) -> None:  # fmt: skip
     model, vectors, experiment = bench.model, bench.vectors(behaviour), bench.experiment(behaviour)
     vectors.at_layers(layers, vectors.kind)  # refuses a layer without a vector before any of the work is done
-    prompts, metric = validation_metric(experiment, model, n_tokens)
+    task = validation_task(experiment, model, n_tokens, n_prompts)
     responses: list[DoseResponse] = []
     with TemporaryDirectory() as folder:
         kept = Path(folder) / "sweep.json"  # so that multiplier 0, which is the same at every layer, runs once
         for layer in Bar(layers, desc="steering", unit="layer", disable=True):
             found = sweep(
-                model, vectors, prompts[:n_prompts], layers=[layer], multipliers=doses, metric=metric,
-                hook=vectors.kind, path=kept, progress=False,
+                model, vectors, task, layers=[layer], multipliers=doses, hook=vectors.kind, path=kept,
+                progress=False,
             )  # fmt: skip
             responses.append(found.dose_response(layer))
             scored = found.metric if experiment.honesty is None else "likelihood share of the right options"
