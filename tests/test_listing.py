@@ -129,7 +129,7 @@ def test_a_message_of_nothing_is_refused_and_a_text_of_nothing_only_where_it_has
         rtl.generate(tiny, ["Hi.", ""])
     with pytest.raises(ValueError, match=r"prompt must be a text, got an empty one"):
         next(rtl.stream(tiny, " "))
-    with pytest.raises(ValueError, match=r"prompts must have a token each, got none in number 1"):
+    with pytest.raises(ValueError, match=r"prompts must have at least one token each, got none in number 1"):
         rtl.generate(tiny, ["Hi.", ""], chat=False)
 
 
