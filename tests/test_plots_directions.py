@@ -138,7 +138,7 @@ def test_norms_of_one_text_have_no_band_but_a_line():
 
 
 def test_norms_refuse_a_layer_that_comes_twice():
-    with pytest.raises(ValueError, match="3 came more than once"):
+    with pytest.raises(ValueError, match="got 3 more than once"):
         plots.norms([*norm_rows(), norm_rows()[3]])
 
 
@@ -182,13 +182,13 @@ def test_many_maps_stand_in_rows_of_five():
 
 
 def test_a_map_refuses_a_third_side():
-    with pytest.raises(ValueError, match="side neutral came, positive or negative"):
+    with pytest.raises(ValueError, match="side must be 'positive' or 'negative', got neutral"):
         plots.activation_map([*map_rows(), map_rows()[0] | {"side": "neutral"}])
 
 
 @pytest.mark.parametrize("draw", [plots.cosines, plots.norms, plots.activation_map])
 def test_a_table_without_rows_is_refused(draw):
-    with pytest.raises(ValueError, match="no rows came"):
+    with pytest.raises(ValueError, match="at least one row, got none"):
         draw([])
 
 

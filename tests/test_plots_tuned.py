@@ -147,18 +147,18 @@ def test_what_is_missing_empty_or_double_is_named(name):
     for column in rows()[0]:
         if (name, column) == ("block_search", "seed"):
             continue
-        with pytest.raises(ValueError, match=rf"{argument}: no column {column} \(came"):
+        with pytest.raises(ValueError, match=rf"{argument} must have the columns .* Add {column}\."):
             draw([{key: value for key, value in row.items() if key != column} for row in rows()])
-    with pytest.raises(ValueError, match=f"{argument}: no rows came"):
+    with pytest.raises(ValueError, match=f"{argument} must have at least one row, got none"):
         draw([])
-    with pytest.raises(ValueError, match=f"{argument}: .* came more than once, one row for each"):
+    with pytest.raises(ValueError, match=f"{argument} must have one row for each .*, got .* more than once"):
         draw([*rows(), rows()[0]])
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_word_among_numbers_is_named(name):
     rows, draw, argument = TABLES[name]
-    with pytest.raises(ValueError, match=rf"{argument}: column n holds what is not a number"):
+    with pytest.raises(ValueError, match=rf"{argument} must hold numbers in the column n, got"):
         draw([rows()[0] | {"n": "many"}, *rows()[1:]])
 
 
@@ -203,7 +203,7 @@ def test_variants_lets_one_untuned_row_serve_every_direction():
     figure = variants([untuned | {"direction": "none"}, *tuned_rows])
     assert len(figure.data) == 9 and all(trace.y[0] == "untuned" for trace in figure.data)
     assert [shape.x0 for shape in figure.layout.shapes] == pytest.approx([0.31, 21.4, 0.0] * 3)
-    with pytest.raises(ValueError, match="variants steered, .* came, a row of the variant untuned is wanted too"):
+    with pytest.raises(ValueError, match="must have a row of the variant 'untuned', got steered, "):
         variants(tuned_rows)
 
 
@@ -258,7 +258,7 @@ def test_resistance_names_no_single_dose_where_arms_have_their_own():
 
 
 def test_resistance_refuses_a_moved_arm_that_the_table_lacks():
-    with pytest.raises(ValueError, match=r"moved: ablated is not in the table \(arms untuned, toward_tuned"):
+    with pytest.raises(ValueError, match=r"moved must be of arms in the table \(untuned, toward_tuned.*got ablated"):
         resistance(resistance_rows(), [*moved_rows(), moved_rows()[0] | {"arm": "ablated"}])
 
 
@@ -305,7 +305,7 @@ def test_block_search_without_effects_sorts_by_the_total_loss():
     assert "No effect was measured" in reading(figure) and not figure.layout.shapes
     unused = [row | {"cosine_loss": None} for row in rows]
     assert [trace.name for trace in block_search(unused).data] == ["total_loss", "token_loss"]
-    with pytest.raises(ValueError, match="table: only empty values came"):
+    with pytest.raises(ValueError, match="table must hold a number .*, got only empty values"):
         block_search([row | {"total_loss": None, "token_loss": None, "cosine_loss": None} for row in rows])
 
 

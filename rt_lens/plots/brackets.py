@@ -46,12 +46,14 @@ def compared(comparisons: Table | None, frame: pd.DataFrame) -> pd.DataFrame:
         for side in ("a", "b"):
             if (row[side], row[f"{side}_direction"]) not in drawn:
                 raise ValueError(
-                    f"comparisons: {unescape(str(row[side]))}, {row[f'{side}_direction']} came, which is no arm of the "
-                    "table. Give rows about the arms drawn."
+                    f"comparisons must be of arms in the table, got {unescape(str(row[side]))}, "
+                    f"{row[f'{side}_direction']}. Keep the rows of the arms that are drawn."
                 )
     if (again := rows[rows.duplicated(pair)]).size:
-        told = " ".join(map(str, again.iloc[0][pair]))
-        raise ValueError(f"comparisons: {told} came more than once. Keep one set and one scorer.")
+        arms = unescape(" ".join(map(str, again.iloc[0][pair])))
+        raise ValueError(
+            f"comparisons must have one row for each pair of arms, got {arms} more than once. Keep one set and one scorer."
+        )
     return rows
 
 

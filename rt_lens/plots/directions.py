@@ -68,7 +68,7 @@ def cosines(table: Table, *, title: str = "Do the directions agree?") -> go.Figu
 
 
 def square(frame: pd.DataFrame, a: str, b: str) -> pd.DataFrame:
-    """The column cosine as a square with both orders of every two, in the order in which the names came."""
+    """The column cosine as a square with both orders of every two, in the order in which the names appear."""
     half = frame.drop_duplicates([a, b]).pivot(index=a, columns=b, values="cosine")
     names = ordered([*frame[a], *frame[b]])
     if all(isinstance(name, int | np.integer) for name in names):
@@ -160,7 +160,7 @@ def activation_map(table: Table, *, title: str = "Do the two sides part?") -> go
     words = ("side", "text", "method", "paired", "seed")
     frame = check_table(table, words=words, numbers=("layer", "x", "y", "explained_x", "explained_y", "n"))
     if strangers := set(frame["side"]) - set(SIDES):
-        raise ValueError(f"table: side {', '.join(map(str, strangers))} came, positive or negative is wanted.")
+        raise ValueError(f"side must be 'positive' or 'negative', got {unescape(', '.join(map(str, strangers)))}.")
     layers, tsne = sorted(frame["layer"].unique()), set(frame["method"]) == {"tsne"}
     columns = min(len(layers), 3 if len(layers) <= 9 else 5)
     rows = -(-len(layers) // columns)

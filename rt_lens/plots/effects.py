@@ -211,7 +211,7 @@ def side_effects(
     elif against == "kl":
         damage, axis, none = frame["kl"], "KL from untuned (nats per token)", 0.0
     else:
-        raise ValueError(f"against: {against!r} came, 'perplexity' or 'kl' is wanted.")
+        raise ValueError(f"against must be 'perplexity' or 'kl', got {against!r}.")
     frame = frame.assign(damage=damage.where(frame["arm"] != "untuned", none))
     sign = np.where(frame["mean"] >= untuned["mean"], 1.0, -1.0)
     near, far = ((frame[side] - untuned["mean"]) * sign for side in ("low", "high"))
@@ -255,8 +255,8 @@ def _arm_rows(table: Table) -> pd.DataFrame:
     if not repeated.empty:
         arm, direction = repeated.iloc[0][["arm", "direction"]]
         raise ValueError(
-            f"table: {unescape(str(arm))}, {direction} came more than once, one row for each arm and direction is "
-            "wanted. Keep one set and one scorer, pooled over seeds."
+            f"table must have one row for each arm and direction, got {unescape(str(arm))}, {direction} more than once. "
+            "Keep one set and one scorer, pooled over seeds."
         )
     return frame
 
@@ -265,7 +265,7 @@ def _untuned(frame: pd.DataFrame) -> pd.Series:
     rows = frame[frame["arm"] == "untuned"]
     if rows.empty:
         raise ValueError(
-            f"table: arms {unescape(', '.join(ordered(frame['arm'])))} came, a row of the arm untuned is wanted too."
+            f"table must have a row of the arm 'untuned', got {unescape(', '.join(ordered(frame['arm'])))}. Add it."
         )
     return rows.iloc[0]
 
@@ -275,7 +275,7 @@ def _row_of(lines: Mapping[int, pd.DataFrame], layer: int, multiplier: Number) -
     found = found[np.isclose(found["multiplier"].astype(float), multiplier)]
     if found.empty:
         raise ValueError(
-            f"chosen: layer {layer}, multiplier {multiplier:g} is not in the table (layers {list(lines)})."
+            f"chosen must hold points of the table (layers {list(lines)}), got layer {layer}, multiplier {multiplier:g}."
         )
     return found.iloc[0]
 

@@ -68,11 +68,10 @@ def save_figure(
     for name, size in (("width_mm", width_mm), ("height_mm", height_mm)):
         if size is not None and not (math.isfinite(size) and size >= _LEAST_MM):
             raise ValueError(
-                f"{name}: {size:g} came, at least {_LEAST_MM:g} mm are wanted, or the margins leave no room. "
-                f"Give {name}=85, say."
+                f"{name} must be at least {_LEAST_MM:g} mm, which the margins need, got {size:g}. Try {name}=85."
             )
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale: {scale:g} came, a positive number is wanted. Give scale=3, say.")
+        raise ValueError(f"scale must be a positive number, got {scale:g}. Try scale=3.")
     check_can_write(path, "path")
     drawn = copy.deepcopy(figure).update_layout(paper_bgcolor="white", plot_bgcolor="white")
     return write_atomically(path, write(drawn, width_mm, height_mm, scale))
@@ -85,7 +84,7 @@ def _writer(ending: str, path: Path) -> Callable[..., bytes]:
         return lambda figure, *_: figure.to_html(include_plotlyjs=True, config=_NO_TOOLS, div_id="figure").encode()
     if ending == ".json":
         return lambda figure, *_: figure.to_json().encode()
-    raise ValueError(f"path: {path.name!r} came; a name that ends in .png, .svg, .pdf, .html or .json is wanted.")
+    raise ValueError(f"path must end in .png, .svg, .pdf, .html or .json, got {path.name!r}.")
 
 
 def _picture(figure: go.Figure, ending: str, width_mm: float, height_mm: float | None, scale: float) -> bytes:
@@ -102,7 +101,7 @@ def _picture(figure: go.Figure, ending: str, width_mm: float, height_mm: float |
     except (kaleido.errors.ChromeNotFoundError, kaleido.errors.BrowserFailedError) as error:
         tried = f" (BROWSER_PATH is {os.environ['BROWSER_PATH']})" if os.environ.get("BROWSER_PATH") else ""
         raise FileNotFoundError(
-            f"path: {ending} needs a Chromium or Chrome, and none could be started{tried}. Install one, set "
+            f"path ends in {ending}, which needs Chromium or Chrome, but neither starts{tried}. Install one, set "
             "BROWSER_PATH to its program, or write .html."
         ) from error
 
@@ -113,7 +112,8 @@ def _kaleido() -> Any:
         import kaleido.errors
     except ImportError:
         raise ImportError(
-            "path: a picture needs kaleido 1 or newer. pip install 'rt_lens[print]', or write .html."
+            "path ends in .png, .svg or .pdf, which needs kaleido 1 or newer. Run pip install 'rt_lens[print]', or write "
+            ".html."
         ) from None
     return kaleido
 

@@ -53,7 +53,7 @@ def weight_changes(table: Table, *, title: str = "Which weights changed") -> go.
         frame = with_numbers(frame, ("alignment", "chance"))
     frame = frame[frame["norm"] > 0]
     if frame.empty:
-        raise ValueError("table: no parameter changed (every norm is 0), at least one change is wanted.")
+        raise ValueError("table must have at least one changed parameter, got only norms of 0.")
     aligned = "alignment" in frame and bool(frame["alignment"].notna().any())
     cells = frame.sort_values("norm", ascending=False).drop_duplicates(["layer", "kind"])
     kinds = ordered(cells["kind"], KINDS)

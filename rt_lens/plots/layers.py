@@ -239,7 +239,7 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
     """The projections as numpy arrays, each checked against the number of layers and tokens."""
     if not projections:
-        raise ValueError("projections: none came, at least one name with its array is wanted.")
+        raise ValueError("projections must map at least one name to its array, got none.")
     arrays = {}
     for name, values in projections.items():
         array = (
@@ -248,8 +248,11 @@ def _arrays(
         fits_layers = layers is None or array.shape[:1] == (len(layers),)
         fits_tokens = tokens is None or array.ndim == 1 or array.shape[1:] == (len(tokens),)
         if array.ndim not in (1, 2) or not (fits_layers and fits_tokens):
-            wanted = f"({'layer' if layers is None else len(layers)}, {'pos' if tokens is None else len(tokens)})"
-            raise ValueError(f"projections: {name!r} has shape {array.shape}, {wanted} is wanted (layers, tokens).")
+            expected = f"({'layer' if layers is None else len(layers)}, {'pos' if tokens is None else len(tokens)})"
+            raise ValueError(
+                f"projections[{name!r}] must have shape {expected} (layers, tokens), got {array.shape}. Give one row for "
+                "each layer and one column for each token."
+            )
         arrays[escape_html(name)] = array
     return arrays
 

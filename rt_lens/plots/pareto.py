@@ -63,20 +63,22 @@ def pareto(
         >>> figure = pareto([row | {"efficient": True}])
     """
     if against not in _HARMS:
-        raise ValueError(f"against: {against!r} came, 'kl' or 'perplexity' is wanted.")
+        raise ValueError(f"against must be 'kl' or 'perplexity', got {against!r}.")
     words = ("arm", "direction", "set", "scorer", "seeds", "efficient")
     frame = check_table(table, words=words, numbers=("n", "mean", "low", "high", against, "n_texts"))
     if len(repeated := frame[frame.duplicated(["arm", "direction"])]):
         arm, direction = repeated.iloc[0][["arm", "direction"]]
         raise ValueError(
-            f"table: {unescape(str(arm))}, {direction} came more than once, one row for each arm and direction is "
-            "wanted. Keep one set and one scorer, pooled over seeds."
+            f"table must have one row for each arm and direction, got {unescape(str(arm))}, {direction} more than once. "
+            "Keep one set and one scorer, pooled over seeds."
         )
     for end in ("_low", "_high"):
         frame[f"harm{end}"] = frame.get(f"{against}{end}", pd.Series(np.nan, frame.index)).astype(float)
     frame = frame.assign(harm=frame[against]).dropna(subset=["harm", "mean"]).reset_index(drop=True)
     if frame.empty:
-        raise ValueError(f"table: {against} was measured for no row. Measure the arms with texts.")
+        raise ValueError(
+            f"table must hold {against} in at least one row, got only empty values. Measure the arms on texts."
+        )
     frame["label"] = [
         arm if direction == "none" else f"{arm}, {direction}"
         for arm, direction in zip(frame["arm"], frame["direction"], strict=True)

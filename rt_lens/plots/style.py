@@ -47,16 +47,16 @@ def check_table(
     """The table as a DataFrame with these columns checked, numbers made float (None becomes NaN), and text drawable.
 
     Args:
-        table: as it came.
+        table: a DataFrame, or a list of rows.
         words: columns of anything.
         numbers: columns of numbers.
-        unescaped: columns whose text stays as it came, for a figure that measures or cuts it before it is drawn.
+        unescaped: columns whose text stays as it is, for a figure that measures or cuts it before it escapes it.
         argument: its name in messages.
     """
     frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table))
-    wanted = ", ".join([*words, *numbers])
     if frame.empty:
-        raise ValueError(f"{argument}: no rows came, at least one is wanted, with columns {wanted}.")
+        columns = ", ".join([*words, *numbers])
+        raise ValueError(f"{argument} must have at least one row, got none. Give rows with the columns {columns}.")
     frame = with_numbers(frame.reset_index(drop=True), numbers, words=words, argument=argument)
     for column in frame.columns:
         if column not in unescaped and not pd.api.types.is_numeric_dtype(frame[column]):
@@ -70,13 +70,13 @@ def with_numbers(
     """The frame, which must have all these columns, with the numbers made float (None becomes NaN)."""
     missing = [column for column in (*words, *numbers) if column not in frame.columns]
     if missing:
-        came, wanted = ", ".join(map(str, frame.columns)), ", ".join([*words, *numbers])
-        raise ValueError(f"{argument}: no column {', '.join(missing)} (came: {came}). Wanted: {wanted}.")
+        required, present = ", ".join([*words, *numbers]), ", ".join(map(str, frame.columns))
+        raise ValueError(f"{argument} must have the columns {required}, got {present}. Add {', '.join(missing)}.")
     for column in numbers:
         try:
             frame = frame.assign(**{column: frame[column].astype(float)})
         except (TypeError, ValueError) as refusal:
-            raise ValueError(f"{argument}: column {column} holds what is not a number ({refusal}).") from refusal
+            raise ValueError(f"{argument} must hold numbers in the column {column}, got text ({refusal}).") from refusal
     return frame
 
 
@@ -186,7 +186,7 @@ def unsteered(frame: pd.DataFrame) -> pd.DataFrame:
     zero = frame[frame["multiplier"] == 0]
     if zero.empty:
         raise ValueError(
-            f"table: multipliers {ordered(frame['multiplier'])} came, a row of multiplier 0 is wanted too."
+            f"table must have a row of multiplier 0, the unsteered model, got {ordered(frame['multiplier'])}. Add it."
         )
     return zero
 

@@ -42,8 +42,8 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
     if not repeated.empty:
         layer, multiplier = repeated.iloc[0][["layer", "multiplier"]]
         raise ValueError(
-            f"table: layer {layer:g}, multiplier {multiplier:g} came more than once, one row for each layer and "
-            "multiplier is wanted. Keep one scorer, pooled over seeds."
+            f"table must have one row for each layer and multiplier, got layer {layer:g}, multiplier {multiplier:g} "
+            "more than once. Keep one scorer, pooled over seeds."
         )
     doses = doses_by_layer(frame)
     multipliers = sorted(frame["multiplier"].unique())

@@ -253,21 +253,23 @@ def _places(tokens: Sequence[str], labels: Sequence[str]) -> tuple[list[int], li
 
 def _per_token(tokens: Sequence[str], projections: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if isinstance(tokens, str) or not tokens:
-        came = "one string" if tokens else "nothing"
-        raise ValueError(f"tokens: {came} came, a list of at least one token is wanted.")
+        received = "one string" if tokens else "none"
+        raise ValueError(f"tokens must be a list of at least one token, got {received}.")
     if not projections:
-        raise ValueError("projections: none came, at least one name with its array is wanted.")
+        raise ValueError("projections must map at least one name to its array, got none.")
     arrays = {}
     for name, values in projections.items():
         own = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=float)
         if own.shape != (len(tokens),):
             raise ValueError(
-                f"projections: {name!r} has shape {own.shape}, ({len(tokens)},) is wanted, a number for each token. "
-                "Of an array of layers take one row."
+                f"projections[{name!r}] must have shape ({len(tokens)},), a number for each token, got {own.shape}. "
+                "From an array of several layers take one row."
             )
         if not np.isfinite(own).all():
             position = int(np.flatnonzero(~np.isfinite(own))[0])
-            raise ValueError(f"projections: {name!r} is {own[position]} at token {position}, a number is wanted.")
+            raise ValueError(
+                f"projections[{name!r}] must hold finite numbers, got {own[position]} at token {position}."
+            )
         arrays[escape_html(name)] = own
     return arrays
 

@@ -23,7 +23,7 @@ def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
     frame = check_table(history, words=words, numbers=("step", *LOSS_PARTS), argument="history")
     parts = [part for part in LOSS_PARTS if frame[part].notna().any()]
     if not parts:
-        raise ValueError(f"history: only empty values came, a number is wanted in one of {', '.join(LOSS_PARTS)}.")
+        raise ValueError(f"history must hold a number in one of {', '.join(LOSS_PARTS)}, got only empty values.")
     directions = ordered(frame["direction"], DIRECTIONS)
     figure = make_subplots(
         rows=len(directions),

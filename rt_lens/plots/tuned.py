@@ -134,7 +134,7 @@ def block_search(table: Table, *, title: str = "Which weights to tune") -> go.Fi
     frame = renamed(frame, "effect").sort_values(["effect", "total_loss"], ascending=[False, True], kind="stable")
     panels = {name: words for name, words in ({"effect": "effect"} | losses).items() if frame[name].notna().any()}
     if not panels:
-        raise ValueError(f"table: only empty values came, a number is wanted in one of mean, {', '.join(losses)}.")
+        raise ValueError(f"table must hold a number in one of mean, {', '.join(losses)}, got only empty values.")
     labels = [" | ".join(f"{part}: {row[part]}" for part in parts) for _, row in frame.iterrows()]
     figure = make_subplots(
         cols=len(panels),
@@ -239,7 +239,7 @@ def once(frame: pd.DataFrame, columns: list[str], argument: str = "table") -> No
             f"{name:g}" if isinstance(name, float) else unescape(str(name)) for name in repeated.iloc[0][columns]
         )
         raise ValueError(
-            f"{argument}: {names} came more than once, one row for each {' and '.join(columns)} is wanted. "
+            f"{argument} must have one row for each {' and '.join(columns)}, got {names} more than once. "
             "Pool the seeds first."
         )
 
@@ -267,8 +267,8 @@ def _blocks(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Each direction's rows; one without an untuned row borrows the first, and one of nothing else is no block."""
     untuned = frame[frame["variant"] == "untuned"]
     if untuned.empty:
-        came = ", ".join(map(str, ordered(frame["variant"])))
-        raise ValueError(f"table: variants {came} came, a row of the variant untuned is wanted too.")
+        names = unescape(", ".join(map(str, ordered(frame["variant"]))))
+        raise ValueError(f"table must have a row of the variant 'untuned', got {names}. Add it.")
     blocks = {}
     tuned = frame[frame["variant"] != "untuned"]
     for direction in ordered((tuned if len(tuned) else frame)["direction"], DIRECTIONS):

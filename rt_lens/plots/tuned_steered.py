@@ -180,8 +180,8 @@ def _moved_rows(moved: Table, arms: list[str]) -> pd.DataFrame:
     strangers = [arm for arm in frame["arm"] if arm not in arms]
     if strangers:
         raise ValueError(
-            f"moved: {unescape(', '.join(strangers))} is not in the table (arms {unescape(', '.join(arms))}). "
-            "Add its rows there."
+            f"moved must be of arms in the table ({unescape(', '.join(arms))}), got {unescape(', '.join(strangers))}. "
+            "Add the arm's rows to the table."
         )
     return renamed(frame.sort_values("arm", key=lambda own: own.map(arms.index)), "shift")
 

@@ -169,12 +169,12 @@ def _layer_rows(layers: Table, recommended: Sequence[int]) -> pd.DataFrame:
     frame = check_table(layers, numbers=numbers, argument="layers")
     repeated = frame.loc[frame["layer"].duplicated(), "layer"]
     if not repeated.empty:
-        raise ValueError(f"layers: layer {repeated.iloc[0]:g} came more than once, one row for each layer is wanted.")
+        raise ValueError(f"layers must have one row for each layer, got layer {repeated.iloc[0]:g} more than once.")
     strangers = [layer for layer in recommended if layer not in set(frame["layer"])]
     if strangers:
         raise ValueError(
-            f"recommended: layer {', '.join(map(str, strangers))} is not in the table (layers "
-            f"{frame['layer'].min():g} to {frame['layer'].max():g})."
+            f"recommended must name layers of the table ({frame['layer'].min():g} to {frame['layer'].max():g}), got "
+            f"{', '.join(map(str, strangers))}."
         )
     return frame.sort_values("layer")
 
@@ -183,8 +183,8 @@ def _learning_rows(learning: Table) -> pd.DataFrame:
     measured = [f"{name}{end}" for name in ("accuracy", "cosine") for end in ("", "_low", "_high")]
     frame = check_table(learning, numbers=("layer", "n_pairs", *measured, "n"), argument="learning")
     if frame["layer"].nunique() != 1:
-        came = ", ".join(f"{layer:g}" for layer in ordered(frame["layer"]))
-        raise ValueError(f"learning: layers {came} came, one is wanted. Keep the rows of one layer.")
+        names = ", ".join(f"{layer:g}" for layer in ordered(frame["layer"]))
+        raise ValueError(f"learning must be of one layer, got layers {names}. Keep the rows of one layer.")
     return frame.sort_values("n_pairs")
 
 

@@ -81,7 +81,7 @@ def plan(
         ValueError: names the control that is empty or out of range.
     """
     if multiplier is None:
-        raise ValueError("multiplier: nothing came; a number is wanted.")
+        raise ValueError("multiplier must be a number, got nothing. Type one.")
     compared = Comparing(
         bench, behaviour, arms or [], whole_number("layer", layer, 0, bench.n_layers - 1), float(multiplier), prompts,
         whole_number("new tokens", length, 1, MOST_TOKENS), harm == HARM,
@@ -112,11 +112,16 @@ class Comparing:
     ) -> None:  # fmt: skip
         experiment = bench.experiment(behaviour)
         if not arms:
-            raise ValueError("arms: none came beside the untuned model. Choose at least one.")
+            raise ValueError("arms must name at least one arm besides the untuned model, got none. Choose one.")
         if gone := [name for name in arms if name not in (STEERED, *bench.deltas())]:
-            raise ValueError(f"arms: {', '.join(gone)} is not here any more. Tune it again, on the page Tuning.")
+            raise ValueError(
+                f"arms must be among {', '.join((STEERED, *bench.deltas()))}, got {', '.join(gone)}. Tune it again on the "
+                "page Tuning."
+            )
         if STEERED in arms and multiplier == 0:
-            raise ValueError("multiplier: 0 came, which steers nowhere. Move it, or leave steered out.")
+            raise ValueError(
+                "multiplier must not be 0, which leaves the model unsteered. Move the slider, or remove the arm steered."
+            )
         self.bench, self.behaviour, self.layer, self.multiplier, self.harm = bench, behaviour, layer, multiplier, harm
         self.names, self.experiment, self.length = list(dict.fromkeys(arms)), experiment, length
         self.n_prompts = whole_number("prompts", prompts, FEWEST, MOST_PROMPTS)
@@ -148,8 +153,8 @@ class Comparing:
             topics = self.bench.pairs(self.behaviour)[1].topics[: self.n_prompts]
             if len(topics) < FEWEST:
                 raise ValueError(
-                    f"prompts: {self.behaviour} has {len(topics)} validation topics; at least {FEWEST} are wanted. "
-                    "Give its file more topics."
+                    f"{self.behaviour} must have at least {FEWEST} validation topics, got {len(topics)}. Add topics to its "
+                    "file."
                 )
             return _with_repetition(EvalTask(topics, (experiment.made_scorer,), self.length))
         choose = replace(experiment.choose, n_prompts=self.n_prompts, max_new_tokens=self.length)

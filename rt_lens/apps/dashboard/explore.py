@@ -104,9 +104,11 @@ def connect(app: Dash, bench: Session) -> None:
     ) -> tuple[str, Work]:
         text = (prompt or "").strip()
         if not text:
-            raise ValueError("prompt: nothing came. Type what the user says, such as “How was your day?”.")
+            raise ValueError("prompt must not be empty. Type what the user says, such as “How was your day?”.")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # which no tokenizer can read
-            raise ValueError("prompt: half of a character came, as a cut emoji leaves it. Delete it, or type it anew.")
+            raise ValueError(
+                "prompt must hold whole characters, got half of one, such as a cut emoji. Delete it, or type it again."
+            )
         look = _Look(bench, text, behaviour, operator, int(layer), float(multiplier), arm, int(length))
         return "answering", look.run
 
@@ -147,9 +149,7 @@ class _Look:
         (text,) = as_chat(model, [self.prompt])
         n = len(encode(model, text))
         if n > LONGEST:
-            raise ValueError(
-                f"prompt: {n} tokens came with the chat template; at most {LONGEST} are wanted. Shorten it."
-            )
+            raise ValueError(f"prompt must have at most {LONGEST} tokens with the chat template, got {n}. Shorten it.")
         job.watch(None)
         arms: dict[str, Any] = {
             "untuned": None,

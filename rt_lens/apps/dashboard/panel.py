@@ -21,7 +21,7 @@ TICK = 100  # milliseconds between two looks at a job
 _PATIENCE = 5000
 # Plotly's toolbar could send a chart to its maker's cloud; the pages keep to themselves.
 _CONFIG: Any = {"displaylogo": False, "showSendToCloud": False, "typesetMath": False, "responsive": True}
-_RESTARTED = "The dashboard was started anew, and this piece of work is gone with it. Press the button again."
+_RESTARTED = "The dashboard was restarted, which ended this job. Press the button again."
 
 Work = Callable[[Job], Any]
 
@@ -148,7 +148,7 @@ def connect(
             return {"job": no_update, "error": no_update}
         empty = [name.removeprefix(f"{page}-") for name, value in zip(again, changed, strict=True) if value is None]
         if empty:  # a slider's number that is being typed anew
-            return {"job": no_update, "error": f"{empty[0]}: nothing came, a value is wanted."}
+            return {"job": no_update, "error": f"{empty[0]} must be a number, got nothing. Type one."}
         try:
             name, work = plan(*values)
         except ValueError as refusal:

@@ -154,7 +154,7 @@ def plan(bench: Session, behaviour: str, method: str, pairs: float | None, seed:
     n_pairs = whole_number("pairs", pairs, 4, MOST_PAIRS)
     drawn = whole_number("seed", seed, 0, LARGEST_SEED)
     if method not in METHODS:
-        raise ValueError(f"method: {method!r} came; one of {', '.join(METHODS)} is wanted.")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     return "finding vectors", partial(_find, bench, behaviour, method, n_pairs, drawn)
 
 
