@@ -318,7 +318,7 @@ def test_a_tuned_arm_answers_as_well(explored, tiny, tiny_vectors):
     job = explored(arm="rep_tuned_away", bench=bench)
     with delta.applied(tiny):
         (reply,) = rtl.generate(tiny, ["Hello there."], max_new_tokens=6)
-    assert [article.children[0].children for article in job.shown["answers"].children][2] == "rep_tuned away"
+    assert [article.children[0].children for article in job.shown["answers"].children][2] == "rep_tuned, away"
     assert texts(job)[2] == reply
     assert "rep_tuned_away" in [option["value"] for option in ids(layout(bench))["explore-arm"].options]
 

@@ -220,7 +220,7 @@ def test_variants_leaves_out_what_was_not_measured():
     rows[2] |= {"kl": None, "kl_low": None, "kl_high": None}
     kl = variants(rows).data[8]
     assert [np.isnan(value) for value in floats(kl.x)] == [place == 2 for place in range(len(VARIANTS))]
-    assert "KL – [–, –]" in kl.hovertext[2]
+    assert "KL – nats" in kl.hovertext[2]
 
 
 def test_resistance_draws_scores_in_a_scale_centred_on_zero():
@@ -348,7 +348,7 @@ def test_effect_against_damage_leaves_a_gap_where_nothing_was_measured():
     rows[1] |= {"damage": None, "damage_low": None, "damage_high": None}
     line = effect_against_damage(rows).data[1]
     assert [np.isnan(value) for value in floats(line.y)] == [False, True, False, False, False]
-    assert not line.connectgaps and "– [–, –]" in line.hovertext[1]
+    assert not line.connectgaps and "KL on neutral prompts (nats) –, n" in line.hovertext[1]
 
 
 def test_kinds_draws_every_change_beside_its_kind():

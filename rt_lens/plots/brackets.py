@@ -9,7 +9,8 @@ from typing import NamedTuple
 import pandas as pd
 import plotly.graph_objects as go
 
-from rt_lens.plots.style import INK, Table, check_table, estimate, number, seeds_of
+from rt_lens.common.formatting import p_value
+from rt_lens.plots.style import INK, Table, check_table, escape_html, row_estimate, seeds_of
 
 LABEL = 26  # px from a bar's whisker to above its label
 _STEP, _FOOT = 29, 6  # px: from one bracket to the next, and the length of its ends
@@ -52,7 +53,8 @@ def compared(comparisons: Table | None, frame: pd.DataFrame) -> pd.DataFrame:
     if (again := rows[rows.duplicated(pair)]).size:
         arms = unescape(" ".join(map(str, again.iloc[0][pair])))
         raise ValueError(
-            f"comparisons must have one row for each pair of arms, got {arms} more than once. Keep one set and one scorer."
+            f"comparisons must have one row for each pair of arms, got {arms} more than once. Keep one set and one "
+            "scorer."
         )
     return rows
 
@@ -105,18 +107,13 @@ def drawn(bracket: Bracket, arms: Sequence[str], floor: float, per_pixel: float)
 
 def significance(row: pd.Series) -> str:
     """`p = 0.010; Holm 0.070`, or p alone where it was not corrected."""
-    corrected = "" if pd.isna(row["p_holm"]) else f"; Holm {_p(row['p_holm']).removeprefix('= ')}"
-    return f"p {_p(row['p'])}{corrected}"
+    corrected = "" if pd.isna(row["p_holm"]) else f"; Holm {p_value(row['p_holm']).removeprefix('= ')}"
+    return escape_html(f"p {p_value(row['p'])}{corrected}")  # Plotly reads a bare < as the start of a tag
 
 
 def difference(row: pd.Series) -> str:
     """The comparison in full, for a hover."""
     return (
-        f"{row['a']} minus {row['b']}: {estimate(row, 'difference')}<br>{significance(row)}"
+        f"{row['a']} minus {row['b']}: {row_estimate(row, 'difference')}<br>{significance(row)}"
         f"<br>n = {row['n']:g}, {seeds_of(row)}"
     )
-
-
-def _p(value: float) -> str:
-    # Plotly reads a bare < as the start of a tag.
-    return "–" if pd.isna(value) else "&lt; 0.001" if value < 0.001 else f"= {number(value)}"

@@ -11,17 +11,18 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from rt_lens.common.formatting import estimate, number
 from rt_lens.plots.style import (
     FAINT,
     Table,
     apply_style,
     band,
     check_table,
-    estimate,
     key,
-    number,
     ordered,
+    row_estimate,
     sample,
+    with_minus_sign,
     with_numbers,
 )
 from rt_lens.plots.tuned import once
@@ -82,7 +83,7 @@ def cosine_cells(matrix: pd.DataFrame, words: str, *, numbered: bool = False) ->
     return go.Heatmap(
         z=values,
         coloraxis="coloraxis",
-        text=[[number(value, 2).replace("-", "−") for value in row] for row in values] if numbered else None,
+        text=[[with_minus_sign(number(value, 2)) for value in row] for row in values] if numbered else None,
         texttemplate="%{text}" if numbered else None,
         hovertext=[
             [f"{words} {row} and {column}<br>cosine {number(value)}".lstrip() for column, value in cells.items()]
@@ -109,8 +110,8 @@ def norms(table: Table, *, title: str = "What a multiplier of 1 adds") -> go.Fig
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.55, 0.45], vertical_spacing=0.08)
     looks = {"activations": ("#0072B2", "solid"), "vector (multiplier 1)": ("#D55E00", "dash")}
     told = [
-        f"layer {row['layer']:g}<br>activations {estimate(row)}, n = {row['n']:g}<br>vector {number(row['vector'])} "
-        "activation units"
+        f"layer {row['layer']:g}<br>activations {row_estimate(row)}, n = {row['n']:g}<br>vector "
+        f"{number(row['vector'])} activation units"
         for _, row in frame.iterrows()
     ]
     there = frame.dropna(subset=["low", "high"])
@@ -123,7 +124,7 @@ def norms(table: Table, *, title: str = "What a multiplier of 1 adds") -> go.Fig
     whole = per_cent.dropna()
     figure.add_traces(band(whole, "layer", colour, low="_low", high="_high"), rows=2, cols=1)
     told = [
-        f"layer {row['layer']:g}<br>{number(row[''], 1)} [{number(row['_low'], 1)}, {number(row['_high'], 1)}] % of "
+        f"layer {row['layer']:g}<br>{estimate(row[''], row['_low'], row['_high'], 1)} % of "
         f"the activations' length<br>n = {n:g}"
         for (_, row), n in zip(per_cent.iterrows(), frame["n"], strict=True)
     ]

@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from rt_lens.common.formatting import estimate, number
 from rt_lens.plots.brackets import LABEL, compared, difference, drawn, stacked
 from rt_lens.plots.style import (
     ARM_COLOURS,
@@ -26,13 +27,13 @@ from rt_lens.plots.style import (
     arm_colours,
     check_table,
     doses_by_layer,
-    estimate,
     key,
-    number,
     ordered,
+    row_estimate,
     sample,
     seeds_of,
     unsteered,
+    with_minus_sign,
 )
 
 _PANEL = 328  # px: the height of the panels of `arms` without brackets
@@ -86,7 +87,7 @@ def arms(table: Table, *, comparisons: Table | None = None, title: str = "Score 
         figure.add_trace(bars, row=1, col=column)
         names, ends = list(panel["arm"]), [_end(row) for _, row in panel.iterrows()]
         for name, mean, end in zip(names, panel["mean"], ends, strict=True):
-            label = f"{round(mean, 2) + 0.0:.2f}".replace("-", "−")
+            label = with_minus_sign(number(mean, 2))
             if not np.isnan(mean):
                 figure.add_annotation(x=name, y=end, text=label, yshift=14 if mean >= 0 else -14, row=1, col=column)
         own = pairs[
@@ -141,7 +142,7 @@ def dose_response(
     shades = sample_colorscale("Viridis", np.linspace(0.0, 0.8, max(len(lines), 2)).tolist())
     for (layer, own), shade in zip(lines.items(), shades, strict=False):
         hover = [
-            f"layer {layer}, multiplier {row['multiplier']:g}<br>score {estimate(row)}<br>perplexity "
+            f"layer {layer}, multiplier {row['multiplier']:g}<br>score {row_estimate(row)}<br>perplexity "
             f"{number(row['perplexity'])} (x {number(row['ratio'])})<br>n = {row['n']:g}"
             for _, row in own.iterrows()
         ]
@@ -235,7 +236,7 @@ def side_effects(
             textposition=row["side"],
             marker={"color": colours[row["arm"]], "symbol": SYMBOLS.get(row["direction"], "square"), "size": 13},
             hovertext=(
-                f"{row['label']}<br>shift {estimate(row, 'shift')}<br>"
+                f"{row['label']}<br>shift {estimate(row['shift'], row['low'], row['high'])}<br>"
                 f"{axis} {number(row['damage'])}<br>n = {row['n']:g}"
             ),
             hoverinfo="text",
@@ -255,8 +256,8 @@ def _arm_rows(table: Table) -> pd.DataFrame:
     if not repeated.empty:
         arm, direction = repeated.iloc[0][["arm", "direction"]]
         raise ValueError(
-            f"table must have one row for each arm and direction, got {unescape(str(arm))}, {direction} more than once. "
-            "Keep one set and one scorer, pooled over seeds."
+            f"table must have one row for each arm and direction, got {unescape(str(arm))}, {direction} more than once."
+            " Keep one set and one scorer, pooled over seeds."
         )
     return frame
 
@@ -275,7 +276,8 @@ def _row_of(lines: Mapping[int, pd.DataFrame], layer: int, multiplier: Number) -
     found = found[np.isclose(found["multiplier"].astype(float), multiplier)]
     if found.empty:
         raise ValueError(
-            f"chosen must hold points of the table (layers {list(lines)}), got layer {layer}, multiplier {multiplier:g}."
+            f"chosen must hold points of the table (layers {list(lines)}), got layer {layer}, multiplier "
+            f"{multiplier:g}."
         )
     return found.iloc[0]
 
@@ -297,7 +299,7 @@ def _arm_hover(row: pd.Series, pairs: pd.DataFrame) -> str:
     mine = pairs[(pairs["a"] == row["arm"]) & (pairs["a_direction"] == row["direction"])]
     across = [difference(pair) for _, pair in mine[mine["b_direction"] != row["direction"]].iterrows()]
     own = (
-        f"{row['arm']}, {row['direction']}<br>score {estimate(row)}<br>perplexity {number(row['perplexity'])}"
+        f"{row['arm']}, {row['direction']}<br>score {row_estimate(row)}<br>perplexity {number(row['perplexity'])}"
         f"<br>KL {number(row['kl'])} nats per token<br>n = {row['n']:g}, {seeds_of(row)}"
     )
     return "<br><br>".join([own, *across])

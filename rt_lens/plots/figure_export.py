@@ -112,8 +112,8 @@ def _kaleido() -> Any:
         import kaleido.errors
     except ImportError:
         raise ImportError(
-            "path ends in .png, .svg or .pdf, which needs kaleido 1 or newer. Run pip install 'rt_lens[print]', or write "
-            ".html."
+            "path ends in .png, .svg or .pdf, which needs kaleido 1 or newer. Run pip install 'rt_lens[print]', or "
+            "write .html."
         ) from None
     return kaleido
 

@@ -11,6 +11,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from rt_lens.common.formatting import estimate, number
 from rt_lens.plots.style import (
     FAINT,
     INK,
@@ -19,9 +20,8 @@ from rt_lens.plots.style import (
     arm_colours,
     band,
     check_table,
-    estimate,
-    number,
     ordered,
+    row_estimate,
     sample,
     with_numbers,
 )
@@ -272,7 +272,7 @@ def _lines(
         there = own.dropna(subset=["mean", "low", "high"])
         colour, dash = looks[name]
         hover = [
-            f"{name}<br>layer {row['layer']:g}<br>{measured} {estimate(row)}{units}{_size(row)}"
+            f"{name}<br>layer {row['layer']:g}<br>{measured} {row_estimate(row)}{units}{_size(row)}"
             for _, row in own.iterrows()
         ]
         line = go.Scatter(
@@ -295,5 +295,5 @@ def _size(row: pd.Series) -> str:
     n = row["n_cosine"] if "n_cosine" in row else row["n"]
     if "norm_mean" not in row:
         return f"<br>n = {n:g}"
-    ends = {"mean": row["norm_mean"], "low": row["norm_low"], "high": row["norm_high"]}
-    return f"<br>length of the shift {estimate(pd.Series(ends))} activation units<br>n = {n:g}"
+    length = estimate(row["norm_mean"], row["norm_low"], row["norm_high"])
+    return f"<br>length of the shift {length} activation units<br>n = {n:g}"

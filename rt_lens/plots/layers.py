@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from rt_lens.common.arm_labels import ArmLabel
+from rt_lens.common.formatting import estimate, number
 from rt_lens.plots.style import (
     FAINT,
     INK,
@@ -21,12 +23,13 @@ from rt_lens.plots.style import (
     band,
     check_table,
     escape_html,
-    estimate,
-    number,
     ordered,
     sample,
     shown,
 )
+
+# An arm's directions share its colour, and differ in the dash of their line.
+DASHES = {"away": "dash", "suppress": "dot"}
 
 
 def separability(table: Table, *, title: str = "Separability by layer") -> go.Figure:
@@ -42,7 +45,7 @@ def separability(table: Table, *, title: str = "Separability by layer") -> go.Fi
     frame = check_table(table, numbers=("layer", "accuracy", "low", "high", "n")).sort_values("layer")
     colour = "#0072B2"
     hover = [
-        f"layer {row['layer']:g}<br>accuracy {estimate(row, 'accuracy')}<br>n = {row['n']:g}"
+        f"layer {row['layer']:g}<br>accuracy {estimate(row['accuracy'], row['low'], row['high'])}<br>n = {row['n']:g}"
         for _, row in frame.iterrows()
     ]
     line = go.Scatter(
@@ -85,12 +88,13 @@ def projection_by_layer(
         ValueError: if there is no projection, or one does not fit the tokens or layers.
     """
     arrays = _arrays(projections, layers=layers, tokens=tokens)
-    colours = arm_colours(name.split()[0] for name in arrays)
+    labels = {name: ArmLabel.parse(name) for name in arrays}
+    colours = arm_colours(label.arm for label in labels.values())
     figure = go.Figure()
     for name, values in arrays.items():
         mean = values.mean(axis=1) if values.ndim == 2 else values
         blocks = list(layers) if layers is not None else list(range(len(mean)))
-        look = {"color": colours[name.split()[0]], "dash": _dash(name), "width": 2.5}
+        look = {"color": colours[labels[name].arm], "dash": DASHES.get(labels[name].direction, "solid"), "width": 2.5}
         hover = [
             f"{name}<br>layer {block}<br>projection {number(value)} activation units"
             for block, value in zip(blocks, mean, strict=True)
@@ -250,16 +254,11 @@ def _arrays(
         if array.ndim not in (1, 2) or not (fits_layers and fits_tokens):
             expected = f"({'layer' if layers is None else len(layers)}, {'pos' if tokens is None else len(tokens)})"
             raise ValueError(
-                f"projections[{name!r}] must have shape {expected} (layers, tokens), got {array.shape}. Give one row for "
-                "each layer and one column for each token."
+                f"projections[{name!r}] must have shape {expected} (layers, tokens), got {array.shape}. Give one row "
+                "for each layer and one column for each token."
             )
         arrays[escape_html(name)] = array
     return arrays
-
-
-def _dash(name: str) -> str:
-    """Line style of "arm direction", so that one arm's directions differ though they share its colour."""
-    return {"away": "dash", "suppress": "dot"}.get(name.split()[-1], "solid")
 
 
 def _colour_limit(panels: Sequence[np.ndarray]) -> float:

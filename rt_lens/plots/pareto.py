@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from rt_lens.common.arm_labels import ArmLabel
+from rt_lens.common.formatting import number
 from rt_lens.plots.style import (
     FAINT,
     INK,
@@ -18,8 +20,8 @@ from rt_lens.plots.style import (
     apply_style,
     arm_colours,
     check_table,
-    number,
     ordered,
+    row_estimate,
     sample,
     seeds_of,
 )
@@ -69,8 +71,8 @@ def pareto(
     if len(repeated := frame[frame.duplicated(["arm", "direction"])]):
         arm, direction = repeated.iloc[0][["arm", "direction"]]
         raise ValueError(
-            f"table must have one row for each arm and direction, got {unescape(str(arm))}, {direction} more than once. "
-            "Keep one set and one scorer, pooled over seeds."
+            f"table must have one row for each arm and direction, got {unescape(str(arm))}, {direction} more than once."
+            " Keep one set and one scorer, pooled over seeds."
         )
     for end in ("_low", "_high"):
         frame[f"harm{end}"] = frame.get(f"{against}{end}", pd.Series(np.nan, frame.index)).astype(float)
@@ -80,8 +82,7 @@ def pareto(
             f"table must hold {against} in at least one row, got only empty values. Measure the arms on texts."
         )
     frame["label"] = [
-        arm if direction == "none" else f"{arm}, {direction}"
-        for arm, direction in zip(frame["arm"], frame["direction"], strict=True)
+        str(ArmLabel(arm, direction)) for arm, direction in zip(frame["arm"], frame["direction"], strict=True)
     ]
     spans = [_span(frame[["harm", "harm_low", "harm_high"]]), _span(frame[["mean", "low", "high"]])]
     figure = go.Figure([*_fronts(frame), *_marks(frame, against)])
@@ -131,8 +132,8 @@ def _marks(frame: pd.DataFrame, against: str) -> list[go.Scatter]:
                 name=row["label"],
                 hovertext=(
                     f"{row['label']}{'' if hollow else ' (none beats it)'}<br>"
-                    f"{row['set']}, {row['scorer']} {_stated(row, 'mean', 'low', 'high')}, n = {row['n']:g}<br>"
-                    f"{against} {_stated(row, 'harm', 'harm_low', 'harm_high')}, n = {number(row['n_texts'], 0)} texts"
+                    f"{row['set']}, {row['scorer']} {row_estimate(row)}, n = {row['n']:g}<br>"
+                    f"{against} {row_estimate(row, 'harm')}, n = {number(row['n_texts'], 0)} texts"
                     f"<br>{seeds_of(row)}"
                 ),
                 hoverinfo="text",
@@ -145,10 +146,6 @@ def _whisker(row: pd.Series, centre: str, low: str, high: str, colour: str) -> d
     up, down = row[high] - row[centre], row[centre] - row[low]
     look = {"type": "data", "color": colour, "thickness": 1.5, "width": 4}
     return {**look, "array": [float(up)], "arrayminus": [float(down)], "visible": bool(np.isfinite([up, down]).all())}
-
-
-def _stated(row: pd.Series, centre: str, low: str, high: str) -> str:
-    return f"{number(row[centre])} [{number(row[low])}, {number(row[high])}]"
 
 
 def _span(values: pd.DataFrame) -> list[float]:

@@ -15,6 +15,8 @@ from jaxtyping import Float
 from plotly.colors import hex_to_rgb
 from torch import Tensor
 
+from rt_lens.common.formatting import estimate
+
 Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 PerLayer: TypeAlias = Float[Tensor, " layer"] | Float[np.ndarray, " layer"]  # the space is for linters
 PerToken: TypeAlias = Float[Tensor, "layer pos"] | Float[np.ndarray, "layer pos"]
@@ -147,12 +149,24 @@ def seeds_of(row: pd.Series) -> str:
     return f"seeds {', '.join(map(str, row['seeds'])) or '–'}"
 
 
-def estimate(row: pd.Series, centre: str = "mean") -> str:
-    return f"{number(row[centre])} [{number(row['low'])}, {number(row['high'])}]"
+def row_estimate(row: Mapping[str, Any] | pd.Series, measure: str = "mean", digits: int = 3) -> str:
+    """A measure of a row with its interval: `0.512 [0.430, 0.594]`.
+
+    The interval of `mean` and of `difference` stands in the columns low and high; another measure has its own columns
+    (`kl_low`, `kl_high`), or no interval.
+
+    Example:
+        >>> row = {"mean": 0.512, "low": 0.43, "high": 0.594, "kl": 0.1}
+        >>> row_estimate(row), row_estimate(row, "kl")
+        ('0.512 [0.430, 0.594]', '0.100')
+    """
+    low, high = ("low", "high") if measure in ("mean", "difference") else (f"{measure}_low", f"{measure}_high")
+    return estimate(row[measure], row.get(low), row.get(high), digits)
 
 
-def number(value: float, decimals: int = 3) -> str:
-    return "–" if pd.isna(value) else f"{value:.{decimals}f}"
+def with_minus_sign(text: str) -> str:
+    """The text with the minus sign of print in the place of hyphens."""
+    return text.replace("-", "−")
 
 
 def shown(token: str) -> str:

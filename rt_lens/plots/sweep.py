@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 import plotly.graph_objects as go
 
+from rt_lens.common.formatting import number
 from rt_lens.plots.style import (
     FAINT,
     INK,
@@ -16,10 +17,10 @@ from rt_lens.plots.style import (
     check_table,
     doses_by_layer,
     escape_html,
-    estimate,
     key,
-    number,
+    row_estimate,
     sample,
+    with_minus_sign,
 )
 
 ROOM = (30, 12)  # layers and multipliers whose cells can still hold a number
@@ -52,7 +53,7 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
     shifts = np.array([own["mean"] - own["mean"][0] for own in rows])
     hover = [
         [
-            f"layer {layer}, multiplier {multiplier:g}<br>score {estimate(cell)}<br>"
+            f"layer {layer}, multiplier {multiplier:g}<br>score {row_estimate(cell)}<br>"
             f"shift {number(cell['mean'] - own['mean'][0])}<br>n = {number(cell['n'], 0)}"
             for multiplier, cell in own.iterrows()
         ]
@@ -61,11 +62,11 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
     heat = go.Heatmap(z=shifts, coloraxis="coloraxis", hovertext=hover, hoverinfo="text", xgap=1, ygap=1)
     roomy = len(doses) <= ROOM[0] and len(multipliers) <= ROOM[1]
     if roomy:
-        heat.text = [["" if np.isnan(mean) else _signed(mean) for mean in own] for own in means]
+        heat.text = [["" if np.isnan(mean) else with_minus_sign(number(mean, 2)) for mean in own] for own in means]
         heat.texttemplate = "%{text}"
     figure = go.Figure(heat)
     # Places are counted, for neither the layers nor the multipliers need be evenly spaced.
-    names = [f"{multiplier:g}".replace("-", "−") for multiplier in multipliers]
+    names = [with_minus_sign(f"{multiplier:g}") for multiplier in multipliers]
     figure.update_xaxes(title_text="multiplier (negative: away)", tickvals=list(range(len(names))), ticktext=names)
     step = -(-len(doses) // 40)
     figure.update_yaxes(
@@ -130,7 +131,7 @@ def steerability(
         marker_size=9,
         name="mean",
         hovertext=[
-            f"multiplier {row['multiplier']:g}<br>mean score {estimate(row)}<br>n = {row['n']:g}"
+            f"multiplier {row['multiplier']:g}<br>mean score {row_estimate(row)}<br>n = {row['n']:g}"
             for _, row in middle.iterrows()
         ],
         hoverinfo="text",
@@ -148,7 +149,3 @@ def steerability(
         f"95 % interval. {escape_html(note)}"
     )
     return apply_style(figure, title, reading.strip(), sample(middle), legend_traceorder="normal")
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")

@@ -15,6 +15,7 @@ from plotly.colors import colorscale_to_colors, get_colorscale, unlabel_rgb
 from plotly.subplots import make_subplots
 from torch import Tensor
 
+from rt_lens.common.formatting import number
 from rt_lens.plots.style import (
     FAINT,
     INK,
@@ -24,7 +25,6 @@ from rt_lens.plots.style import (
     check_table,
     escape_html,
     key,
-    number,
     ordered,
     sample,
     shown,

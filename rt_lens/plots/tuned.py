@@ -13,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from rt_lens.common.formatting import number
 from rt_lens.plots.style import (
     ARM_COLOURS,
     DIRECTIONS,
@@ -23,8 +24,8 @@ from rt_lens.plots.style import (
     arm_colours,
     check_table,
     key,
-    number,
     ordered,
+    row_estimate,
     sample,
     with_numbers,
 )
@@ -210,7 +211,7 @@ def kinds(table: Table, *, title: str = "Does it carry over to other kinds of pr
                 name=arm,
                 showlegend=False,
                 hovertext=[
-                    f"{row['kind']}<br>{arm}, {direction}<br>change {stated(row, 'change')}<br>{counted(row)}"
+                    f"{row['kind']}<br>{arm}, {direction}<br>change {row_estimate(row, 'change')}<br>{counted(row)}"
                     for _, row in own.iterrows()
                 ],
                 hoverinfo="text",
@@ -255,10 +256,6 @@ def whiskers(frame: pd.DataFrame, name: str, colour: str = INK) -> dict[str, Any
     return {"type": "data", "array": up, "arrayminus": down, "color": colour, "thickness": 1.5, "width": 4}
 
 
-def stated(row: pd.Series, name: str) -> str:
-    return f"{number(row[name])} [{number(row[f'{name}_low'])}, {number(row[f'{name}_high'])}]"
-
-
 def counted(row: pd.Series) -> str:
     return f"n = {number(row['n'], 0)}, seeds {', '.join(map(str, row['seeds']))}"
 
@@ -281,14 +278,14 @@ def _blocks(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def _variant_hover(row: pd.Series) -> str:
     return (
-        f"{row['variant']}, {row['direction']}<br>score {stated(row, 'score')}<br>perplexity "
-        f"{stated(row, 'perplexity')}<br>KL {stated(row, 'kl')} nats per token<br>{counted(row)}"
+        f"{row['variant']}, {row['direction']}<br>score {row_estimate(row, 'score')}<br>perplexity "
+        f"{row_estimate(row, 'perplexity')}<br>KL {row_estimate(row, 'kl')} nats per token<br>{counted(row)}"
     )
 
 
 def _search_hover(label: str, row: pd.Series, losses: dict[str, str]) -> str:
     parts = "<br>".join(f"{words} {number(row[name])}" for name, words in losses.items())
-    return f"{label}<br>effect {stated(row, 'effect')}, n = {number(row['n'], 0)}<br>{parts}"
+    return f"{label}<br>effect {row_estimate(row, 'effect')}, n = {number(row['n'], 0)}<br>{parts}"
 
 
 def _blocks_named(names: Any) -> str:

@@ -12,6 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from rt_lens.common.formatting import number
 from rt_lens.plots.style import (
     ARM_COLOURS,
     FAINT,
@@ -21,11 +22,12 @@ from rt_lens.plots.style import (
     arm_colours,
     check_table,
     escape_html,
-    number,
     ordered,
+    row_estimate,
     sample,
+    with_minus_sign,
 )
-from rt_lens.plots.tuned import once, renamed, stated, whiskers
+from rt_lens.plots.tuned import once, renamed, whiskers
 
 
 def resistance(
@@ -65,11 +67,11 @@ def resistance(
         z=[own["score"] for own in rows],
         y=arms,
         coloraxis="coloraxis",
-        text=[["" if np.isnan(mean) else _signed(f"{mean:.2f}") for mean in own["score"]] for own in rows],
+        text=[["" if np.isnan(mean) else with_minus_sign(number(mean, 2)) for mean in own["score"]] for own in rows],
         texttemplate="%{text}",
         hovertext=[
             [
-                f"{arm}, multiplier {multiplier:g}<br>score {stated(cell, 'score')}<br>n = {number(cell['n'], 0)}"
+                f"{arm}, multiplier {multiplier:g}<br>score {row_estimate(cell, 'score')}<br>n = {number(cell['n'], 0)}"
                 for multiplier, cell in own.iterrows()
             ]
             for arm, own in zip(arms, rows, strict=True)
@@ -80,7 +82,7 @@ def resistance(
     )
     figure.add_trace(heat, row=1, col=1)
     # Places are counted, for the multipliers need not be evenly spaced.
-    names = [_signed(f"{multiplier:g}") for multiplier in multipliers]
+    names = [with_minus_sign(f"{multiplier:g}") for multiplier in multipliers]
     ticks = {"tickvals": list(range(len(names))), "ticktext": names}
     words = "multiplier of steering (negative: away)"
     figure.update_xaxes(title_text=words, showgrid=False, zeroline=False, **ticks, row=1, col=1)
@@ -140,15 +142,15 @@ def effect_against_damage(
             error_x=whiskers(own, "effect", colours[arm]),
             error_y=whiskers(own, "damage", colours[arm]),
             mode="lines+markers+text",
-            text=[_signed(f"{multiplier:g}") for multiplier in own["multiplier"]],
+            text=[with_minus_sign(f"{multiplier:g}") for multiplier in own["multiplier"]],
             textposition=_corners(own, "top" if place % 2 == 0 else "bottom"),
             textfont={"color": colours[arm], "size": 13},
             line={"color": colours[arm], "width": 2},
             marker_size=8,
             name=arm,
             hovertext=[
-                f"{arm}, multiplier {row['multiplier']:g}<br>{effect} {stated(row, 'effect')}, n = "
-                f"{number(row['n'], 0)}<br>{damage} {stated(row, 'damage')}, n = {number(row['n_damage'], 0)}"
+                f"{arm}, multiplier {row['multiplier']:g}<br>{effect} {row_estimate(row, 'effect')}, n = "
+                f"{number(row['n'], 0)}<br>{damage} {row_estimate(row, 'damage')}, n = {number(row['n_damage'], 0)}"
                 for _, row in own.iterrows()
             ],
             hoverinfo="text",
@@ -197,7 +199,7 @@ def _draw_moved(figure: go.Figure, shifts: pd.DataFrame) -> None:
             marker={"color": colours[row["arm"]], "size": 11},
             hovertext=(
                 f"{row['arm']}<br>multiplier {row['multiplier']:g} against −{row['multiplier']:g}<br>"
-                f"moved by {stated(row, 'shift')}<br>n = {number(row['n'], 0)}"
+                f"moved by {row_estimate(row, 'shift')}<br>n = {number(row['n'], 0)}"
             ),
             hoverinfo="text",
             showlegend=False,
@@ -207,7 +209,3 @@ def _draw_moved(figure: go.Figure, shifts: pd.DataFrame) -> None:
     dose = f"{doses[0]:g}" if len(doses) == 1 else "m"
     words = f"moved by steering<br>(score at +{dose} minus at −{dose})"
     figure.update_xaxes(title_text=words, rangemode="tozero", row=1, col=2)
-
-
-def _signed(written: str) -> str:
-    return written.replace("-0.00", "0.00").replace("-", "−")

@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from rt_lens.common.formatting import number
 from rt_lens.plots.directions import COSINES, cosine_cells, square
 from rt_lens.plots.style import (
     FAINT,
@@ -17,10 +18,9 @@ from rt_lens.plots.style import (
     apply_style,
     band,
     check_table,
-    estimate,
     key,
-    number,
     ordered,
+    row_estimate,
     sample,
 )
 
@@ -201,7 +201,7 @@ def _curve(
     """The line of a column within the band of its _low and _high."""
     frame = frame.assign(low=frame[f"{name}_low"], high=frame[f"{name}_high"])
     hover = [
-        f"{x.replace('n_pairs', 'pairs')} {row[x]:g}<br>{words} {estimate(row, name)}<br>n = {row['n']:g}"
+        f"{x.replace('n_pairs', 'pairs')} {row[x]:g}<br>{words} {row_estimate(row, name)}<br>n = {row['n']:g}"
         for _, row in frame.iterrows()
     ]
     line = go.Scatter(

@@ -14,6 +14,8 @@ from dash.exceptions import PreventUpdate
 
 from rt_lens.apps.dashboard.session import Session
 from rt_lens.apps.dashboard.work import Job, told
+from rt_lens.common.formatting import number
+from rt_lens.plots.style import with_minus_sign
 
 TICK = 100  # milliseconds between two looks at a job
 # A look that is still on its way is dropped for the next one, so a busy machine must not be asked again too soon; and
@@ -71,7 +73,7 @@ def table(rows: pd.DataFrame | Sequence[Mapping[str, Any]], caption: str, digits
 
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, float):
-        return "–" if pd.isna(value) else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+        return with_minus_sign(number(value, digits))
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "–" if value is None else str(value)

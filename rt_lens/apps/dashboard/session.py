@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rt_lens.apps.dashboard.work import Jobs, turn_of
+from rt_lens.common.arm_labels import ArmLabel
 from rt_lens.data.builtin import behaviours
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.experiment.config import Experiment, load_experiment
@@ -136,7 +137,7 @@ class Session:
         return behaviour in self._kept or behaviour in self._vectors
 
     def set_aside(self, behaviour: str, vectors: SteeringVectors) -> str:
-        """Keeps vectors that no page uses yet and returns their key, which holds until `MOST_ASIDE` newer ones are kept."""
+        """Keeps vectors that no page uses yet, and returns their key. Beyond `MOST_ASIDE` the oldest are dropped."""
         key = f"{next(self._numbers)}-{secrets.token_hex(4)}"
         self._aside[key] = (behaviour, vectors)
         for old in list(self._aside)[:-MOST_ASIDE]:
@@ -192,6 +193,18 @@ class Session:
     def _files(self) -> dict[str, Path]:
         folder = self.run.folder if self.run is not None else None
         return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*_tuned_*.safetensors"))}
+
+
+def tuned_label(name: str) -> ArmLabel:
+    """The label of a tuned arm; what the dashboard puts behind its name, `(honesty) 2` say, stays with the arm.
+
+    Example:
+        >>> tuned_label("rep_tuned_away (honesty) 2")
+        ArmLabel(arm='rep_tuned (honesty) 2', direction='away', seed=0)
+    """
+    stem, *suffix = name.split(" ", 1)
+    label = ArmLabel.parse(stem)
+    return label._replace(arm=" ".join([label.arm, *suffix]))
 
 
 def made(vectors: SteeringVectors) -> str:

@@ -16,11 +16,11 @@ from rt_lens.apps.dashboard.panel import Work, choice, field, graph, table, work
 from rt_lens.apps.dashboard.panel import connect as connect_work
 from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
-from rt_lens.apps.report.labels import estimate
 from rt_lens.arms.sweeping import DoseResponse, sweep
 from rt_lens.common.parsing import layers_of, multipliers_of, whole_number
 from rt_lens.common.progress import Bar
 from rt_lens.experiment.validation import validation_metric
+from rt_lens.plots.style import row_estimate
 from rt_lens.results.schema import Results, choices_of
 
 PAGE = "steering"
@@ -154,7 +154,7 @@ def _table(summary: pd.DataFrame) -> Component:
         {
             "layer": cell["layer"],
             "multiplier": f"{cell['multiplier']:g}",
-            "mean score [95 %]": estimate(cell),
+            "mean score [95 %]": row_estimate(cell),
             "n": cell["n"],
         }
         for cell in cells

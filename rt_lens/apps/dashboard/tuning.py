@@ -33,7 +33,7 @@ from rt_lens.experiment.protocols import protocol_of
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.plots.layers import without_first
-from rt_lens.plots.style import LOSS_PARTS
+from rt_lens.plots.style import LOSS_PARTS, with_minus_sign
 from rt_lens.results.schema import choices_of
 from rt_lens.steering.binding import ablate, add
 from rt_lens.steering.edits import FwdHook
@@ -275,9 +275,8 @@ class Tuning:
             layer, multiplier = (int(own["layer"]), float(own["multiplier"])) if own else (layer, multiplier)
         if direction == "suppress":
             return ablate(vectors, [layer], hook=vectors.kind), f"steered: ablated at layer {layer}"
-        return add(
-            vectors, [layer], multiplier, hook=vectors.kind
-        ), f"steered: layer {layer}, m = {multiplier:g}".replace("-", "−")
+        hooks = add(vectors, [layer], multiplier, hook=vectors.kind)
+        return hooks, with_minus_sign(f"steered: layer {layer}, m = {multiplier:g}")
 
 
 class _Losses:
