@@ -365,7 +365,7 @@ def test_projection_heatmap_draws_each_and_the_differences():
     np.testing.assert_allclose(toward_less, arrays["rep_tuned toward"] - arrays["untuned"])
     assert [trace.coloraxis for trace in figure.data] == ["coloraxis"] * 3 + ["coloraxis2"] * 2
     assert figure.layout.coloraxis.cmax < 90, "the first token's huge activations would hide the rest"
-    assert "off the scale" in reading(figure)
+    assert "exceeds the colour scale" in reading(figure)
     untuned_cells, less = figure.data[0], figure.data[3]
     assert untuned_cells.hovertemplate.startswith("untuned<br>layer %{y}<br>%{text}<br>projection %{z:.3f} activation")
     assert "difference %{z:.3f} activation units" in less.hovertemplate

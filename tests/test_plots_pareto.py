@@ -98,7 +98,7 @@ def test_hover_tells_numbers_n_and_seeds():
     ):
         assert said in text
     subtitle = pareto(efficient(rows())).layout.title.subtitle.text
-    assert "Score: n = 60; seeds 0, 1." in subtitle and "Cost: n = 18 texts." in subtitle
+    assert "Score: n = 60; seeds 0, 1." in subtitle and "Side effect: n = 18 texts." in subtitle
 
 
 def boxes_of(figure: go.Figure) -> list[tuple[float, float, float, float]]:

@@ -74,7 +74,7 @@ def test_every_token_is_coloured_by_its_own_number():
 def test_the_scale_is_centred_and_the_first_token_does_not_set_it():
     figure = plots.coloured_tokens(TOKENS, {"untuned": VALUES, "steered": VALUES + 1})
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-7.0, 7.0)
-    assert "first token goes off the scale" in figure.layout.title.subtitle.text
+    assert "first token exceeds the colour scale" in figure.layout.title.subtitle.text
     calm = plots.coloured_tokens(["a", "b"], {"untuned": np.array([1.0, -2.0])})
     assert calm.layout.coloraxis.cmax == 2.0
     assert "scale" not in calm.layout.title.subtitle.text

@@ -37,7 +37,7 @@ def layer_rows() -> list[dict]:
                 "stability_high": min(1.0, stability + 0.04),
                 "control_low": 0.5 - spread,
                 "control_high": 0.5 + spread,
-                "signal": 2.8 * rise - 0.06 * max(0, layer - 20) + 0.08 * generator.standard_normal(),
+                "d_prime": 2.8 * rise - 0.06 * max(0, layer - 20) + 0.08 * generator.standard_normal(),
                 "seed": 0,
             }
         )
@@ -181,8 +181,8 @@ def test_trust_draws_the_layers_with_their_bands():
         for trace, end in zip(traces, ("_low", "_high", ""), strict=True):
             assert floats(trace.x) == floats(frame["layer"])
             assert floats(trace.y) == floats(frame[f"{name}{end}"])
-    (signal,) = panel(figure, "x3")
-    assert floats(signal.y) == floats(frame["signal"])
+    (d_prime,) = panel(figure, "x3")
+    assert floats(d_prime.y) == floats(frame["d_prime"])
     row = layer_rows()[17]
     wanted = f"accuracy {row['accuracy']:.3f} [{row['accuracy_low']:.3f}, {row['accuracy_high']:.3f}]<br>n = 144"
     assert wanted in rest[2].hovertext[17]
@@ -233,7 +233,7 @@ def test_trust_keeps_what_is_below_chance_in_view():
 def test_trust_refuses_strange_layers():
     with pytest.raises(ValueError, match=r"recommended must name layers of the table \(0 to 29\), got 30"):
         plots.validation(layer_rows(), learning_rows(), cosine_rows(), recommended=[17, 30])
-    with pytest.raises(ValueError, match="got layer 3 more than once"):
+    with pytest.raises(ValueError, match="got 3 more than once"):
         plots.validation([*layer_rows(), layer_rows()[3]], learning_rows(), cosine_rows(), recommended=[17])
     two = [*learning_rows(), {**learning_rows()[0], "layer": 18}]
     with pytest.raises(ValueError, match="learning must be of one layer, got layers 17, 18"):
@@ -281,7 +281,7 @@ def test_sweep_leaves_a_hole_where_nothing_was_measured():
     assert np.isnan(np.asarray(figure.data[0].z)[5, 5]) and np.isnan(figure.data[0].z).sum() == 1
     assert figure.data[0].text[5][5] == "" and "not measured" in reading(figure)
     assert "not measured" not in reading(plots.sweep(rows))
-    with pytest.raises(ValueError, match="got layer 0, multiplier -8 more than once"):
+    with pytest.raises(ValueError, match="got 0, -8 more than once"):
         plots.sweep([*rows, rows[0]])
 
 
