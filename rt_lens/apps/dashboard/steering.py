@@ -16,11 +16,11 @@ from rt_lens.apps.dashboard.panel import Work, choice, field, graph, table, work
 from rt_lens.apps.dashboard.panel import connect as connect_work
 from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
-from rt_lens.apps.report.labels import estimate
 from rt_lens.arms.sweeping import DoseResponse, sweep
 from rt_lens.common.parsing import layers_of, multipliers_of, whole_number
 from rt_lens.common.progress import Bar
 from rt_lens.experiment.validation import validation_task
+from rt_lens.plots.style import row_estimate
 from rt_lens.results.schema import Results, choices_of
 
 PAGE = "steering"
@@ -104,11 +104,11 @@ def plan(
     """
     chosen, doses = list(dict.fromkeys(layers_of(layers or ""))), multipliers_of(multipliers or "")
     if max(chosen) >= bench.n_layers:
-        raise ValueError(f"layers: {max(chosen)} is outside this model's blocks 0..{bench.n_layers - 1}.")
+        raise ValueError(f"layers contains {max(chosen)}, but this model has blocks 0..{bench.n_layers - 1}.")
     if 0 not in doses or len(set(doses)) < 3:
         raise ValueError(
-            f"multipliers: {multipliers} came; at least three numbers, and 0 for the unsteered model among them, are "
-            "wanted, such as -2,0,2."
+            "multipliers must be at least three different numbers, and 0, the unsteered model, must be one of them, "
+            f"got {multipliers}. Try -2,0,2."
         )
     n_prompts = whole_number("prompts", prompts, 2, MOST_PROMPTS)
     n_tokens = whole_number("new tokens", length, 1, LONGEST)
@@ -154,7 +154,7 @@ def _table(summary: pd.DataFrame) -> Component:
         {
             "layer": cell["layer"],
             "multiplier": f"{cell['multiplier']:g}",
-            "mean score [95 %]": estimate(cell),
+            "mean score [95 %]": row_estimate(cell),
             "n": cell["n"],
         }
         for cell in cells
