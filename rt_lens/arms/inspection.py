@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rt_lens.arms.intervention import Intervention
-from rt_lens.arms.projections import by_arm, check_arms, refuse_heads
+from rt_lens.arms.projections import by_arm, check_arms
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
@@ -34,6 +34,7 @@ from rt_lens.models.parameter_names import (
 )
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.delta import WeightDelta
+from rt_lens.vectors.guards import refuse_heads
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 
 
