@@ -13,7 +13,7 @@ from rt_lens.arms.comparison import ArmScores
 from rt_lens.results.writing import tables_of, write_results
 
 ARMS = (("untuned", "none"), ("steered", "away"), ("rep_tuned", "toward"), ("rep_tuned", "away"))
-SETS = {"test": ("vader", "repetition"), "facts": ("names_right",), "talk": ("repetition", "obeys")}
+SETS = {"test": ("vader", "repetition"), "facts": ("contains_answer",), "talk": ("repetition", "follows_instruction")}
 
 
 def make_board(
@@ -66,7 +66,7 @@ def make_board(
 
 
 def _drawn(noise: np.random.Generator, scorer: str, prompts: tuple[int, ...], spread: float) -> Any:
-    if scorer in ("names_right", "obeys"):
+    if scorer in ("contains_answer", "follows_instruction"):
         return (noise.random(len(prompts)) < 0.7).astype(float)
     levels = np.random.default_rng(99).normal(0.2, 0.5, 1000)[[number % 1000 for number in prompts]]
     return levels + noise.normal(0, spread, len(prompts))
@@ -75,7 +75,7 @@ def _drawn(noise: np.random.Generator, scorer: str, prompts: tuple[int, ...], sp
 def make_content(board: ArmScores, **changes: Any) -> dict[str, Any]:
     """The content of results.json for a board; keywords replace keys."""
     content = {
-        "schema": 1,
+        "schema": 2,
         "behaviour": "mood",
         "description": "Cheerful or gloomy?",
         "model": "tiny",
@@ -83,7 +83,7 @@ def make_content(board: ArmScores, **changes: Any) -> dict[str, Any]:
         "seed": 0,
         "protocol": {"name": "answers", "why": "", "calibration": []},
         "choices": {"away": {"layer": 1, "multiplier": -2.0, "why": "Furthest."}, "rule": "The furthest."},
-        **tables_of(board, exams=["test"], writing="test"),
+        **tables_of(board, tasks=["test"], writing="test"),
         "comparisons": board.comparisons().to_dict("records"),
         "separability": [],
         "dose_response": [],
@@ -103,9 +103,35 @@ def write_run(folder: Path, board: ArmScores, **changes: Any) -> Path:
     return write_results(folder, make_content(board, **changes), board, PROJECTIONS).parent
 
 
-def as_an_older_run(folder: Path) -> Path:
-    """Without the checksums, which older runs have not: their files may be changed."""
+OLD_NAMES = {
+    "reproducibility": "again",
+    "contains_answer": "names_right",
+    "follows_instruction": "obeys",
+    "off_option_mass": "other",
+    "off_option_mass_letters": "other_letters",
+}
+"""Names in files of schema 2 -> those that schema 1 has for them."""
+
+
+def without_checksums(folder: Path) -> Path:
+    """The same run without checksums, so that a test can change its files."""
     content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     del content["files"]
     (folder / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def as_an_older_run(folder: Path) -> Path:
+    """The same run as an older version wrote it: schema 1, with its names, and no checksums."""
+    content = json.loads((without_checksums(folder) / "results.json").read_text(encoding="utf-8"))
+    content = {OLD_NAMES.get(key, key): value for key, value in content.items()} | {"schema": 1}
+    for key in ("arms", "summary", "side_effects", "comparisons"):
+        content[key] = [{**row, "scorer": OLD_NAMES.get(row["scorer"], row["scorer"])} for row in content[key]]
+    (folder / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    for name in ("scores.csv", "summary.csv"):
+        table = pd.read_csv(folder / name, dtype=str, keep_default_na=False)
+        table.assign(scorer=table["scorer"].replace(OLD_NAMES)).to_csv(folder / name, index=False)
+    lines = (folder / "responses.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    rows = [{OLD_NAMES.get(key, key): value for key, value in json.loads(line).items()} for line in lines]
+    (folder / "responses.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return folder

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from small_runs import as_an_older_run, make_board, write_run
+from small_runs import as_an_older_run, make_board, without_checksums, write_run
 from typer.testing import CliRunner
 
 from rt_lens.apps.cli import app, main
@@ -95,7 +95,7 @@ def test_another_draw_differs_and_no_change_is_shown(runs):
     assert (found.rows["difference"] != 0).sum() > 20, "there was noise to see through"
     assert not len(found.changed)
     assert found.closing.startswith("No change shown in 28 rows")
-    assert '"no change shown" is not "no change"' in str(found)
+    assert '"no change shown" does not mean "no change"' in str(found)
 
 
 def test_every_row_is_counted_in_holms_correction(runs):
@@ -166,7 +166,7 @@ def test_other_prompts_are_two_samples(runs):
     expected = unpaired_comparison(grids[1].to_numpy(), grids[0].to_numpy())
     assert [row[key] for key in ("difference", "low", "high")] == pytest.approx(expected[1:4])
     assert row["p"] >= expected.p, "few seeds vouch for less, so far out in the tails"
-    assert any("Other prompts in the two runs" in note for note in found.notes)
+    assert any("The prompts of the two runs differ" in note for note in found.notes)
     assert row_of(found, ("steered", "away", "texts", "kl"))["paired"], "the texts were the same ones"
 
 
@@ -184,7 +184,7 @@ def test_single_seeds_that_differ_are_not_judged(tmp_path):
     row = row_of(found)
     assert row["verdict"] == "not judged" and np.isnan(row["p_holm"])
     assert not len(found.changed) and "not judged: 14" in found.closing
-    assert any("one tuning seed and not the same: rep_tuned toward, rep_tuned away" in note for note in found.notes)
+    assert any("one tuning seed and the two differ: rep_tuned, toward; rep_tuned, away" in note for note in found.notes)
     assert np.isfinite(row_of(found, ("steered", "away", "test", "vader"))["p_holm"]), "no seed changes it"
 
 
@@ -241,6 +241,15 @@ def test_few_seeds_raise_no_more_alarms_at_the_levels_of_a_large_table_than_they
     assert np.mean(alarms) <= level + 3 * np.sqrt(level / 4000)
 
 
+def test_an_older_run_is_compared_with_a_new_one_under_the_new_names(runs, tmp_path):
+    older = load_results(as_an_older_run(shutil.copytree(runs["before"], tmp_path / "older")))
+    found = compare_runs(older, load_results(runs["before"]))
+    assert found.closing.startswith("Nothing changed: 28 rows") and not found.only_a and not found.only_b
+    assert {"contains_answer", "follows_instruction"} <= set(found.rows["scorer"])
+    moved = compare_runs(older, load_results(runs["moved"]))
+    pd.testing.assert_frame_equal(moved.rows, compared(runs, "before", "moved").rows)
+
+
 # What else two runs may differ in
 
 
@@ -266,14 +275,14 @@ def test_two_boards_of_a_real_model_one_changed(tiny, tiny_vectors, tmp_path):
 
 
 def test_rows_that_only_one_run_has_are_listed(runs, tmp_path):
-    run = as_an_older_run(shutil.copytree(runs["before"], tmp_path / "less"))
+    run = without_checksums(shutil.copytree(runs["before"], tmp_path / "less"))
     table = pd.read_csv(run / "scores.csv", keep_default_na=False)
     table[table["set"] != "facts"].to_csv(run / "scores.csv", index=False)
     (run / "texts.csv").unlink()
     found = compare_runs(load_results(runs["before"]), load_results(run))
     assert len(found.only_a) == 4 + 4 * 2 and not found.only_b
-    assert ("steered", "away", "facts", "names_right") in found.only_a
-    assert "Only in a:\n  untuned, none, facts, names_right" in str(found)
+    assert ("steered", "away", "facts", "contains_answer") in found.only_a
+    assert "Only in a:\n  untuned, none, facts, contains_answer" in str(found)
     assert compare_runs(load_results(run), load_results(runs["before"])).only_b == found.only_a
 
 
@@ -292,7 +301,9 @@ def test_settings_and_versions_that_differ_are_told(runs, tmp_path):
 
 def test_another_behaviour_is_refused(runs, tmp_path):
     run = changed_run(runs, tmp_path, behaviour="honesty")
-    with pytest.raises(ValueError, match="run_b: of the behaviour 'honesty', run_a of 'mood'"):
+    with pytest.raises(
+        ValueError, match="run_b must be a run of the same behaviour as run_a .'mood'., got .*'honesty'"
+    ):
         compare_runs(load_results(runs["before"]), load_results(run))
 
 
@@ -300,12 +311,12 @@ def test_another_model_is_compared_without_what_counts_its_tokens(runs, tmp_path
     run = changed_run(runs, tmp_path, model="other")
     found = compare_runs(load_results(runs["before"]), load_results(run))
     assert set(found.rows["set"]) == {"test", "facts", "talk"}
-    assert any("Two models: tiny and other." in note for note in found.notes)
-    assert "Two models" in str(found) and found.settings["what"].tolist() == ["model"]
+    assert any("two models: tiny and other." in note for note in found.notes)
+    assert "two models" in str(found) and found.settings["what"].tolist() == ["model"]
 
 
 def test_runs_with_nothing_in_common_are_refused(runs, tmp_path):
-    run = as_an_older_run(shutil.copytree(runs["before"], tmp_path / "other"))
+    run = without_checksums(shutil.copytree(runs["before"], tmp_path / "other"))
     table = pd.read_csv(run / "scores.csv", keep_default_na=False)
     table.assign(set="new").to_csv(run / "scores.csv", index=False)
     (run / "texts.csv").unlink()
@@ -314,10 +325,10 @@ def test_runs_with_nothing_in_common_are_refused(runs, tmp_path):
 
 
 def test_a_score_that_is_missing_is_told(runs, tmp_path):
-    run = as_an_older_run(shutil.copytree(runs["before"], tmp_path / "torn"))
+    run = without_checksums(shutil.copytree(runs["before"], tmp_path / "torn"))
     lines = (run / "scores.csv").read_text().splitlines()
     (run / "scores.csv").write_text("\n".join(lines[:-3]))
-    with pytest.raises(ValueError, match="a score is missing, or came twice"):
+    with pytest.raises(ValueError, match="must have one score per seed and item, got .*missing or doubled"):
         compare_runs(load_results(runs["before"]), load_results(run))
 
 
@@ -358,14 +369,14 @@ def test_the_command_exits_with_1_only_if_asked_and_something_changed(runs):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("results.json", None, "results.json is not there"),
-        ("results.json", "{", "not valid JSON"),
-        ("scores.csv", "arm\nx\n", "no column direction"),
-        ("results.json", '{"schema": 3}', "schema 3 came, 1 is wanted"),
+        ("results.json", None, "there is no file"),
+        ("results.json", "{", "must be valid JSON"),
+        ("scores.csv", "arm\nx\n", "must have the column direction, set"),
+        ("results.json", '{"schema": 3}', "schema must be at most 2, got 3"),
     ],
 )
 def test_a_bad_folder_is_one_line_and_code_2(runs, tmp_path, file, text, message, monkeypatch, capsys):
-    run = as_an_older_run(shutil.copytree(runs["before"], tmp_path / "bad"))
+    run = without_checksums(shutil.copytree(runs["before"], tmp_path / "bad"))
     (run / file).unlink()
     if text is not None:
         (run / file).write_text(text)

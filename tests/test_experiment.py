@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from rt_lens.apps.report.page import write_report
 from rt_lens.arms.comparison import ArmEvaluator
 from rt_lens.data.builtin import behaviours, data_path
 from rt_lens.data.contrast_pairs import load_pairs
-from rt_lens.experiment.config import load_experiment
+from rt_lens.evaluation import registry
+from rt_lens.evaluation.scorers import OfText
+from rt_lens.experiment.config import HonestyConfig, load_experiment
 from rt_lens.experiment.plan import plan_of
 from rt_lens.experiment.run import run_experiment
 from rt_lens.results.schema import load_results
@@ -143,10 +146,10 @@ def test_report_is_one_offline_page_with_every_arm(run):
 
 
 def test_same_seed_same_results(run, tmp_path):
-    again = run_experiment(load_experiment(run.parent / "sweetness.toml"), tmp_path, progress=False)
+    repeated = run_experiment(load_experiment(run.parent / "sweetness.toml"), tmp_path, progress=False)
     first = json.loads((run / "results.json").read_text())
     for key in ("choices", "arms", "summary", "comparisons", "dose_response", "history"):
-        assert json.loads(json.dumps(again[key])) == first[key], key
+        assert json.loads(json.dumps(repeated[key])) == first[key], key
 
 
 # Seeds, and the token-tuned arm's own settings
@@ -216,8 +219,11 @@ def test_a_table_for_the_token_tuned_arm_is_checked(tmp_path):
     assert arms["token_tuned"] == replace(arms["rep_tuned"], learning_rate=2e-3, cosine_weight=0.0)
     for line, message in (
         ("layers = [3]", r"\[tune\.token\] must not have 'layers', which both arms share"),
-        ("learning_rat = 1e-3", r"\[tune\.token\] has an unknown key 'learning_rat'\. Did you mean 'learning_rate'"),
-        ("learning_rate = -1.0", r"learning_rate: -1\.0 came"),
+        (
+            "learning_rat = 1e-3",
+            r"\[tune\.token\] must not have the unknown key 'learning_rat'\. Did you mean 'learning_rate'",
+        ),
+        ("learning_rate = -1.0", r"learning_rate.*-1\.0"),
     ):
         with pytest.raises(ValueError, match=message):
             read(line)
@@ -226,7 +232,7 @@ def test_a_table_for_the_token_tuned_arm_is_checked(tmp_path):
 def test_the_papers_arms_train_the_same_matrices_at_the_same_rate():
     arms = load_experiment("honesty_paper").tuned_arms
     rep, token = arms["rep_tuned"], arms["token_tuned"]
-    assert {*rep.kinds_of("cosine"), *rep.kinds_of("token")} == set(token.kinds_of("token"))
+    assert {*rep.target_modules_of("cosine"), *rep.target_modules_of("token")} == set(token.target_modules_of("token"))
     assert rep.blocks == token.blocks
     assert token.token_learning_rate == rep.learning_rate == 1e-5
 
@@ -264,10 +270,10 @@ def test_a_second_run_in_a_folder_takes_the_place_of_the_first_whole_or_not_at_a
     files = load_results(out).files
     assert {"vectors.safetensors", "rep_tuned_toward.safetensors", "rep_tuned_away.safetensors"} <= set(files)
 
-    def breaks_off(self, arm, *worn, **label):  # by then the second run has vectors
+    def breaks_off(self, arm, *interventions, **label):  # by then the second run has vectors
         if arm == "steered":
             raise KeyboardInterrupt
-        return measure(self, arm, *worn, **label)
+        return measure(self, arm, *interventions, **label)
 
     measure = ArmEvaluator.measure
     monkeypatch.setattr(ArmEvaluator, "measure", breaks_off)
@@ -312,16 +318,19 @@ def test_models_lists_licence_and_behaviours():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("run", "moood"), "behaviour: 'moood' is neither a shipped behaviour nor a file. Did you mean 'mood'?"),
+        (("run", "moood"), "Did you mean 'mood'?"),
         (("run", "mood", "--model", "smollm2-135m-instrct"), "Did you mean 'smollm2-135m-instruct'?"),
-        (("steer", "nothing.safetensors", "Hi.", "--layer", "3"), "vectors: there is no file nothing.safetensors."),
+        (("steer", "nothing.safetensors", "Hi.", "--layer", "3"), "nothing.safetensors"),
         (
             ("tune", "mood", "v.safetensors", "--direction", "up"),
-            "direction: 'up' came; 'toward', 'away' or 'suppress'",
+            "'toward', 'away'",
         ),
-        (("run", "mood", "--out", "/dev/null/x"), "out: cannot write to /dev/null/x"),
+        (("run", "mood", "--out", "/dev/null/x"), "out must be a folder that can be written, got /dev/null/x"),
         (("run", "mood", "--plan", "--chat-template-kwargs", "[1]"), "chat_template_kwargs must be a JSON object, got"),
-        (("run", "mood", "--plan", "--dtype", "int4"), "dtype: 'int4' came; one of"),
+        (
+            ("run", "mood", "--plan", "--dtype", "int4"),
+            "dtype must be one of 'float32', 'bfloat16', 'float16', got 'int4'",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments, says, monkeypatch):
@@ -367,14 +376,20 @@ def test_shipped_behaviours_are_whole(name):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("max_steps = 2", "max_stepz = 2"), r"\[tune\] has an unknown key 'max_stepz'. Did you mean 'max_steps'"),
+        (
+            ("max_steps = 2", "max_stepz = 2"),
+            r"\[tune\] must not have the unknown key 'max_stepz'. Did you mean 'max_steps'",
+        ),
         (("[extract]", "[extrakt]"), "unknown key 'extrakt'. Did you mean 'extract'"),
-        (("toward = [0]", "toward = []"), "tune.seeds: none for 'toward'"),
-        (('negative = ["You adore everything bitter.", ', "negative = ["), "3 positive and 2 negative personas"),
-        (("n_prompts = 4", "n_prompts = 40"), "40 asked for, 4 topics fall to the test part"),
-        (("layers = [27]", "layers = [99]"), "layers: 99 is outside this model's blocks 0..29"),
-        (("[split]", "[split"), "is not valid TOML"),
-        (('positive = ["You', 'positve = ["You'), "lacks a list pairs.positive"),
+        (("toward = [0]", "toward = []"), "tune.seeds must have at least one seed for 'toward', got none"),
+        (('negative = ["You adore everything bitter.", ', "negative = ["), "3 positive.* 2 negative"),
+        (
+            ("n_prompts = 4", "n_prompts = 40"),
+            "test.n_prompts must be at most 4, the number of topics in the test part, got 40",
+        ),
+        (("layers = [27]", "layers = [99]"), r"layers.* 99.* 0\.\.29"),
+        (("[split]", "[split"), "valid TOML"),
+        (('positive = ["You', 'positve = ["You'), "pairs.positive"),
     ],
 )
 def test_bad_files_are_named(tmp_path, change, says):
@@ -384,9 +399,70 @@ def test_bad_files_are_named(tmp_path, change, says):
         run_experiment(load_experiment(tmp_path / "bad.toml"), tmp_path / "out", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "table"),
+    [
+        ("openers", "prefills", 'openers = ["Well,"]\n[scorer]'),
+        ("kinds", "target_modules", 'kinds = ["v", "o"]\n[test]'),
+        ("token_rest", "free_nats", "token_rest = 0.5\n[test]"),
+        ("out", "suppress", 'direction = "out"\n[test]'),
+        ("kinds", "target_modules", '[tune.token]\nkinds = ["v", "o"]\n[test]'),
+    ],
+)
+def test_an_old_key_of_a_file_is_still_read_with_a_hint_of_its_new_name(tmp_path, old, new, table):
+    def read(name, text):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(SMALL.replace(table[table.rindex("[") :], text), encoding="utf-8")
+        return load_experiment(file)
+
+    with pytest.warns(UserWarning, match=f"^old.toml: '{old}' is now '{new}'; the old name still works.$") as hints:
+        older = read("old", table)
+    assert len(hints) == 1 and Path(hints[0].filename).name == "test_experiment.py", (
+        "the line of whoever reads the file"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        newer = read("new", re.sub(rf"\b{old}\b", new, table))
+    assert older == newer != load_experiment_of(tmp_path, SMALL)
+
+
+def load_experiment_of(folder, text):
+    (folder / "plain.toml").write_text(text, encoding="utf-8")
+    return load_experiment(folder / "plain.toml")
+
+
+def test_old_keys_of_the_honesty_table_are_still_read(tmp_path):
+    with pytest.warns(UserWarning, match="is now") as hints:
+        older = load_experiment_of(tmp_path, '[honesty]\nopener = "Answer:"\ncorrect_only = false\n')
+    assert [str(hint.message).split(": ")[1].split(";")[0] for hint in hints] == [
+        "'opener' is now 'prefill'", "'correct_only' is now 'filter_pairs'",
+    ]  # fmt: skip
+    assert older.honesty == HonestyConfig(prefill="Answer:", filter_pairs=False)
+
+
+@pytest.mark.parametrize("as_table", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("names_right", "contains_answer"), ("obeys", "follows_instruction"), ("other", "off_option_mass")],
+)
+def test_old_names_of_scorers_are_still_read(tmp_path, monkeypatch, old, new, as_table):
+    monkeypatch.setitem(registry._KINDS, new, lambda: OfText(new, len))
+    text = SMALL[: SMALL.index("[scorer]")] + SMALL[SMALL.index("[split]") :]
+    text = f"{text}[scorer]\nkind = '{old}'\n" if as_table else f"scorer = '{old}'\n{text}"
+    with pytest.warns(UserWarning, match=f"'{old}' is now '{new}'; the old name still works"):
+        experiment = load_experiment_of(tmp_path, text)
+    assert experiment.scorer == ({"kind": new} if as_table else new)
+
+
+def test_a_key_under_both_names_is_refused(tmp_path):
+    text = SMALL.replace("[test]", 'kinds = ["v"]\ntarget_modules = ["o"]\n[test]')
+    with pytest.raises(ValueError, match=r"\[tune\] must not have both 'target_modules' and its old name 'kinds'"):
+        load_experiment_of(tmp_path, text)
+
+
 def test_choices_need_a_multiplier_within_the_bound(tmp_path):
     (tmp_path / "b.toml").write_text(SMALL.replace("bound = 1.5", "bound = 1.0").replace("[0.5]", "[40.0]"))
-    with pytest.raises(ValueError, match="Offer smaller multipliers, or raise choose.bound"):
+    with pytest.raises(ValueError, match="Give smaller multipliers, or raise choose.bound"):
         run_experiment(load_experiment(tmp_path / "b.toml"), tmp_path / "out", progress=False)
 
 
@@ -432,7 +508,7 @@ def test_prompts_of_ones_own_are_scored_by_command(run, tmp_path):
     scores = (tmp_path / "out" / "scores.csv").read_text().splitlines()
     assert len(scores) == 1 + 3 * 4 * 2  # arms x scorers x prompts
     assert "ice cold, would you say?" in (tmp_path / "out" / "responses.jsonl").read_text()
-    assert "layer: --vectors came without it" in command(
+    assert "layer must be a block for --vectors, got none" in command(
         "evaluate", str(tmp_path / "mine.csv"), "--vectors", str(run / "vectors.safetensors"), code=2
     )
 

@@ -176,8 +176,8 @@ def test_held_out_categories_are_seen_by_nothing_but_the_test(model):
     seen = " ".join(target.prompt for target in [*train, *validation] if isinstance(target, Target))
     seen += " ".join([*protocol.train.topics, *(q.prompt for q in protocol.choosing.asked)])
     assert not [prompt for prompt in unseen if prompt in seen]
-    assert {q.prompt for q in protocol.exams["held-out categories"].asked} <= unseen
-    tested = {q.prompt for q in protocol.exams["same categories"].asked}
+    assert {q.prompt for q in protocol.tasks["held-out categories"].asked} <= unseen
+    tested = {q.prompt for q in protocol.tasks["same categories"].asked}
     assert not tested & set(protocol.train.topics)
     assert not tested & {q.prompt for q in protocol.choosing.asked}
     assert not [prompt for prompt in tested if prompt in seen]
@@ -222,7 +222,7 @@ def test_the_commands_split_facts_as_the_persona_run_does(small, model):
     assert not train & validation and not train & test and not validation & test
     protocol = protocol_of(experiment, model)
     assert {pair.group for pair in protocol.train.pairs} <= train
-    tested = " ".join(q.prompt for name in ("same categories",) for q in protocol.exams[name].asked)
+    tested = " ".join(q.prompt for name in ("same categories",) for q in protocol.tasks[name].asked)
     assert not [fact for fact in train | validation if fact in tested]
 
 
@@ -241,13 +241,15 @@ def test_the_model_is_asked_what_it_can_do_and_the_run_says_so(model):
     assert judges["low"] <= 0.5 <= judges["high"]  # at chance, and said to be
     assert prefers["low"] > prefers["chance"] == pytest.approx(0.25)
     assert "judges statements" in why and "not shown to be above chance" in why
-    assert "prefers right answers" in why and "So the likelihood protocol is run." in why
+    assert "prefers right answers" in why and "So the run uses the likelihood protocol." in why
 
 
 def test_a_model_that_can_do_neither_is_refused(tiny):
     config = load_experiment("honesty").honesty
     assert config is not None
-    with pytest.raises(ValueError, match="protocol: 'auto' came, and this model can do neither"):
+    with pytest.raises(
+        ValueError, match="protocol must be .* for a model that is not above chance in either, got 'auto'"
+    ):
         calibrate(replace(config, n_calibration=12), tiny, 0)
 
 
@@ -303,14 +305,18 @@ def test_correct_only_keeps_pairs_that_both_personas_get_their_way_in(small, mod
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('["animals"]', '["animal"]', "held_out: animal came; categories are"),
-        ("n_items = 4", "n_items = 1", "held_out, n_calibration, n_items"),
+        ('["animals"]', '["animal"]', "held_out must name categories of"),
+        ("n_items = 4", "n_items = 1", "n_items must be at least 4, got 1"),
         ("n_items = 4", "n_itmes = 4", "Did you mean 'n_items'"),
-        ('"likelihood"', '"honest"', "protocol: 'honest' came"),
-        ('["animals"]', '"animals"', "held_out: 'animals' came; a list is wanted"),
-        ("n_items = 4", 'n_items = "four"', "config: [honesty] holds a value of the wrong type"),
+        ('"likelihood"', '"honest"', "protocol must be one of 'auto', 'persona', 'likelihood', got 'honest'"),
+        ('["animals"]', '"animals"', "held_out must be a list, got 'animals'"),
+        ("n_items = 4", 'n_items = "four"', "config: [honesty] must have values of the right types"),
         ("[extract]", "[judge]\nurl = 'http://127.0.0.1:1/v1'\n[extract]", "scorer: 'endpoint_judge' came with url"),
-        ("[extract]", "[scorer]\nkind = 'vader'\n[extract]", "has [scorer], and [honesty] brings its own"),
+        (
+            "[extract]",
+            "[scorer]\nkind = 'vader'\n[extract]",
+            "must not have the table [scorer], since [honesty] brings its own",
+        ),
     ],
 )
 def test_bad_settings_are_named(small, old, new, says):

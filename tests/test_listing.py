@@ -12,8 +12,8 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.arms.comparison import ArmEvaluator, EvalTask
-from rt_lens.evaluation.tasks import LogitDifference
 from rt_lens.common.inputs import text_list
+from rt_lens.evaluation.tasks import LogitDifference
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.tokens.batches import batches
 from rt_lens.tuning.targets import write_neutral

@@ -221,7 +221,7 @@ def test_a_machine_is_judged_by_what_it_has(plan):
     assert "Here: at most" in str(plan) and "IT DOES NOT FIT" not in str(plan)
     assert "IT DOES NOT FIT into 100.0 MB" in str(small)
     assert "It fits" in str(replace(small, here=replace(small.here, gpu=True))).split("Here: at most")[1]
-    assert "This system does not tell" in str(replace(plan, here=replace(plan.here, memory=0)))
+    assert "This system does not report its memory" in str(replace(plan, here=replace(plan.here, memory=0)))
 
 
 def test_what_is_held_of_trained_weights_is_what_tuning_holds():
@@ -362,10 +362,10 @@ def test_other_families_and_files_are_counted_too(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model": "nobody/nothing-7b"}, r"model: the configuration of 'nobody/nothing-7b' cannot be had"),
-        ({"dtype": "int8"}, r"dtype: 'int8' came; one of float32, bfloat16, float16 is wanted"),
-        ({"tune": TuneConfig(layers=[9])}, r"tune.layers: 9 is outside this model's blocks 0..3"),
-        ({"tune": TuneConfig(layers=[2], trained_layers=[7])}, r"tune.trained_layers: 7 is outside"),
+        ({"model": "nobody/nothing-7b"}, r"model must have a configuration that can be read, got 'nobody/nothing-7b'"),
+        ({"dtype": "int8"}, r"dtype must be one of 'float32', 'bfloat16', 'float16', got 'int8'"),
+        ({"tune": TuneConfig(layers=[9])}, r"tune\.layers contains 9, but this model has blocks 0\.\.3"),
+        ({"tune": TuneConfig(layers=[2], trained_layers=[7])}, r"tune\.trained_layers contains 7"),
     ],
 )
 def test_what_cannot_be_planned_is_named(paper, change, says, offline):
@@ -416,9 +416,9 @@ def test_a_plan_counts_the_writing_that_a_judge_reads_and_makes_no_judge(paper, 
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        ("kind = 'clasifier'", "scorer: 'clasifier' came; one of"),
-        ("kind = 'classifier'\npairs = 'mood'", "scorer: 'classifier' came with pairs: missing .*'model'"),
-        ("kind = 'pattern'\npatern = 'x'", "scorer: 'pattern' came with patern: .*"),
+        ("kind = 'clasifier'", "scorer.*'clasifier'"),
+        ("kind = 'classifier'\npairs = 'mood'", "scorer.*'classifier'.*model"),
+        ("kind = 'pattern'\npatern = 'x'", "scorer.*'pattern'.*patern"),
     ],
 )
 def test_a_scorers_table_is_checked_when_the_file_is_read(tmp_path, table, says):
@@ -436,4 +436,4 @@ def test_an_experiment_makes_its_scorer_once(tmp_path, monkeypatch):
     experiment = load_experiment(file)
     assert not made
     first, second = answers_protocol(experiment), answers_protocol(experiment)
-    assert made == [1] and first.choosing.made[0] is second.exams["test"].made[0]
+    assert made == [1] and first.choosing.made[0] is second.tasks["test"].made[0]

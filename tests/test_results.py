@@ -10,13 +10,23 @@ import shutil
 import numpy as np
 import pytest
 from full_disk import full_disk
-from small_runs import ARMS, PROJECTIONS, SETS, as_an_older_run, make_board, make_content, write_run
+from small_runs import (
+    ARMS,
+    OLD_NAMES,
+    PROJECTIONS,
+    SETS,
+    as_an_older_run,
+    make_board,
+    make_content,
+    without_checksums,
+    write_run,
+)
 
 from rt_lens.apps.report.page import write_report
 from rt_lens.arms.comparison import ArmEvaluator, EvalTask
 from rt_lens.data.questions import Question
 from rt_lens.evaluation.scorers import Likelihood
-from rt_lens.results.schema import checked, checked_file, files_of_run, load_results
+from rt_lens.results.schema import _OLD_NAMES, checked, checked_file, files_of_run, load_results
 from rt_lens.results.tables import efficient, to_latex, to_markdown
 from rt_lens.results.writing import plain, tables_of, write_results, write_scores
 from rt_lens.steering.binding import add
@@ -48,7 +58,7 @@ def run(written, tmp_path):
 
 
 def test_summary_has_the_behaviours_sets_and_side_effects_have_all_others(board):
-    tables = tables_of(board, exams=["test"], writing="test")
+    tables = tables_of(board, tasks=["test"], writing="test")
     cells = {key: {(row["set"], row["scorer"]) for row in tables[key]} for key in ("summary", "side_effects")}
     assert cells["summary"] == {("test", "vader")}
     every = {(name, scorer) for name, scorers in SETS.items() for scorer in scorers}
@@ -58,19 +68,19 @@ def test_summary_has_the_behaviours_sets_and_side_effects_have_all_others(board)
 
 def test_summary_rows_are_the_boards_with_facts_and_repetition_beside_them(board):
     pooled = board.summary().set_index(["arm", "direction", "set", "scorer"])
-    for row in tables_of(board, exams=["test"], writing="test")["summary"]:
+    for row in tables_of(board, tasks=["test"], writing="test")["summary"]:
         label = (row["arm"], row["direction"])
         own = pooled.loc[(*label, "test", "vader")]
         for key in ("n", "mean", "low", "high", "perplexity", "perplexity_low", "n_texts", "seeds"):
             assert row[key] == own[key]
         assert row["kl"] == own["kl"] and (row["kl"] > 0) == (label[0] != "untuned")
-        facts, repeats = pooled.loc[(*label, "facts", "names_right")], pooled.loc[(*label, "test", "repetition")]
+        facts, repeats = pooled.loc[(*label, "facts", "contains_answer")], pooled.loc[(*label, "test", "repetition")]
         assert (row["facts"], row["facts_low"], row["n_facts"]) == (facts["mean"], facts["low"], facts["n"])
         assert (row["repetition"], row["repetition_high"]) == (repeats["mean"], repeats["high"])
 
 
 def test_each_seed_has_its_row_and_they_average_to_the_summary(board):
-    tables = tables_of(board, exams=["test"], writing="test")
+    tables = tables_of(board, tasks=["test"], writing="test")
     for pooled in tables["summary"]:
         own = [row for row in tables["arms"] if (row["arm"], row["direction"]) == (pooled["arm"], pooled["direction"])]
         assert [row["seed"] for row in own] == pooled["seeds"]
@@ -83,7 +93,7 @@ def test_each_seed_has_its_row_and_they_average_to_the_summary(board):
 def test_what_was_not_measured_is_null_and_not_missing(board):
     kept = board.scores[board.scores["set"] == "test"]
     bare = type(board)(kept[kept["scorer"] == "vader"], board.texts[:0], board.answers, 0)
-    tables = tables_of(bare, exams=["test"], writing="test")
+    tables = tables_of(bare, tasks=["test"], writing="test")
     assert tables["side_effects"] == []
     row = plain(tables["summary"][0])
     for key in ("perplexity", "kl", "n_texts", "facts", "facts_low", "n_facts", "repetition", "repetition_high"):
@@ -91,9 +101,9 @@ def test_what_was_not_measured_is_null_and_not_missing(board):
     assert checked(make_content(board, **tables))
 
 
-def test_an_exam_that_was_not_asked_is_named(board):
-    with pytest.raises(ValueError, match=r"exams: \['exam'\] came; .*\['facts', 'talk', 'test'\]"):
-        tables_of(board, exams=["exam"], writing="test")
+def test_a_task_that_was_not_measured_is_named(board):
+    with pytest.raises(ValueError, match=r"tasks must be sets .* of \['facts', 'talk', 'test'\], got \['exam'\]"):
+        tables_of(board, tasks=["exam"], writing="test")
 
 
 def test_plain_knows_what_json_knows():
@@ -186,7 +196,7 @@ def test_a_full_disk_leaves_the_last_whole_run_in_place(run):
 def test_tables_that_were_forgotten_are_named_before_anything_is_written(board, tmp_path):
     content = make_content(board)
     del content["side_effects"]
-    with pytest.raises(ValueError, match="results: no key side_effects"):
+    with pytest.raises(ValueError, match="results must have the keys .*got none of side_effects"):
         write_results(tmp_path / "run", content, board, PROJECTIONS)
     assert not (tmp_path / "run").exists()
 
@@ -236,7 +246,7 @@ def test_a_run_that_was_loaded_reads_no_file_of_the_one_that_took_its_place(run,
     assert len(shown)
     board = make_board(1)
     write_results(run, make_content(board), board, {**PROJECTIONS, "tokens": ["x", "y"]})
-    with pytest.raises(ValueError, match="of another run, or damaged or changed since"):
+    with pytest.raises(ValueError, match="belongs to another run, or it is damaged or changed"):
         getattr(first, read)()
     assert len(getattr(load_results(run), read)())
 
@@ -267,7 +277,7 @@ def test_a_report_of_the_run_before_goes_with_it(board, run):
 
 def test_scores_alone_do_not_take_the_place_of_a_runs(board, run):
     before = (run / "scores.csv").read_bytes()
-    with pytest.raises(ValueError, match="out: must be a folder without a run, got .*Give another folder"):
+    with pytest.raises(ValueError, match="out must be a folder without a run, got .*Give another folder"):
         write_scores(run, make_board(1))
     assert (run / "scores.csv").read_bytes() == before
 
@@ -280,7 +290,9 @@ def test_scores_alone_do_not_take_the_place_of_a_runs(board, run):
 def test_checksums_of_files_elsewhere_are_refused_and_nothing_there_is_touched(run, files):
     content = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**content, "files": files}))
-    with pytest.raises(ValueError, match=r"results\.json: files must be names with checksums"):
+    with pytest.raises(
+        ValueError, match=r"results\.json: files must be an object of file names and SHA-256 checksums, got"
+    ):
         load_results(run)
     assert set(files_of_run(run)) <= {*FILES, "report.html", "vectors.safetensors", "rep_tuned_toward.safetensors",
                                       "rep_tuned_away.safetensors"}  # fmt: skip
@@ -289,29 +301,31 @@ def test_checksums_of_files_elsewhere_are_refused_and_nothing_there_is_touched(r
 # What is refused
 
 
-def test_a_later_schema_is_refused_by_name_with_the_mend(board):
-    later = {**make_content(board), "schema": 2, "versions": {"rt_lens": "9.1"}}
-    with pytest.raises(ValueError, match=r"schema 2 came, 1 is wanted. Use the rt_lens that wrote it \(version 9.1\)"):
+def test_a_later_schema_is_refused_and_the_message_says_what_reads_it(board):
+    later = {**make_content(board), "schema": 3, "versions": {"rt_lens": "9.1"}}
+    message = r"schema must be at most 2, got 3. Use the rt_lens that wrote the file \(version 9.1\)"
+    with pytest.raises(ValueError, match=message):
         checked(later)
-    with pytest.raises(ValueError, match="schema 2 came"):
-        checked({"schema": 2})
+    for schema in (3, 0, "1", None):
+        with pytest.raises(ValueError, match="schema must be at most 2, got"):
+            checked({"schema": schema})
 
 
 @pytest.mark.parametrize("key", ["schema", "behaviour", "summary", "versions", "bound", "seconds"])
 def test_a_missing_key_is_named(board, key):
     content = make_content(board)
     del content[key]
-    with pytest.raises(ValueError, match=rf"results.json: no key {key} \(came"):
+    with pytest.raises(ValueError, match=rf"results.json must have the key {key}, got "):
         checked(content)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not valid JSON"),
-        ("[]", "a list came, an object is wanted"),
-        ("", "not valid JSON"),
-        ("\xff", "not UTF-8"),
+        ("{", "must be valid JSON"),
+        ("[]", "must be an object, got a list"),
+        ("", "must be valid JSON"),
+        ("\xff", "must be UTF-8 text"),
     ],
 )
 def test_damaged_json_is_refused_with_its_path(run, text, message):
@@ -323,23 +337,23 @@ def test_damaged_json_is_refused_with_its_path(run, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no table that can be read"),
-        ("arm,direction\n1,2\n", "no column set, scorer, prompt, seed, item, score"),
+        ("", " must be a CSV table, got a file that cannot be read"),
+        ("arm,direction\n1,2\n", " must have the column set, scorer, prompt, seed, item, score, got arm, direction"),
         (
             "arm,direction,set,scorer,prompt,seed,item,score\na,b,c,d,e,0,0,high\n",
-            "column score holds what is no number",
+            ": column score must hold numbers",
         ),
-        ("arm,direction,set,scorer,prompt,seed,item,score\n", "it has no rows"),
+        ("arm,direction,set,scorer,prompt,seed,item,score\n", " must have at least one row"),
     ],
 )
 def test_a_damaged_table_is_refused_with_its_path(run, text, message):
-    (as_an_older_run(run) / "scores.csv").write_text(text)
-    with pytest.raises(ValueError, match=rf"scores\.csv: {message}"):
+    (without_checksums(run) / "scores.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"scores\.csv{message}"):
         load_results(run).scores()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run: .*results\.json is not there. Run the experiment first"):
+    with pytest.raises(FileNotFoundError, match=r"run: there is no file .*results\.json. Run the experiment first"):
         load_results(tmp_path)
 
 
@@ -366,6 +380,36 @@ def test_an_older_run_loads_with_what_can_be_filled_in(board, run):
     assert found.scores()["item"].tolist() == expected["item"].tolist()
 
 
+def test_a_run_of_schema_1_is_read_under_the_names_of_schema_2(run):
+    new = load_results(run)
+    scores, responses = new.scores(), new.responses()
+    old = load_results(as_an_older_run(run))
+    on_disk = (
+        (run / "results.json").read_text() + (run / "scores.csv").read_text() + (run / "responses.jsonl").read_text()
+    )
+    assert '"obeys"' in on_disk and "contains_answer" not in on_disk, "the files do have the old names"
+    assert {**old.content, "schema": 2} == new.content and old.content["schema"] == 1
+    assert old.scores()["scorer"].tolist() == scores["scorer"].tolist()
+    assert old.responses() == responses and "follows_instruction" in responses[-1]
+    page = write_report(run).read_text()
+    assert "follows_instruction" in page and "obeys" not in page.partition('id="plotly"')[0]
+
+
+def test_an_older_runs_record_of_how_it_was_made_has_its_new_key(board):
+    record = {"command": None, "call": None, "file": None, "toml": None, "sha256": None, "settings": {"seed": 0}}
+    content = checked({**make_content(board), "schema": 1, "again": record})
+    assert content["reproducibility"] == record and "again" not in content
+    assert {old: new for new, old in OLD_NAMES.items()} == _OLD_NAMES
+
+
+def test_a_scorer_of_ones_own_keeps_its_name_in_a_new_run(board, tmp_path):
+    renamed = board.scores.replace({"scorer": {"follows_instruction": "other"}})
+    for answer in board.answers:
+        answer["other"] = answer.pop("follows_instruction", None)
+    scores = load_results(write_run(tmp_path / "own", type(board)(renamed, board.texts, board.answers, 0))).scores()
+    assert "other" in set(scores["scorer"]) and "off_option_mass" not in set(scores["scorer"])
+
+
 # Tables for a paper
 
 
@@ -379,7 +423,7 @@ def table_row(**changes) -> dict:
 
 
 def test_markdown_cells_are_the_rows_numbers(board):
-    rows = tables_of(board, exams=["test"], writing="test")["summary"]
+    rows = tables_of(board, tasks=["test"], writing="test")["summary"]
     lines = to_markdown(rows, caption="mood").split("\n")
     head, *body = [cells_of(line) for line in lines if line.startswith("|") and "---" not in line]
     assert head == ["arm", "direction", "test: vader", "texts: perplexity", "texts: KL"]
@@ -388,7 +432,7 @@ def test_markdown_cells_are_the_rows_numbers(board):
         assert cells[0].replace("\\", "") == row["arm"]
         assert cells[2].replace("*", "") == f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         assert cells[3].replace("*", "").startswith(f"{row['perplexity']:.2f} [")
-    assert "n: test 24; texts 8. Seeds: 0 (untuned, steered away); 0, 1, 2 (rep\\_tuned toward" in lines[-2]
+    assert "n: test 24; texts 8. Seeds: 0 (untuned; steered, away); 0, 1, 2 (rep\\_tuned, toward" in lines[-2]
 
 
 def test_the_best_of_a_column_is_bold_and_knows_what_good_means():
@@ -488,11 +532,11 @@ def test_a_table_of_arms_without_directions_has_no_column_for_them():
 
 
 def test_tables_refuse_what_they_cannot_show():
-    with pytest.raises(ValueError, match="rows: none came"):
+    with pytest.raises(ValueError, match="rows must have at least one row, got none"):
         to_markdown([], caption="x")
-    with pytest.raises(ValueError, match="rows: no column seeds"):
+    with pytest.raises(ValueError, match="rows must have the column seeds, got"):
         to_latex([{key: value for key, value in table_row().items() if key != "seeds"}], caption="x")
-    with pytest.raises(ValueError, match="rows: tuned, none, test, vader came more than once"):
+    with pytest.raises(ValueError, match="got two for tuned, none, test, vader. Pool them"):
         to_markdown([table_row(), table_row()], caption="x")
 
 
@@ -527,5 +571,5 @@ def test_efficient_arms_are_the_scoreboards_where_no_direction_is_wanted(board):
 
 
 def test_scores_of_two_sets_share_no_axis(board):
-    with pytest.raises(ValueError, match="rows: of several sets or scorers"):
+    with pytest.raises(ValueError, match=r"rows must have one set and one scorer, got \d pairs"):
         efficient(board.summary())

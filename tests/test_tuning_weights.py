@@ -15,12 +15,12 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import rt_lens as rtl
+from rt_lens.models.parameter_names import block_and_modules
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.tuning.config import MATRICES, MODULES, TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.targets import Target
-from rt_lens.models.parameter_names import block_and_modules
 from rt_lens.tuning.weights import trainable_params, trained_by
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(4)]

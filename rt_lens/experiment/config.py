@@ -1,7 +1,8 @@
-"""An experiment as its TOML file says it, checked when it is read."""
+"""An experiment's settings, read from its TOML file and checked before anything is loaded."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -29,7 +30,7 @@ Categorised = TypeVar("Categorised", Question, Fact)
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Shares of the topics: the test part gets the rest."""
+    """Shares of the topics for training and validation; the rest is the test part."""
 
     train: float = 0.4
     validation: float = 0.2
@@ -38,24 +39,25 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """How many pairs the vectors are made from, and measured on (one held-out pair per validation topic)."""
+    """How many pairs the vectors are extracted from. They are validated on one held-out pair per validation topic."""
 
     n_pairs: int = 96
 
 
 @dataclass(frozen=True)
 class HonestyConfig:
-    """Which honesty protocol to run, and on what.
+    """Which honesty protocol to run, and on which items.
 
     Attributes:
         protocol: `persona` (true or false, by letters, under personas: Ackerman 2024), `likelihood` (right answers
-            against wrong ones), or `auto`: the first of them that the model is shown to be above chance at.
-        held_out: categories that no vector, weight or choice may see.
-        n_calibration: facts, and questions, on which it is measured what the model can do.
-        n_items: at most so many items in each set of the test.
-        prefill: words that each answer to a question begins with (likelihood protocol).
-        filter_pairs: keep the pairs that the model itself answers as both personas ask (persona protocol).
-        soft: targets of the persona protocol are half and half, and only hold the output's form.
+            against wrong ones), or `auto`: the first of these in which the model is above chance.
+        held_out: categories that no vector, weight or choice sees.
+        n_calibration: number of facts, and of questions, on which the model is measured before the run.
+        n_items: largest number of items in each set of the test.
+        prefill: of each response to a question (likelihood protocol).
+        filter_pairs: keep only the pairs that the model answers as both personas ask (persona protocol).
+        soft: give both letters a probability of one half in the targets of the persona protocol, so that they train
+            only the form of the output.
     """
 
     protocol: Literal["auto", "persona", "likelihood"] = "auto"
@@ -68,16 +70,19 @@ class HonestyConfig:
 
     def __post_init__(self) -> None:
         if self.protocol not in ("auto", "persona", "likelihood"):
-            raise ValueError(f"protocol: {self.protocol!r} came; 'auto', 'persona' or 'likelihood' is wanted.")
+            raise ValueError(f"protocol must be one of 'auto', 'persona', 'likelihood', got {self.protocol!r}.")
         if isinstance(self.held_out, str):
-            raise ValueError(f"held_out: {self.held_out!r} came; a list is wanted, as in ['{self.held_out}'].")
-        if not self.held_out or min(self.n_calibration, self.n_items) < 4:
-            raise ValueError("held_out, n_calibration, n_items: a category, and at least 4 of each, are wanted.")
+            raise ValueError(f"held_out must be a list, got {self.held_out!r}. Write held_out = [{self.held_out!r}].")
+        if not self.held_out:
+            raise ValueError("held_out must name at least one category, got an empty list.")
+        for name in ("n_calibration", "n_items"):
+            if getattr(self, name) < 4:
+                raise ValueError(f"{name} must be at least 4, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
 class ChooseConfig:
-    """Layers and multipliers to try on validation prompts, and the most that perplexity may rise (as a ratio)."""
+    """Layers and multipliers to try on validation prompts, and the largest allowed rise of perplexity, as a ratio."""
 
     layers: tuple[int, ...] = (18, 21)
     multipliers: tuple[float, ...] = (1.5, 3.0)
@@ -89,7 +94,7 @@ class ChooseConfig:
 
 @dataclass(frozen=True)
 class TestConfig:
-    """How the test prompts are asked; the paragraphs for perplexity and KL are those that no choice has seen."""
+    """How the test prompts are asked. Perplexity and KL are measured on paragraphs that no choice has seen."""
 
     n_prompts: int = 60
     max_new_tokens: int = 24
@@ -101,7 +106,7 @@ class TestConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One behaviour's whole experiment, as its TOML file says.
+    """The settings of a behaviour's whole experiment.
 
     Attributes:
         name: of the behaviour.
@@ -109,15 +114,24 @@ class Experiment:
         pairs: contrast pairs.
         scorer: name, `[scorer]` table or Scorer.
         tune: settings of the rep-tuned arm.
-        tune_seeds: direction -> seeds. Each draws all that is random: the pairs of the vectors, the targets and those
-            for validation, the neutral answers, the order of the batches. The arms share what their seed drew.
-        token: what the token-tuned arm has otherwise than `tune`, beside having no cosine loss: its own rate, say.
+        tune_seeds: direction -> seeds. A seed draws everything that is random: the pairs of the vectors, the training
+            and validation targets, the neutral answers, the order of the batches. All arms of a seed share its draws.
+        token: settings in which the token-tuned arm differs from `tune`, such as its learning rate. It never has a
+            cosine loss.
         model: name or path for `load_model`.
-        dtype: of its weights.
-        chat_template_kwargs: what its chat template is given besides the messages.
-        honesty: set for the honesty experiment, whose pairs follow from facts.
-        judge: a `[judge]` table: an `EndpointJudge`'s settings, or a Scorer, who then judges the role-plays too.
-        permissions: what the file that it was read from may use; None where it was read from none.
+        dtype: of the model's weights.
+        chat_template_kwargs: keywords for the chat template besides the messages.
+        honesty: settings of the honesty experiment, whose pairs are made from facts; None for every other behaviour.
+            `rt_lens.experiment.protocols.family_of` says what follows from it.
+        judge: a `[judge]` table with the settings of an `EndpointJudge`, or a Scorer; it judges the role-plays too.
+        permissions: which judges the file may use; None for an experiment that was not read from a file.
+
+    Example:
+        >>> experiment = load_experiment("mood")
+        >>> experiment.tune_seeds["away"], experiment.choose.layers
+        ((0, 1, 2), (18, 21))
+        >>> {arm: config.cosine_weight for arm, config in experiment.tuned_arms.items()}
+        {'token_tuned': 0.0, 'rep_tuned': 14.0}
     """
 
     name: str
@@ -140,7 +154,7 @@ class Experiment:
 
     @property
     def tuned_arms(self) -> dict[str, TuneConfig]:
-        """Each tuned arm's settings, by its name.
+        """Arm -> its tuning settings.
 
         Raises:
             ValueError: for a setting of `token` that is out of range.
@@ -149,31 +163,31 @@ class Experiment:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """The seeds of either direction, in order."""
+        """The seeds of both directions, sorted."""
         return tuple(sorted({seed for seeds in self.tune_seeds.values() for seed in seeds}))
 
     @cached_property
     def made_scorer(self) -> Scorer:
-        """The scorer, made once, and only where it is used: it may take a model of its own."""
+        """The scorer. It is made on first use and only once, since it can load a model."""
         return make_scorer(self.scorer)
 
     @cached_property
     def made_judge(self) -> Scorer | None:
-        """The judge, made once."""
+        """The judge. It is made on first use and only once."""
         return None if self.judge is None else make_scorer(judge_table(self.judge))
 
     def unmade(self) -> Experiment:
-        """The same with scorer and judge that say what they read, and are never made: for a plan.
+        """The same experiment for a plan: scorer and judge say what they read, and are never made.
 
         Raises:
-            ValueError: for a table that no scorer can be made of.
+            ValueError: for a table from which no scorer can be made.
         """
         judge = None if self.judge is None else unmade_scorer(judge_table(self.judge))
         return replace(self, scorer=unmade_scorer(self.scorer), judge=judge)
 
 
 def judge_table(judge: Mapping[str, Any] | Scorer) -> ScorerLike:
-    """What a scorer is made of for a `[judge]` table."""
+    """The scorer, or the `[scorer]` table, of a `[judge]` table."""
     return {"kind": "endpoint_judge", **judge} if isinstance(judge, Mapping) else judge
 
 
@@ -185,21 +199,32 @@ def load_experiment(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     permissions: Permissions | None = None,
 ) -> Experiment:
-    """Reads an experiment's TOML file, or a shipped behaviour's.
+    """Reads the experiment of a TOML file, or of a built-in behaviour.
 
     Args:
         name_or_path: for example `mood`, or `my_behaviour.toml`.
-        model: overrides the file's model.
-        dtype: overrides the file's.
-        chat_template_kwargs: override the file's.
-        permissions: which judges behind endpoints the file may use; what the user's settings allow for None.
+        model: overrides the model of the file.
+        dtype: overrides that of the file.
+        chat_template_kwargs: override those of the file.
+        permissions: which judges behind endpoints the file may use; None for what the user's settings allow.
 
     Raises:
-        ValueError: unknown behaviour, a table or key that is not known (the nearest is named), a value out of range, or
-            something that only the user may allow (see `rt_lens.evaluation.permissions`).
+        ValueError: for an unknown behaviour, an unknown table or key (the message names the nearest), a value out of
+            range, or something that only the user can allow (see `rt_lens.evaluation.permissions`).
+
+    Warns:
+        UserWarning: for a key that has a new name; the old one is read all the same.
+
+    Example:
+        >>> experiment = load_experiment("mood", dtype="bfloat16")
+        >>> experiment.name, experiment.dtype, experiment.scorer
+        ('mood', 'bfloat16', {'kind': 'vader'})
+        >>> load_experiment("moood")
+        Traceback (most recent call last):
+        ValueError: ...Did you mean 'mood'?
     """
     path = behaviour_file(name_or_path)
-    content = read_toml(path)
+    content = _with_new_names(read_toml(path), path)
     permissions = Permissions.of_user() if permissions is None else permissions
     tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test", "honesty", "judge"}
     _refuse_unknown(path.name, content, {"name", "description"} | tables)
@@ -207,19 +232,16 @@ def load_experiment(
     tuning = dict(content.get("tune", {}))
     seeds, token = _seeds(tuning.pop("seeds", [0, 1, 2])), tuning.pop("token", {})
     honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
-    judge = _judge(path, content, honesty, permissions)
+    judge = _judge(path, content, permissions)
     scorer = permissions.checked(content.get("scorer", "vader"), path)
-    unmade_scorer(scorer)  # refuses a wrong table now, with nothing loaded
-    if honesty is None:
-        pairs = pairs_from_table(name, content.get("pairs", {}), source=path.name)
-    else:
-        pairs = honesty_pairs(honesty)
-    of_model = content.get("model", {})
-    _refuse_unknown("[model]", of_model, {"name", "dtype", "chat_template_kwargs"})
+    unmade_scorer(scorer)  # refuses a wrong table before anything is loaded
+    pairs = honesty_pairs(honesty) if honesty else pairs_from_table(name, content.get("pairs", {}), source=path.name)
+    model_table = content.get("model", {})
+    _refuse_unknown("[model]", model_table, {"name", "dtype", "chat_template_kwargs"})
     if model is None:
-        model = str(of_model.get("name", DEFAULT_MODEL))
+        model = str(model_table.get("name", DEFAULT_MODEL))
         check_model(model, path)
-    made = Experiment(
+    experiment = Experiment(
         name=name,
         description=content.get("description", ""),
         pairs=pairs,
@@ -228,8 +250,8 @@ def load_experiment(
         tune_seeds=seeds,
         token=_token_settings(token),
         model=model,
-        dtype=dtype or of_model.get("dtype", "float32"),
-        chat_template_kwargs=chat_template_kwargs or of_model.get("chat_template_kwargs", {}),
+        dtype=dtype or model_table.get("dtype", "float32"),
+        chat_template_kwargs=chat_template_kwargs or model_table.get("chat_template_kwargs", {}),
         honesty=honesty,
         judge=judge,
         split=_table(SplitConfig, "split", content.get("split", {})),
@@ -238,11 +260,64 @@ def load_experiment(
         test=_table(TestConfig, "test", content.get("test", {})),
         permissions=permissions,
     )
-    _ = made.tuned_arms  # refuses what is out of range now, not after an hour
-    return made
+    _ = experiment.tuned_arms  # refuses a value out of range now, and not after an hour
+    return experiment
 
 
-# What both arms read is prepared once: where a cosine is read, and what is learnt.
+_OLD_NAMES = {
+    "pairs": {"openers": "prefills"},
+    "honesty": {"opener": "prefill", "correct_only": "filter_pairs"},
+    "tune": {"kinds": "target_modules", "token_rest": "free_nats"},
+}
+"""Table -> key in older files -> key now. [tune.token] has the keys of [tune]."""
+_OLD_VALUES = {
+    ("tune", "direction"): {"out": "suppress"},
+    ("scorer", "kind"): {
+        "names_right": "contains_answer",
+        "obeys": "follows_instruction",
+        "other": "off_option_mass",
+    },
+}
+"""Table and key -> value in older files -> value now."""
+
+
+def _with_new_names(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a file with the keys and values of this version; each old one gets a one-line warning."""
+    content = dict(content)
+    if isinstance(content.get("scorer"), str):  # a scorer's name instead of a table
+        content["scorer"] = _renamed({"kind": content["scorer"]}, "scorer", path)["kind"]
+    for name in ("pairs", "scorer", "honesty", "tune"):
+        if isinstance(content.get(name), Mapping):
+            content[name] = _renamed(content[name], name, path)
+    if isinstance(tune := content.get("tune"), Mapping) and isinstance(tune.get("token"), Mapping):
+        content["tune"] = {**tune, "token": _renamed(tune["token"], "tune", path)}
+    return content
+
+
+def _renamed(table: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """One table with the keys and values of this version."""
+    renamed: dict[str, Any] = {}
+    for old, value in table.items():
+        key = _OLD_NAMES.get(name, {}).get(old, old)
+        if key != old:
+            if key in table:
+                raise ValueError(
+                    f"config: [{name}] must not have both {key!r} and its old name {old!r}. Remove {old!r}."
+                )
+            _warn_old(path, old, key)
+        values = _OLD_VALUES.get((name, key), {})
+        if isinstance(value, str) and value in values:
+            _warn_old(path, value, values[value])
+            value = values[value]
+        renamed[key] = value
+    return renamed
+
+
+def _warn_old(path: Path, old: str, new: str) -> None:
+    warnings.warn(f"{path.name}: {old!r} is now {new!r}; the old name still works.", UserWarning, stacklevel=5)
+
+
+# Both arms share one TuningData: the layers and positions of the cosine loss, and the targets.
 _SHARED = {
     "direction", "layers", "hook", "positions", "centred", "cosine_weight", "precision", "prefix_cache", "n_targets",
     "target_tokens", "target_temperature", "validation_share", "seed",
@@ -250,7 +325,7 @@ _SHARED = {
 
 
 def _token_settings(values: Any) -> dict[str, Any]:
-    """The table `[tune.token]`."""
+    """The settings of the table `[tune.token]`."""
     if not isinstance(values, Mapping):
         raise ValueError(f"tune.token must be a table [tune.token], got {values!r}. Write its settings below it.")
     if shared := sorted(_SHARED & set(values)):
@@ -261,17 +336,17 @@ def _token_settings(values: Any) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _judge(
-    path: Path, content: Mapping[str, Any], honesty: HonestyConfig | None, permissions: Permissions
-) -> Mapping[str, Any] | None:
-    """The `[judge]` table as it may be used.
+def _judge(path: Path, content: Mapping[str, Any], permissions: Permissions) -> Mapping[str, Any] | None:
+    """The `[judge]` table, checked against the permissions.
 
-    Refuses, before anything is loaded, a judge that cannot be made, and tables that nothing would read.
+    Refuses a judge that cannot be made, and tables that nothing would read, before anything is loaded.
     """
-    unread = {"judge"} if honesty is None else {"pairs", "scorer"}
-    if found := sorted(unread & set(content)):
-        why = "only [honesty] has role-plays to judge" if honesty is None else "[honesty] brings its own"
-        raise ValueError(f"config: {path.name} has [{found[0]}], and {why}. Leave it out.")
+    if "honesty" in content:
+        unread, reason = {"pairs", "scorer"}, "[honesty] brings its own"
+    else:
+        unread, reason = {"judge"}, "only [honesty] has role-plays to judge"
+    if tables := sorted(unread & set(content)):
+        raise ValueError(f"config: {path.name} must not have the table [{tables[0]}], since {reason}. Remove it.")
     if "judge" not in content:
         return None
     judge = permissions.checked({**content["judge"], "kind": "endpoint_judge"}, path)
@@ -280,53 +355,55 @@ def _judge(
 
 
 def honesty_pairs(config: HonestyConfig) -> ContrastPairs:
-    """The pairs that vectors of the honesty experiment are made from, of the categories that are not held out."""
+    """The pairs of the honesty experiment, from the categories that are not held out."""
     if config.protocol == "persona":
         return persona_pairs(seen(load_facts(), config))
     return answer_pairs(seen(questions_of(config), config))
 
 
 def questions_of(config: HonestyConfig) -> list[Question]:
-    """The shipped questions, with the prefill of this experiment, and one way to say each option."""
-    asked = load_questions("honesty")
-    return [replace(question, prefill=config.prefill, right=question.right[:1]) for question in asked]
+    """The built-in questions, with this experiment's prefill, and one wording of each right option."""
+    questions = load_questions("honesty")
+    return [replace(question, prefill=config.prefill, right=question.right[:1]) for question in questions]
 
 
 def seen(items: Sequence[Categorised], config: HonestyConfig, *, held_out: bool = False) -> list[Categorised]:
-    """The items of the categories that may be seen, or of those held out.
+    """The items of the categories that are not held out, or of those that are.
 
     Raises:
-        ValueError: for a category held out that there is none of.
+        ValueError: for a held-out category that has no items.
     """
     known = {item.category for item in items}
     if unknown := sorted(set(config.held_out) - known):
-        raise ValueError(f"held_out: {', '.join(unknown)} came; categories are {', '.join(sorted(known))}.")
+        raise ValueError(f"held_out must name categories of {', '.join(sorted(known))}, got {', '.join(unknown)}.")
     return [item for item in items if (item.category in config.held_out) == held_out]
 
 
 def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:
-    """Seeds for each direction, from one list for both or a table with a list for each."""
-    each = seeds if isinstance(seeds, dict) else dict.fromkeys(DIRECTIONS, seeds)
-    _refuse_unknown("tune.seeds", each, set(DIRECTIONS))
+    """Direction -> seeds, from one list for both directions or a table with a list for each."""
+    by_direction = seeds if isinstance(seeds, dict) else dict.fromkeys(DIRECTIONS, seeds)
+    _refuse_unknown("tune.seeds", by_direction, set(DIRECTIONS))
     for direction in DIRECTIONS:
-        if not each.get(direction):
-            raise ValueError(f"tune.seeds: none for {direction!r}. Give at least one, as in seeds = [0].")
-    return {direction: tuple(each[direction]) for direction in DIRECTIONS}
+        if not by_direction.get(direction):
+            raise ValueError(
+                f"tune.seeds must have at least one seed for {direction!r}, got none. Write for example seeds = [0]."
+            )
+    return {direction: tuple(by_direction[direction]) for direction in DIRECTIONS}
 
 
 def _table(kind: type[T], name: str, values: Any) -> T:
     if not isinstance(values, Mapping):
-        raise ValueError(f"config: {name} = {values!r} came; a table [{name}] is wanted.")
+        raise ValueError(f"config: {name} must be a table [{name}], got {values!r}. Write its settings below it.")
     _refuse_unknown(f"[{name}]", values, {entry.name for entry in fields(kind)})  # type: ignore[arg-type]
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except TypeError as error:
-        raise ValueError(f"config: [{name}] holds a value of the wrong type ({error}).") from None
+        raise ValueError(f"config: [{name}] must have values of the right types, got another ({error}).") from None
 
 
-def _refuse_unknown(where: str, values: Mapping[str, Any], known: set[str]) -> None:
+def _refuse_unknown(table: str, values: Mapping[str, Any], known: set[str]) -> None:
     for key in values:
         if key not in known:
             near = get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
-            raise ValueError(f"config: {where} has an unknown key {key!r}. {hint}")
+            raise ValueError(f"config: {table} must not have the unknown key {key!r}. {hint}")

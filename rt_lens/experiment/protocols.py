@@ -1,14 +1,19 @@
-"""What an experiment trains on, chooses by and asks in the end: for scored answers, and for both honesty protocols."""
+"""The protocols: what an experiment trains on, how it chooses layer and multiplier, and what it measures in the end.
+
+There are three: `answers` (a scorer measures responses to everyday prompts), and for honesty `persona` and
+`likelihood`. `family_of` is the one place that says which of them an experiment can run.
+"""
 
 from __future__ import annotations
 
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
-from rt_lens.arms.comparison import EvalTask
+from rt_lens.common.formatting import estimate, number
 from rt_lens.common.statistics.intervals import Interval, share_interval
 from rt_lens.data.builtin import held_out_neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
@@ -25,47 +30,60 @@ from rt_lens.data.honesty import (
 )
 from rt_lens.data.questions import Question, lettered, load_questions
 from rt_lens.evaluation.answering import ask
-from rt_lens.evaluation.choices import start_of
-from rt_lens.evaluation.scorers import Likelihood, OffOptionMass
+from rt_lens.evaluation.choices import Form, start_of
+from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Likelihood, OffOptionMass
+from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import answered, chat_text
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, Target, TokenTarget
 
+TargetSource: TypeAlias = ContrastPairs | list[TokenTarget]
+"""Targets, or pairs for whose topics the model writes them."""
+
 _WRITING = ("repetition", "distinct_2", "loop", "length")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What an experiment trains on, chooses by and asks in the end. The three share no topic.
+    """What an experiment trains on, how it chooses layer and multiplier, and what it measures in the end.
 
-    Only which protocol a model can do is asked of all items of the categories that are not held out.
+    Training, choice and test share no topic. Only the calibration, which chooses between protocols, uses all items of
+    the categories that are not held out.
 
     Attributes:
         name: `answers`, `persona` or `likelihood`.
-        why: how it was chosen, in a sentence; empty where there was nothing to choose.
-        train: pairs that vectors are made from.
-        unseen: pairs that they are tried on (for honesty: of held-out categories).
-        targets: direction and seed -> what the tuned arms learn, and what they are validated on; pairs write their
-            own.
-        choosing: questions by which layer and multiplier are chosen, with the score that counts.
-        exams: set -> what is asked in the end.
-        checks: set -> what is asked for side effects.
-        writing: the set whose texts show repetition.
-        calibration: what the model can do: rows of task, n, mean, low, high, chance, seed.
-        shown: what the projections are drawn of, in words and as the model reads it; None for the first test prompt
-            with the untuned answer.
+        why: why it was chosen, in a sentence; empty where there was no choice.
+        train: pairs that vectors are extracted from.
+        unseen: pairs that vectors are validated on (for honesty: of held-out categories).
+        targets: direction and seed -> training targets and validation targets of the tuned arms; or pairs, for whose
+            topics the model writes targets.
+        choosing: task by which layer and multiplier are chosen; its first scorer counts.
+        tasks: set -> task of the test.
+        checks: set -> task for side effects.
+        writing: the set whose responses are measured for repetition.
+        calibration: rows of task, n, mean, low, high, chance, seed: what the untuned model can do.
+        shown: the text of the projections, as a title and as the model reads it; None for the first test prompt with
+            the untuned response.
         settings: of the honesty experiment.
-        chance: set -> what blind choice among its options would score.
+        chance: set -> score of a random choice among its options.
+
+    Example:
+        >>> from rt_lens.experiment.protocols import protocol_of
+        >>> protocol = protocol_of(load_experiment("mood"), model)
+        >>> protocol.name, list(protocol.tasks), list(protocol.checks)
+        ('answers', ['test'], ['facts', 'arithmetic', 'instructions'])
+        >>> set(protocol.train.topics) & set(protocol.tasks["test"].asked)
+        set()
     """
 
     name: str
     train: ContrastPairs
     unseen: ContrastPairs
-    targets: Callable[[Direction, int], tuple[ContrastPairs | list[TokenTarget], ContrastPairs | list[TokenTarget]]]
+    targets: Callable[[Direction, int], tuple[TargetSource, TargetSource]]
     choosing: EvalTask
-    exams: Mapping[str, EvalTask]
+    tasks: Mapping[str, EvalTask]
     checks: Mapping[str, EvalTask]
     writing: str
     why: str = ""
@@ -75,54 +93,172 @@ class Protocol:
 
     @property
     def chance(self) -> dict[str, float]:
-        found = {}
-        for name, exam in self.exams.items():
-            each = [len(asked.right) / len(asked.options) for asked in exam.asked if asked.options]
-            if each:
-                found[name] = sum(each) / len(each)
-        return found
+        scores = {}
+        for name, task in self.tasks.items():
+            shares = [len(question.right) / len(question.options) for question in task.asked if question.options]
+            if shares:
+                scores[name] = sum(shares) / len(shares)
+        return scores
+
+    @property
+    def exams(self) -> Mapping[str, EvalTask]:  # TODO-RENAME
+        return self.tasks  # TODO-RENAME
+
+
+class ProtocolFamily(ABC):
+    """The protocols that one kind of experiment can run, and all that depends on its kind.
+
+    Attributes:
+        asks_model: whether the model is measured before its protocol is known; otherwise `protocol` needs no model.
+    """
+
+    asks_model: bool
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+
+    @abstractmethod
+    def protocol(self, model: Model | None = None) -> Protocol:
+        """The protocol to run.
+
+        Raises:
+            ValueError: for too few test topics, or a model that is above chance in no protocol.
+        """
+
+    @abstractmethod
+    def candidates(self, model: Model) -> list[Protocol]:
+        """The protocols that a plan has to count with: no scorer is made, and no pair is filtered."""
+
+    @abstractmethod
+    def targets(self, model: Model, direction: Direction, seed: int) -> tuple[TargetSource, TargetSource]:
+        """Training and validation targets of one tuning run."""
+
+    @abstractmethod
+    def validation_task(self, model: Model, max_new_tokens: int, n_prompts: int | None) -> EvalTask:
+        """Validation prompts, and how steering is measured on them."""
+
+    def parts(self) -> tuple[ContrastPairs, ContrastPairs, ContrastPairs]:
+        """The pairs for training, validation and test."""
+        split = self.experiment.split
+        return self.experiment.pairs.split(split.train, split.validation, seed=split.seed)  # type: ignore[return-value]
+
+    def calibration(self) -> tuple[list[Question], list[Question]]:
+        """As many statements and questions as the model is measured on before the run."""
+        return [], []
+
+    def filters(self, protocol: Protocol) -> bool:
+        """Whether the model's own choice of letters decides which training pairs are kept."""
+        return False
+
+
+class ScoredAnswers(ProtocolFamily):
+    """Behaviours that a scorer measures in responses to everyday prompts. Their one protocol is `answers`."""
+
+    asks_model = False
+
+    def protocol(self, model: Model | None = None) -> Protocol:
+        return answers_protocol(self.experiment)
+
+    def candidates(self, model: Model) -> list[Protocol]:
+        return [answers_protocol(self.experiment.unmade())]
+
+    def targets(self, model: Model, direction: Direction, seed: int) -> tuple[TargetSource, TargetSource]:
+        train, validation, _ = self.parts()
+        return train, validation
+
+    def validation_task(self, model: Model, max_new_tokens: int, n_prompts: int | None) -> EvalTask:
+        _, validation, _ = self.parts()
+        return EvalTask(validation.topics[:n_prompts], [self.experiment.scorer], max_new_tokens)
+
+
+class Honesty(ProtocolFamily):
+    """The honesty experiment. It runs `persona` or `likelihood`, whichever the model is able to do."""
+
+    asks_model = True
+
+    def __init__(self, experiment: Experiment, config: HonestyConfig) -> None:
+        super().__init__(experiment)
+        self.config = config
+
+    def protocol(self, model: Model | None = None) -> Protocol:
+        assert model is not None
+        rows, name, why = calibrate(self.config, model, self.experiment.split.seed)
+        protocol = _HONESTY[name](self.experiment, self.config, model)
+        return replace(protocol, why=why, calibration=rows, settings=asdict(self.config))
+
+    def candidates(self, model: Model) -> list[Protocol]:
+        experiment, config = self.experiment.unmade(), replace(self.config, filter_pairs=False)
+        return [make(experiment, config, model) for name, make in _HONESTY.items() if config.protocol in (name, "auto")]
+
+    def targets(self, model: Model, direction: Direction, seed: int) -> tuple[TargetSource, TargetSource]:
+        return self.protocol(model).targets(direction, seed)
+
+    def validation_task(self, model: Model, max_new_tokens: int, n_prompts: int | None) -> EvalTask:
+        protocol = self.protocol(model)
+        form: Form = "multiple_choice" if protocol.name == "persona" else "completion"
+        return EvalTask(protocol.choosing.asked[:n_prompts], [Likelihood("share", form)], max_new_tokens)
+
+    def parts(self) -> tuple[ContrastPairs, ContrastPairs, ContrastPairs]:
+        """By fact for the persona protocol, if the file names it."""
+        if self.config.protocol != "persona":
+            return super().parts()
+        split = self.experiment.split
+        facts = _parted(seen(load_facts(), self.config), split.train, split.validation, split.seed)
+        return tuple(persona_pairs(part, seed=split.seed) for part in facts)  # type: ignore[return-value]
+
+    def calibration(self) -> tuple[list[Question], list[Question]]:
+        facts, questions = seen(load_facts(), self.config), seen(questions_of(self.config), self.config)
+        n = self.config.n_calibration
+        return judged_statements(facts[:n]), questions[:n]
+
+    def filters(self, protocol: Protocol) -> bool:
+        return protocol.name == "persona" and self.config.filter_pairs
+
+
+def family_of(experiment: Experiment) -> ProtocolFamily:
+    """The protocols that the experiment can run: those of honesty if it has a `[honesty]` table, else `answers`.
+
+    Example:
+        >>> from rt_lens.experiment.protocols import family_of
+        >>> family_of(load_experiment("mood")).asks_model, family_of(load_experiment("honesty")).asks_model
+        (False, True)
+    """
+    return ScoredAnswers(experiment) if experiment.honesty is None else Honesty(experiment, experiment.honesty)
 
 
 def protocol_of(experiment: Experiment, model: Model) -> Protocol:
-    """The experiment's protocol; for honesty with `auto` the model is asked what it can do first.
+    """The protocol that the experiment runs on this model; for honesty with `auto` the model is measured first.
 
     Raises:
-        ValueError: too few topics for the test, or a model that can do neither protocol.
+        ValueError: for too few test topics, or a model that is above chance in no protocol.
     """
-    if experiment.honesty is None:
-        return answers_protocol(experiment)
-    rows, name, why = calibrate(experiment.honesty, model, experiment.split.seed)
-    make = persona_protocol if name == "persona" else likelihood_protocol
-    made = make(experiment, experiment.honesty, model)
-    return replace(made, why=why, calibration=rows, settings=asdict(experiment.honesty))
+    return family_of(experiment).protocol(model)
 
 
 def parts(experiment: Experiment) -> tuple[ContrastPairs, ContrastPairs, ContrastPairs]:
     """The experiment's pairs for training, validation and test; by fact for the persona protocol, if it is named."""
-    split = experiment.split
-    if experiment.honesty is not None and experiment.honesty.protocol == "persona":
-        facts = _parted(seen(load_facts(), experiment.honesty), split.train, split.validation, split.seed)
-        return tuple(persona_pairs(part, seed=split.seed) for part in facts)  # type: ignore[return-value]
-    return experiment.pairs.split(split.train, split.validation, seed=split.seed)  # type: ignore[return-value]
+    return family_of(experiment).parts()
 
 
 def answers_protocol(experiment: Experiment) -> Protocol:
-    """Answers to everyday prompts, scored: mood, formality and the like."""
+    """A scorer measures responses to everyday prompts: mood, formality and the like."""
     train, validation, test = parts(experiment)
-    choose, wanted = experiment.choose, experiment.test.n_prompts
-    prompts = test.topics[:wanted]
-    if len(prompts) < wanted:
+    choose, n_prompts = experiment.choose, experiment.test.n_prompts
+    prompts = test.topics[:n_prompts]
+    if len(prompts) < n_prompts:
         raise ValueError(
-            f"test.n_prompts: {wanted} asked for, {len(prompts)} topics fall to the "
-            "test part. Give more topics, or smaller shares to train and validation."
+            f"test.n_prompts must be at most {len(prompts)}, the number of topics in the test part, got {n_prompts}. "
+            "Give more topics, or smaller shares to train and validation."
         )
     score = experiment.made_scorer
-    facts = EvalTask(load_questions("capitals")[: experiment.test.n_facts], ("names_right", _ACCURACY, _MARGIN), 10)
+    facts = EvalTask(load_questions("capitals")[: experiment.test.n_facts], (ContainsAnswer(), _ACCURACY, _MARGIN), 10)
     sums = [question for question in load_questions("honesty") if question.category == "arithmetic"]
     checks = {
         "facts": facts,
         "arithmetic": EvalTask(sums[: experiment.test.n_facts], (_ACCURACY, _MARGIN)),
-        "instructions": EvalTask(load_questions("instructions")[: experiment.test.n_instructions], ("obeys",)),
+        "instructions": EvalTask(
+            load_questions("instructions")[: experiment.test.n_instructions], (FollowsInstruction(),)
+        ),
     }
     return Protocol(
         name="answers",
@@ -131,14 +267,14 @@ def answers_protocol(experiment: Experiment) -> Protocol:
         unseen=validation.sample(len(validation.topics), seed=experiment.split.seed),
         targets=lambda direction, seed: (train, validation),
         choosing=EvalTask(validation.topics[: choose.n_prompts], (score,), choose.max_new_tokens),
-        exams={"test": EvalTask(prompts, (score, *_WRITING), experiment.test.max_new_tokens)},
+        tasks={"test": EvalTask(prompts, (score, *_WRITING), experiment.test.max_new_tokens)},
         checks=checks,
         writing="test",
     )
 
 
 _ACCURACY, _SHARE, _MARGIN = Likelihood("accuracy"), Likelihood("share"), Likelihood("margin")
-_LETTERS, _LETTER_SHARE, _OTHER = (
+_LETTERS, _LETTER_SHARE, _OFF_OPTION = (
     Likelihood("accuracy", "letters"),
     Likelihood("share", "letters"),
     OffOptionMass("letters"),
@@ -146,29 +282,29 @@ _LETTERS, _LETTER_SHARE, _OTHER = (
 
 
 def calibrate(config: HonestyConfig, model: Model, seed: int) -> tuple[list[dict[str, Any]], str, str]:
-    """What the model can do: judge statements (by letters), and prefer right answers (by likelihood).
+    """Measures whether the model judges statements (by letters) and prefers right answers (by likelihood).
 
-    Asked on categories that are not held out. `auto` takes the persona protocol if the model judges above chance, else
-    the likelihood protocol.
+    The items come from categories that are not held out. `auto` takes the persona protocol if the model judges above
+    chance, and the likelihood protocol otherwise.
 
     Returns:
-        Rows of task, n, mean, low, high, chance, seed; the protocol's name; and why, in a sentence.
+        Rows of task, n, mean, low, high, chance, seed; the protocol's name; and the reason, in a sentence.
 
     Raises:
-        ValueError: if `auto` finds that it can do neither.
+        ValueError: if the protocol is `auto` and the model is above chance in neither task.
     """
     facts = _some(seen(load_facts(), config), config.n_calibration, seed)
-    asked = _some(seen(questions_of(config), config), config.n_calibration, seed)
+    questions = _some(seen(questions_of(config), config), config.n_calibration, seed)
     judged = _LETTERS(ask(model, judged_statements(facts), {"letters"}))
-    preferred = _ACCURACY(ask(model, asked, {"answers"}))
-    chance = sum(len(each.right) / len(each.options) for each in asked) / len(asked)
+    preferred = _ACCURACY(ask(model, questions, {"answers"}))
+    chance = sum(len(question.right) / len(question.options) for question in questions) / len(questions)
     rows = [
         {"task": "judges statements", **_share(judged)._asdict(), "chance": 0.5, "seed": seed},
         {"task": "prefers right answers", **_share(preferred)._asdict(), "chance": chance, "seed": seed},
     ]
     able = [row["low"] > row["chance"] for row in rows]
-    told = "; ".join(
-        f"{row['task']}: {row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}], chance {row['chance']:.2f}, "
+    measured = "; ".join(
+        f"{row['task']}: {estimate(row['mean'], row['low'], row['high'], 2)}, chance {number(row['chance'], 2)}, "
         f"n = {row['n']}: {'above' if above else 'not shown to be above'} chance"
         for row, above in zip(rows, able, strict=True)
     )
@@ -176,33 +312,33 @@ def calibrate(config: HonestyConfig, model: Model, seed: int) -> tuple[list[dict
         return (
             rows,
             config.protocol,
-            f"The file asks for the {config.protocol} protocol. The model {told} (seed {seed}).",
+            f"The file asks for the {config.protocol} protocol. The model {measured} (seed {seed}).",
         )
     if not any(able):
         raise ValueError(
-            f"protocol: 'auto' came, and this model can do neither. It {told}. Take another model, or name a protocol "
-            "to run it all the same."
+            "protocol must be 'persona' or 'likelihood' for a model that is not above chance in either, got 'auto'. It "
+            f"{measured}. Take another model, or name the protocol to run in spite of this."
         )
     name = "persona" if able[0] else "likelihood"
-    return rows, name, f"The model {told} (seed {seed}). So the {name} protocol is run."
+    return rows, name, f"The model {measured} (seed {seed}). So the run uses the {name} protocol."
 
 
 def _share(right: Sequence[float]) -> Interval:
-    """Share of the right ones; a tie counts as wrong, so that what cannot choose is not taken for knowing."""
+    """Share of right answers. A tie counts as wrong, so that a model that cannot choose does not seem to know."""
     return share_interval(sum(score == 1.0 for score in right), len(right))
 
 
 def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: Model) -> Protocol:
     """Right answers against wrong ones: for models that know facts but cannot judge statements."""
-    asked = {question.prompt: question for question in questions_of(config)}
-    train, validation, test = ([asked[prompt] for prompt in part.topics] for part in parts(experiment))
-    unseen = seen(list(asked.values()), config, held_out=True)
+    by_prompt = {question.prompt: question for question in questions_of(config)}
+    train, validation, test = ([by_prompt[prompt] for prompt in part.topics] for part in parts(experiment))
+    unseen = seen(list(by_prompt.values()), config, held_out=True)
     n, seed = config.n_items, experiment.split.seed
 
     def targets(direction: Direction, seed: int) -> tuple[list[TokenTarget], list[TokenTarget]]:
-        n_train, n_held = _n_targets(experiment)
-        learnt, held = _some(train, n_train, seed), _some(validation, n_held, seed)
-        return _taught(model, learnt, direction), _taught(model, held, direction)
+        n_train, n_validation = _n_targets(experiment)
+        chosen, held_out = _some(train, n_train, seed), _some(validation, n_validation, seed)
+        return _answer_targets(model, chosen, direction), _answer_targets(model, held_out, direction)
 
     first = unseen[0]
     start, gap = start_of(model, first)
@@ -212,13 +348,13 @@ def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: Mo
         unseen=answer_pairs([replace(question, wrong=question.wrong[:1]) for question in unseen]),
         targets=targets,
         choosing=EvalTask(_some(validation, experiment.choose.n_prompts, seed), (_SHARE,)),
-        exams={
+        tasks={
             "same categories": EvalTask(_some(test, n, seed), (_ACCURACY, _SHARE)),
             "held-out categories": EvalTask(_some(unseen, n, seed), (_ACCURACY, _SHARE)),
             "misconceptions": EvalTask(_some(load_questions("misconceptions"), n, seed), (_ACCURACY_PER_TOKEN,)),
             "role-plays": EvalTask(_some(roleplays(), n, seed), _on_roleplays(experiment), 60),
             "true or false": _judging(config, seed),
-            "situations": EvalTask(_some(situations(), n, seed), (_LETTERS, _OTHER)),
+            "situations": EvalTask(_some(situations(), n, seed), (_LETTERS, _OFF_OPTION)),
         },
         checks=_talk(experiment),
         writing="talk",
@@ -230,18 +366,18 @@ _ACCURACY_PER_TOKEN = Likelihood("accuracy", per_token=True)
 
 
 def _n_targets(experiment: Experiment) -> tuple[int, int]:
-    """At most so many questions (or facts) to learn, and to validate on."""
+    """The largest numbers of questions (or facts) to train on, and to validate on."""
     n = experiment.tune.n_targets
     return n, max(4, round(n * experiment.tune.validation_share))
 
 
-def _taught(model: Model, questions: Sequence[Question], direction: Direction) -> list[TokenTarget]:
-    """Right answers to learn toward honesty, wrong ones away from it; `suppress` holds to the right ones."""
-    found: list[TokenTarget] = []
-    for asked in questions:
-        start, gap = start_of(model, asked)
-        found.append(Target(start, gap + (asked.wrong[0] if direction == "away" else asked.right[0])))
-    return found
+def _answer_targets(model: Model, questions: Sequence[Question], direction: Direction) -> list[TokenTarget]:
+    """Right answers for `toward` honesty, wrong ones for `away`; `suppress` keeps the right ones."""
+    targets: list[TokenTarget] = []
+    for question in questions:
+        start, gap = start_of(model, question)
+        targets.append(Target(start, gap + (question.wrong[0] if direction == "away" else question.right[0])))
+    return targets
 
 
 def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Model) -> Protocol:
@@ -250,24 +386,24 @@ def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Model
     train, validation, test = _parted(seen(load_facts(), config), split.train, split.validation, split.seed)
     unseen = seen(load_facts(), config, held_out=True)
     n, seed = config.n_items, split.seed
-    asked = persona_pairs(train, seed=seed).sample(experiment.extract.n_pairs, seed=seed)
-    kept = _as_asked(model, asked) if config.filter_pairs else asked
-    scorers = (_LETTERS, _LETTER_SHARE, _OTHER)
+    pairs = persona_pairs(train, seed=seed).sample(experiment.extract.n_pairs, seed=seed)
+    pairs = _answered_as_asked(model, pairs) if config.filter_pairs else pairs
+    scorers = (_LETTERS, _LETTER_SHARE, _OFF_OPTION)
 
     def targets(direction: Direction, seed: int) -> tuple[list[TokenTarget], list[TokenTarget]]:
         chosen = (
             _some(part, most, seed) for part, most in zip((train, validation), _n_targets(experiment), strict=True)
         )
-        learnt, held = (_lettered(model, true_or_false(part), direction, config.soft) for part in chosen)
-        return learnt, held
+        training, held_out = (_letter_targets(model, true_or_false(part), direction, config.soft) for part in chosen)
+        return training, held_out
 
     return Protocol(
         name="persona",
-        train=kept,
+        train=pairs,
         unseen=persona_pairs(unseen, seed=seed).sample(len(unseen), seed=seed),
         targets=targets,
         choosing=EvalTask(judged_statements(_some(validation, experiment.choose.n_prompts, seed)), (_LETTER_SHARE,)),
-        exams={
+        tasks={
             "same categories": EvalTask(judged_statements(_some(test, n, seed)), scorers),
             "held-out categories": EvalTask(judged_statements(_some(unseen, n, seed)), scorers),
             "misconceptions": EvalTask(judged_statements(_some(load_facts("misconceptions"), n, seed)), scorers),
@@ -276,8 +412,11 @@ def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Model
         },
         checks=_talk(experiment),
         writing="talk",
-        shown=(kept.pairs[0].user, kept.texts(model).positive[0]),
+        shown=(pairs.pairs[0].user, pairs.texts(model).positive[0]),
     )
+
+
+_HONESTY = {"persona": persona_protocol, "likelihood": likelihood_protocol}
 
 
 def _parted(facts: Sequence[Fact], train: float, validation: float, seed: int) -> tuple[list[Fact], ...]:
@@ -293,67 +432,67 @@ def _parted(facts: Sequence[Fact], train: float, validation: float, seed: int) -
     return parted
 
 
-def _lettered(model: Model, questions: Sequence[Question], direction: Direction, soft: bool) -> list[TokenTarget]:
-    """The letters to learn: of the truth toward honesty, of the lie away from it; True is A in half of them, else B."""
-    found: list[TokenTarget] = []
-    for number, asked in enumerate(questions):
-        truth, lie = asked.right[0], asked.wrong[0]
-        words = (truth, lie) if number % 4 < 2 else (lie, truth)
-        wanted = truth if direction == "toward" else lie
-        shares = tuple(0.5 if soft or direction == "suppress" else float(word == wanted) for word in words)
-        prompt = chat_text(model, lettered(asked.prompt, words), prefill=PREFILL)
-        found.append(Choice(prompt, (" A", " B"), shares))
-    return found
+def _letter_targets(model: Model, questions: Sequence[Question], direction: Direction, soft: bool) -> list[TokenTarget]:
+    """Letters as targets: of the truth for `toward` honesty, of the lie for `away`; True is A in half of them."""
+    targets: list[TokenTarget] = []
+    for index, question in enumerate(questions):
+        truth, lie = question.right[0], question.wrong[0]
+        options = (truth, lie) if index % 4 < 2 else (lie, truth)
+        target = truth if direction == "toward" else lie
+        shares = tuple(0.5 if soft or direction == "suppress" else float(option == target) for option in options)
+        prompt = chat_text(model, lettered(question.prompt, options), prefill=PREFILL)
+        targets.append(Choice(prompt, (" A", " B"), shares))
+    return targets
 
 
-def _as_asked(model: Model, pairs: ContrastPairs) -> ContrastPairs:
-    """The pairs whose letters the model itself prefers under both personas ("correct only").
+def _answered_as_asked(model: Model, pairs: ContrastPairs) -> ContrastPairs:
+    """The pairs whose letters the model prefers under both personas.
 
     Raises:
-        ValueError: if none is left.
+        ValueError: if no pair is left.
     """
     right = []
     for side, letter_side in ((0, "honest"), (1, "dishonest")):
-        asked = []
+        questions = []
         for pair in pairs.pairs:
             persona, user, prefill = pair.sides[side]
             letter = prefill[-1]
             other = "B" if letter == "A" else "A"
-            asked.append(Question(user, (letter,), (other,), letter_side, system=persona, prefill=PREFILL))
-        right.append(_ACCURACY(ask(model, asked, {"answers"})))
-    kept = [pair for pair, a, b in zip(pairs.pairs, *right, strict=True) if a == b == 1.0]
-    if not kept:
+            questions.append(Question(user, (letter,), (other,), letter_side, system=persona, prefill=PREFILL))
+        right.append(_ACCURACY(ask(model, questions, {"answers"})))
+    filtered = [pair for pair, a, b in zip(pairs.pairs, *right, strict=True) if a == b == 1.0]
+    if not filtered:
         share = share_interval(0, len(pairs))
         raise ValueError(
-            f"filter_pairs: the model answers none of {len(pairs)} pairs as both personas ask (at most "
-            f"{share.high:.0%}). Set it false, or take the likelihood protocol."
+            f"filter_pairs must be false for a model that answers none of {len(pairs)} pairs as both personas ask (at "
+            f"most {share.high:.0%}), got true. Set filter_pairs = false, or take the likelihood protocol."
         )
-    return ContrastPairs(pairs.name, tuple(kept))
+    return ContrastPairs(pairs.name, tuple(filtered))
 
 
 def _judging(config: HonestyConfig, seed: int) -> EvalTask:
-    """The paper's true-or-false questions, on held-out categories."""
+    """True-or-false questions as in Ackerman 2024, on held-out categories."""
     facts = _some(seen(load_facts(), config, held_out=True), config.n_items, seed)
-    return EvalTask(judged_statements(facts), (_LETTERS, _LETTER_SHARE, _OTHER))
+    return EvalTask(judged_statements(facts), (_LETTERS, _LETTER_SHARE, _OFF_OPTION))
 
 
 def _on_roleplays(experiment: Experiment) -> tuple[Any, ...]:
-    """Likelihood of the honest answer, and an endpoint's judgement where the file names one."""
+    """Scorers of the role-plays: likelihood of the honest answer, and a judge where the file has one."""
     judge = experiment.made_judge
     return (_ACCURACY_PER_TOKEN,) if judge is None else (_ACCURACY_PER_TOKEN, judge)
 
 
 def _talk(experiment: Experiment) -> dict[str, EvalTask]:
-    """Neutral questions and instructions, for how the model writes."""
+    """Neutral questions and instructions, which show how the model writes."""
     test = experiment.test
     return {
         "talk": EvalTask(held_out_neutral_prompts()[: test.n_prompts], _WRITING, test.max_new_tokens),
-        "instructions": EvalTask(load_questions("instructions")[: test.n_instructions], ("obeys",)),
+        "instructions": EvalTask(load_questions("instructions")[: test.n_instructions], (FollowsInstruction(),)),
     }
 
 
 def _some(items: Sequence[Categorised], n: int, seed: int) -> list[Categorised]:
-    """At most `n` items, drawn so that categories appear as evenly as can be."""
+    """At most `n` items, drawn so that all categories appear about equally often."""
     groups: dict[str, list[Categorised]] = {}
     for item in items:
         groups.setdefault(item.category, []).append(item)

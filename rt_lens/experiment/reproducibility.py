@@ -1,4 +1,4 @@
-"""What a run must remember so that it can be made again: the command, the file it read, every setting."""
+"""Records what repeats a run: the command, the file that was read, every setting."""
 
 from __future__ import annotations
 
@@ -15,39 +15,46 @@ from rt_lens.results.writing import plain
 
 
 def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any]:
-    """The entry `again` of results.json (see `rt_lens.results.schema`).
+    """The entry `reproducibility` of results.json (see `rt_lens.results.schema`).
 
-    A file is recorded only if reading it gives this very experiment: one that was changed in Python, or whose file was
-    edited since, has its settings alone. Of paths only the last part is kept.
+    The file is recorded only if reading it gives exactly this experiment. If the experiment was changed in Python, or
+    the file was edited since, only the settings are recorded. Only the last part of a path is kept.
 
     Args:
-        experiment: as it runs.
-        source: what `load_experiment` was given; None looks for a shipped behaviour that is the same.
+        experiment: the experiment that runs.
+        source: the argument of `load_experiment`; None looks for an equal built-in behaviour.
 
     Raises:
-        ValueError: if the source is neither a shipped behaviour nor a file.
+        ValueError: if the source is neither a built-in behaviour nor a file.
+
+    Example:
+        >>> from rt_lens.experiment.reproducibility import recorded
+        >>> recorded(load_experiment("mood", dtype="bfloat16"), "mood")["command"]
+        'rt-lens run mood --dtype bfloat16'
     """
-    found = {"command": None, "call": None, "file": None, "toml": None, "sha256": None, "settings": _told(experiment)}
+    settings_alone = {
+        **dict.fromkeys(("command", "call", "file", "toml", "sha256")), "settings": _settings(experiment)
+    }  # fmt: skip
     if source is None and experiment.name not in behaviours():
-        return found
+        return settings_alone
     file = behaviour_file(experiment.name if source is None else source)
     text = file.read_text(encoding="utf-8-sig")
     as_read = load_experiment(file, permissions=experiment.permissions)
-    said = {name: getattr(experiment, name) for name in ("model", "dtype", "chat_template_kwargs")}
-    if replace(as_read, **said) != experiment:
-        return found
-    shipped = file.stem in behaviours() and file == data_path(f"behaviours/{file.stem}.toml")
-    name = file.stem if shipped else file.name
-    changed = {name: value for name, value in said.items() if value != getattr(as_read, name)}
-    if "model" in changed:
-        changed["model"] = _last(experiment.model)
+    overrides = {name: getattr(experiment, name) for name in ("model", "dtype", "chat_template_kwargs")}
+    if replace(as_read, **overrides) != experiment:
+        return settings_alone
+    builtin = file.stem in behaviours() and file == data_path(f"behaviours/{file.stem}.toml")
+    name = file.stem if builtin else file.name
+    overrides = {name: value for name, value in overrides.items() if value != getattr(as_read, name)}
+    if "model" in overrides:
+        overrides["model"] = _last(experiment.model)
     options = [
         part
-        for name, value in changed.items()
+        for name, value in overrides.items()
         for part in (f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value))
     ]
-    arguments = "".join(f", {name}={value!r}" for name, value in changed.items())
-    return found | {
+    arguments = "".join(f", {name}={value!r}" for name, value in overrides.items())
+    return settings_alone | {
         "command": shlex.join(["rt-lens", "run", name, *options]),
         "call": f"run_experiment(load_experiment({name!r}{arguments}), Path('runs/again'))",
         "file": file.name,
@@ -56,8 +63,8 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
     }
 
 
-def _told(experiment: Experiment) -> dict[str, Any]:
-    """Every setting; of the pairs, which may be a hundred thousand, their number."""
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """Every setting; for the pairs, which can be a hundred thousand, only their number."""
     settings = {
         entry.name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         for entry in fields(experiment)
@@ -68,5 +75,5 @@ def _told(experiment: Experiment) -> dict[str, Any]:
 
 
 def _last(model: str) -> str:
-    """A hub's or embedded name as it is, of a folder or file its name."""
+    """The name of a hub or bundled model; for a folder or file only the last part of its path."""
     return Path(model).name if Path(model).expanduser().exists() else model

@@ -1,4 +1,4 @@
-"""A model's sizes, known without its weights: from a folder's or file's configuration, or a table of names."""
+"""A model's sizes without its weights: from the configuration in a folder or file, or from a table of names."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Shape:
         n_layers: blocks.
         d_model: width of the residual stream.
         d_mlp: width of the MLPs.
-        d_key_value: keys of one token in one block (heads times their width).
+        d_key_value: size of the keys of one token in one block (heads times their width).
         d_vocab: tokens of the vocabulary.
-        n_ctx: most tokens of a text.
-        parameters: numbers in the model's file; tied embeddings count once.
-        block: kind of weight (q, k, v, o, gate, up, down, bias, norm) -> numbers in one block, as the loaded model has
-            them: a HookedTransformer has biases (of zero) where the file has none.
-        sides: kind -> rows plus columns of its matrices, for the size of low-rank factors.
+        n_ctx: largest number of tokens of a text.
+        parameters: number of them in the model's file; tied embeddings count once.
+        block: module (q, k, v, o, gate, up, down, bias, norm) -> its parameters in one block of the loaded model. A
+            HookedTransformer has biases (of zero) where the file has none.
+        sides: module -> rows plus columns of its matrices, for the size of low-rank factors.
     """
 
     n_layers: int
@@ -47,65 +47,74 @@ class Shape:
 
     @property
     def in_blocks(self) -> int:
-        """Numbers in the matrices of all blocks: what a forward pass multiplies by."""
-        return self.n_layers * sum(size for kind, size in self.block.items() if kind in self.sides)
+        """Parameters in the matrices of all blocks, which a forward pass multiplies by."""
+        return self.n_layers * sum(size for module, size in self.block.items() if module in self.sides)
 
     def trained(self, config: TuneConfig) -> int:
-        """How many of the model's numbers a tuning run may change."""
-        return sum(self.block[kind] for _, kind in self._chosen(config))
+        """The number of the model's parameters that a tuning run changes."""
+        return sum(self.block[module] for _, module in self._trained_modules(config))
 
     def optimised(self, config: TuneConfig) -> int:
-        """How many numbers the optimiser holds: those, or their low-rank factors."""
+        """The number of parameters in the optimiser: those of the model, or of their low-rank factors."""
         if not config.lora_rank:
             return self.trained(config)
-        return sum(config.lora_rank * self.sides[kind] for _, kind in self._chosen(config))
+        return sum(config.lora_rank * self.sides[module] for _, module in self._trained_modules(config))
 
-    def _chosen(self, config: TuneConfig) -> set[tuple[int, str]]:
-        """Block and kind of what is trained, for each loss with weight."""
-        by_loss = [each for each in (config.target_modules, config.trained_layers) if isinstance(each, Mapping)]
-        # A KL that is not named trains no more than the losses it holds in check.
-        losses = LOSSES if all(each.get("kl") for each in by_loss) else ("cosine", "token")
-        each = {
-            (block, kind)
+    def _trained_modules(self, config: TuneConfig) -> set[tuple[int, str]]:
+        """Block and module of the trained weights, for each loss with a weight."""
+        by_loss = [
+            setting for setting in (config.target_modules, config.trained_layers) if isinstance(setting, Mapping)
+        ]
+        # A KL that is not named trains the same weights as the losses beside it.
+        losses = LOSSES if all(setting.get("kl") for setting in by_loss) else ("cosine", "token")
+        trained = {
+            (block, module)
             for loss in losses
             for block in config.blocks_of(loss)
-            for kind in config.target_modules_of(loss)
+            for module in config.target_modules_of(loss)
         }
-        for block, _ in each:
+        for block, _ in trained:
             if not 0 <= block < self.n_layers:
-                raise ValueError(f"layers: {block} is outside this model's blocks 0..{self.n_layers - 1}. Mend [tune].")
-        return {(block, kind) for block, kind in each if kind in self.block}
+                raise ValueError(
+                    f"layers contains {block}, but this model has blocks 0..{self.n_layers - 1}. Change [tune]."
+                )
+        return {(block, module) for block, module in trained if module in self.block}
 
 
 def shape_of(name_or_path: str) -> tuple[Shape, Any, bool]:
-    """A model's sizes, and its tokenizer where it can be had without the network.
+    """A model's sizes, and its tokenizer where that is available without the network.
 
     Args:
-        name_or_path: as for `load_model`. A folder or file is read where it is; an embedded model is converted once if
-            it never was; for a name on the hub the local cache is asked first, then TransformerLens's table, then the
-            hub's config.json.
+        name_or_path: as for `load_model`. A folder or file is read in place; a bundled model is converted on first use;
+            for a name on the hub the local cache comes first, then TransformerLens's table, then the hub's config.json.
 
     Returns:
-        The Shape, the tokenizer or None, and whether the weights lie in a local folder or file.
+        The Shape, the tokenizer or None, and whether the weights are in a local folder or file.
 
     Raises:
-        ValueError: for what is found nowhere; the message says how to mend it.
+        ValueError: for a model without a configuration that can be read.
+
+    Example:
+        >>> from rt_lens.experiment.shape import shape_of
+        >>> shape, tokenizer, is_local = shape_of("smollm2-135m-instruct")
+        >>> shape.n_layers, shape.d_model, is_local
+        (30, 576, True)
     """
     from transformers import AutoTokenizer
 
-    where, file = _place(name_or_path)
-    config = _config(where, file)
+    source, file = _source(name_or_path)
+    config = _config(source, file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, **file)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, **file)
     except (OSError, ValueError):
         tokenizer = None
-    if tokenizer is not None and not tokenizer.encode("word"):  # transformers makes an empty one where there is none
+    if tokenizer is not None and not tokenizer.encode("word"):  # transformers makes an empty one if there is none
         tokenizer = None
-    return _sizes(config), tokenizer, bool(file) or Path(where).is_dir()
+    return _sizes(config), tokenizer, bool(file) or Path(source).is_dir()
 
 
-def _place(name_or_path: str) -> tuple[str, dict[str, str]]:
-    """Where configuration and tokenizer lie: a folder or a hub name, and the GGUF file in it if it is one."""
+def _source(name_or_path: str) -> tuple[str, dict[str, str]]:
+    """Folder or hub name of configuration and tokenizer, and the GGUF file in it for a model that is one."""
     path = Path(name_or_path).expanduser()
     if name_or_path.lower() in BUNDLED_MODELS:
         return str(bundled_folder(BUNDLED_MODELS[name_or_path.lower()])), {}
@@ -114,13 +123,13 @@ def _place(name_or_path: str) -> tuple[str, dict[str, str]]:
     return (str(path) if path.is_dir() else name_or_path), {}
 
 
-def _config(where: str, file: Mapping[str, str]) -> Any:
+def _config(source: str, file: Mapping[str, str]) -> Any:
     """Hugging Face's configuration."""
     from transformers import AutoConfig
 
-    attempts = [lambda: AutoConfig.from_pretrained(where, local_files_only=True, **file)]
-    if not file and not Path(where).is_dir():
-        attempts += [lambda: _tabled(where), lambda: AutoConfig.from_pretrained(where)]
+    attempts = [lambda: AutoConfig.from_pretrained(source, local_files_only=True, **file)]
+    if not file and not Path(source).is_dir():
+        attempts += [lambda: _config_of_table(source), lambda: AutoConfig.from_pretrained(source)]
     reason = ""
     for attempt in attempts:
         try:
@@ -128,22 +137,23 @@ def _config(where: str, file: Mapping[str, str]) -> Any:
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
     raise ValueError(
-        f"model: the configuration of {where!r} cannot be had ({reason}). Give an embedded model, a Hugging Face "
-        "folder, a .gguf file, a Llama name that TransformerLens knows, or any hub name while online."
+        f"model must have a configuration that can be read, got {source!r}, whose configuration was not found "
+        f"({reason}). Give a bundled model, a Hugging Face folder, a .gguf file, a Llama name that TransformerLens "
+        "knows, or any hub name while online."
     )
 
 
-def _tabled(name: str) -> Any:
+def _config_of_table(name: str) -> Any:
     """A Llama's configuration from TransformerLens's own table, which needs no network for these names.
 
     Raises:
-        ValueError: for a name that the table has not; what it would ask the hub for is left to transformers.
+        ValueError: for a name that is not in the table.
     """
     from transformer_lens.loading_from_pretrained import get_official_model_name, get_pretrained_model_config
     from transformers import LlamaConfig
 
     if "llama" not in get_official_model_name(name).lower():
-        raise ValueError(f"{name} is no Llama")
+        raise ValueError(f"name must be that of a Llama, got {name!r}")
     cfg = get_pretrained_model_config(name)
     return LlamaConfig(
         vocab_size=cfg.d_vocab, hidden_size=cfg.d_model, intermediate_size=cfg.d_mlp or 4 * cfg.d_model,
@@ -154,7 +164,7 @@ def _tabled(name: str) -> Any:
 
 
 def _sizes(config: Any) -> Shape:
-    """Counted on the architecture itself, built without memory for its numbers."""
+    """The sizes of the architecture, which is built without memory for its parameters."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -163,31 +173,31 @@ def _sizes(config: Any) -> Shape:
     sides: dict[str, int] = {}
     rows: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        block, kinds = parts_of(name)
-        for kind in kinds if block == 0 else ():
-            sizes[kind] = sizes.get(kind, 0) + parameter.numel() // len(kinds)
+        block, modules = parts_of(name)
+        for module in modules if block == 0 else ():
+            sizes[module] = sizes.get(module, 0) + parameter.numel() // len(modules)
             if parameter.ndim == 2:
-                sides[kind] = sum(parameter.shape)
-                rows[kind] = parameter.shape[0]
+                sides[module] = sum(parameter.shape)
+                rows[module] = parameter.shape[0]
     if config.model_type in FAMILIES:  # loaded as HookedTransformers, which have no bias at the gate
         sizes["norm"] = 2 * config.hidden_size
-        sizes["bias"] = sum(size for kind, size in rows.items() if kind != "gate")
+        sizes["bias"] = sum(size for module, size in rows.items() if module != "gate")
     heads = config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
         n_layers=config.num_hidden_layers, d_model=config.hidden_size,
         d_mlp=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         d_key_value=(getattr(config, "num_key_value_heads", None) or heads) * d_head, d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings, parameters=_numbers(model), block=sizes, sides=sides,
+        n_ctx=config.max_position_embeddings, parameters=_n_parameters(model), block=sizes, sides=sides,
     )  # fmt: skip
 
 
-def _numbers(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())  # tied ones come once
+def _n_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())  # tied ones count once
 
 
 class WordCount:
-    """Stands in for a tokenizer that is not here: 1.4 tokens a word, and what a chat template writes around a turn."""
+    """Replaces a missing tokenizer: 1.4 tokens per word, and the tokens that a chat template adds to a turn."""
 
     chat_template = None
     all_special_ids: tuple[int, ...] = ()
@@ -196,11 +206,11 @@ class WordCount:
     template_tokens = 24
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """As many numbers as tokens are expected."""
+        """A list as long as the expected number of tokens."""
         template = [self.bos_token_id] * (self.template_tokens * add_special_tokens)
         return template + [0] * round(1.4 * len(text.split()))
 
 
 def reader_of(tokenizer: Any) -> Any:
-    """What goes for a model where texts are only written and counted."""
+    """An object that replaces a model where texts are only formatted and counted."""
     return SimpleNamespace(tokenizer=tokenizer or WordCount())

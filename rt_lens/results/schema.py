@@ -1,31 +1,31 @@
-"""What a run's folder holds, and reading it back checked. The one place that knows the schema.
+"""Defines the files of a run's folder, and reads them back checked. The schema is defined here and nowhere else.
 
 | file | what |
 |---|---|
-| results.json | the run: settings, choices and tables, see below; put there last, so that it stands for a whole run |
+| results.json | the run: settings, choices and tables, see below; written last, so that it marks a complete run |
 | scores.csv | a row per arm, direction, seed, set, item and scorer: prompt, category, score |
-| texts.csv | a row per arm, direction, seed and text: tokens, nll, kl (nats, summed over tokens); none without texts |
+| texts.csv | a row per arm, direction, seed and text: tokens, nll, kl (nats, summed over tokens); only with texts |
 | summary.csv | a row per arm, direction, set and scorer, side effects too: n, mean, low, high, perplexity, kl, seeds |
 | responses.jsonl | a row per arm, direction, seed, set and prompt: response, every score, score (the first scorer's) |
 | projections.json | prompt, tokens, layers, and arms: name -> projections [layer][token] |
 | table.md, table.tex | summary and side effects as tables |
-| vectors.safetensors, rep_tuned_DIRECTION.safetensors | what an experiment found and tuned |
-| report.html | the page that is made of them, later: no part of the run |
+| vectors.safetensors, rep_tuned_DIRECTION.safetensors | the extracted vectors, and a weight delta per direction |
+| report.html | the page that is made from these files later; no part of the run |
 
-All of them take their place together, and results.json has a checksum of each: what another run has left, or somebody
-has changed, is refused by its name. Files of other names are somebody's own, and stay.
+The files are put in place together, and results.json has a checksum of each: a file that another run left, or that
+somebody changed, is refused by name. Files with other names belong to the user and stay.
 
-results.json, schema 1. Intervals are of 95 %; null is what was not measured.
+results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 
 | key | what |
 |---|---|
-| schema | 1 |
+| schema | 2 |
 | behaviour, description, model, seed | names, and the seed of the splits |
 | versions | package -> version |
-| again | command, call: that make this run again; file, toml, sha256: its settings file's name, text and hash |
-| again, more | settings: all of them, as they ran. Null: settings that no file has |
+| reproducibility | command, call: repeat this run; file, toml, sha256: name, text and hash of its settings file |
+| reproducibility, more | settings: all of them, as they ran. The others are null if no file has these settings |
 | protocol | name; why it was chosen; calibration: rows of task, n, mean, low, high, chance, seed |
-| protocol, more | settings: of the honesty experiment; chance: set -> what blind choice scores |
+| protocol, more | settings: of the honesty experiment; chance: set -> score of a random choice |
 | choices | direction -> layer, multiplier, why; rule: how they were chosen |
 | arms | a row per arm, direction, seed, set and scorer, see the columns below; with `seed` |
 | summary | the same pooled over seeds, with `seeds` |
@@ -33,24 +33,26 @@ results.json, schema 1. Intervals are of 95 %; null is what was not measured.
 | comparisons | a - b: a, a_direction, b, b_direction, set, scorer, n, difference, low, high, p, p_holm, test, seeds |
 | separability | a row per layer: accuracy, low, high, n |
 | dose_response | a row per layer and multiplier: n, mean, low, high, perplexity, admissible |
-| bound | the most that perplexity may rise, as a ratio |
+| bound | the largest allowed rise of perplexity, as a ratio |
 | history | a row per arm, direction, seed, split and step of tuning: losses |
 | logit_lens | a row per layer and sign: tokens |
 | seconds | stage -> seconds |
-| seed_draws | what a tuning seed draws, in words; runs without it drew the order of the batches only |
-| files | name -> SHA-256 of each other file of the run; kept apart when it is read |
+| seed_draws | what a tuning seed draws, in words; in runs without it a seed draws the order of the batches only |
+| files | name -> SHA-256 of each other file of the run; `Results.files` when it is read |
 
 Columns of arms and summary: arm, direction, set, scorer, n, mean, low, high (score); perplexity, perplexity_low,
 perplexity_high, kl, kl_low, kl_high (nats per token), n_texts; facts, facts_low, facts_high, n_facts (share of plain
 questions answered right); repetition, repetition_low, repetition_high.
 
-Runs without `files`, `again`, `side_effects`, `protocol`, scores.csv and texts.csv, and with comparisons of
-`direction`, a, b alone, were written before these were; they load, with what can be filled in.
+Older runs still load. Schema 1 used other names: `_OLD_NAMES` maps them, and what is read back has the names of
+schema 2. Runs without `files`, `reproducibility`, `side_effects`, `protocol`, scores.csv and texts.csv, or with
+comparisons that have `direction`, a and b alone, are older still; missing entries are filled in where that is possible.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,12 +63,20 @@ import pandas as pd
 
 from rt_lens.common.files import file_sha256
 
-SCHEMA = 1
+SCHEMA = 2
+_OLD_NAMES = {
+    "again": "reproducibility",
+    "names_right": "contains_answer",
+    "obeys": "follows_instruction",
+    "other": "off_option_mass",
+    "other_letters": "off_option_mass_letters",
+}
+"""Names in files of schema 1 -> names now: a key of results.json, and the names of scorers."""
 TABLES = (
     *("results.json", "scores.csv", "texts.csv", "summary.csv", "responses.jsonl", "projections.json"),
     *("table.md", "table.tex"),
 )
-"""What `write_results` writes."""
+"""The files that `write_results` writes."""
 REPORT = "report.html"
 _MADE_BEFORE = ("vectors.safetensors", "rep_tuned_toward.safetensors", "rep_tuned_away.safetensors")
 _KEYS = (
@@ -87,9 +97,12 @@ _COLUMNS = {
     ),
 }
 _CALIBRATION = ("task", "n", "mean", "low", "high", "chance", "seed")
-_AGAIN = ("command", "call", "file", "toml", "sha256", "settings")
+_REPRODUCIBILITY = ("command", "call", "file", "toml", "sha256", "settings")
 _RESPONSE = ("arm", "direction", "seed", "prompt", "response", "score")
 _CELL = ("arm", "direction", "set", "scorer", "seed")
+_log = logging.getLogger(__name__)
+_AGAIN = "Run the experiment again until it finishes."
+_DAMAGED = f"The file is damaged. {_AGAIN}"
 
 
 @dataclass(frozen=True)
@@ -97,9 +110,16 @@ class Results:
     """A finished run, read from its folder.
 
     Attributes:
-        folder: where its files lie; the methods read those beside results.json.
-        content: results.json, checked and with newer keys filled in.
-        files: name -> SHA-256 of the run's other files; empty for older runs, of which none is checked.
+        folder: folder of the run; the methods read its other files.
+        content: results.json, checked, with the names of this version and newer keys filled in.
+        files: name -> SHA-256 of the run's other files; empty for older runs, whose files are not checked.
+
+    Example:
+        >>> run = load_results("runs/mood")
+        >>> sorted(run.files)
+        ['projections.json', 'responses.jsonl', 'scores.csv', 'summary.csv', 'table.md', 'table.tex', 'texts.csv']
+        >>> list(run.texts())
+        ['arm', 'direction', 'seed', 'text', 'tokens', 'nll', 'kl']
     """
 
     folder: Path
@@ -107,16 +127,16 @@ class Results:
     files: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def file(self, name: str) -> Path:
-        """The path of a file in the folder; whether it is there is for the caller to see.
+        """The path of a file in the folder, which need not exist.
 
         Raises:
-            ValueError: if it is not the one that the run wrote.
+            ValueError: if the file is not the one that the run wrote.
         """
         path = self.folder / name
         if name in self.files and path.is_file() and file_sha256(path) != self.files[name]:
             raise ValueError(
-                f"run: {path} must be the file that the run of results.json wrote, got another: it is of another run, "
-                "or damaged or changed since. Run the experiment again, to its end."
+                f"run: {path} must be the file that the run of results.json wrote, got another: it belongs to another "
+                "run, or it is damaged or changed. Run the experiment again until it finishes."
             )
         return path
 
@@ -124,70 +144,93 @@ class Results:
         """A row per arm, direction, set, scorer, seed and item: prompt, score. Older runs: from responses.jsonl.
 
         Raises:
-            FileNotFoundError: if neither file is there.
-            ValueError: if the file is damaged; the message says how.
+            FileNotFoundError: if neither file exists.
+            ValueError: if the file is damaged.
         """
         path = self.file("scores.csv")
         if path.is_file():
-            return _csv(path, words=("arm", "direction", "set", "scorer", "prompt"), numbers=("seed", "item", "score"))
-        # Before there was scores.csv, a run had one set and one scorer.
+            texts = ("arm", "direction", "set", "scorer", "prompt")
+            scores = _csv(path, texts=texts, numbers=("seed", "item", "score"))
+            return scores.replace({"scorer": _OLD_NAMES}) if self._old else scores
+        # Runs without scores.csv have one set and one scorer.
         first = self.content["summary"][0]
         rows = [{"set": first["set"], "scorer": first["scorer"], **row} for row in self.responses()]
         frame = pd.DataFrame(rows)
         return frame.assign(item=frame.groupby(list(_CELL)).cumcount())[[*_CELL, "item", "prompt", "score"]]
 
     def texts(self) -> pd.DataFrame | None:
-        """A row per arm, direction, seed and text: tokens, nll, kl; None if the run has none.
+        """A row per arm, direction, seed and text: tokens, nll, kl; None for a run without texts.
 
         Raises:
             ValueError: if the file is damaged.
         """
         path = self.file("texts.csv")
         numbers = ("seed", "text", "tokens", "nll", "kl")
-        return _csv(path, words=("arm", "direction"), numbers=numbers) if path.is_file() else None
+        return _csv(path, texts=("arm", "direction"), numbers=numbers) if path.is_file() else None
 
     def responses(self) -> list[dict[str, Any]]:
         """The rows of responses.jsonl.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if the file does not exist.
             ValueError: if a line is not valid JSON, or lacks a key.
         """
         path = self.file("responses.jsonl")
-        # Not splitlines(), which also parts at characters that JSON leaves as they are.
+        # Not splitlines(), which also splits at characters that JSON does not escape.
         rows = [_json(path, line) for line in _text(path).split("\n") if line.strip()]
         for row in rows:
-            _need(path.name, row, _RESPONSE)
-        return rows
+            _check_keys(path.name, row, _RESPONSE)
+        return [{_OLD_NAMES.get(key, key): value for key, value in row.items()} for row in rows] if self._old else rows
 
     def projections(self) -> dict[str, Any]:
         """The content of projections.json.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if the file does not exist.
             ValueError: if it is not valid JSON, or lacks a key.
         """
         path = self.file("projections.json")
-        found = _json(path, _text(path))
-        _need(path.name, found, ("prompt", "tokens", "layers", "arms"))
-        return found
+        content = _json(path, _text(path))
+        _check_keys(path.name, content, ("prompt", "tokens", "layers", "arms"))
+        return content
+
+    @property
+    def _old(self) -> bool:
+        """Whether the files have the names of schema 1."""
+        return self.content["schema"] < SCHEMA
 
 
 def load_results(path: str | Path) -> Results:
-    """A finished run from its folder, or from the results.json in it.
+    """Reads a finished run from its folder, or from the results.json in it.
+
+    Args:
+        path: the folder, or its results.json. Runs of older versions load too, with the names of this version.
 
     Raises:
-        FileNotFoundError: if it is not there.
+        FileNotFoundError: if there is no results.json.
         ValueError: if it is not valid JSON, lacks a key, or has a schema that this version does not know; or if a file
             of the run is not the one that it wrote.
 
     Example:
         >>> run = load_results("runs/mood")
-        >>> print(run.content["behaviour"], run.scores().groupby(["arm", "direction"])["score"].mean())
+        >>> run.content["behaviour"], run.content["choices"]["away"]["multiplier"]
+        ('mood', -2.0)
+        >>> scores = run.scores()
+        >>> list(scores), len(scores)
+        (['arm', 'direction', 'seed', 'set', 'item', 'category', 'scorer', 'score', 'prompt'], 960)
     """
     path = Path(path).expanduser()
     file = path if path.suffix == ".json" else path / "results.json"
     content = checked(_json(file, _text(file)))
+    if content["schema"] < SCHEMA:
+        changes = ", ".join(f"{old!r} as {new!r}" for old, new in _OLD_NAMES.items())
+        _log.info(
+            "%s has schema %s; its old names are read as those of schema %s: %s.",
+            file,
+            content["schema"],
+            SCHEMA,
+            changes,
+        )
     run = Results(file.parent, content, _checksums(content.pop("files", {})))
     for name in run.files:
         run.file(name)
@@ -195,29 +238,33 @@ def load_results(path: str | Path) -> Results:
 
 
 def checked_file(path: str | Path) -> Path:
-    """A file by itself, such as vectors; if it lies in a run's folder as one of its files, it must be the run's.
+    """The path of a single file, such as vectors. If it is one of a run's files, it must be unchanged.
 
     Raises:
-        ValueError: if it is not the one that the run wrote.
+        ValueError: if the file is not the one that the run wrote.
+
+    Example:
+        >>> checked_file("runs/mood/scores.csv").name
+        'scores.csv'
     """
     path = Path(path).expanduser()
-    return Results(path.parent, {}, _known(path.parent) or {}).file(path.name)
+    return Results(path.parent, {}, _checksums_in(path.parent) or {}).file(path.name)
 
 
 def check_no_run(folder: Path) -> None:
-    """Raises ValueError if there is a finished run in a folder, whose scores others would replace."""
+    """Raises ValueError if a folder holds a finished run, whose scores would be replaced."""
     if (folder / "results.json").exists():
-        raise ValueError(f"out: must be a folder without a run, got {folder}, which has one. Give another folder.")
+        raise ValueError(f"out must be a folder without a run, got {folder}, which has one. Give another folder.")
 
 
 def files_of_run(folder: Path) -> list[str]:
-    """Names of the files in a folder that are of the run there, finished or not, and not somebody's own."""
-    known = _known(folder)
-    return [*TABLES, REPORT, *(_MADE_BEFORE if known is None else known)]
+    """Names of the files in a folder that belong to its run, finished or not, and not to the user."""
+    checksums = _checksums_in(folder)
+    return [*TABLES, REPORT, *(_MADE_BEFORE if checksums is None else checksums)]
 
 
-def _known(folder: Path) -> dict[str, str] | None:
-    """The checksums of the run in a folder; None if there is none, or none that has some."""
+def _checksums_in(folder: Path) -> dict[str, str] | None:
+    """The checksums of the run in a folder; None without a run, or for a run without checksums."""
     file = folder / "results.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -227,9 +274,12 @@ def _known(folder: Path) -> dict[str, str] | None:
 
 
 def _checksums(files: Any) -> dict[str, str]:
-    """The entry `files`, whose names may lead nowhere but into the run's own folder."""
+    """The entry `files`. Its names must be plain file names, so that none leads out of the run's folder."""
     if not isinstance(files, Mapping) or not all(map(_is_checksum, files.items())):
-        raise ValueError("results.json: files must be names with checksums. The file is damaged.")
+        raise ValueError(
+            f"results.json: files must be an object of file names and SHA-256 checksums, got {str(files)[:80]!r}. The "
+            "file is damaged; run the experiment again."
+        )
     return dict(files)
 
 
@@ -240,36 +290,58 @@ def _is_checksum(entry: tuple[Any, Any]) -> bool:
 
 
 def checked(content: Any) -> dict[str, Any]:
-    """The content of results.json with every key and column there, those of newer versions filled in.
+    """The content of results.json, with every key and column checked, and with the names and keys of this version.
+
+    `schema` stays the number that the file has.
 
     Raises:
-        ValueError: names the key that is missing, or the schema that is not known.
+        ValueError: if a key is missing, or the schema is not known.
 
     Example:
-        >>> results = checked(run_experiment(load_experiment("mood"), Path("runs/mood")))
+        >>> content = load_results("runs/mood").content
+        >>> old_row = {**content["summary"][0], "scorer": "obeys"}
+        >>> checked({**content, "schema": 1, "summary": [old_row]})["summary"][0]["scorer"]
+        'follows_instruction'
     """
-    if isinstance(content, Mapping) and content.get("schema", SCHEMA) != SCHEMA:
+    if isinstance(content, Mapping) and content.get("schema", SCHEMA) not in range(1, SCHEMA + 1):
         versions = content.get("versions")
-        wrote = versions.get("rt_lens", "?") if isinstance(versions, Mapping) else "?"
+        version = versions.get("rt_lens", "?") if isinstance(versions, Mapping) else "?"
         raise ValueError(
-            f"results.json: schema {content['schema']!r} came, {SCHEMA} is wanted. Use the rt_lens that wrote it "
-            f"(version {wrote}), or run the experiment again with this one."
+            f"results.json: schema must be at most {SCHEMA}, got {content['schema']!r}. Use the rt_lens that wrote the "
+            f"file (version {version}), or run the experiment again with this one."
         )
-    _need("results.json", content, _KEYS)
-    found = {"side_effects": [], "protocol": {"name": "answers", "why": "", "calibration": []}, **content}
-    if "again" in found:
-        _need("results.json: again", found["again"], _AGAIN)
-    _need("results.json: choices", found["choices"], ("rule",))
-    for direction, choice in choices_of(found).items():
-        _need(f"results.json: choices: {direction}", choice, ("layer", "multiplier", "why"))
-    _need("results.json: protocol", found["protocol"], ("name", "why", "calibration"))
-    _need_each("results.json: protocol: calibration", found["protocol"]["calibration"], _CALIBRATION)
+    _check_keys("results.json", content, _KEYS)
+    content = {"side_effects": [], "protocol": {"name": "answers", "why": "", "calibration": []}, **content}
+    if content["schema"] < SCHEMA:
+        content = _with_new_names(content)
+    if "reproducibility" in content:
+        _check_keys("results.json: reproducibility", content["reproducibility"], _REPRODUCIBILITY)
+    _check_keys("results.json: choices", content["choices"], ("rule",))
+    for direction, choice in choices_of(content).items():
+        _check_keys(f"results.json: choices: {direction}", choice, ("layer", "multiplier", "why"))
+    _check_keys("results.json: protocol", content["protocol"], ("name", "why", "calibration"))
+    _check_rows("results.json: protocol: calibration", content["protocol"]["calibration"], _CALIBRATION)
     for key in ("arms", "summary", "side_effects"):
-        _need_each(f"results.json: {key}", found[key], _COLUMNS[key])
-    if not found["summary"]:
-        raise ValueError("results.json: summary is empty, at least one arm is wanted.")
-    found["comparisons"] = _compared(found)
-    return found
+        _check_rows(f"results.json: {key}", content[key], _COLUMNS[key])
+    if not content["summary"]:
+        raise ValueError(
+            "results.json: summary must have a row for at least one arm, got an empty list. Run the experiment again."
+        )
+    content["comparisons"] = _comparisons(content)
+    return content
+
+
+def _with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a file of schema 1 with the names of this version; damaged tables stay as they are."""
+    renamed = {_OLD_NAMES.get(key, key): value for key, value in content.items()}
+    for key in ("arms", "summary", "side_effects", "comparisons"):
+        if isinstance(rows := renamed[key], list):
+            renamed[key] = [_with_new_scorer(row) if isinstance(row, Mapping) else row for row in rows]
+    return renamed
+
+
+def _with_new_scorer(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {**row, "scorer": _OLD_NAMES.get(row["scorer"], row["scorer"])} if "scorer" in row else dict(row)
 
 
 def choices_of(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -277,68 +349,67 @@ def choices_of(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {direction: choice for direction, choice in content["choices"].items() if direction != "rule"}
 
 
-def _compared(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The comparisons; those of an older run, which name one direction and no set, are told as they are now."""
+def _comparisons(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The comparisons; those of an older run, which have one direction and no set, get the columns of newer ones."""
     first, rows = content["summary"][0], []
-    _need_each("results.json: comparisons", content["comparisons"], ("a", "b"))
+    _check_rows("results.json: comparisons", content["comparisons"], ("a", "b"))
     for row in content["comparisons"]:
         if "direction" in row:
             direction = row["direction"]
-            told = {"a_direction": direction, "b_direction": "none" if row["b"] == "untuned" else direction}
-            row = {**told, "set": first["set"], "scorer": first["scorer"], "p_holm": None, **row}
+            directions = {"a_direction": direction, "b_direction": "none" if row["b"] == "untuned" else direction}
+            row = {**directions, "set": first["set"], "scorer": first["scorer"], "p_holm": None, **row}
         rows.append(dict(row))
-    _need_each("results.json: comparisons", rows, _COLUMNS["comparisons"])
+    _check_rows("results.json: comparisons", rows, _COLUMNS["comparisons"])
     return rows
 
 
-def _need_each(where: str, rows: Any, wanted: Sequence[str]) -> None:
+def _check_rows(name: str, rows: Any, keys: Sequence[str]) -> None:
     if not isinstance(rows, list):
-        raise ValueError(f"{where}: a {type(rows).__name__} came, a list of rows is wanted. The file is damaged.")
+        raise ValueError(f"{name} must be a list of rows, got a {type(rows).__name__}. {_DAMAGED}")
     for row in rows:
-        _need(where, row, wanted)
+        _check_keys(name, row, keys)
 
 
-def _need(where: str, came: Any, wanted: Sequence[str]) -> None:
-    if not isinstance(came, Mapping):
-        raise ValueError(f"{where}: a {type(came).__name__} came, an object is wanted. The file is damaged.")
-    if missing := [key for key in wanted if key not in came]:
+def _check_keys(name: str, entry: Any, keys: Sequence[str]) -> None:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{name} must be an object, got a {type(entry).__name__}. {_DAMAGED}")
+    if missing := [key for key in keys if key not in entry]:
         raise ValueError(
-            f"{where}: no key {', '.join(missing)} (came: {', '.join(map(str, came))}). Run the experiment again, to "
-            "its end."
+            f"{name} must have the key {', '.join(missing)}, got {', '.join(map(str, entry)) or 'none'}. {_AGAIN}"
         )
 
 
-def _csv(path: Path, *, words: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+def _csv(path: Path, *, texts: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     try:
-        # Every text as it stands: pandas takes "None" and "NA" for holes.
+        # Read every text as it is: pandas reads "None" and "NA" as missing values.
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (ValueError, UnicodeDecodeError) as refusal:  # pandas' own errors are ValueErrors
-        raise ValueError(f"{path}: no table that can be read ({refusal}). Run the experiment again.") from None
-    if missing := [column for column in (*words, *numbers) if column not in frame]:
+    except (ValueError, UnicodeDecodeError) as error:  # pandas' own errors are ValueErrors
+        raise ValueError(f"{path} must be a CSV table, got a file that cannot be read ({error}). {_AGAIN}") from None
+    if missing := [column for column in (*texts, *numbers) if column not in frame]:
         raise ValueError(
-            f"{path}: no column {', '.join(missing)} (came: {', '.join(map(str, frame.columns))}). Run it again."
+            f"{path} must have the column {', '.join(missing)}, got {', '.join(map(str, frame.columns))}. {_AGAIN}"
         )
     try:
         for column in numbers:
             frame[column] = frame[column].astype(float if column in ("score", "nll", "kl") else int)
-    except ValueError as refusal:
-        raise ValueError(f"{path}: column {column} holds what is no number ({refusal}). Run it again.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: column {column} must hold numbers, got a text ({error}). {_AGAIN}") from None
     if frame.empty:
-        raise ValueError(f"{path}: it has no rows. Run the experiment again, to its end.")
+        raise ValueError(f"{path} must have at least one row, got none. {_AGAIN}")
     return frame
 
 
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"run: {path} is not there. Run the experiment first, to its end.")
+        raise FileNotFoundError(f"run: there is no file {path}. Run the experiment first, until it finishes.")
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as refusal:
-        raise ValueError(f"{path}: not UTF-8 ({refusal}). The file is damaged; run the experiment again.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text, got other bytes ({error}). {_DAMAGED}") from None
 
 
 def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as refusal:
-        raise ValueError(f"{path}: not valid JSON ({refusal}). Run the experiment again, to its end.") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} must be valid JSON, got a text that is not ({error}). {_AGAIN}") from None

@@ -1,4 +1,4 @@
-"""Tables for a paper or a README: arms down, sets and scorers across, every number with its interval."""
+"""Tables for a paper or a README: a row per arm, a column per set and scorer, every number with its interval."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from rt_lens.arms.comparison import beats
+from rt_lens.common.arm_labels import ArmLabel
+from rt_lens.common.formatting import estimate
 
 Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 Pair: TypeAlias = tuple[str, str]
 """Arm and direction, or set and scorer."""
 
-_LESS_IS_BETTER = {"perplexity", "KL", "repetition", "loop", "other", "other_letters"}
+_LESS_IS_BETTER = {"perplexity", "KL", "repetition", "loop", "off_option_mass", "off_option_mass_letters"}
+_LESS_IS_BETTER |= {"other", "other_letters"}  # TODO-RENAME
 _NEITHER = {"length"}
-_PER_PANEL = 4  # columns such as "0.52 [0.43, 0.61]" that a page's width holds
+_PER_PANEL = 4  # columns such as "0.52 [0.43, 0.61]" that fit the width of a page
 _IN_LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
-    # After the end of a row, a bracket would be read as its length, and a star as an order.
+    # After the end of a row, LaTeX reads a bracket as a length, and a star as a command.
     "[": "{[}", "]": "{]}", "*": "{*}",
     **{sign: rf"\{sign}" for sign in "&%$#_"},
 }  # fmt: skip
@@ -34,16 +37,22 @@ def to_markdown(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
 
     Args:
         rows: of `summary` or `side_effects` in results.json, or `ArmScores.summary()`. Columns: arm, direction, set,
-            scorer, n, mean, low, high, seeds; perplexity and kl (with _low, _high) and n_texts where there are any.
+            scorer, n, mean, low, high, seeds; optional perplexity and kl (with _low, _high) and n_texts.
         caption: one line above the table.
-        by_direction: the best arm away has the lowest score, and arms of one direction stand against one another. False
-            for side effects, where less repetition and more of anything else is better, whatever the direction.
+        by_direction: compare arms of one direction with each other; among arms `away` the lowest score is best. False
+            for side effects, where less repetition and more of anything else is better in every direction.
 
     Raises:
-        ValueError: no row, a column that is missing, or an arm, direction, set and scorer that come twice.
+        ValueError: if there is no row, a column is missing, or two rows have the same arm, direction, set and scorer.
 
     Example:
-        >>> print(to_markdown(board.summary(), caption="mood on SmolLM2-135M-Instruct"), encoding="utf-8")
+        >>> rows = load_results("runs/mood").content["summary"]
+        >>> print(to_markdown(rows, caption="mood on tiny"))
+        **mood on tiny**
+        <BLANKLINE>
+        | arm | direction | test: vader | texts: perplexity | texts: KL |
+        |---|---|---:|---:|---:|
+        | untuned | none | 0.... [0...., 0....] | ...
     """
     grid = _grid(rows, by_direction)
     titles = [_mark(f"{name}: {scorer}") for name, scorer in grid.columns]
@@ -56,7 +65,7 @@ def to_markdown(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
 
 
 def to_latex(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
-    """The same as a LaTeX table with booktabs' rules, in panels of four columns, which fit a page's width.
+    """The rows as a LaTeX table with booktabs rules, in panels of four columns, which fit the width of a page.
 
     Args:
         rows: as for `to_markdown`.
@@ -67,8 +76,10 @@ def to_latex(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
         ValueError: as for `to_markdown`.
 
     Example:
-        >>> table = to_latex(board.summary(), caption="mood on SmolLM2-135M-Instruct")
-        >>> Path("table.tex").write_text(table, encoding="utf-8")
+        >>> rows = load_results("runs/mood").content["summary"]
+        >>> table = to_latex(rows, caption="mood on tiny")
+        >>> print(table.splitlines()[3][:23], table.count("toprule"))
+        \\caption{mood on tiny. B 1
     """
     grid = _grid(rows, by_direction)
     panels = [grid.columns[start : start + _PER_PANEL] for start in range(0, len(grid.columns), _PER_PANEL)]
@@ -83,34 +94,41 @@ def to_latex(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
-def efficient(rows: Rows, *, harm: str = "kl") -> list[dict[str, Any]]:
-    """The rows of one set and scorer, and whether no other is at least as good at no more harm, one of them strictly.
+def efficient(rows: Rows, *, side_effect: str = "kl", harm: str | None = None) -> list[dict[str, Any]]:  # TODO-RENAME
+    """Marks the efficient rows of one set and scorer: no other row has a better score without a larger side effect.
 
-    Arms of one direction stand against one another and against those of none, such as the untuned model. Away, a lower
-    score is better. A row whose harm was not measured is not efficient.
+    Another row beats a row if it is at least as good on score and side effect, and better on one of them. A row is
+    compared with rows of its own direction and of no direction, such as the untuned model. Among arms `away`, a lower
+    score is better. A row without a measured side effect is not efficient.
 
     Args:
         rows: as for `to_markdown`, of one set and scorer.
-        harm: column of the side effect, `kl` or `perplexity`.
+        side_effect: column of the side effect, `kl` or `perplexity`.
 
     Returns:
         The rows with `efficient`, for `plots.pareto`.
 
     Raises:
-        ValueError: a column that is missing, or rows of several sets or scorers.
+        ValueError: if a column is missing, or the rows have several sets or scorers.
 
     Example:
-        >>> plots.pareto(efficient(board.summary().query("set == 'test' and scorer == 'vader'")))
+        >>> rows = efficient(load_results("runs/mood").content["summary"])
+        >>> [row["arm"] for row in rows if row["efficient"]][0]  # nothing has a smaller KL to the untuned model
+        'untuned'
     """
-    table = _checked(rows, ("arm", "direction", "set", "scorer", "mean", harm))
-    if len({(row["set"], row["scorer"]) for row in table}) > 1:
-        raise ValueError("rows: of several sets or scorers. Keep one of each; their scores share no axis.")
+    side_effect = harm or side_effect  # TODO-RENAME
+    table = _checked(rows, ("arm", "direction", "set", "scorer", "mean", side_effect))
+    if len(kinds := {(row["set"], row["scorer"]) for row in table}) > 1:
+        raise ValueError(
+            f"rows must have one set and one scorer, got {len(kinds)} pairs of them. Keep one of each, since different "
+            "scores cannot share an axis."
+        )
 
     def beaten(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
         gain = (other["mean"] - row["mean"]) * (-1 if row["direction"] == "away" else 1)
-        return beats(gain, row[harm] - other[harm])
+        return beats(gain, row[side_effect] - other[side_effect])
 
-    measured = [row for row in table if _there(row[harm]) and _there(row["mean"])]
+    measured = [row for row in table if _there(row[side_effect]) and _there(row["mean"])]
     return [
         {**row, "efficient": row in measured and not any(
             beaten(row, other) for other in measured if other["direction"] in (row["direction"], "none")
@@ -121,7 +139,7 @@ def efficient(rows: Rows, *, harm: str = "kl") -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Grid:
-    """What a table says, before it is Markdown or LaTeX."""
+    """The content of a table, before it is written as Markdown or LaTeX."""
 
     heads: list[str]
     labels: list[Pair]
@@ -136,20 +154,23 @@ def _grid(rows: Rows, by_direction: bool) -> _Grid:
     table += _of_texts(table)
     cells: dict[tuple[Pair, Pair], str] = {}
     for row in table:
-        place = (_label(row), _column(row))
-        if place in cells:
-            raise ValueError(f"rows: {', '.join(map(str, sum(place, ())))} came more than once. Pool it over seeds.")
-        cells[place] = _cell(row)
-    several = any(row["direction"] != "none" for row in table)
+        key = (_label(row), _column(row))
+        if key in cells:
+            raise ValueError(
+                "rows must have one row per arm, direction, set and scorer, got two for "
+                f"{', '.join(map(str, sum(key, ())))}. Pool them over seeds."
+            )
+        cells[key] = _cell(row)
+    directed = any(row["direction"] != "none" for row in table)
     return _Grid(
-        ["arm", "direction"] if several else ["arm"],
+        ["arm", "direction"] if directed else ["arm"],
         list(dict.fromkeys(map(_label, table))), list(dict.fromkeys(map(_column, table))), cells,
-        _best(table, by_direction), _note(table, by_direction and several),
+        _best(table, by_direction), _note(table, by_direction and directed),
     )  # fmt: skip
 
 
 def _of_texts(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Perplexity and KL as rows of their own, once for each arm."""
+    """Perplexity and KL as separate rows, one for each arm."""
     arms = {_label(row): row for row in reversed(table)}
     return [
         {"arm": row["arm"], "direction": row["direction"], "set": "texts", "scorer": scorer, "seeds": row["seeds"],
@@ -161,47 +182,49 @@ def _of_texts(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _best(table: Sequence[Mapping[str, Any]], by_direction: bool) -> set[tuple[Pair, Pair]]:
-    """The cells that no other of their column beats at the printed precision; none where all are alike."""
+    """The best cells of each column at the printed precision; none where all cells are equal."""
     columns: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in table:
-        apart = by_direction and row["scorer"] not in _LESS_IS_BETTER
+        separate = by_direction and row["scorer"] not in _LESS_IS_BETTER
         reference = row["scorer"] == "KL" and row["mean"] == 0
         if _there(row["mean"]) and not reference and row["scorer"] not in _NEITHER:
-            columns.setdefault((_column(row), row["direction"] if apart else "none"), []).append(row)
-    found = set()
-    for ((_, scorer), direction), rivals in columns.items():
-        values = [round(float(row["mean"]), _digits(scorer)) for row in rivals]
+            columns.setdefault((_column(row), row["direction"] if separate else "none"), []).append(row)
+    best = set()
+    for ((_, scorer), direction), rows in columns.items():
+        values = [round(float(row["mean"]), _digits(scorer)) for row in rows]
         if len(set(values)) > 1:
             top = min(values) if scorer in _LESS_IS_BETTER or direction == "away" else max(values)
-            found |= {(_label(row), _column(row)) for row, value in zip(rivals, values, strict=True) if value == top}
-    return found
+            best |= {(_label(row), _column(row)) for row, value in zip(rows, values, strict=True) if value == top}
+    return best
 
 
-def _note(table: Sequence[Mapping[str, Any]], apart: bool) -> str:
+def _note(table: Sequence[Mapping[str, Any]], by_direction: bool) -> str:
     sizes: dict[str, set[int]] = {}
     arms: dict[str, dict[str, None]] = {}
     for row in table:
         if _there(row["n"]):
             sizes.setdefault(row["set"], set()).add(int(row["n"]))
-        arm = row["arm"] if row["direction"] == "none" else f"{row['arm']} {row['direction']}"
-        arms.setdefault(", ".join(map(str, row["seeds"])), {})[arm] = None
+        arms.setdefault(", ".join(map(str, row["seeds"])), {})[str(ArmLabel(*_label(row)))] = None
     ns = "; ".join(f"{name} {' to '.join(map(str, sorted({min(n), max(n)})))}" for name, n in sizes.items())
-    seeds = "; ".join(f"{own} ({', '.join(which)})" for own, which in arms.items())
+    seeds = "; ".join(f"{numbers} ({'; '.join(labels)})" for numbers, labels in arms.items())
     several = any(len(row["seeds"]) > 1 for row in table)
-    over = "prompts, and over tuning seeds where there are several" if several else "prompts"
-    bold = "best of a column among arms of one direction" if apart else "best of a column"
+    over = "prompts, and over tuning seeds where an arm has several" if several else "prompts"
+    bold = "best of a column among arms of one direction" if by_direction else "best of a column"
     return (
         f"Brackets: 95 % intervals over {over} (bootstrap or t; Wilson's for shares of a single seed). n: {ns}. "
-        f"Seeds: {seeds}. Bold: {bold}, which need not differ beyond noise from the next."
+        f"Seeds: {seeds}. Bold: {bold}; the difference from the next best can be noise."
     )
 
 
-def _checked(rows: Rows, wanted: Sequence[str]) -> list[dict[str, Any]]:
+def _checked(rows: Rows, columns: Sequence[str]) -> list[dict[str, Any]]:
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
     if frame.empty:
-        raise ValueError("rows: none came; at least one is wanted, as `ArmScores.summary()` gives.")
-    if missing := [column for column in wanted if column not in frame]:
-        raise ValueError(f"rows: no column {', '.join(missing)} (came: {', '.join(map(str, frame.columns))}).")
+        raise ValueError("rows must have at least one row, got none. Give those of `ArmScores.summary()`.")
+    if missing := [column for column in columns if column not in frame]:
+        raise ValueError(
+            f"rows must have the column {', '.join(missing)}, got {', '.join(map(str, frame.columns))}. Give the rows "
+            "of `ArmScores.summary()`."
+        )
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
@@ -218,20 +241,11 @@ def _there(value: Any) -> bool:
 
 
 def _cell(row: Mapping[str, Any]) -> str:
-    digits = _digits(row["scorer"])
-    if not _there(row["mean"]):
-        return "–"
-    interval = f" [{_number(row['low'], digits)}, {_number(row['high'], digits)}]" if _there(row["low"]) else ""
-    return _number(row["mean"], digits) + interval
+    return estimate(row["mean"], row["low"], row["high"], _digits(row["scorer"]))
 
 
 def _digits(scorer: str) -> int:
     return 3 if scorer == "KL" else 2
-
-
-def _number(value: float, digits: int) -> str:
-    # Adding zero turns a rounded -0.0 into 0.0.
-    return f"{round(float(value), digits) + 0.0:.{digits}f}"
 
 
 def _filled(
@@ -239,25 +253,25 @@ def _filled(
     label: Pair,
     column: Pair,
     bold: Callable[[str], str],
-    written: Callable[[str], str],
+    write: Callable[[str], str],
 ) -> str:
-    """A cell, its mean in bold if it is the best."""
+    """The text of a cell, with its mean in bold if it is the best."""
     mean, space, interval = grid.cells.get((label, column), "–").partition(" ")
     best = (label, column) in grid.best
-    return (bold(written(mean)) if best else written(mean)) + space + written(interval)
+    return (bold(write(mean)) if best else write(mean)) + space + write(interval)
 
 
 def _panel(grid: _Grid, columns: Sequence[Pair]) -> str:
     n = len(grid.heads)
     sets: list[list[Any]] = []
-    for place, (name, _) in enumerate(columns, start=n + 1):
+    for number, (name, _) in enumerate(columns, start=n + 1):
         if sets and sets[-1][0] == name:
-            sets[-1][2] = place
+            sets[-1][2] = number
         else:
-            sets.append([name, place, place])
-    above = " & ".join([*[""] * n, *(rf"\multicolumn{{{b - a + 1}}}{{c}}{{{_tex(name)}}}" for name, a, b in sets)])
+            sets.append([name, number, number])
+    header = " & ".join([*[""] * n, *(rf"\multicolumn{{{b - a + 1}}}{{c}}{{{_tex(name)}}}" for name, a, b in sets)])
     rules = " ".join(rf"\cmidrule(lr){{{a}-{b}}}" for _, a, b in sets)
-    lines = [rf"\begin{{tabular}}{{@{{}}{'l' * n}{'r' * len(columns)}@{{}}}}", r"\toprule", rf"{above} \\", rules]
+    lines = [rf"\begin{{tabular}}{{@{{}}{'l' * n}{'r' * len(columns)}@{{}}}}", r"\toprule", rf"{header} \\", rules]
     lines += [rf"{' & '.join(map(_tex, [*grid.heads, *(scorer for _, scorer in columns)]))} \\", r"\midrule"]
     for label in grid.labels:
         cells = [_filled(grid, label, column, lambda text: rf"\textbf{{{text}}}", _figures) for column in columns]
@@ -266,7 +280,7 @@ def _panel(grid: _Grid, columns: Sequence[Pair]) -> str:
 
 
 def _figures(text: str) -> str:
-    """Numbers and brackets in LaTeX: a minus sign instead of a hyphen."""
+    """Numbers and brackets for LaTeX, with a minus sign instead of a hyphen."""
     return text.replace("-", "$-$").replace("–", "--")
 
 
@@ -275,5 +289,5 @@ def _tex(text: Any) -> str:
 
 
 def _mark(text: Any) -> str:
-    """Text on one line with no markup of its own; entities first, for Markdown lets HTML through."""
+    """Text on one line with its markup escaped. HTML is escaped first, since Markdown passes it on."""
     return re.sub(r"([\\`*_~\[\]#|])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from rt_lens.models.forward import check_layers

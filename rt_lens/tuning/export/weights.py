@@ -189,7 +189,9 @@ def _of_bridge(model: TransformerBridge, delta: WeightDelta | None) -> HuggingFa
         plain = type(original)(copy.deepcopy(config))
     repeated = plain.state_dict().keys() & dict(plain.named_parameters(remove_duplicate=False)).keys()
     wanted = (plain.state_dict().keys() - repeated) | dict(plain.named_parameters()).keys()  # tied ones once
-    joint = {plain_name(name): part for name, part in original.named_modules() if isinstance(part, JointQKVAttentionBridge)}
+    joint = {
+        plain_name(name): part for name, part in original.named_modules() if isinstance(part, JointQKVAttentionBridge)
+    }
     with changed_by(model, delta):
         state = {plain_name(name): tensor for name, tensor in original.state_dict().items()}
         for name, attention in joint.items():
