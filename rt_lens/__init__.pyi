@@ -15,8 +15,8 @@ from .arms.sweeping import sweep as sweep
 from .data.contrast_pairs import ContrastPairs as ContrastPairs
 from .data.contrast_pairs import load_pairs as load_pairs
 from .data.questions import load_questions as load_questions
-from .evaluation.answering import evaluate as evaluate
 from .evaluation.tasks import EvalTask as EvalTask
+from .evaluation.tasks import evaluate as evaluate
 from .experiment.config import load_experiment as load_experiment
 from .experiment.run import run_experiment as run_experiment
 from .models.generation import generate as generate

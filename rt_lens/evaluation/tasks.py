@@ -1,22 +1,23 @@
-"""What is asked of a model and how its answers are scored: the one way to measure, for comparisons and searches.
+"""Questions together with their scorers: the one way to measure a model, for evaluations, comparisons and searches.
 
 A measure is a function from a model to one number per prompt. An `EvalTask` is one, and so is a `LogitDifference`; a
-function of your own works wherever they do.
+function of your own works wherever they do. Nothing in this module knows how a model was steered or tuned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
 from rt_lens.common.inputs import text_list
+from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
 from rt_lens.data.questions import Asked, Question, as_questions
-from rt_lens.evaluation.answering import ask
+from rt_lens.evaluation.answering import ask, response_text
 from rt_lens.evaluation.registry import ScorerLike, make_scorer
-from rt_lens.evaluation.scorers import Scorer
+from rt_lens.evaluation.scorers import Scorer, is_share
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import logits_where
 from rt_lens.models.generation import as_chat
@@ -25,14 +26,14 @@ from rt_lens.models.tokens.batches import batches
 from rt_lens.models.tokens.chats import tokenizer_of
 
 Measure: TypeAlias = Callable[[Model], Sequence[float]]
-"""A model goes in, with whatever hooks or changed weights it has; one number per prompt comes out, in order."""
+"""A function from a model, with whatever hooks or changed weights it has, to one number per prompt, in order."""
 
 _RESERVED = ("arm", "direction", "seed", "set", "prompt", "response")
 
 
 @runtime_checkable
 class Repeatable(Protocol):
-    """A measure that can ask its prompts several times in one batch, so that each copy is steered its own way."""
+    """A measure that can repeat its prompts within one batch, so that each copy can be steered differently."""
 
     @property
     def prompts(self) -> list[str]: ...
@@ -42,16 +43,16 @@ class Repeatable(Protocol):
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Questions, and how their answers are scored. Called on a model, it gives the first scorer's numbers.
+    """Questions and the scorers of their responses. Called on a model, a task gives the first scorer's numbers.
 
     Attributes:
-        questions: prompts, questions, or pairs (each topic once).
-        scorers: one scorer or a list of them: names, tables, functions or Scorers. Figures show the first.
+        questions: prompts, questions, or contrast pairs (each topic once, without a persona).
+        scorers: one scorer or a list of them: names, `[scorer]` tables, functions or Scorers. Figures show the first.
         max_new_tokens: length of a response, where a scorer reads text.
         batch_size: texts per batch.
 
     Raises:
-        ValueError: for no scorer, or two of one name.
+        ValueError: for an empty list of scorers, or two scorers of one name.
 
     Example:
         >>> task = EvalTask(prompts, "vader", max_new_tokens=4)
@@ -71,7 +72,7 @@ class EvalTask:
         alone = isinstance(self.scorers, str | Mapping) or callable(self.scorers)
         scorers: tuple[Any, ...] = (self.scorers,) if alone else tuple(self.scorers)
         if not scorers:
-            raise ValueError("scorers must be a list of at least one, got an empty one. Give scorers=['vader'], say.")
+            raise ValueError("scorers must be a list of at least one scorer, got an empty list. Try scorers=['vader'].")
         object.__setattr__(self, "questions", tuple(as_questions(self.questions)))
         object.__setattr__(self, "scorers", tuple(make_scorer(scorer) for scorer in scorers))
         names = [scorer.name for scorer in self.made]
@@ -115,19 +116,118 @@ class EvalTask:
 
 
 @dataclass(frozen=True)
-class LogitDifference:
-    """Logit of one next token minus that of another, after each prompt. Nothing is generated.
+class Evaluation:
+    """Responses to prompts, with their scores.
 
     Attributes:
-        questions: prompts; they go through the chat template as `generate` does.
+        scorer: name of the scorer.
+        prompts: the prompts.
+        responses: the model's response to each prompt; for a scorer of options, the likeliest option.
+        scores: one score for each response.
+        interval: mean score with n and its 95 % interval over prompts: Wilson's for shares, else a bootstrap.
+        seed: seed of generation and bootstrap.
+
+    Example:
+        >>> evaluation = evaluate(model, prompts, max_new_tokens=4)
+        >>> evaluation.scorer, len(evaluation.responses), evaluation.interval.n
+        ('vader', 2, 2)
+    """
+
+    scorer: str
+    prompts: list[str] = field(repr=False)
+    responses: list[str] = field(repr=False)
+    scores: list[float] = field(repr=False)
+    interval: Interval
+    seed: int
+
+
+def evaluate(
+    model: Model,
+    test: EvalTask | Asked,
+    scorer: ScorerLike | None = None,
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """The model's responses to prompts, scored.
+
+    Args:
+        model: the model, measured with its current hooks and weights. Give a scorer that itself asks a model another
+            model, or use it in `compare_arms`, which scores after it has reverted the arm.
+        test: an `EvalTask`; or prompts, questions, or contrast pairs (each topic once, without a persona).
+        scorer: `vader`, a `[scorer]` table, a function from a response to a number, or a Scorer; None for `vader`. A
+            task has its scorers; `evaluate` uses the first.
+        max_new_tokens: length of a response; None for 40. A task has its own.
+        temperature: 0 for greedy.
+        seed: seed of sampling and bootstrap.
+        batch_size: prompts per batch; None for 64, or the task's. It affects speed and memory only.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for an unknown scorer, no prompt, a question without what its scorer reads, or a scorer or
+            max_new_tokens beside a task.
+
+    Example:
+        >>> evaluation = evaluate(model, test, "vader", max_new_tokens=4)
+        >>> len(evaluation.scores) == len(test.topics)
+        True
+        >>> with applied(model, delta):
+        ...     tuned = evaluate(model, EvalTask(test, "vader", max_new_tokens=4))
+        >>> tuned.prompts == evaluation.prompts
+        True
+    """
+    if isinstance(test, EvalTask):
+        _refuse_beside_a_task(scorer=scorer, max_new_tokens=max_new_tokens)
+        score, questions = test.made[0], list(test.asked)
+        n_tokens, default_batch = test.max_new_tokens, test.batch_size
+    else:
+        score, questions = make_scorer("vader" if scorer is None else scorer), as_questions(test)
+        n_tokens, default_batch = 40 if max_new_tokens is None else max_new_tokens, 64
+    answers = ask(
+        model, questions, {score.reads}, max_new_tokens=n_tokens, temperature=temperature, seed=seed,
+        batch_size=default_batch if batch_size is None else batch_size, progress=progress,
+    )  # fmt: skip
+    scores = [float(value) for value in score(answers)]
+    return Evaluation(
+        score.name, [question.prompt for question in questions],
+        [response_text(answer, score) for answer in answers], scores, _interval(score, scores, seed), seed,
+    )  # fmt: skip
+
+
+def _refuse_beside_a_task(**settings: Any) -> None:
+    """Raises ValueError for a setting that the task has already."""
+    for name, value in settings.items():
+        if value is not None:
+            keyword = "scorers" if name == "scorer" else name
+            raise ValueError(
+                f"{name} must be left out if test is an EvalTask, got {value!r}. Set it in the task, as in "
+                f"EvalTask(questions, {keyword}=...)."
+            )
+
+
+def _interval(scorer: Scorer, scores: Sequence[float], seed: int) -> Interval:
+    if is_share(scorer) and set(scores) <= {0.0, 1.0}:
+        return share_interval(int(sum(scores)), len(scores))
+    return mean_interval(scores, seed)
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Logit of one next token minus the logit of another, after each prompt. Nothing is generated.
+
+    Attributes:
+        questions: prompts; they get the chat template, as in `generate`.
         positive: text whose first token counts for the behaviour, with its leading space.
         negative: text whose first token counts against it.
         batch_size: prompts per batch.
 
     Example:
         >>> difference = LogitDifference(prompts, " yes", " no")
-        >>> len(difference(model))
-        2
+        >>> len(difference(model)) == len(prompts)
+        True
     """
 
     questions: Iterable[str]
@@ -140,10 +240,10 @@ class LogitDifference:
 
     @torch.no_grad()
     def __call__(self, model: Model) -> list[float]:
-        """The difference for each prompt.
+        """The logit difference after each prompt.
 
         Raises:
-            ValueError: if the two texts begin with the same token, or with none.
+            ValueError: if the two texts begin with the same token, or one is empty.
         """
         first, second = self._tokens(model)
         differences = [0.0] * len(self.prompts)
@@ -172,7 +272,7 @@ class LogitDifference:
 
     @property
     def name(self) -> str:
-        """What it measures, for tables."""
+        """Name of the measure, for tables."""
         return "LogitDifference"
 
     @property
@@ -182,5 +282,5 @@ class LogitDifference:
 
 
 def measure_of(task: Measure | Asked) -> Measure:
-    """A measure as it is; prompts or questions as an EvalTask with the scorer `vader`."""
+    """The measure itself; for prompts or questions, an EvalTask with the scorer `vader`."""
     return task if callable(task) else EvalTask(task)
