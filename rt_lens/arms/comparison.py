@@ -219,11 +219,11 @@ class ArmScores:
                 of_a, of_b = (self._cell(scores, label) for label in (a, b))
                 if not len(of_a) or not len(of_b) or (compared is not None and (name, scorer) not in compared):
                     continue
-                first, second, seeds = _matched(of_a, of_b)
-                comparison = paired_comparison(first, second, seed=self.seed)
-                seeded = first.ndim + second.ndim > 2  # without seeds there are no degrees of freedom to allow for
+                values_a, values_b, seeds = _matched(of_a, of_b)
+                comparison = paired_comparison(values_a, values_b, seed=self.seed)
+                seeded = values_a.ndim + values_b.ndim > 2  # without seeds there are no degrees of freedom to allow for
                 cautious.append(
-                    paired_comparison(first, second, self.seed, cautious=True).p if seeded else comparison.p
+                    paired_comparison(values_a, values_b, self.seed, cautious=True).p if seeded else comparison.p
                 )
                 cell = {"a": a[0], "a_direction": a[1], "b": b[0], "b_direction": b[1], "set": name, "scorer": scorer}
                 rows.append({**cell, **comparison._asdict(), "seeds": seeds})
