@@ -6,16 +6,17 @@ import re
 from typing import NamedTuple
 
 DIRECTIONS = ("toward", "away", "suppress")
-"""Which way an arm goes along a behaviour's direction; an arm without one, as the untuned model, has `none`."""
+"""The directions of an arm along a behaviour; an arm without one, such as the untuned model, has `none`."""
 
-_STEM = re.compile(rf"(?P<arm>.+)_(?P<direction>{'|'.join((*DIRECTIONS, 'out'))})(?: seed (?P<seed>\d+))?")
+_OLD_NAMES = {"out": "suppress"}
+_STEM = re.compile(rf"(?P<arm>.+)_(?P<direction>{'|'.join((*DIRECTIONS, *_OLD_NAMES))})(?: seed (?P<seed>\d+))?")
 
 
 class ArmLabel(NamedTuple):
     """An arm, its direction and its tuning seed.
 
     Attributes:
-        arm: its name, `rep_tuned` say.
+        arm: its name, for example `rep_tuned`.
         direction: `toward`, `away`, `suppress`, or `none`.
         seed: of the tuning run.
 
@@ -42,12 +43,12 @@ class ArmLabel(NamedTuple):
 
     @classmethod
     def parse(cls, stem: str) -> ArmLabel:
-        """The label of a file's name; a name without a direction is an arm as it is.
+        """The label of a file's name; a name without a direction is an arm's name alone.
 
-        `out`, the older word for `suppress`, is read too.
+        `out`, the earlier name of `suppress`, is read too.
         """
-        named = _STEM.fullmatch(stem)
-        if named is None:
+        match = _STEM.fullmatch(stem)
+        if match is None:
             return cls(stem)
-        direction = "suppress" if named["direction"] == "out" else named["direction"]
-        return cls(named["arm"], direction, int(named["seed"] or 0))
+        direction = _OLD_NAMES.get(match["direction"], match["direction"])
+        return cls(match["arm"], direction, int(match["seed"] or 0))

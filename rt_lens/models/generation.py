@@ -120,7 +120,7 @@ class NewToken:
 
 
 def as_chat(model: HasTokenizer, prompts: Sequence[str], *, system: str = "") -> list[str]:
-    """User messages with the chat template applied. Without a template, and for chats already, the text is unchanged."""
+    """User messages with the chat template applied; chats, and all texts without a template, stay as they are."""
     if not has_chat_template(model):
         return list(prompts)
     return [text if is_chat(model, text) else chat_text(model, text, system=system) for text in prompts]
@@ -149,8 +149,8 @@ def generate(
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        prompts: user messages, to which the chat template is applied. A `ChatText`, or a text that begins with a special
-            token, has had it applied and stays as it is.
+        prompts: user messages, to which the chat template is applied. A `ChatText`, or a text that begins with a
+            special token, has had it applied and stays as it is.
         chat: False leaves all prompts as they are.
         max_new_tokens: at most this many tokens each; a row also ends at the model's end tokens (`end_ids`).
         temperature: softmax temperature; 0 takes the most likely token.
