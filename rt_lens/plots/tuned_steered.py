@@ -187,8 +187,10 @@ def effect_against_side_effect(
 
 
 def effect_against_damage(table: Table, **texts: str) -> go.Figure:  # TODO-RENAME
-    """The old name of `effect_against_side_effect`."""
     return effect_against_side_effect(table, **{_OLD_NAMES.get(name, name): text for name, text in texts.items()})
+
+
+effect_against_damage.__doc__ = effect_against_side_effect.__doc__  # TODO-RENAME
 
 
 def _with_new_names(table: Table) -> pd.DataFrame:
