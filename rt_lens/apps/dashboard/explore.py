@@ -237,7 +237,7 @@ class _Responses:
             self.job.watch(None)
             self.tokens[names[new.row]].append(new.token)
             for projection in new.projections.values():
-                self.rows.append({"arm": names[new.row], "place": new.place, "projection": projection})
+                self.rows.append({"arm": names[new.row], "index": new.place, "projection": projection})
             if time.monotonic() - self.shown_at > _BETWEEN:
                 self.show()
 
@@ -253,5 +253,5 @@ class _Responses:
         self.job.show("answers", html.Div(columns, className="answers"))
         if self.rows:
             labels = {name: token_texts(self.model, tokens) for name, tokens in self.tokens.items()}
-            rows = [{**row, "token": labels[row["arm"]][row["place"]]} for row in self.rows]
+            rows = [{**row, "token": labels[row["arm"]][row["index"]]} for row in self.rows]
             self.job.show("trace", graph(plots.trace(rows, title=self.title), "explore-trace-graph"))
