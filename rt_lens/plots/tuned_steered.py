@@ -5,7 +5,6 @@ The tables hold measured scores; no figure in this module knows a model or a sco
 
 from __future__ import annotations
 
-import warnings
 from html import unescape
 
 import numpy as np
@@ -30,6 +29,7 @@ from rt_lens.plots.style import (
     whiskers,
     with_measure,
     with_minus_sign,
+    with_new_names,
 )
 
 _OLD_NAMES = {
@@ -144,7 +144,7 @@ def effect_against_side_effect(
     """
     measured = [f"{name}{end}" for name in ("effect", "side_effect") for end in ("", "_low", "_high")]
     numbers = ("multiplier", *measured, "n", "n_side_effect")
-    frame = check_table(_with_new_names(table), labels=("arm", "seed"), numbers=numbers)
+    frame = check_table(with_new_names(table, _OLD_NAMES), labels=("arm", "seed"), numbers=numbers)
     check_unique(frame, ["arm", "multiplier"])
     effect, side_effect = escape_html([effect, side_effect])
     colours = arm_colours(frame["arm"])
@@ -187,18 +187,10 @@ def effect_against_side_effect(
 
 
 def effect_against_damage(table: Table, **texts: str) -> go.Figure:  # TODO-RENAME
-    """The old name of `effect_against_side_effect`."""
     return effect_against_side_effect(table, **{_OLD_NAMES.get(name, name): text for name, text in texts.items()})
 
 
-def _with_new_names(table: Table) -> pd.DataFrame:
-    """The table with the columns that older tables call `damage` under their new name."""
-    frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table))
-    old = [column for column in frame.columns if column in _OLD_NAMES]
-    if old:
-        new = ", ".join(_OLD_NAMES[column] for column in old)
-        warnings.warn(f"'{', '.join(old)}' is now '{new}'; the old name still works.", UserWarning, stacklevel=3)
-    return frame.rename(columns=_OLD_NAMES)
+effect_against_damage.__doc__ = effect_against_side_effect.__doc__  # TODO-RENAME
 
 
 def _corners(rows: pd.DataFrame, side: str) -> list[str]:
