@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import stat
-from types import SimpleNamespace
 
 import pytest
 import torch
