@@ -140,4 +140,3 @@ def by_arm(
         with applied(model, arm):
             found[name] = read()
     return found
-

@@ -122,8 +122,7 @@ def _distinct(argument: str, prompts: Iterable[str]) -> list[str]:
     distinct = list(dict.fromkeys(text_list(prompts, argument)))
     if len(distinct) < 4:
         raise ValueError(
-            f"{argument} must be at least 4 different prompts, half to fit on and half to test on, got "
-            f"{len(distinct)}."
+            f"{argument} must be at least 4 different prompts, half to fit on and half to test on, got {len(distinct)}."
         )
     return distinct
 

@@ -253,6 +253,4 @@ def check_multiplier(multiplier: Multiplier) -> None:
     """
     finite = bool(torch.isfinite(torch.as_tensor(multiplier)).all())
     if not finite or (isinstance(multiplier, Tensor) and multiplier.ndim != 1) or isinstance(multiplier, Sequence):
-        raise ValueError(
-            f"multiplier must be a finite number, or a tensor with one for each prompt, got {multiplier}."
-        )
+        raise ValueError(f"multiplier must be a finite number, or a tensor with one for each prompt, got {multiplier}.")

@@ -62,9 +62,7 @@ class Naming:
 
     def count(self, n: int) -> None:
         if not 1 <= n <= _MOST_ENTRIES:
-            raise RefusedError(
-                f"{self.origin} must hold 1 to {_MOST_ENTRIES} entries, one for each layer, got {n}."
-            )
+            raise RefusedError(f"{self.origin} must hold 1 to {_MOST_ENTRIES} entries, one for each layer, got {n}.")
 
     def __call__(self, shapes: Mapping[Any, Sequence[int]]) -> dict[str, Any]:
         """Hook name -> the file's own key, in the blocks' order."""

@@ -178,9 +178,7 @@ def _from_object(source: Any, hook: str, offset: int) -> dict[str, Tensor]:
             "TransformerLens has no hook point (it has none behind a norm's own weights). Train it with one of these."
         )
     if hook not in ("resid_post", _LAYER_TYPES[kind]):
-        raise ValueError(
-            f"hook must be {_LAYER_TYPES[kind]} for layer_type {kind!r}, got {hook}. Leave hook out."
-        )
+        raise ValueError(f"hook must be {_LAYER_TYPES[kind]} for layer_type {kind!r}, got {hook}. Leave hook out.")
     return Naming("source", _LAYER_TYPES[kind], offset).read_tensors(tensors)
 
 
