@@ -257,7 +257,7 @@ def test_it_reads_the_weights_and_changes_none(tiny, tiny_vectors):
 def test_a_delta_or_vectors_of_another_model_are_refused(tiny, tiny_vectors, make_tiny, provenance):
     with pytest.raises(ValueError, match=r"blocks\.9\.mlp\.W_out .* no such parameter"):
         one(tiny, "blocks.9.mlp.W_out", noise((64, 32)))
-    with pytest.raises(ValueError, match="made for d_model 32"):
+    with pytest.raises(ValueError, match="extracted from a model with d_model 32"):
         one(make_tiny(d_model=16), "blocks.0.mlp.W_out", noise((64, 16)), tiny_vectors)
     heads = SteeringVectors({"blocks.0.attn.hook_z": noise((4, 8))}, provenance)
     with pytest.raises(ValueError, match="one for each head"):
@@ -448,9 +448,9 @@ def test_what_is_wrong_is_named(tiny, tiny_vectors, as_a_user, look, texts, arms
 def test_texts_and_vectors_that_cannot_be_projected_are_named(tiny, tiny_vectors):
     with pytest.raises(ValueError, match="number 1 has fewer than two tokens"):
         projection_changes(tiny, tiny_vectors, ["Two words", "One"], {"untuned": None})
-    with pytest.raises(ValueError, match="layer 0 has several"):
+    with pytest.raises(ValueError, match="one vector per layer, got several at layer 0"):
         projection_changes(tiny, tiny_vectors.everywhere(tiny, 1), TEXTS, {"untuned": None})
-    with pytest.raises(ValueError, match="layers: 5 is outside"):
+    with pytest.raises(ValueError, match="layers.*5"):
         residual_shifts(tiny, {"untuned": None}, TEXTS, tiny_vectors, layers=[5])
 
 

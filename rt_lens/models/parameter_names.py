@@ -138,7 +138,7 @@ def from_matrix(name: str, matrix: Float[Tensor, "out into"], shape: tuple[int, 
 
 
 def stored_input_first(model: nn.Module, name: str) -> bool:
-    """Whether a weight belongs to a Conv1D of transformers (GPT-2), which keeps [in, out] where nn.Linear keeps [out, in].
+    """Whether a weight belongs to a Conv1D of transformers (GPT-2), stored as [in, out] and not [out, in].
 
     Names do not tell: a bridge calls GPT-2's output projection `attn.o`, as it calls other models' linear ones.
 

@@ -266,7 +266,8 @@ def vectors_of(
     if sides.alike:
         raise ValueError(
             f"pairs must differ between their sides, but in {provenance.behaviour!r} the two sides are the same, token "
-            f"by token, up to the {sides.words}, so there is no direction. Give pairs whose sides differ, or read later "
+            f"by token, up to the {sides.words}, so there is no direction. Give pairs whose sides differ, or read "
+            "later "
             "tokens."
         )
     vectors, erasers = {}, {}
@@ -290,7 +291,8 @@ def vectors_of(
 
 
 def _by_head(of: Callable[[int], Callable[..., Tensor]], *activations: Float[Tensor, "text *heads d"]) -> Tensor:
-    """One head's function of activations [text, d], for every head where there are heads, which stay the axis before d."""
+    """One head's function of activations [text, d], for every head where there are heads, which stay the axis "
+    "before d."""
     if activations[0].ndim == 2:
         return of(0)(*activations)
     heads = range(activations[0].shape[1])
