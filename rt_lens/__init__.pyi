@@ -9,14 +9,14 @@ from . import steering as steering
 from . import tuning as tuning
 from . import vectors as vectors
 from .apps.dashboard.opening import dashboard as dashboard
-from .arms.comparison import EvalTask as EvalTask
 from .arms.comparison import compare_arms as compare_arms
 from .arms.intervention import applied as applied
 from .arms.sweeping import sweep as sweep
 from .data.contrast_pairs import ContrastPairs as ContrastPairs
 from .data.contrast_pairs import load_pairs as load_pairs
 from .data.questions import load_questions as load_questions
-from .evaluation.answering import evaluate as evaluate
+from .evaluation.tasks import EvalTask as EvalTask
+from .evaluation.tasks import evaluate as evaluate
 from .experiment.config import load_experiment as load_experiment
 from .experiment.run import run_experiment as run_experiment
 from .models.generation import generate as generate

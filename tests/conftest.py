@@ -42,10 +42,25 @@ from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 
+FIRST = ("test_notebooks.py", "test_readme.py", "test_docstrings.py")
+"""The longest files, so that two workers end together; the others stay in their order."""
+
+SLOW_FIXTURES = {"model", "bridge", "page", "site", "browser", "at_hand"}
+SLOW_FILES = {
+    "test_browser.py", "test_dashboard_command.py", "test_endpoint.py", "test_experiment.py", "test_harness.py",
+    "test_model_folders.py", "test_notebooks.py", "test_plan.py", "test_readme.py", "test_statistics_coverage.py",
+    "test_tuning_checkpoint.py", "test_tuning_faults.py",
+}  # fmt: skip
+"""What `make check` leaves to `make test`: the real model, browsers, servers, processes, simulations."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that two workers end together; the others stay in their order."""
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """Marks what is slow, and puts the longest files first."""
+    order = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
+    for item in items:
+        if item.path.name in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,9 @@ def test_reading_needs_no_gradient_and_keeps_none(tiny):
     "read", [lambda m, n: last_token_activations(m, TEXTS, n), lambda m, n: token_activations(m, "a", n)]
 )
 def test_an_unknown_hook_name_is_refused_with_near_ones(tiny, read):
-    wanted = r"hook: 'blocks\.0\.hook_residpost' is not in this model \(2 blocks\)\. Near: .*blocks\.0\.hook_resid_post"
+    wanted = (
+        r"hook_names contains 'blocks\.0\.hook_residpost', .* \(2 blocks\)\. Did you mean .*blocks\.0\.hook_resid_post"
+    )
     with pytest.raises(ValueError, match=wanted):
         read(tiny, [POST[0], "blocks.0.hook_residpost"])
 
@@ -114,8 +116,8 @@ def test_known_hook_names_pass(tiny):
     [
         ([], 4, "texts must be a list of at least one text, got an empty one"),
         ("one string", 4, "texts must be a list of at least one text, got one string. Put a single text in brackets"),
-        (["a", ""], 4, "texts: number 1 has no tokens"),
-        (["a"], 0, "batch_size: 0 came"),
+        (["a", ""], 4, "texts must have at least one token each, got none in number 1"),
+        (["a"], 0, "batch_size must be a whole number of at least 1, got 0"),
     ],
 )
 def test_texts_that_cannot_be_read_are_refused(tiny, hooks_on, texts, batch_size, message):
@@ -125,7 +127,7 @@ def test_texts_that_cannot_be_read_are_refused(tiny, hooks_on, texts, batch_size
 
 
 def test_no_hook_name_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"hook: the list is empty. Name at least one hook point"):
+    with pytest.raises(ValueError, match=r"hook_names must name at least one hook point, got an empty list"):
         last_token_activations(tiny, TEXTS, [])
 
 

@@ -226,9 +226,9 @@ def test_hostile_texts_are_shown_as_texts(page):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "prompt: nothing came. Type what the user says"),
-        (" \n\t", "prompt: nothing came. Type what the user says"),
-        ("rain and sun " * 770, "tokens came with the chat template; at most 400 are wanted. Shorten it."),
+        ("", "prompt must not be empty. Type what the user says"),
+        (" \n\t", "prompt must not be empty. Type what the user says"),
+        ("rain and sun " * 770, "prompt must have at most 400 tokens with the chat template, got"),
     ],
     ids=["empty", "blank", "10,000 characters"],
 )

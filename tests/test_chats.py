@@ -160,7 +160,7 @@ def test_an_prefill_stands_outside_a_thought_that_the_template_opens(tokenizer):
 
 def test_answers_that_begin_with_a_thought_are_warned_of(tiny):
     tiny.tokenizer.chat_template = THINKING
-    with pytest.warns(UserWarning, match=r"2 of 2 answers begin with a thought.*enable_thinking"):
+    with pytest.warns(UserWarning, match=r"2 of 2 responses begin with a thought.*enable_thinking"):
         rtl.generate(tiny, ["Hi", "Who?"], max_new_tokens=2)
     tiny.cfg.rt_lens_chat_template_kwargs = {"enable_thinking": False}
     with warnings.catch_warnings():

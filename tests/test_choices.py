@@ -41,7 +41,7 @@ def test_totals_are_those_of_plain_passes(model):
         assert found.other == pytest.approx(1 - sum(math.exp(total) for total in found.totals), abs=1e-4)
 
 
-def test_letters_are_asked_in_every_rotation_and_averaged(model):
+def test_multiple_choice_asks_in_every_rotation_and_averages(model):
     question = ASKED[0]
     totals = [[0.0] * 3 for _ in range(3)]
     for turn in range(3):
@@ -49,21 +49,21 @@ def test_letters_are_asked_in_every_rotation_and_averaged(model):
         text = chat_text(model, lettered(question.prompt, listed), prefill="The answer is")
         for option in range(3):
             totals[turn][option] = directly(model, text, " " + "ABC"[listed.index(question.options[option])])
-    (found,) = likelihoods(model, [question], form="letters")
+    (found,) = likelihoods(model, [question], form="multiple_choice")
     assert list(found.totals) == pytest.approx([sum(column) / 3 for column in zip(*totals, strict=True)], abs=2e-4)
     spread = max(abs(a - b) for row in zip(*totals, strict=True) for a, b in itertools.combinations(row, 2))
     assert spread > 0.05  # so there was a liking for letters or places to average out
 
 
-def test_swapping_the_options_swaps_the_letters_totals(model):
-    one = likelihoods(model, [Question("Is ice cold or hot?", ("cold",), ("hot",))], form="letters")[0]
-    two = likelihoods(model, [Question("Is ice cold or hot?", ("hot",), ("cold",))], form="letters")[0]
+def test_swapping_the_options_swaps_their_totals_in_multiple_choice(model):
+    one = likelihoods(model, [Question("Is ice cold or hot?", ("cold",), ("hot",))], form="multiple_choice")[0]
+    two = likelihoods(model, [Question("Is ice cold or hot?", ("hot",), ("cold",))], form="multiple_choice")[0]
     assert one.totals == pytest.approx(two.totals[::-1], abs=1e-4)
 
 
-@pytest.mark.parametrize("form", ["answers", "letters"])
+@pytest.mark.parametrize("form", ["completion", "multiple_choice"])
 def test_batch_size_order_and_company_change_no_score(model, form):
-    asked = load_questions("honesty")[:: 24 if form == "answers" else 50]
+    asked = load_questions("honesty")[:: 24 if form == "completion" else 50]
     scorers = [Likelihood(measure, form) for measure in ("accuracy", "share", "margin")]
 
     def scores(questions, batch_size):
@@ -80,7 +80,7 @@ def test_batch_size_order_and_company_change_no_score(model, form):
 
 
 def test_a_branched_cache_gives_what_whole_texts_give(tiny):
-    asks = [ask for number, question in enumerate(ASKED) for ask in _asks(tiny, number, question, "answers")]
+    asks = [ask for number, question in enumerate(ASKED) for ask in _asks(tiny, number, question, "completion")]
     whole = _whole(tiny, asks, len(ASKED))
     for found, totals in zip(likelihoods(tiny, ASKED), whole, strict=True):
         assert list(found.totals) == pytest.approx(totals, abs=1e-4)
@@ -95,7 +95,7 @@ def test_a_bridge_gives_the_same(model, bridge):
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
 def test_edits_by_position_and_by_row_mean_the_same_tokens_in_both_ways(tiny, tiny_vectors, positions):
     each = torch.tensor([0.5, -1.0, 2.0])
-    asks = [ask for number, question in enumerate(ASKED) for ask in _asks(tiny, number, question, "answers")]
+    asks = [ask for number, question in enumerate(ASKED) for ask in _asks(tiny, number, question, "completion")]
     with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], each, positions=positions)):
         branched = likelihoods(tiny, ASKED, batch_size=2)
         whole = _whole(tiny, asks, len(ASKED))
@@ -116,7 +116,7 @@ def test_a_condition_read_at_the_question_holds_for_its_options(tiny, tiny_vecto
         tiny, [f"Is {it} cold?" for it in ("ice", "snow", "rain", "hail")], [f"{n} + {n}" for n in range(4)], layer=0
     )
     hooks = rtl.conditional(rtl.add(tiny_vectors, [1], 3.0), condition)
-    asks = [ask for number, question in enumerate(ASKED) for ask in _asks(tiny, number, question, "answers")]
+    asks = [ask for number, question in enumerate(ASKED) for ask in _asks(tiny, number, question, "completion")]
     with tiny.hooks(fwd_hooks=hooks):
         found = likelihoods(tiny, ASKED)
         alone = [likelihoods(tiny, [question])[0] for question in ASKED]
@@ -129,7 +129,7 @@ def test_a_condition_read_at_the_question_holds_for_its_options(tiny, tiny_vecto
 def test_tokens_that_reach_over_the_edge_are_counted(tiny):
     # "Answer:" and " Yes" share no token, but an option may join the prefill's last one ("micro" + "scope").
     question = Question("Name a tool.", ("scope",), ("wave",), prefill="A micro")
-    (ask,) = _asks(tiny, 0, question, "answers")
+    (ask,) = _asks(tiny, 0, question, "completion")
     joined = tiny.tokenizer.decode([*ask.start, *ask.options[0]])
     assert joined.endswith("A micro scope")
     assert all(len(option) >= 1 for option in ask.options)
@@ -138,22 +138,22 @@ def test_tokens_that_reach_over_the_edge_are_counted(tiny):
 @pytest.mark.parametrize(
     ("question", "form", "says"),
     [
-        (Question("Hi."), "answers", "'Hi.' has 0 options; at least 2"),
-        (Question("Hi.", ("a",)), "letters", "has 1 options; at least 2 and at most 10"),
-        (Question("Hi.", ("a",), tuple("bcdefghijkl")), "letters", "has 12 options"),
+        (Question("Hi."), "completion", "at least 2 options each, got 0 for 'Hi.'"),
+        (Question("Hi.", ("a",)), "multiple_choice", "at least 2 and at most 10 options each, got 1 for 'Hi.'"),
+        (Question("Hi.", ("a",), tuple("bcdefghijkl")), "multiple_choice", "got 12 for 'Hi.'"),
     ],
 )
 def test_questions_without_enough_options_are_named(tiny, question, form, says):
-    with pytest.raises(ValueError, match="questions: ") as caught:
+    with pytest.raises(ValueError, match="^questions must have ") as caught:
         likelihoods(tiny, [ASKED[0], question], form=form)
     assert says in str(caught.value)
 
 
 @pytest.mark.usefixtures("as_a_user")
 def test_unknown_forms_and_batch_sizes_are_refused(tiny):
-    with pytest.raises(ValueError, match="form: 'words' came"):
+    with pytest.raises(ValueError, match="form must be 'completion' or 'multiple_choice', got 'words'"):
         likelihoods(tiny, ASKED, form="words")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="batch_size: 0 came"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         likelihoods(tiny, ASKED, batch_size=0)
 
 
@@ -166,14 +166,14 @@ def test_shares_add_up_and_length_can_be_taken_out():
 def test_the_likelihood_scorer_by_hand():
     asked = Question("?", ("a", "b"), ("c", "d"))
     totals = tuple(float(x) for x in torch.tensor([0.1, 0.3, 0.2, 0.4]).log())
-    answer = Answer(asked, "", {"answers": Likelihoods(totals, (1, 1, 1, 1), 0.0)})
+    answer = Answer(asked, "", {"completion": Likelihoods(totals, (1, 1, 1, 1), 0.0)})
     score = {measure: Likelihood(measure)([answer])[0] for measure in ("accuracy", "share", "margin")}
     assert score == pytest.approx({"accuracy": 0.0, "share": 0.4, "margin": 0.0}, abs=1e-6)
-    tie = Answer(asked, "", {"answers": Likelihoods((-1.0,) * 4, (1,) * 4, 0.0)})
+    tie = Answer(asked, "", {"completion": Likelihoods((-1.0,) * 4, (1,) * 4, 0.0)})
     assert Likelihood("accuracy")([tie]) == [0.5]
 
 
-def test_the_embedded_model_knows_facts_by_likelihood_and_cannot_judge_letters(model):
+def test_the_bundled_model_knows_facts_by_likelihood(model):
     capitals = [q for q in load_questions("capitals") if q.wrong][:20]
     found = likelihoods(model, [Question(q.prompt, q.right[:1], q.wrong, prefill="Answer:") for q in capitals])
     right = [each.totals[0] == max(each.totals) for each in found]

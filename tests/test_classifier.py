@@ -14,9 +14,9 @@ import rt_lens as rtl
 from rt_lens.common.statistics.intervals import share_interval
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.data.questions import Answer, Question
-from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.classifier import TextClassifier, classifier_of
 from rt_lens.evaluation.scorers import Scorer, vader
+from rt_lens.evaluation.tasks import evaluate
 
 THINGS = (
     "rain", "school", "your garden", "the sea", "winter", "trains", "bread", "your street", "music", "the news",
@@ -91,8 +91,8 @@ def test_prefills_are_left_out_where_both_sides_share_them(tiny):
     assert classifier_of(tiny, bare, max_new_tokens=4)(texts) == classifier_of(tiny, opened, max_new_tokens=4)(texts)
 
 
-def test_personas_that_change_nothing_are_told_of(tiny):
-    with pytest.warns(UserWarning, match=r"'feeling' it is right in 0.50 .*n = 4 topics, seed 0\), not above chance"):
+def test_personas_that_change_nothing_raise_a_warning(tiny):
+    with pytest.warns(UserWarning, match=r"of 'feeling' is 0.50 .*n = 4 topics, seed 0\), not above chance"):
         found = classifier_of(tiny, asked("Be kind.", "Be kind.", n=12), max_new_tokens=4)
     assert found.accuracy.mean == 0.5
 
@@ -103,17 +103,18 @@ def test_what_is_above_chance_is_not_warned_of(model, moody):
         classifier_of(model, moody, n_train=24, n_test=16, test_share=0.4, max_new_tokens=8)
 
 
-def test_a_model_that_writes_nothing_is_told_of(make_tiny: Callable[..., Any]):
+def test_a_model_that_generates_nothing_is_refused(make_tiny: Callable[..., Any]):
     silent = make_tiny()
     with torch.no_grad():
         silent.unembed.b_U[silent.tokenizer.eos_token_id] = 1e4
-    with pytest.raises(ValueError, match="classifier: the model wrote nothing to learn from"):
+    with pytest.raises(ValueError, match="model must generate text to train a classifier on, got none"):
         classifier_of(silent, asked("Be kind.", "Be rude.", n=12), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("change", [{"n_train": 1}, {"n_test": 0}, {"test_share": 0.0}, {"test_share": 1.0}])
 def test_numbers_out_of_range_are_named(tiny, change):
-    with pytest.raises(ValueError, match=f"classifier: .*{next(iter(change))} {next(iter(change.values()))}"):
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {value}"):
         classifier_of(tiny, asked("Be kind.", "Be rude.", n=12), **change)
 
 

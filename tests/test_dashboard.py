@@ -90,7 +90,7 @@ def test_a_stopped_job_ends_and_one_that_waits_never_begins(jobs):
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (ValueError("layer: 31 came."), "layer: 31 came."),
+        (ValueError("layer must be 0 to 29, got 31."), "layer must be 0 to 29, got 31."),
         (MemoryError("Lower batch_size."), "Lower batch_size."),
         (SystemExit("bye"), "SystemExit: bye (unexpected; the terminal of the dashboard says more)"),
         (RuntimeError("odd"), "RuntimeError: odd (unexpected; the terminal of the dashboard says more)"),
@@ -110,7 +110,7 @@ def test_two_dashboards_take_turns_on_one_model(tiny):
     assert gate.begun.wait(20)
     other = second.start("second", lambda job: job.show("turn", gate.open.is_set()))
     gate.open.set()
-    assert ended(second, other).shown == {"turn": True}, "it came after the first had ended"
+    assert ended(second, other).shown == {"turn": True}, "it starts after the first has ended"
     assert ended(first, key).state == "done"
     first.close()
     second.close()
@@ -204,7 +204,7 @@ def test_the_frame_asks_for_nothing_from_outside_and_forbids_it(board):
 
 def test_a_port_is_taken_freed_and_taken_again(board, tiny, tiny_vectors):
     port = port_of(board)
-    with pytest.raises(ValueError, match=f"port: {port} cannot be had .Address already in use.. Give another"):
+    with pytest.raises(ValueError, match=f"port {port} is not available .Address already in use.. Give another"):
         rtl.dashboard(tiny, tiny_vectors, port=port)
     beside = rtl.dashboard(tiny, tiny_vectors)
     assert port_of(beside) != port and answer(beside).status == 200
@@ -231,7 +231,7 @@ def test_a_notebook_shows_it_in_a_frame(board):
 
 
 def test_what_cannot_be_opened_is_refused_before_anything_is(tiny_vectors, model, tmp_path):
-    with pytest.raises(ValueError, match="model, run: neither came. Give a model"):
+    with pytest.raises(ValueError, match="model or run must be given, got neither. Give a model"):
         rtl.dashboard()
     with pytest.raises(ValueError, match="made for d_model 32"):
         rtl.dashboard(model, tiny_vectors)
@@ -318,14 +318,14 @@ def test_a_tuned_arm_answers_as_well(explored, tiny, tiny_vectors):
     job = explored(arm="rep_tuned_away", bench=bench)
     with delta.applied(tiny):
         (reply,) = rtl.generate(tiny, ["Hello there."], max_new_tokens=6)
-    assert [article.children[0].children for article in job.shown["answers"].children][2] == "rep_tuned away"
+    assert [article.children[0].children for article in job.shown["answers"].children][2] == "rep_tuned, away"
     assert texts(job)[2] == reply
     assert "rep_tuned_away" in [option["value"] for option in ids(layout(bench))["explore-arm"].options]
 
 
 def test_a_prompt_too_long_to_draw_is_refused(explored, tiny):
     n = len(encode(tiny, as_chat(tiny, ["rain " * 500])[0]))
-    with pytest.raises(ValueError, match=f"prompt: {n} tokens came with the chat template; at most 400 are wanted"):
+    with pytest.raises(ValueError, match=f"prompt must have at most 400 tokens with the chat template, got {n}"):
         explored("rain " * 500)
 
 

@@ -43,7 +43,7 @@ SETTINGS = ("1", 4, 3e-3, 14.0, 1.0, 1.0, 5)
 
 @pytest.fixture(scope="module")
 def once() -> dict[str, Any]:
-    """What the tests share, for tuning takes seconds: a model, which each leaves as it was, and what came of it."""
+    """What the tests share, for tuning takes seconds: a model, which each leaves as it was, and the results."""
     return {}
 
 
@@ -231,13 +231,13 @@ def test_vectors_of_another_hook_point_are_tuned_along_where_they_are(bench, onc
 
 def test_tuning_where_there_is_no_vector_is_refused_before_any_work(bench, tiny_vectors):
     bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
-    with pytest.raises(ValueError, match=r"layers: 1 is outside these vectors' blocks 0\.\.0"):
+    with pytest.raises(ValueError, match=r"layers.* 1.*\b0\.\.0"):
         tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
     bench.forget_kept(BEHAVIOUR)
     _, work = tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
     bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))  # while it waits
     job = FilteredPairs(work)
-    with pytest.raises(ValueError, match="layers: 1 is outside"):
+    with pytest.raises(ValueError, match="layers.* 1"):
         job.work(job)
     assert not job.shown  # what stood there is not wiped away
 
@@ -269,16 +269,16 @@ def test_stopping_leaves_the_model_bit_for_bit_as_it_was(bench, hooks_on, monkey
 @pytest.mark.parametrize(
     ("changed", "wanted"),
     [
-        ({0: ""}, "layers: '' came"),
-        ({0: "one"}, "layers: 'one' came"),
-        ({0: "0-9"}, "layers: 2 is outside"),
-        ({1: None}, "steps: no whole number came"),
-        ({1: 2.5}, "steps: 2.5 came"),
-        ({2: None}, "learning rate: nothing came"),
-        ({2: 0.0}, "learning_rate: 0.0 came; more than 0"),
+        ({0: ""}, "layers.*''"),
+        ({0: "one"}, "layers.*'one'"),
+        ({0: "0-9"}, "layers.* 2"),
+        ({1: None}, "steps.*whole number"),
+        ({1: 2.5}, r"steps.* 2\.5"),
+        ({2: None}, "learning rate must be a number, got nothing"),
+        ({2: 0.0}, r"learning_rate.* 0"),
         ({3: 0.0, 4: 0.0}, "nothing to learn"),
-        ({5: -1.0}, "kl_weight: -1.0 came; 0 or more"),
-        ({6: -1}, "seed: -1 came"),
+        ({5: -1.0}, r"kl_weight.* -1\.0"),
+        ({6: -1}, "seed.* -1"),
     ],
 )
 def test_tuning_refuses_by_name_before_any_work(bench, changed, wanted, as_a_user):
@@ -414,15 +414,15 @@ def test_without_harm_none_is_measured_and_another_behaviours_arm_has_no_directi
 @pytest.mark.parametrize(
     ("arms", "layer", "multiplier", "prompts", "length", "wanted"),
     [
-        ([], 1, 2.0, 4, 5, "arms: none came"),
-        (None, 1, 2.0, 4, 5, "arms: none came"),
-        (["rep_tuned_away"], 1, 2.0, 4, 5, "arms: rep_tuned_away is not here any more"),
-        (["steered"], 1, 0.0, 4, 5, "multiplier: 0 came"),
-        (["steered"], 1, None, 4, 5, "multiplier: nothing came"),
-        (["steered"], 2, 2.0, 4, 5, "layer: 2 came"),
-        (["steered"], 1, 2.0, None, 5, "prompts: no whole number came"),
-        (["steered"], 1, 2.0, 3, 5, "prompts: 3 came; a whole number from 4 to 2,000 is wanted"),
-        (["steered"], 1, 2.0, 4, None, "new tokens: no whole number came"),
+        ([], 1, 2.0, 4, 5, "arms must name at least one arm"),
+        (None, 1, 2.0, 4, 5, "arms must name at least one arm"),
+        (["rep_tuned_away"], 1, 2.0, 4, 5, "arms must be among .*, got rep_tuned_away"),
+        (["steered"], 1, 0.0, 4, 5, "multiplier must not be 0"),
+        (["steered"], 1, None, 4, 5, "multiplier must be a number, got nothing"),
+        (["steered"], 2, 2.0, 4, 5, "layer.* 2"),
+        (["steered"], 1, 2.0, None, 5, "prompts.*whole number"),
+        (["steered"], 1, 2.0, 3, 5, "prompts.*whole number from 4 to 2,000"),
+        (["steered"], 1, 2.0, 4, None, "new tokens.*whole number"),
     ],
 )
 def test_compare_refuses_by_name_before_any_work(bench, arms, layer, multiplier, prompts, length, wanted, as_a_user):

@@ -188,9 +188,9 @@ def test_the_oldest_sets_are_dropped_and_asking_for_them_says_so(bench, tiny_vec
     assert len(set(keys)) == len(keys)
     assert all(bench.aside(key) == ("mood", tiny_vectors) for key in keys[1:])
     for gone in (keys[0], "9-of-a-former-life"):
-        with pytest.raises(ValueError, match=f"vectors: these are gone.* or {MOST_ASIDE} others were found since"):
+        with pytest.raises(ValueError, match=f"no longer kept.* or computed {MOST_ASIDE} newer ones"):
             vectors.as_download(bench, gone)
-        with pytest.raises(ValueError, match="Find them again"):
+        with pytest.raises(ValueError, match="Compute them again"):
             vectors.use(bench, {"key": gone, "behaviour": "mood"})
     assert not bench.has_vectors("mood")
 
@@ -249,16 +249,16 @@ def test_the_buttons_do_so_and_say_so(tiny, tiny_vectors):
     answer = pressed(app, "vectors-back", {**found, "key": "gone"})  # the way back is open all the same
     assert bench.vectors("mood") is tiny_vectors and answer["vectors-back"]["disabled"] is True
     answer = pressed(app, "vectors-use", {**found, "key": "gone"})
-    assert list(answer) == ["vectors-error"] and "Find them again" in answer["vectors-error"]["children"]
+    assert list(answer) == ["vectors-error"] and "Compute them again" in answer["vectors-error"]["children"]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("mean_diff", None, 0), "pairs: no whole number came; a whole number from 4 to 2,000 is wanted"),
-        (("mean_diff", 3, 0), "pairs: 3 came"),
-        (("mean_diff", 96, -1), "seed: -1 came"),
-        (("magic", 96, 0), "method: 'magic' came; one of mean_diff"),
+        (("mean_diff", None, 0), "pairs.*whole number from 4 to 2,000"),
+        (("mean_diff", 3, 0), "pairs.* 3"),
+        (("mean_diff", 96, -1), "seed.* -1"),
+        (("magic", 96, 0), "method must be one of mean_diff.*, got 'magic'"),
     ],
 )
 def test_settings_of_vectors_that_will_not_do_are_refused_before_any_work(bench, settings, message):
@@ -313,14 +313,14 @@ def test_the_steering_page_draws_what_sweep_finds_layer_after_layer(bench):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("x", "-2,0,2", 6, 20), "layers: 'x' came; blocks such as"),
-        ((None, "-2,0,2", 6, 20), "layers: '' came"),
-        (("0-2", "-2,0,2", 6, 20), r"layers: 2 is outside this model's blocks 0\.\.1"),
-        (("0", "-2,2,3", 6, 20), "multipliers: -2,2,3 came; at least three numbers, and 0"),
-        (("0", "0,2", 6, 20), "multipliers: 0,2 came; at least three"),
-        (("0", "0,one", 6, 20), "multipliers: '0,one' came"),
-        (("0", "-2,0,2", None, 20), "prompts: no whole number came; a whole number from 2 to 200"),
-        (("0", "-2,0,2", 6, 0), "new tokens: 0 came"),
+        (("x", "-2,0,2", 6, 20), "layers.*'x'"),
+        ((None, "-2,0,2", 6, 20), "layers.*''"),
+        (("0-2", "-2,0,2", 6, 20), r"layers contains 2, but this model has blocks 0\.\.1"),
+        (("0", "-2,2,3", 6, 20), "multipliers must be at least three different numbers, and 0.* got -2,2,3"),
+        (("0", "0,2", 6, 20), "multipliers must be at least three.* got 0,2"),
+        (("0", "0,one", 6, 20), "multipliers.*'0,one'"),
+        (("0", "-2,0,2", None, 20), "prompts.*whole number from 2 to 200"),
+        (("0", "-2,0,2", 6, 0), "new tokens.* 0"),
     ],
 )
 def test_settings_of_steering_that_will_not_do_are_refused_before_any_work(bench, settings, message):
@@ -331,7 +331,7 @@ def test_settings_of_steering_that_will_not_do_are_refused_before_any_work(bench
 def test_a_layer_without_a_vector_is_refused_before_the_others_are_steered(bench, tiny_vectors):
     bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
     job = Job("steering", "1", steering.plan(bench, BEHAVIOUR, "0-1", "-2,0,2", 2, 2)[1])
-    with pytest.raises(ValueError, match="layers: 1 is outside these vectors' blocks 0..0"):
+    with pytest.raises(ValueError, match=r"layers.* 1.*\b0\.\.0"):
         job.work(job)
     assert not job.shown
 

@@ -1,4 +1,4 @@
-"""A judge behind an endpoint: what it makes of replies, with the embedded model behind a real server for one."""
+"""A judge behind an endpoint: what it makes of replies, with the bundled model behind a real server for one."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import pytest
 from chat_server import HAPPY, SAD, Requests, against, alone, by_sense
 
 import rt_lens as rtl
-from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.scorers import Scorer
+from rt_lens.evaluation.tasks import evaluate
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 
-# The embedded model behind a server
+# The bundled model behind a server
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[str, str]]:
-    """URL and name of the embedded model behind `transformers serve`."""
+    """URL and name of the bundled model behind `transformers serve`."""
     folder = bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -43,7 +43,7 @@ def served() -> Iterator[tuple[str, str]]:
         for _ in range(600):
             assert server.poll() is None, f"the server ended with {server.returncode}"
             try:
-                urllib.request.build_prefill(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health")
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"http://127.0.0.1:{port}/health")
                 break
             except OSError:
                 time.sleep(0.2)
@@ -53,7 +53,7 @@ def served() -> Iterator[tuple[str, str]]:
         server.wait(20)
 
 
-def test_the_embedded_model_judges_pairs_over_http(served, judge, model, tmp_path):
+def test_the_bundled_model_judges_pairs_over_http(served, judge, model, tmp_path):
     url, name = served
     first = judge(url, model=name, max_tokens=1, price_in=1.0, price_out=2.0)  # it goes on talking after its letter
     there = first(against(HAPPY, SAD))
@@ -70,14 +70,14 @@ def test_the_embedded_model_judges_pairs_over_http(served, judge, model, tmp_pat
     assert first.cost == pytest.approx((read + 12) / 1e6)
 
 
-def test_the_embedded_model_abstains_from_grading_and_is_counted(served, judge, model):
+def test_the_bundled_model_abstains_from_grading_and_is_counted(served, judge, model):
     url, name = served
     patient = judge(url, model=name, pairs=False, most_unread=1.0)
-    with pytest.warns(UserWarning, match="1 of 1 replies could not be read"):
+    with pytest.warns(UserWarning, match="1 of 1 replies cannot be parsed"):
         found = evaluate(model, ["Tell me of the sea."], patient, max_new_tokens=4)
     assert found.scores == [0.5] and found.scorer == "endpoint_judge_sounds_happy"
     assert patient.usage.requests == 2 and patient.usage.unread == 1  # asked, and reminded
-    with pytest.raises(ConnectionError, match="most_unread: 1 of 1 replies of .* could not be read"):
+    with pytest.raises(ConnectionError, match="most_unread .*10%.*, got 1 of 1 replies of .* that cannot be parsed"):
         evaluate(model, ["Tell me of the sea."], judge(url, model=name, pairs=False), max_new_tokens=4)
 
 
@@ -115,7 +115,8 @@ def test_grades_are_scaled_and_keep_their_order_under_many_workers(serve, judge)
 @pytest.mark.parametrize("pairs", [True, False])
 def test_a_reply_is_read_strictly_asked_for_once_more_and_then_an_error(serve, judge, reply, pairs):
     came = serve(lambda _: reply)
-    with pytest.raises(ConnectionError, match=f"most_unread: 1 of . replies of someone .*{re.escape(repr(reply))}"):
+    says = f"most_unread .* got 1 of . replies of someone .*{re.escape(repr(reply))}"
+    with pytest.raises(ConnectionError, match=says):
         judge(came.url, pairs=pairs, workers=1)(against(HAPPY[:1], SAD[:1]))
     assert [len(body["messages"]) for body in came[:2]] == [1, 3]
     assert (
@@ -131,14 +132,14 @@ def test_a_reminder_is_enough(serve, judge):
 
 def test_abstentions_are_ties_that_are_counted_and_warned_of(serve, judge):
     asked = judge(serve(lambda came: "?" if "Nobody" in str(came[-1]) else by_sense(came)).url, most_unread=0.5)
-    with pytest.warns(UserWarning, match=r"2 of 6 replies could not be read and count as abstentions, such as '\?'"):
+    with pytest.warns(UserWarning, match=r"2 of 6 replies cannot be parsed and count as abstentions, such as '\?'"):
         assert asked(against(HAPPY, SAD)) == [1.0, 1.0, 0.0]
     assert asked.usage.unread == 2
 
 
 def test_replies_that_cannot_be_read_stop_the_asking(serve, judge):
     came = serve(lambda _: "?")
-    with pytest.raises(ConnectionError, match="most_unread: 1[01] of 100"):
+    with pytest.raises(ConnectionError, match="most_unread .* got 1[01] of 100"):
         judge(came.url, pairs=False, workers=1)(alone([str(n) for n in range(100)]))
     before = len(came)
     assert before < 100  # of 200, had it gone on
@@ -147,5 +148,5 @@ def test_replies_that_cannot_be_read_stop_the_asking(serve, judge):
 
 
 def test_pairs_want_a_baseline(judge):
-    with pytest.raises(ValueError, match="answers: 'How was it.' has no baseline"):
+    with pytest.raises(ValueError, match="answers must each have a baseline .*, got none for 'How was it.'"):
         judge("http://localhost:1/v1")(alone(HAPPY))

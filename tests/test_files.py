@@ -42,7 +42,7 @@ def test_tensors_and_header_come_back(tmp_path):
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     path = write_safetensors(tmp_path / "a.safetensors", OLD, {"step": "1"})
     before = kept(tmp_path)
-    with full_disk(50_000), pytest.raises(OSError, match=r"a\.safetensors could not be written.*too large"):
+    with full_disk(50_000), pytest.raises(OSError, match=r"a\.safetensors cannot be written.*too large"):
         write_safetensors(path, LARGE, {"step": "2"})
     assert kept(tmp_path) == before
     with full_disk(50_000), pytest.raises(OSError, match="too large"):
@@ -93,12 +93,12 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(tmp_path):
     remove_leftovers(tmp_path / "none" / "a")  # nor does a folder that is not there matter
 
 
-@pytest.mark.parametrize(("name", "says"), [("folder", "is a folder"), ("file/a", "cannot be written"),
-                                            ("a" * 300, "cannot be written")])  # fmt: skip
+@pytest.mark.parametrize(("name", "says"), [("folder", "got the folder"), ("file/a", "can be written, got"),
+                                            ("a" * 300, "can be written, got")])  # fmt: skip
 def test_a_place_that_cannot_be_written_is_told_before_anything_is(tmp_path, name, says):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("a file")
-    with pytest.raises((ValueError, OSError), match=f"place: .*{says}"):
+    with pytest.raises((ValueError, OSError), match=f"place must be .*{says}"):
         check_can_write(tmp_path / name, "place")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -111,7 +111,7 @@ def test_a_folder_without_permission_is_told(tmp_path):
     if as_root:  # whom permissions do not hold
         os.seteuid(65534)
     try:
-        with pytest.raises(OSError, match=r"place: .*Permission denied.*Give another place"):
+        with pytest.raises(OSError, match=r"place must be .*Permission denied.*Give another path"):
             check_can_write(tmp_path / "locked" / "a", "place")
     finally:
         if as_root:
@@ -130,10 +130,10 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path):
     whole = write_safetensors(tmp_path / "a", LARGE, {"step": "1"}).read_bytes()
     for content in (b"", b"hello", whole[:40], whole[:-1], whole + b"more", bytes(64)):
         (tmp_path / "b").write_bytes(content)
-        with pytest.raises(ValueError, match=r"thing: .*b is truncated or no safetensors file .*Make it again"):
+        with pytest.raises(ValueError, match=r"thing must be a complete .*b, which is damaged .*Write the file again"):
             read_safetensors(tmp_path / "b", "thing")
     for missing in (tmp_path / "none", tmp_path):
-        with pytest.raises(FileNotFoundError, match="thing: there is no file"):
+        with pytest.raises(FileNotFoundError, match="thing must be a file, got .* does not exist"):
             read_safetensors(missing, "thing")
 
 
@@ -184,7 +184,7 @@ def test_a_set_that_is_broken_off_leaves_the_one_before_and_is_kept_only_if_aske
         return
     (aside,) = [path for path in tmp_path.iterdir() if path != folder]
     assert kept(aside) == {"a": b"2"}
-    assert f"the run was broken off. What was made so far is kept in {aside}" in caplog.text
+    assert f"the run was broken off. The files so far are kept in {aside}" in caplog.text
     assert str(aside) in broken.value.__notes__[0]
     caplog.clear()
     write_set(folder, b"3", kept=word)  # goes on all the same, and says what is still there
@@ -246,6 +246,6 @@ def test_a_folder_called_by_a_dot_and_one_whose_parent_cannot_be_written(tmp_pat
 
 def test_a_users_folder_of_a_files_name_is_not_taken_away(tmp_path):
     (tmp_path / "run" / "a").mkdir(parents=True)
-    with pytest.raises(OSError, match="is a folder, and a file of that name is to be written"):
+    with pytest.raises(OSError, match="must be free for a file, got a folder of that name"):
         write_set(tmp_path / "run", b"1")
     assert (tmp_path / "run" / "a").is_dir()

@@ -155,7 +155,7 @@ def test_rotary_angles_grow_with_the_text_and_stop_at_the_context(make_tiny):
     tokens = torch.arange(80)[None] + 100
     with quick(model):
         fast = model(tokens)
-        with pytest.raises(ValueError, match=r"tokens: 81 positions came, this model's context holds 80"):
+        with pytest.raises(ValueError, match=r"tokens must fit this model's context of 80 positions, got 81"):
             model(torch.arange(81)[None])
     torch.testing.assert_close(fast, make_tiny(n_ctx=80)(tokens), atol=1e-5, rtol=1e-4)
     assert not any(swapped(model))
@@ -223,7 +223,7 @@ def test_pattern_hooks_with_a_cache_are_refused_with_the_mend(tiny):
     with (
         quick(tiny),
         tiny.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda x, hook: seen.append(x))]),
-        pytest.raises(ValueError, match=r"hooks: attention scores and patterns cannot be hooked.*Hook hook_z instead"),
+        pytest.raises(ValueError, match=r"hooks must leave attention scores and patterns alone.*Hook hook_z instead"),
     ):
         tiny(tokens, attention_mask=mask, past_kv_cache=cache)
     assert not seen

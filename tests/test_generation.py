@@ -228,7 +228,7 @@ def test_an_exception_while_generating_leaves_nothing(tiny, hooks_on):
 def test_hooked_patterns_are_refused_with_the_mend(tiny):
     with (
         tiny.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda x, hook: x)]),
-        pytest.raises(ValueError, match=r"hooks: attention scores and patterns cannot.*Hook hook_z instead"),
+        pytest.raises(ValueError, match=r"hooks must leave attention scores and patterns alone.*Hook hook_z instead"),
     ):
         generate(tiny, PROMPTS)
 
@@ -236,9 +236,9 @@ def test_hooked_patterns_are_refused_with_the_mend(tiny):
 def test_a_text_may_fill_the_context_and_no_more(tiny):
     ids = [1000] * 250
     assert len(generate_tokens(tiny, [ids, ids[:3]], 6)[0]) == 6
-    with pytest.raises(ValueError, match=r"prompts: 250 tokens and 7 new ones exceed the context of 256\. Shorten"):
+    with pytest.raises(ValueError, match=r"must fit the model's context of 256 tokens, got 250 \+ 7\. Shorten"):
         generate_tokens(tiny, [ids, ids[:3]], 7)
-    with pytest.raises(ValueError, match=r"prompts: \d+ tokens and 40 new ones exceed the context of 256\. Shorten"):
+    with pytest.raises(ValueError, match=r"must fit the model's context of 256 tokens, got \d+ \+ 40\. Shorten"):
         generate(tiny, ["word " * 300])
 
 
@@ -264,13 +264,13 @@ def test_one_string_and_an_empty_list_are_refused_with_the_mend(tiny, prompts):
 )
 def test_a_number_out_of_range_is_refused_by_name(tiny, wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"generate: .*{name} {value}.* came; at least .* wanted"):
+    with pytest.raises(ValueError, match=rf"{name}.* must be at least .*got .*{name}={value}"):
         generate(tiny, PROMPTS, **wrong)
 
 
 def test_a_model_without_a_tokenizer_is_refused(tiny):
     tiny.tokenizer = None
-    with pytest.raises(ValueError, match=r"model: it has no tokenizer.*Set model\.tokenizer"):
+    with pytest.raises(ValueError, match=r"model must have a tokenizer .*Set model\.tokenizer"):
         generate(tiny, PROMPTS)
 
 
@@ -449,7 +449,7 @@ def test_a_stream_that_is_left_half_way_leaves_nothing(tiny, hooks_on):
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 2.0}, {"top_k": -1}])
 def test_a_stream_refuses_numbers_out_of_range(tiny, wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"generate: .*{name} {value}.* wanted"):
+    with pytest.raises(ValueError, match=rf"{name}.* must be .*got .*{value}"):
         next(stream(tiny, PROMPTS[0], **wrong))
 
 
@@ -557,13 +557,15 @@ def test_traced_projections_of_the_real_model_are_token_projections_of_the_text(
 
 
 def test_a_trace_that_cannot_be_is_refused(tiny, tiny_vectors, provenance):
-    with pytest.raises(ValueError, match=r"trace: nobody is told of it\. Give on_token"):
+    with pytest.raises(ValueError, match=r"trace must come with on_token, got on_token=None\. Give a function"):
         generate(tiny, PROMPTS, trace=tiny_vectors)
     wide = SteeringVectors({POST[0]: torch.ones(48)}, provenance)
     with pytest.raises(ValueError, match=r"vectors: made for d_model 48"):
         generate(tiny, PROMPTS, trace=wide, on_token=print)
     heads = SteeringVectors({"blocks.0.attn.hook_z": torch.ones(4, 8)}, provenance)
-    with pytest.raises(ValueError, match=r"trace: vectors at hook_z are each head's own"):
+    with pytest.raises(
+        ValueError, match=r"trace must be vectors with one direction per hook point, got vectors per head"
+    ):
         generate(tiny, PROMPTS, trace=heads, on_token=print)
 
 

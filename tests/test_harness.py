@@ -13,8 +13,8 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.data.builtin import neutral_paragraphs
-from rt_lens.evaluation import harness
-from rt_lens.evaluation.harness import chat_of, continued, harness_model, prefix_of, rolled, wish_of, written
+from rt_lens.evaluation import lm_eval_bridge
+from rt_lens.evaluation.lm_eval_bridge import chat_of, continued, harness_model, options_of, prefix_of, rolled, written
 from rt_lens.models.generation import Sampling
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
@@ -80,13 +80,13 @@ def test_edits_of_generated_tokens_act_on_the_continuation_only(tiny, tiny_vecto
 def test_what_does_not_fit_loses_its_beginning_and_that_is_said(make_tiny):
     small = make_tiny(n_ctx=12).double()
     before, after = list(range(100, 120)), [7, 8, 9]
-    with pytest.warns(UserWarning, match="requests: 1 did not fit the context of 12 tokens"):
+    with pytest.warns(UserWarning, match="requests: 1 do not fit the context of 12 tokens"):
         (cut, _), (whole, _) = continued(small, [(before, after), (before[:4], after)], 2)
     assert cut == pytest.approx(direct(small, before[-10:], after)[0], rel=1e-10)  # 10 + 3 - 1 tokens are run
     assert whole == pytest.approx(direct(small, before[:4], after)[0], rel=1e-10)
-    with pytest.raises(ValueError, match=r"requests: number 1 has a continuation of 13 tokens; 1 to 12"):
+    with pytest.raises(ValueError, match=r"requests must have continuations of 1 to 12 tokens, .*, got 13 in number 1"):
         continued(small, [(before, after), (before, list(range(13)))], 2)
-    with pytest.raises(ValueError, match=r"requests: number 0 has a continuation of 0 tokens"):
+    with pytest.raises(ValueError, match=r"requests must have continuations of .*, got 0 in number 0"):
         continued(small, [(before, [])], 2)
 
 
@@ -118,7 +118,7 @@ def test_a_bridge_says_what_the_model_of_the_other_kind_says(model, bridge):
 
 
 @pytest.mark.parametrize(
-    ("options", "wish"),
+    ("kwargs", "expected"),
     [
         ({}, ((), 256, Sampling())),
         ({"until": "\n", "max_gen_toks": 8}, (("\n",), 8, Sampling())),
@@ -128,18 +128,17 @@ def test_a_bridge_says_what_the_model_of_the_other_kind_says(model, bridge):
         ({"do_sample": True, "top_k": 4, "top_p": 0.9}, ((), 256, Sampling(1.0, 4, 0.9, 3))),
     ],
 )
-def test_generation_options_are_read_as_the_harness_reads_them(options, wish):
-    found = wish_of(options, seed=3)
-    until, most, sampling = wish
-    assert (found.until, found.max_new_tokens) == (until, most)
-    expected = sampling if sampling.temperature else Sampling(0.0, sampling.top_k, sampling.top_p, 3)
-    assert found.sampling == expected
+def test_generation_options_are_read_as_the_harness_reads_them(kwargs, expected):
+    options = options_of(kwargs, seed=3)
+    until, max_new_tokens, sampling = expected
+    assert (options.until, options.max_new_tokens) == (until, max_new_tokens)
+    assert options.sampling == (sampling if sampling.temperature else Sampling(0.0, sampling.top_k, sampling.top_p, 3))
 
 
 def test_an_option_that_is_not_there_is_refused_before_anything_is_written(tiny):
-    with pytest.raises(ValueError, match=r"generation_kwargs: num_beams came; known are until"):
+    with pytest.raises(ValueError, match=r"generation_kwargs must be out of until, .*, got num_beams"):
         written(tiny, [("a", {}), ("b", {"num_beams": 4})], 2)
-    with pytest.raises(ValueError, match=r"generation_kwargs: 256 new tokens came, this model's context holds 256"):
+    with pytest.raises(ValueError, match=r"generation_kwargs must ask for 1 to 255 new tokens, .* got 256"):
         written(tiny, [("a", {})], 2)
 
 
@@ -200,7 +199,7 @@ def test_each_request_has_its_own_options_and_random_stream_and_the_batch_size_c
 def test_a_context_that_leaves_no_room_loses_its_beginning(make_tiny):
     small = make_tiny(n_ctx=24)
     long = neutral_paragraphs()[0]
-    with pytest.warns(UserWarning, match="requests: 1 did not fit the context of 24 tokens"):
+    with pytest.warns(UserWarning, match="requests: 1 do not fit the context of 24 tokens"):
         found = written(small, [(long, {"max_gen_toks": 4}), ("Bread", {"max_gen_toks": 4})], 2)
     kept = small.tokenizer.decode(encode(small, long)[-20:])
     assert found == rtl.generate(small, [kept, "Bread"], chat=False, max_new_tokens=4)
@@ -226,7 +225,7 @@ def test_a_template_without_a_system_role_gets_its_text_before_the_users(tiny):
     with pytest.raises(Exception, match="no system"):
         chat_of(tiny, messages[:1])
     tiny.tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="model: tiny has no chat template"):
+    with pytest.raises(ValueError, match="model must have a chat template, got tiny"):
         chat_of(tiny, messages)
 
 
@@ -234,12 +233,12 @@ def test_a_template_without_a_system_role_gets_its_text_before_the_users(tiny):
 
 
 def test_importing_it_does_not_need_lm_eval():
-    code = "import sys; sys.modules['lm_eval'] = None; import rt_lens.evaluation.harness"
+    code = "import sys; sys.modules['lm_eval'] = None; import rt_lens.evaluation.lm_eval_bridge"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_lm_eval_the_way_to_it_is_told(tiny, monkeypatch):
-    harness._kind.cache_clear()
+    lm_eval_bridge._harness_class.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(ImportError, match=r'pip install "rt_lens\[harness\]"'):
@@ -247,7 +246,7 @@ def test_without_lm_eval_the_way_to_it_is_told(tiny, monkeypatch):
 
 
 def test_what_cannot_be_handed_over_is_refused(tiny):
-    with pytest.raises(ValueError, match="batch_size: 0 came"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         harness_model(tiny, batch_size=0)
     tiny.tokenizer = None
     with pytest.raises(ValueError, match="model: it has no tokenizer"):

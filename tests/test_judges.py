@@ -1,4 +1,4 @@
-"""A model as judge by logits: order, symmetry and batches; and what the embedded model is worth as one."""
+"""A model as judge by logits: order, symmetry and batches; and what the bundled model is worth as one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 import rt_lens as rtl
 from rt_lens.common.statistics.comparisons import cliffs_delta
 from rt_lens.data.questions import Answer, Question
-from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.judges import LogitJudge
 from rt_lens.evaluation.scorers import Scorer
+from rt_lens.evaluation.tasks import evaluate
 
 TOLD = {
     "How did the exam go?": (
@@ -116,7 +116,7 @@ def against(mine: list[Answer], theirs: list[Answer]) -> list[Answer]:
     return [Answer(a.question, a.text, {}, b.text) for a, b in zip(mine, theirs, strict=True)]
 
 
-def test_the_embedded_model_puts_happy_answers_above_sad_ones(model):
+def test_the_bundled_model_puts_happy_answers_above_sad_ones(model):
     happy, sad = answered(0), answered(1)
     judge = LogitJudge(model, "sounds happy", "sounds sad")
     scores = judge(happy + sad)
@@ -134,12 +134,12 @@ def test_by_yes_and_no_the_score_is_the_share_of_yes(tiny):
     assert score == pytest.approx(yes / (yes + no))
 
 
-@pytest.mark.parametrize("form", ["answers", "letters"])
+@pytest.mark.parametrize("form", ["completion", "multiple_choice"])
 def test_batches_and_order_change_no_score(model, form):
     answers = [*answered(0)[:3], *answered(1)[3:6], Answer(Question("Hm?"), "")]
     judge = LogitJudge(model, "sounds happy", "sounds sad", form=form)
     together = judge(answers)
-    assert np.ptp(together) > (0.1 if form == "answers" else 0.001)
+    assert np.ptp(together) > (0.1 if form == "completion" else 0.001)
     one_by_one = LogitJudge(model, "sounds happy", "sounds sad", form=form, batch_size=1)
     assert one_by_one(answers[::-1])[::-1] == pytest.approx(together, abs=1e-5)
 
@@ -154,7 +154,7 @@ def test_pairs_are_antisymmetric_and_the_same_text_is_a_tie(model):
     assert judge([]) == []
 
 
-def test_an_prefill_is_part_of_what_is_judged(tiny):
+def test_a_prefill_is_part_of_what_is_judged(tiny):
     judge = LogitJudge(tiny, "is kind")
     opened, whole = Answer(Question("Hi?", prefill="Well,"), " yes."), Answer(Question("Hi?"), "Well, yes.")
     assert judge([opened]) == judge([whole]) != judge([Answer(Question("Hi?"), "yes.")])
@@ -182,16 +182,16 @@ def test_names_tell_judges_apart(tiny):
 
 def test_what_cannot_be_judged_is_refused(tiny):
     for settings, argument in (
-        ({"criterion": " "}, "criterion: "),
-        ({"criterion": "is kind", "opposite": "is rude", "pairs": True}, "opposite: "),
+        ({"criterion": " "}, "criterion must complete .*got ' '"),
+        ({"criterion": "is kind", "opposite": "is rude", "pairs": True}, "opposite must be empty .*, got 'is rude'"),
     ):
         with pytest.raises(ValueError, match=argument):
             LogitJudge(tiny, **settings)
-    with pytest.raises(ValueError, match="answers: .*'Hi.'.* no baseline"):
+    with pytest.raises(ValueError, match="answers must each have a baseline .*, got none for 'Hi.'"):
         LogitJudge(tiny, "is kind", pairs=True)([Answer(Question("Hi?"), "Hi.")])
 
 
 @pytest.mark.usefixtures("as_a_user")
 def test_an_unknown_form_is_named(tiny):
-    with pytest.raises(ValueError, match="form: 'words' came"):
+    with pytest.raises(ValueError, match="form must be 'completion' or 'multiple_choice', got 'words'"):
         LogitJudge(tiny, "is kind", form="words")

@@ -12,8 +12,8 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.arms.comparison import ArmEvaluator, EvalTask
-from rt_lens.arms.sweeping import LogitDifference
 from rt_lens.common.inputs import text_list
+from rt_lens.evaluation.tasks import LogitDifference
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.tokens.batches import batches
 from rt_lens.tuning.targets import write_neutral
@@ -79,7 +79,7 @@ def test_empty_texts_and_no_text_pass_where_they_make_sense():
 # At every front door
 
 SUMS = ["What is 1 + 1?", "Add 2 and 2.", "3 + 4?", "5 + 5?"]
-METRIC = LogitDifference(" a", " b")
+METRIC = LogitDifference(["Hi.", "Yes?"], " a", " b")
 POST = "blocks.0.hook_resid_post"
 CALLS: dict[str, Callable[..., Any]] = {
     "generate": lambda m, v, t: rtl.generate(m, t, max_new_tokens=3),
@@ -129,7 +129,7 @@ def test_a_message_of_nothing_is_refused_and_a_text_of_nothing_only_where_it_has
         rtl.generate(tiny, ["Hi.", ""])
     with pytest.raises(ValueError, match=r"prompt must be a text, got an empty one"):
         next(rtl.stream(tiny, " "))
-    with pytest.raises(ValueError, match=r"prompts must have a token each, got none in number 1"):
+    with pytest.raises(ValueError, match=r"prompts must have at least one token each, got none in number 1"):
         rtl.generate(tiny, ["Hi.", ""], chat=False)
 
 

@@ -153,14 +153,14 @@ def test_what_cannot_be_read_is_refused_first(tiny, tiny_vectors, few, provenanc
     for refused, message in [
         (lambda: mean_projections(tiny, tiny_vectors, "How are you?"), "got one string"),
         (lambda: norms(tiny, tiny_vectors, []), "texts must be a list of at least one text, got an empty one"),
-        (lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={}), "arms: none came"),
+        (lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={}), "arms"),
         (lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={"mine": wrong_delta}), "arms: 'mine' does not fit"),
         (lambda: mean_projections(tiny, tiny_vectors, TEXTS, position=900), "past the end of text 0"),
-        (lambda: norms(tiny, two, TEXTS), "layer 0 has several"),
-        (lambda: cosines({}), "vectors: none came"),
-        (lambda: cosines({"mood": tiny_vectors}, layers=[9]), "layers: 9 is outside"),
-        (lambda: activation_map(tiny, few, method="umap"), "method: 'umap' came; 'pca' or 'tsne' is wanted"),
-        (lambda: activation_map(tiny, few.sample(2)), "pairs: 2 came; at least 3"),
+        (lambda: norms(tiny, two, TEXTS), "vectors must have one vector per layer, got several at layer 0"),
+        (lambda: cosines({}), "vectors must be at least one name"),
+        (lambda: cosines({"mood": tiny_vectors}, layers=[9]), "layers contains 9"),
+        (lambda: activation_map(tiny, few, method="umap"), "method must be 'pca' or 'tsne', got 'umap'"),
+        (lambda: activation_map(tiny, few.sample(2)), "pairs must be at least 3 to span a plane, got 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             refused()
@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_refused_first(tiny, tiny_vectors, few, provenanc
 
 def test_vectors_of_different_widths_have_no_cosine(tiny_vectors, provenance):
     wide = SteeringVectors({LAYERS[0]: torch.ones(64)}, provenance)
-    with pytest.raises(ValueError, match=r"widths \[32, 64\] came"):
+    with pytest.raises(ValueError, match=r"vectors must be of one width, got \[32, 64\]"):
         cosines({"mood": tiny_vectors, "wide": wide}, layers=[0])
 
 

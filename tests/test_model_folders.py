@@ -140,7 +140,7 @@ def test_other_configurations_become_a_bridge_and_refuse_hooked(field, changes, 
     model = load_model(folder)
     assert isinstance(model, TransformerBridge)
     assert_equals_huggingface(model, folder)
-    with pytest.raises(ValueError, match=rf"backend: 'hooked' cannot load model: {field} .*backend='bridge'"):
+    with pytest.raises(ValueError, match=rf"backend 'hooked' cannot load model: {field} .*backend='bridge'"):
         load_model(folder, backend="hooked")
 
 
@@ -244,7 +244,9 @@ def test_shards_are_read_by_their_index_and_no_other_file_is(tmp_path, tokenizer
     save_file({"stray": torch.zeros(2)}, folder / "adapter_model.safetensors")
     assert_equals_huggingface(load_model(folder, backend="hooked"), folder)
     shards[-1].unlink()
-    with pytest.raises(ValueError, match=rf"model: model lacks the shard {shards[-1].name}.*Download it again"):
+    with pytest.raises(
+        ValueError, match=rf"model must hold every shard .* got none called {shards[-1].name}.*Download it again"
+    ):
         load_model(folder)
 
 
@@ -293,15 +295,15 @@ def test_a_path_under_the_home_folder_may_begin_with_a_tilde(plain, monkeypatch)
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"backend": "onnx"}, r"backend: 'onnx' came; 'auto', 'hooked' or 'bridge' is wanted"),
-        ({"dtype": "int8"}, r"dtype: 'int8' came; one of float32, bfloat16, float16 is wanted"),
-        ({"dtype": torch.float64}, r"dtype: torch.float64 came"),
-        ({"name_or_path": "missing.gguf"}, r"model: there is no file missing.gguf. Give the path of a .gguf file"),
-        ({"name_or_path": "./nowhere"}, r"model: there is nothing at ./nowhere. Give a Hugging Face folder"),
-        ({"name_or_path": "/no/such/folder"}, r"model: there is nothing at /no/such/folder"),
+        ({"backend": "onnx"}, r"backend must be 'auto', 'hooked' or 'bridge', got 'onnx'"),
+        ({"dtype": "int8"}, r"dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": torch.float64}, r"dtype must be one of .*, got torch.float64"),
+        ({"name_or_path": "missing.gguf"}, r"model must be an existing .gguf file, got missing.gguf"),
+        ({"name_or_path": "./nowhere"}, r"model must be a Hugging Face folder, .* got ./nowhere, which does not"),
+        ({"name_or_path": "/no/such/folder"}, r"model must be .* got /no/such/folder, which does not exist"),
     ],
 )  # fmt: skip
-def test_errors_name_the_argument_what_came_and_the_mend(argument, message):
+def test_errors_name_the_argument_its_value_and_the_fix(argument, message):
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(load_model)(**argument)  # without the type checks of the tests, which would answer first
 
@@ -309,20 +311,24 @@ def test_errors_name_the_argument_what_came_and_the_mend(argument, message):
 def test_an_unknown_name_offline_suggests_the_right_one(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"model: 'smollm2-135m-instrct' .*Did you mean 'smollm2-135m-instruct'\?"):
+    with pytest.raises(
+        ValueError, match=r"model must be .*got 'smollm2-135m-instrct'.*Did you mean 'smollm2-135m-instruct'\?"
+    ):
         load_model("smollm2-135m-instrct")
-    with pytest.raises(ValueError, match=r"model: 'nobody/nothing-7b' .*Embedded: smollm2-135m-instruct\. Else give"):
+    with pytest.raises(
+        ValueError, match=r"model must be .*got 'nobody/nothing-7b'.*Bundled: smollm2-135m-instruct\. Hub names"
+    ):
         load_model("nobody/nothing-7b")
 
 
 def test_folders_and_files_that_hold_no_model(tmp_path, plain):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"model: the folder .*empty has no config.json.*save_pretrained"):
+    with pytest.raises(ValueError, match=r"model must be a folder with a config.json, got .*empty.*save_pretrained"):
         load_model(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"model: .*model.safetensors is a file, but no .gguf"):
+    with pytest.raises(ValueError, match=r"model must be a folder or a .gguf file, got the file .*model.safetensors"):
         load_model(plain / "model.safetensors")
     (plain / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"backend: 'hooked' .*neither model.safetensors nor model.safetensors.index"):
+    with pytest.raises(ValueError, match=r"backend 'hooked' .*neither model.safetensors nor model.safetensors.index"):
         load_model(plain, backend="hooked")
 
 
@@ -331,7 +337,9 @@ def test_a_folder_with_missing_weights_is_refused(plain, lost):
     weights = load_file(plain / "model.safetensors")
     del weights[lost]
     save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"model: plain lacks the weight {lost}. Download the folder again"):
+    with pytest.raises(
+        ValueError, match=f"model: plain must hold the weight {lost}, got none. Download the folder again"
+    ):
         load_model(plain)
 
 
@@ -339,13 +347,15 @@ def test_a_folder_with_missing_weights_is_refused(plain, lost):
 def test_a_folder_with_extra_weights_is_refused(plain, extra):
     weights = load_file(plain / "model.safetensors") | {extra: torch.ones(32)}
     save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"model: plain has weights that its config.json does not ask for: {extra}"):
+    with pytest.raises(
+        ValueError, match=f"model: plain must hold only weights that its config.json describes, got {extra}"
+    ):
         load_model(plain)
 
 
 def test_a_folder_with_weights_of_another_shape_is_refused(plain):
     edit_config(plain, num_key_value_heads=4)
-    with pytest.raises(ValueError, match=r"k_proj.weight of plain has shape \(16, 32\), .* asks for \(32, 32\)"):
+    with pytest.raises(ValueError, match=r"k_proj.weight of plain must have the shape \(32, 32\) .*got \(16, 32\)"):
         load_model(plain)
 
 

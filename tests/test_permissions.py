@@ -101,9 +101,7 @@ def test_a_command_writes_nothing_for_a_name_that_leads_elsewhere(tmp_path, monk
 
 def test_a_judge_elsewhere_is_refused_until_its_host_is_allowed(tmp_path, own_settings):
     file = judged(tmp_path, "https://judge.example:8443/v1")
-    says = (
-        r"url: b\.toml asks to send answers to https://judge\.example:8443, which must be allowed by you.*--allow-judge"
-    )
+    says = r"url must be on a host that you allow, got https://judge\.example:8443 in b\.toml\..*--allow-judge"
     with pytest.raises(ValueError, match=says):
         load_experiment(file)
     for other in ("https://judge.example", "http://judge.example:8443", "https://example:8443"):
@@ -132,9 +130,7 @@ def test_a_file_does_not_say_which_variable_is_sent(tmp_path, url):
     file = judged(tmp_path, url, api_key_env="AWS_SECRET_ACCESS_KEY")
     host = url.removesuffix("/v1")
     for permissions in (Permissions({host: ""}), Permissions({host: "JUDGE_KEY"})):
-        with pytest.raises(
-            ValueError, match=r"api_key_env: b\.toml asks to send the variable 'AWS_SECRET_ACCESS_KEY' to"
-        ):
+        with pytest.raises(ValueError, match=r"api_key_env must be .*, got 'AWS_SECRET_ACCESS_KEY' in b\.toml"):
             load_experiment(file, permissions=permissions)
     agreed = Permissions({host: "AWS_SECRET_ACCESS_KEY"})
     assert load_experiment(file, permissions=agreed).scorer["api_key_env"] == "AWS_SECRET_ACCESS_KEY"
@@ -148,14 +144,14 @@ def test_a_file_does_not_say_which_variable_is_sent(tmp_path, url):
 )  # fmt: skip
 def test_an_address_that_two_readers_may_read_two_ways_is_refused(tmp_path, url):
     file = toml(tmp_path, f"{PAIRS}[scorer]\nkind = 'endpoint_judge'\nmodel = 'm'\ncriterion = 'c'\nurl = \"{url}\"\n")
-    with pytest.raises(ValueError, match="url: must be a plain address"):
+    with pytest.raises(ValueError, match="url must be a plain address"):
         load_experiment(file)
 
 
 @pytest.mark.parametrize("host", ["localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "127.1", "2130706433",
                                   "[::ffff:7f00:1]", "localhost.", "169.254.169.254"])  # fmt: skip
 def test_only_this_machine_by_its_plain_names_is_allowed_unasked(tmp_path, host):
-    with pytest.raises(ValueError, match="which must be allowed by you"):
+    with pytest.raises(ValueError, match="url must be on a host that you allow"):
         load_experiment(judged(tmp_path, f"http://{host}/v1"))
 
 
@@ -173,7 +169,7 @@ def test_a_judge_on_this_machine_is_asked_without_a_key(tmp_path, serve):
 def test_the_judge_of_honesty_is_held_to_the_same(tmp_path):
     table = "[judge]\nurl = 'https://judge.example/v1'\nmodel = 'm'\ncriterion = 'is true'\n"
     file = toml(tmp_path, f"[honesty]\nprotocol = 'persona'\n{table}")
-    with pytest.raises(ValueError, match="which must be allowed by you"):
+    with pytest.raises(ValueError, match="url must be on a host that you allow"):
         load_experiment(file)
     allowed = load_experiment(file, permissions=Permissions({"https://judge.example": "JUDGE_KEY"}))
     assert allowed.judge["api_key_env"] == "JUDGE_KEY" and "kind" not in allowed.judge
@@ -181,7 +177,7 @@ def test_the_judge_of_honesty_is_held_to_the_same(tmp_path):
 
 @pytest.mark.parametrize("cache", ["/etc/cron.d/x", "~/.bashrc", "../pairs.jsonl", "judge.jsonl", "/"])
 def test_a_file_does_not_say_where_replies_are_written(tmp_path, cache):
-    with pytest.raises(ValueError, match=r"cache: must be a file in .*, got .* in b\.toml\. Leave it out"):
+    with pytest.raises(ValueError, match=r"cache must be a file in .*, got .* in b\.toml\. Leave it out"):
         load_experiment(judged(tmp_path, "http://localhost:1/v1", cache=cache))
     inside = str(tmp_path / "cache" / "mine.jsonl")
     assert load_experiment(judged(tmp_path, "http://localhost:1/v1", cache=inside)).scorer["cache"] == inside
@@ -198,11 +194,11 @@ def test_the_command_line_allows_one_host_and_its_key(tmp_path, serve):
 
     host = came.url.removesuffix("/v1")
     scorer.write_text(scorer.read_text().replace("url=", "api_key_env='JUDGE_KEY'\nurl="))
-    assert "api_key_env: s.toml asks to send the variable 'JUDGE_KEY'" in evaluate()
-    assert "got 0. Say which host the key is for" in evaluate("--judge-key-env", "JUDGE_KEY")
+    assert "(no key), got 'JUDGE_KEY' in s.toml" in evaluate()
+    assert "got 0. Name the host the key is for" in evaluate("--judge-key-env", "JUDGE_KEY")
     several = ("--allow-judge", host, "--allow-judge", "https://b.example", "--judge-key-env", "JUDGE_KEY")
-    assert "got 2. Say which host the key is for" in evaluate(*several)
-    assert "judges: must be addresses such as" in evaluate("--allow-judge", "b.example")
+    assert "got 2. Name the host the key is for" in evaluate(*several)
+    assert "judges must be addresses such as" in evaluate("--allow-judge", "b.example")
     assert "there is no model" not in evaluate(
         "--allow-judge", host, "--judge-key-env", "JUDGE_KEY", "--model", "nowhere/x"
     )
@@ -214,7 +210,7 @@ def test_the_command_line_allows_one_host_and_its_key(tmp_path, serve):
 )
 def test_settings_that_are_none_are_named(tmp_path, own_settings, text):
     own_settings.write_text(text)
-    with pytest.raises(ValueError, match=r"settings(\.toml|:)|judges: must be addresses"):
+    with pytest.raises(ValueError, match=r"settings(\.toml| must)|judges must be addresses"):
         load_experiment("mood")
 
 
@@ -224,12 +220,12 @@ def test_settings_that_are_none_are_named(tmp_path, own_settings, text):
 @pytest.mark.parametrize("name", ["\\\\host\\share\\m", "//host/share/m", "https://host/m", "smb://host/m"])
 def test_a_model_on_the_network_is_refused(tmp_path, name):
     file = toml(tmp_path, f"{PAIRS}[model]\nname = '{name}'\n")
-    with pytest.raises(ValueError, match="model: must be a model's name or a local folder"):
+    with pytest.raises(ValueError, match="model must be a model's name or a local folder"):
         load_experiment(file)
     assert load_experiment(file, model=name).model == name  # the user's own word
     for kind in ("classifier", "logit_judge"):
         table = f"[scorer]\nkind = '{kind}'\nmodel = '{name}'\n"
-        with pytest.raises(ValueError, match="model: must be a model's name or a local folder"):
+        with pytest.raises(ValueError, match="model must be a model's name or a local folder"):
             load_experiment(toml(tmp_path, PAIRS + table))
 
 
@@ -244,5 +240,5 @@ def test_a_classifiers_pairs_lie_with_the_file_or_below(tmp_path, monkeypatch):
     for allowed in ("formality", "mine.csv", str(tmp_path / "theirs" / "pairs.csv")):
         assert load(allowed) == allowed
     for refused in ("/home/me/diary.csv", "../secret.csv", "//host/share/x.csv"):
-        with pytest.raises(ValueError, match="pairs: must be a shipped|model: must be"):
+        with pytest.raises(ValueError, match="pairs must be a built-in|model must be"):
             load(refused)

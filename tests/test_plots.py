@@ -1,4 +1,4 @@
-"""Figures against the tables they came from: the same numbers, honest axes, no side effects."""
+"""Figures against the tables they are drawn from: the same numbers, honest axes, no side effects."""
 
 from __future__ import annotations
 
@@ -162,14 +162,14 @@ def test_a_missing_column_and_an_empty_table_are_named(draw):
     rows = TABLES[draw]()
     column = [key for key in rows[0] if key not in ("seed",)][1]
     short = [{key: value for key, value in row.items() if key != column} for row in rows]
-    with pytest.raises(ValueError, match=rf"(table|history): no column {column} \(came"):
+    with pytest.raises(ValueError, match=rf"(table|history) must have the columns .* Add {column}\."):
         draw(short)
-    with pytest.raises(ValueError, match=r"(table|history): no rows came"):
+    with pytest.raises(ValueError, match=r"(table|history) must have at least one row, got none"):
         draw([])
 
 
 def test_a_word_among_numbers_is_named():
-    with pytest.raises(ValueError, match="table: column accuracy"):
+    with pytest.raises(ValueError, match="table must hold numbers in the column accuracy"):
         plots.separability([{**separability_rows()[0], "accuracy": "high"}])
 
 
@@ -272,9 +272,9 @@ def test_arms_leaves_out_comparisons_of_other_sets_and_scorers():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{**compared_rows()[0], "b": "ablated"}], "comparisons: ablated, toward came, which is no arm"),
-        (compared_rows()[:1] * 2, "comparisons: rep_tuned toward token_tuned toward came more than once"),
-        ([{"a": "rep_tuned"}], r"comparisons: no column a_direction.* \(came: a\)"),
+        ([{**compared_rows()[0], "b": "ablated"}], "comparisons must be of arms in the table, got ablated, toward"),
+        (compared_rows()[:1] * 2, "got rep_tuned toward token_tuned toward more than once"),
+        ([{"a": "rep_tuned"}], r"comparisons must have the columns .*, got a\. Add a_direction"),
     ],
 )
 def test_arms_refuses_comparisons_that_it_cannot_draw(rows, message):
@@ -288,9 +288,9 @@ def test_arms_takes_an_unmeasured_damage_and_an_unknown_arm():
 
 
 def test_arms_wants_one_row_for_each_bar_and_an_untuned_one():
-    with pytest.raises(ValueError, match="steered, toward came more than once"):
+    with pytest.raises(ValueError, match="got steered, toward more than once"):
         plots.arms([*arm_rows(), arm_rows()[1]])
-    with pytest.raises(ValueError, match="the arm untuned is wanted"):
+    with pytest.raises(ValueError, match="must have a row of the arm 'untuned', got steered"):
         plots.arms(arm_rows()[1:])
 
 
@@ -327,7 +327,7 @@ def test_dose_response_turns_logarithmic_only_for_a_wide_range():
 
 
 def test_dose_response_refuses_a_choice_that_is_not_there():
-    with pytest.raises(ValueError, match="chosen: layer 18, multiplier 3 "):
+    with pytest.raises(ValueError, match=r"chosen must hold points of the table .*, got layer 18, multiplier 3"):
         plots.dose_response(dose_rows(), chosen=[(18, 3)])
 
 
@@ -365,7 +365,7 @@ def test_projection_heatmap_draws_each_and_the_differences():
     np.testing.assert_allclose(toward_less, arrays["rep_tuned toward"] - arrays["untuned"])
     assert [trace.coloraxis for trace in figure.data] == ["coloraxis"] * 3 + ["coloraxis2"] * 2
     assert figure.layout.coloraxis.cmax < 90, "the first token's huge activations would hide the rest"
-    assert "off the scale" in reading(figure)
+    assert "exceeds the colour scale" in reading(figure)
     untuned_cells, less = figure.data[0], figure.data[3]
     assert untuned_cells.hovertemplate.startswith("untuned<br>layer %{y}<br>%{text}<br>projection %{z:.3f} activation")
     assert "difference %{z:.3f} activation units" in less.hovertemplate
@@ -396,11 +396,11 @@ def test_heatmap_colours_are_symmetric_about_zero(before, after):
 
 
 def test_projections_of_the_wrong_shape_are_named():
-    with pytest.raises(ValueError, match=r"projections: 'untuned' has shape \(30, 11\), \(29, 11\) is wanted"):
+    with pytest.raises(ValueError, match=r"projections\['untuned'\] must have shape \(29, 11\) .*, got \(30, 11\)"):
         plots.projection_heatmap(projection_arrays(), TOKENS, list(range(29)))
-    with pytest.raises(ValueError, match=r"\(layer, 10\) is wanted"):
+    with pytest.raises(ValueError, match=r"must have shape \(layer, 10\)"):
         plots.projection_by_layer(projection_arrays(), tokens=TOKENS[1:])
-    with pytest.raises(ValueError, match="projections: none came"):
+    with pytest.raises(ValueError, match="projections must map at least one name"):
         plots.projection_by_layer({})
 
 
@@ -422,7 +422,7 @@ def test_losses_draws_every_used_part_once_for_each_run():
 
 
 def test_losses_refuses_history_without_a_number():
-    with pytest.raises(ValueError, match="history: only empty values"):
+    with pytest.raises(ValueError, match="history must hold a number .*, got only empty values"):
         plots.losses([{**row, "total": None, "token": None, "cosine": None, "kl": None} for row in history_rows()])
 
 
@@ -516,5 +516,5 @@ def test_tokens_of_markup_tex_and_entities_are_drawn_letter_by_letter_and_blank_
 
 
 def test_a_message_names_an_arm_as_the_caller_wrote_it():
-    with pytest.raises(ValueError, match=r"table: <s>, toward came more than once"):
+    with pytest.raises(ValueError, match=r"got <s>, toward more than once"):
         plots.arms([row | {"arm": "<s>"} for row in arm_rows() if row["direction"] == "toward"] + arm_rows())

@@ -152,7 +152,7 @@ def test_a_weight_that_was_zero_says_so_instead_of_a_percentage():
     assert [(layers[y], kinds[x], word) for x, y, word in zip(mark.x, mark.y, mark.text, strict=True)] == [
         ("18", "bias", "new")
     ]
-    assert "new: it was zero" in reading(figure)
+    assert "new: zero before" in reading(figure)
     assert "new" not in reading(inside.weight_changes(weight_rows()))
     alone = inside.weight_changes([new_bias()])
     assert alone.layout.coloraxis.cmax == 1
@@ -171,8 +171,8 @@ def test_what_did_not_change_is_not_drawn():
     still = new_bias(0.0) | {"effective_rank": NAN, "top_share": NAN, "alignment": NAN}
     figure = inside.weight_changes([*weight_rows(), still])
     assert figure.to_json() == inside.weight_changes(weight_rows()).to_json()
-    assert "9 changed" in reading(figure)
-    with pytest.raises(ValueError, match="no parameter changed"):
+    assert "9 weights changed" in reading(figure)
+    with pytest.raises(ValueError, match="at least one changed parameter"):
         inside.weight_changes([still])
 
 
@@ -214,7 +214,7 @@ def test_shifts_are_drawn_above_and_their_pairs_below():
     assert all(math.isnan(value) for value in arm.y[:4])
     assert list(pair.y)[4:] == pytest.approx([0.08 * layer for layer in range(4, 10)])
     assert (arm.yaxis, pair.yaxis) == ("y", "y2")
-    assert "length of the shift 1.000" in arm.hovertext[9]
+    assert "norm of the shift 1.000" in arm.hovertext[9]
     assert "n = 23" in arm.hovertext[9]
     assert "n = 24; seed 5." in reading(figure)
     for axis in (figure.layout.yaxis, figure.layout.yaxis2):
@@ -255,15 +255,15 @@ def test_one_arm_has_no_panel_of_pairs():
 )
 def test_a_missing_column_is_named(draw, rows, argument, column):
     without = [{name: value for name, value in row.items() if name != column} for row in rows()]
-    with pytest.raises(ValueError, match=f"{argument}: no column {column}"):
+    with pytest.raises(ValueError, match=f"{argument} must have the columns .* Add {column}"):
         draw(without)
 
 
 @pytest.mark.parametrize("draw", [inside.weight_changes, inside.projection_changes])
 def test_no_rows_are_refused(draw):
-    with pytest.raises(ValueError, match="no rows came"):
+    with pytest.raises(ValueError, match="at least one row, got none"):
         draw([])
-    with pytest.raises(ValueError, match="along: no rows came"):
+    with pytest.raises(ValueError, match="along must have at least one row"):
         inside.residual_shifts([], [])
 
 

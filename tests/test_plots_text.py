@@ -74,7 +74,7 @@ def test_every_token_is_coloured_by_its_own_number():
 def test_the_scale_is_centred_and_the_first_token_does_not_set_it():
     figure = plots.coloured_tokens(TOKENS, {"untuned": VALUES, "steered": VALUES + 1})
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-7.0, 7.0)
-    assert "first token goes off the scale" in figure.layout.title.subtitle.text
+    assert "first token exceeds the colour scale" in figure.layout.title.subtitle.text
     calm = plots.coloured_tokens(["a", "b"], {"untuned": np.array([1.0, -2.0])})
     assert calm.layout.coloraxis.cmax == 2.0
     assert "scale" not in calm.layout.title.subtitle.text
@@ -153,11 +153,11 @@ def test_letters_stand_out_from_their_colour():
 @pytest.mark.parametrize(
     ("tokens", "projections", "message"),
     [
-        ([], {"a": np.ones(0)}, "tokens: nothing came"),
-        ("Hello", {"a": np.ones(5)}, "tokens: one string came"),
-        (["a"], {}, "projections: none came"),
-        (["a", "b"], {"mine": np.ones((3, 2))}, r"'mine' has shape \(3, 2\), \(2,\) is wanted.*take one row"),
-        (["a", "b"], {"mine": np.array([1.0, np.nan])}, "'mine' is nan at token 1"),
+        ([], {"a": np.ones(0)}, "tokens must be a list of at least one token, got none"),
+        ("Hello", {"a": np.ones(5)}, "tokens must be a list .*, got one string"),
+        (["a"], {}, "projections must map at least one name"),
+        (["a", "b"], {"x": np.ones((3, 2))}, r"\['x'\] must have shape \(2,\), .*, got \(3, 2\).*take one row"),
+        (["a", "b"], {"x": np.array([1.0, np.nan])}, r"\['x'\] must hold finite numbers, got nan at token 1"),
     ],
 )
 def test_coloured_tokens_refuses_what_does_not_fit(tokens, projections, message):
@@ -204,5 +204,5 @@ def test_a_long_trace_names_what_fits():
 
 
 def test_a_trace_refuses_two_tokens_of_one_place():
-    with pytest.raises(ValueError, match="untuned, 0 came more than once"):
+    with pytest.raises(ValueError, match="got untuned, 0 more than once"):
         plots.trace(trace_rows(2) * 2)

@@ -37,7 +37,7 @@ def layer_rows() -> list[dict]:
                 "stability_high": min(1.0, stability + 0.04),
                 "control_low": 0.5 - spread,
                 "control_high": 0.5 + spread,
-                "signal": 2.8 * rise - 0.06 * max(0, layer - 20) + 0.08 * generator.standard_normal(),
+                "d_prime": 2.8 * rise - 0.06 * max(0, layer - 20) + 0.08 * generator.standard_normal(),
                 "seed": 0,
             }
         )
@@ -154,7 +154,7 @@ def test_a_table_is_not_changed_and_a_shuffled_list_draws_the_same(argument):
     before = frame.copy(deep=True)
     drawn = draw(frame).to_json()
     pd.testing.assert_frame_equal(frame, before)
-    # Prompts keep the order in which they came.
+    # Prompts keep the order of the table.
     assert draw(rows() if argument == "table of prompts" else rows()[::-1]).to_json() == drawn
 
 
@@ -165,9 +165,9 @@ def test_a_missing_column_and_an_empty_table_are_named(argument):
     for column in rows()[0]:
         if column == "seed":
             continue
-        with pytest.raises(ValueError, match=rf"{word}: no column {column} \(came"):
+        with pytest.raises(ValueError, match=rf"{word} must have the columns .* Add {column}\."):
             draw([{key: value for key, value in row.items() if key != column} for row in rows()])
-    with pytest.raises(ValueError, match=f"{word}: no rows came"):
+    with pytest.raises(ValueError, match=f"{word} must have at least one row, got none"):
         draw([])
 
 
@@ -181,8 +181,8 @@ def test_trust_draws_the_layers_with_their_bands():
         for trace, end in zip(traces, ("_low", "_high", ""), strict=True):
             assert floats(trace.x) == floats(frame["layer"])
             assert floats(trace.y) == floats(frame[f"{name}{end}"])
-    (signal,) = panel(figure, "x3")
-    assert floats(signal.y) == floats(frame["signal"])
+    (d_prime,) = panel(figure, "x3")
+    assert floats(d_prime.y) == floats(frame["d_prime"])
     row = layer_rows()[17]
     wanted = f"accuracy {row['accuracy']:.3f} [{row['accuracy_low']:.3f}, {row['accuracy_high']:.3f}]<br>n = 144"
     assert wanted in rest[2].hovertext[17]
@@ -231,12 +231,12 @@ def test_trust_keeps_what_is_below_chance_in_view():
 
 
 def test_trust_refuses_strange_layers():
-    with pytest.raises(ValueError, match=r"recommended: layer 30 is not in the table \(layers 0 to 29\)"):
+    with pytest.raises(ValueError, match=r"recommended must name layers of the table \(0 to 29\), got 30"):
         plots.validation(layer_rows(), learning_rows(), cosine_rows(), recommended=[17, 30])
-    with pytest.raises(ValueError, match="layers: layer 3 came more than once"):
+    with pytest.raises(ValueError, match="got 3 more than once"):
         plots.validation([*layer_rows(), layer_rows()[3]], learning_rows(), cosine_rows(), recommended=[17])
     two = [*learning_rows(), {**learning_rows()[0], "layer": 18}]
-    with pytest.raises(ValueError, match="learning: layers 17, 18 came, one is wanted"):
+    with pytest.raises(ValueError, match="learning must be of one layer, got layers 17, 18"):
         plots.validation(layer_rows(), two, cosine_rows(), recommended=[17])
 
 
@@ -281,7 +281,7 @@ def test_sweep_leaves_a_hole_where_nothing_was_measured():
     assert np.isnan(np.asarray(figure.data[0].z)[5, 5]) and np.isnan(figure.data[0].z).sum() == 1
     assert figure.data[0].text[5][5] == "" and "not measured" in reading(figure)
     assert "not measured" not in reading(plots.sweep(rows))
-    with pytest.raises(ValueError, match="layer 0, multiplier -8 came more than once"):
+    with pytest.raises(ValueError, match="got 0, -8 more than once"):
         plots.sweep([*rows, rows[0]])
 
 

@@ -13,11 +13,16 @@ from drawn import HOSTILE, check_drawn_as_it_is
 from rt_lens.plots import tuned, tuned_steered
 from rt_lens.plots.style import ARM_COLOURS, SPARE_COLOURS, arm_colours
 from rt_lens.plots.tuned import block_search, kinds, variants
-from rt_lens.plots.tuned_steered import effect_against_damage, resistance
+from rt_lens.plots.tuned_steered import effect_against_side_effect, resistance
 
 VARIANTS = ("untuned", "steered", "token only", "cosine only", "both shared", "both separate", "KL-regularised", "LoRA")
 SIGNS = {"suppress": -0.2, "toward": 1.0, "away": -1.0}
-SCORES = {"untuned": (0.31, 0.11), "toward_tuned": (0.7, 0.03), "away_tuned": (-0.35, 0.05), "out_tuned": (0.2, 0.02)}
+SCORES = {
+    "untuned": (0.31, 0.11),
+    "toward_tuned": (0.7, 0.03),
+    "away_tuned": (-0.35, 0.05),
+    "suppress_tuned": (0.2, 0.02),
+}
 MULTIPLIERS = (-4, -2, 0, 2, 4)
 KINDS = ("stories", "instructions", "customer letters")
 ARMS = ("rep_tuned", "steered", "KL-regularised")
@@ -63,14 +68,14 @@ def search_rows() -> list[dict]:
     return rows
 
 
-def damage_rows() -> list[dict]:
+def side_effect_rows() -> list[dict]:
     rows = []
     for arm, slope, cost in (("kl_then_steer", 0.1, 0.008), ("steered", 0.12, 0.03)):
         for multiplier in MULTIPLIERS:
-            row = {"arm": arm, "multiplier": multiplier, "n": 72, "n_damage": 30, "seed": 0}
+            row = {"arm": arm, "multiplier": multiplier, "n": 72, "n_side_effect": 30, "seed": 0}
             for name, value, spread in (
                 ("effect", 0.2 + slope * multiplier, 0.08),
-                ("damage", cost * multiplier**2, 0.01),
+                ("side_effect", cost * multiplier**2, 0.01),
             ):
                 row |= {name: value, f"{name}_low": value - spread, f"{name}_high": value + 2 * spread}
             rows.append(row)
@@ -93,7 +98,7 @@ FIGURES = {
     "resistance": lambda: resistance(resistance_rows(), moved_rows()),
     "resistance alone": lambda: resistance(resistance_rows()),
     "block_search": lambda: block_search(search_rows()),
-    "effect_against_damage": lambda: effect_against_damage(damage_rows()),
+    "effect_against_side_effect": lambda: effect_against_side_effect(side_effect_rows()),
     "kinds": lambda: kinds(kind_rows()),
 }
 TABLES = {
@@ -101,7 +106,7 @@ TABLES = {
     "resistance": (resistance_rows, resistance, "table"),
     "moved": (moved_rows, lambda rows: resistance(resistance_rows(), rows), "moved"),
     "block_search": (search_rows, block_search, "table"),
-    "effect_against_damage": (damage_rows, effect_against_damage, "table"),
+    "effect_against_side_effect": (side_effect_rows, effect_against_side_effect, "table"),
     "kinds": (kind_rows, kinds, "table"),
 }
 
@@ -147,18 +152,18 @@ def test_what_is_missing_empty_or_double_is_named(name):
     for column in rows()[0]:
         if (name, column) == ("block_search", "seed"):
             continue
-        with pytest.raises(ValueError, match=rf"{argument}: no column {column} \(came"):
+        with pytest.raises(ValueError, match=rf"{argument} must have the columns .* Add {column}\."):
             draw([{key: value for key, value in row.items() if key != column} for row in rows()])
-    with pytest.raises(ValueError, match=f"{argument}: no rows came"):
+    with pytest.raises(ValueError, match=f"{argument} must have at least one row, got none"):
         draw([])
-    with pytest.raises(ValueError, match=f"{argument}: .* came more than once, one row for each"):
+    with pytest.raises(ValueError, match=f"{argument} must have one row for each .*, got .* more than once"):
         draw([*rows(), rows()[0]])
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_word_among_numbers_is_named(name):
     rows, draw, argument = TABLES[name]
-    with pytest.raises(ValueError, match=rf"{argument}: column n holds what is not a number"):
+    with pytest.raises(ValueError, match=rf"{argument} must hold numbers in the column n, got"):
         draw([rows()[0] | {"n": "many"}, *rows()[1:]])
 
 
@@ -203,7 +208,7 @@ def test_variants_lets_one_untuned_row_serve_every_direction():
     figure = variants([untuned | {"direction": "none"}, *tuned_rows])
     assert len(figure.data) == 9 and all(trace.y[0] == "untuned" for trace in figure.data)
     assert [shape.x0 for shape in figure.layout.shapes] == pytest.approx([0.31, 21.4, 0.0] * 3)
-    with pytest.raises(ValueError, match="variants steered, .* came, a row of the variant untuned is wanted too"):
+    with pytest.raises(ValueError, match="must have a row of the variant 'untuned', got steered, "):
         variants(tuned_rows)
 
 
@@ -220,7 +225,7 @@ def test_variants_leaves_out_what_was_not_measured():
     rows[2] |= {"kl": None, "kl_low": None, "kl_high": None}
     kl = variants(rows).data[8]
     assert [np.isnan(value) for value in floats(kl.x)] == [place == 2 for place in range(len(VARIANTS))]
-    assert "KL – [–, –]" in kl.hovertext[2]
+    assert "KL – nats" in kl.hovertext[2]
 
 
 def test_resistance_draws_scores_in_a_scale_centred_on_zero():
@@ -258,7 +263,7 @@ def test_resistance_names_no_single_dose_where_arms_have_their_own():
 
 
 def test_resistance_refuses_a_moved_arm_that_the_table_lacks():
-    with pytest.raises(ValueError, match=r"moved: ablated is not in the table \(arms untuned, toward_tuned"):
+    with pytest.raises(ValueError, match=r"moved must be of arms in the table \(untuned, toward_tuned.*got ablated"):
         resistance(resistance_rows(), [*moved_rows(), moved_rows()[0] | {"arm": "ablated"}])
 
 
@@ -305,7 +310,7 @@ def test_block_search_without_effects_sorts_by_the_total_loss():
     assert "No effect was measured" in reading(figure) and not figure.layout.shapes
     unused = [row | {"cosine_loss": None} for row in rows]
     assert [trace.name for trace in block_search(unused).data] == ["total_loss", "token_loss"]
-    with pytest.raises(ValueError, match="table: only empty values came"):
+    with pytest.raises(ValueError, match="table must hold a number .*, got only empty values"):
         block_search([row | {"total_loss": None, "token_loss": None, "cosine_loss": None} for row in rows])
 
 
@@ -315,40 +320,40 @@ def test_block_search_puts_the_unmeasured_last():
     assert block_search(rows).data[0].y[-1] == "cosine: q k | token: v o"
 
 
-def test_effect_against_damage_draws_each_arm_through_its_multipliers():
-    figure = effect_against_damage(damage_rows()[::-1], effect="joy", damage="KL (nats)")
-    frame = pd.DataFrame(damage_rows())
+def test_effect_against_side_effect_draws_each_arm_through_its_multipliers():
+    figure = effect_against_side_effect(side_effect_rows()[::-1], effect="joy", side_effect="KL (nats)")
+    frame = pd.DataFrame(side_effect_rows())
     assert [trace.name for trace in figure.data] == ["steered", "kl_then_steer"]
     for trace in figure.data:
         own = frame[frame["arm"] == trace.name]
         assert list(trace.text) == ["−4", "−2", "0", "2", "4"]
         compare(trace, own, "effect", low="effect_low", high="effect_high")
-        compare(trace, own, "damage", low="damage_low", high="damage_high", axis="y")
+        compare(trace, own, "side_effect", low="side_effect_low", high="side_effect_high", axis="y")
         assert trace.line.color == ARM_COLOURS[trace.name]
     hover = figure.data[0].hovertext[0]
     assert "joy -0.280 [-0.360, -0.120], n = 72" in hover and "KL (nats) 0.480 [0.470, 0.500], n = 30" in hover
     assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("joy", "KL (nats)")
-    assert "At the same effect, the lower line does less damage." in reading(figure)
-    assert "Effect: n = 72. Damage: n = 30. Seed 0." in reading(figure)
+    assert "At the same effect, the lower line has the smaller side effect." in reading(figure)
+    assert "Effect: n = 72. Side effect: n = 30. Seed 0." in reading(figure)
 
 
-def test_effect_against_damage_keeps_all_whiskers_in_view_and_labels_off_the_lines():
-    figure = effect_against_damage(damage_rows())
+def test_effect_against_side_effect_keeps_all_whiskers_in_view_and_labels_off_the_lines():
+    figure = effect_against_side_effect(side_effect_rows())
     low, high = figure.layout.yaxis.range
     assert low < -0.01 and high > 0.5
     upper, lower = figure.data
     assert (upper.textposition[0], upper.textposition[-1]) == ("top right", "top left")
     assert (lower.textposition[0], lower.textposition[-1]) == ("bottom left", "bottom right")
-    mirrored = effect_against_damage([row | {"effect": -row["effect"]} for row in damage_rows()])
+    mirrored = effect_against_side_effect([row | {"effect": -row["effect"]} for row in side_effect_rows()])
     assert mirrored.data[0].textposition[0] == "top left"
 
 
-def test_effect_against_damage_leaves_a_gap_where_nothing_was_measured():
-    rows = damage_rows()
-    rows[1] |= {"damage": None, "damage_low": None, "damage_high": None}
-    line = effect_against_damage(rows).data[1]
+def test_effect_against_side_effect_leaves_a_gap_where_nothing_was_measured():
+    rows = side_effect_rows()
+    rows[1] |= {"side_effect": None, "side_effect_low": None, "side_effect_high": None}
+    line = effect_against_side_effect(rows).data[1]
     assert [np.isnan(value) for value in floats(line.y)] == [False, True, False, False, False]
-    assert not line.connectgaps and "– [–, –]" in line.hovertext[1]
+    assert not line.connectgaps and "KL on neutral prompts (nats) –, n" in line.hovertext[1]
 
 
 def test_kinds_draws_every_change_beside_its_kind():
@@ -384,11 +389,23 @@ def test_kinds_takes_an_arm_that_was_not_measured_everywhere():
 
 
 def test_no_stranger_gets_the_colour_of_an_arm_beside_it():
-    names = ["steered", "away_tuned", "ablated", "kl_then_steer", "LoRA", "out_tuned"]
+    names = ["steered", "away_tuned", "ablated", "kl_then_steer", "LoRA", "suppress_tuned"]
     colours = arm_colours(names)
     assert len({colours[name] for name in names}) == len(names)
     assert [arm_colours(["untuned", "ablated"])["ablated"], colours["steered"]] == [SPARE_COLOURS[0], "#E69F00"]
     assert len(set(ARM_COLOURS.values())) == len(ARM_COLOURS)
+
+
+def test_the_old_names_of_columns_and_arms_still_work():
+    new = side_effect_rows()
+    old = [{key.replace("side_effect", "damage"): value for key, value in row.items()} for row in new]
+    with pytest.warns(
+        UserWarning, match="'n_damage, damage, .*' is now 'n_side_effect, side_effect, .*'; the old name still works"
+    ):
+        drawn = effect_against_side_effect(old)
+    assert drawn.to_json() == effect_against_side_effect(new).to_json()
+    colours = arm_colours(["out_tuned", "ablated"])
+    assert colours["out_tuned"] == ARM_COLOURS["suppress_tuned"] != colours["ablated"]
 
 
 def test_strangers_still_get_colours_when_the_known_arms_took_them_all():
@@ -406,5 +423,5 @@ def test_names_that_look_like_markup_are_drawn_as_they_are():
     arm = resistance_rows()[0]["arm"]
     rows, moved = hostile(resistance_rows(), arm=arm), hostile(moved_rows(), arm=arm)
     check_drawn_as_it_is(resistance(rows, moved, title=HOSTILE))
-    rows = hostile(damage_rows(), arm=damage_rows()[0]["arm"])
-    check_drawn_as_it_is(effect_against_damage(rows, effect=HOSTILE, damage=HOSTILE, title=HOSTILE), least=6)
+    rows = hostile(side_effect_rows(), arm=side_effect_rows()[0]["arm"])
+    check_drawn_as_it_is(effect_against_side_effect(rows, effect=HOSTILE, side_effect=HOSTILE, title=HOSTILE), least=6)

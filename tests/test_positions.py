@@ -73,7 +73,7 @@ def test_a_row_holds_the_ids_the_model_gets_and_the_characters_of_each(stand_in)
         ("first", "first token", ["<|im_start|>"]),
         ("mean", "mean over all tokens", PROMPT + ANSWER),
         ("mean prompt", "mean over the prompt's tokens", PROMPT),
-        ("mean response", "mean over the tokens of the answer's opening words", ANSWER),
+        ("mean response", "mean over the tokens of the response's prefill", ANSWER),
         ("mean last 1", "mean over the last 1 tokens", ["'d"]),
         ("mean last 6", "mean over the last 6 tokens", ["istant", "\n", *ANSWER]),
         ('mean "Kind of"', "mean over the tokens of 'Kind of'", ["Kind", " of"]),
@@ -116,9 +116,17 @@ def test_a_number_comes_back_as_a_name_of_the_same_token(stand_in):
         assert numbers_in(row, position_of(name), "it") == numbers_in(row, position_of(number), "it") == [number % 25]
 
 
+def test_the_wording_of_older_files_brings_the_position_back():
+    for ending in ("", " of the chat prompt and the answer's opener"):
+        assert position_named(f"mean over the tokens of the answer's opening words{ending}") == "mean response"
+        assert position_named(f"last token{ending}") == "last"
+
+
 @pytest.mark.parametrize("words", ["third_token", "", "mean over the tokens of 'it's'", "token x from the end"])
 def test_words_of_no_named_position_are_refused(words):
-    with pytest.raises(ValueError, match=r"positions: .* which no .* brings back\. Say 'response' or 'last'"):
+    with pytest.raises(
+        ValueError, match=r"positions must be given for vectors read at .* Use positions='response' or 'last'"
+    ):
         position_named(words)
 
 
@@ -178,28 +186,28 @@ def test_a_chat_that_holds_its_special_tokens_gets_none_added(framing, stand_in)
 
 @pytest.mark.parametrize("position", ["frist", "", "mean last", "mean last 0", "mean last -2", 'mean ""', "mean it"])
 def test_unknown_positions_are_refused_with_those_there_are(position):
-    with pytest.raises(ValueError, match=r"position: .* came; 'last', 'first'.*'mean last 5'.*a function is wanted"):
+    with pytest.raises(ValueError, match=r"position must be 'last', 'first'.*'mean last 5'.*a function, got "):
         position_of(position)
 
 
 @pytest.mark.parametrize(
     ("position", "says"),
     [
-        (25, r"token 25 from the beginning is past the end of the text, which has 25 tokens. Give .* -25 and 24"),
-        (-26, r"token 26 from the end is past the end of the text, which has 25"),
-        ("mean last 26", r"mean over the last 26 tokens is past the end"),
-        ('mean "purple"', r"'purple', the text: 'purple' is not in it"),
-        (lambda row: [], r"names no token of the text"),
-        (lambda row: [99], r"past the end of the text"),
+        (25, r"between -25 and 24 for the text, which has 25 tokens, got 'token 25 from the beginning'"),
+        (-26, r"the text, which has 25 tokens, got 'token 26 from the end'"),
+        ("mean last 26", r"got 'mean over the last 26 tokens'"),
+        ('mean "purple"', r"'purple'\" for the text: the text does not contain 'purple'"),
+        (lambda row: [], r"must name at least one token of every text, got .* for the text"),
+        (lambda row: [99], r"must be between -25 and 24 for the text"),
     ],
 )
 def test_tokens_that_a_text_has_not_are_refused_by_its_name_and_beginning(stand_in, position, says):
-    with pytest.raises(ValueError, match=rf"position: .*{says}.*It begins '<\|im_start\|>system\\nBe kind"):
+    with pytest.raises(ValueError, match=rf"position must .*{says}.*It begins '<\|im_start\|>system\\nBe kind"):
         labels(row_of(stand_in), position)
 
 
-def test_a_response_that_is_not_there_is_refused_with_the_mend(stand_in):
-    with pytest.raises(ValueError, match=r"no prefills, so there is no response to read\. Use 'mean prompt' or 'last'"):
+def test_a_response_that_is_not_there_is_refused_with_the_fix(stand_in):
+    with pytest.raises(ValueError, match=r"no prefills, so there is no response to read; use 'mean prompt' or 'last'"):
         labels(row_of(stand_in, prefill=""), "mean response")
 
 

@@ -70,13 +70,15 @@ def test_a_file_of_ones_own_gives_its_rows_in_order(tmp_path, ending):
 def test_an_prefill_may_be_left_out_or_null_and_fields_that_are_not_used_are_named(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"positive": "a", "negative": "b", "user": "c", "prefill": None, "note": 3}))
-    with pytest.warns(UserWarning, match=r"pairs: mine\.jsonl has fields that are not used: note\. Used are positive"):
+    with pytest.warns(
+        UserWarning, match=r"pairs: mine\.jsonl has fields that are not used: note\. The fields used are positive"
+    ):
         assert load_pairs(path).pairs == (Pair("a", "b", "c", ""),)
 
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("openner", "prefill"), ("Prefill", "prefill"), ("Group", "group"), ("negativ_user", "negative_user")],
+    [("prefil", "prefill"), ("Prefill", "prefill"), ("Group", "group"), ("negativ_user", "negative_user")],
 )
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_a_misspelt_field_is_refused_with_the_nearest_name(tmp_path, name, near, ending):
@@ -108,11 +110,38 @@ def test_an_empty_cell_of_a_table_is_refused_as_a_side():
 
 def test_a_toml_file_gives_every_combination_with_the_personas_aligned(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text('[pairs]\npositive=["a","b"]\nnegative=["c","d"]\ntopics=["x","y","z"]\nopeners=["", "So"]\n')
+    path.write_text('[pairs]\npositive=["a","b"]\nnegative=["c","d"]\ntopics=["x","y","z"]\nprefills=["", "So"]\n')
     loaded = load_pairs(path)
     assert len(loaded) == len(set(loaded.pairs)) == 2 * 3 * 2
     assert {(pair.positive, pair.negative) for pair in loaded.pairs} == {("a", "c"), ("b", "d")}
     assert loaded.topics == ["x", "y", "z"]
+
+
+OLD = {"positive": "a", "negative": "b", "user": "c", "opener": "d", "negative_opener": "e"}
+
+
+@pytest.mark.parametrize("ending", ["toml", "jsonl", "csv"])
+def test_openers_are_read_as_prefills_with_a_hint(tmp_path, ending):
+    path = tmp_path / f"mine.{ending}"
+    if ending == "toml":
+        path.write_text('[pairs]\npositive=["a"]\nnegative=["b"]\ntopics=["c"]\nopeners=["d"]\n')
+    else:
+        write_csv(path, [OLD, OLD]) if ending == "csv" else path.write_text("\n".join([json.dumps(OLD)] * 2))
+    with pytest.warns(UserWarning, match=r"'openers?' is now 'prefills?'; the old name still works\.") as caught:
+        pairs = load_pairs(path).pairs
+    assert {pair.prefill for pair in pairs} == {"d"}
+    if ending != "toml":
+        assert {pair.negative_prefill for pair in pairs} == {"e"}
+    assert len(caught) == (1 if ending == "toml" else 2)  # once for each name, not for each row
+
+
+def test_an_old_and_a_new_name_together_are_refused(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({**OLD, "prefill": "f"}))
+    with (
+        pytest.warns(UserWarning, match="'opener' is now"),
+        pytest.raises(ValueError, match=r"pairs: mine\.jsonl, line 1 must have either 'prefill' or 'opener', got both"),
+    ):
+        load_pairs(tmp_path / "mine.jsonl")
 
 
 @pytest.mark.parametrize("side", ["positive", "negative", "user"])
@@ -120,9 +149,9 @@ def test_a_row_without_a_side_is_refused_with_its_line_in_the_file(tmp_path, sid
     lame = {**ROWS[1], side: " "}
     (tmp_path / "mine.jsonl").write_text("\n".join(["", json.dumps(ROWS[0]), "", json.dumps(lame)]))
     write_csv(tmp_path / "mine.csv", [ROWS[0], lame])
-    with pytest.raises(ValueError, match=rf"pairs: mine\.jsonl, line 4 lacks the side '{side}'\. Each needs positive"):
+    with pytest.raises(ValueError, match=rf"pairs: mine\.jsonl, line 4 must have the fields positive.*got no '{side}'"):
         load_pairs(tmp_path / "mine.jsonl")
-    with pytest.raises(ValueError, match=rf"pairs: mine\.csv, line 3 lacks the side '{side}'"):
+    with pytest.raises(ValueError, match=rf"pairs: mine\.csv, line 3 must have the fields .*got no '{side}'"):
         load_pairs(tmp_path / "mine.csv")
 
 
@@ -131,12 +160,12 @@ def test_a_row_without_a_side_is_refused_with_its_line_in_the_file(tmp_path, sid
     [
         ('{"positive": "a"', r"must be a JSON object, got .*Expecting"),
         ('["a", "b", "c"]', r"must be a JSON object, got '\["),
-        ('{"positive": "a", "positive": "b"}', "'positive' is there twice"),
+        ('{"positive": "a", "positive": "b"}', "the name 'positive' occurs twice"),
         ('{"positive": "a", "negative": "b", "user": "cut \\ud83d"}', "must be a JSON object, .*surrogates"),
         ('{"positive": 1, "negative": "b", "user": "c"}', r"must have a text as 'positive', got 1\. Put it in quotes"),
         ('{"positive": "a", "negative": "b", "user": "c", "prefill": 3}', "must have a text as 'prefill', got 3"),
-        ('{"positive": "a", "negative": NaN, "user": "c"}', "lacks the side 'negative'"),
-        ('{"positive": "a", "negative": null, "user": "c"}', "lacks the side 'negative'"),
+        ('{"positive": "a", "negative": NaN, "user": "c"}', "must have the fields .*got no 'negative'"),
+        ('{"positive": "a", "negative": null, "user": "c"}', "must have the fields .*got no 'negative'"),
     ],
 )
 def test_a_line_that_is_no_pair_is_refused_with_its_place(tmp_path, line, says):
@@ -146,42 +175,44 @@ def test_a_line_that_is_no_pair_is_refused_with_its_place(tmp_path, line, says):
 
 
 def test_an_unknown_behaviour_and_an_unknown_ending_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"behaviour: 'moode' .*Did you mean 'mood'\?"):
+    with pytest.raises(ValueError, match=r"behaviour must be .*got 'moode'\. Did you mean 'mood'\?"):
         load_pairs("moode")
     (tmp_path / "mine.txt").write_text("a")
-    with pytest.raises(
-        ValueError, match=r"pairs: mine\.txt has an unknown ending. Give a \.toml, \.jsonl, \.csv or \.tsv file"
-    ):
+    with pytest.raises(ValueError, match=r"pairs must be a \.toml, \.jsonl, \.csv or \.tsv file, got mine\.txt"):
         load_pairs(tmp_path / "mine.txt")
 
 
 def test_toml_that_is_none_is_refused_with_file_and_line(tmp_path):
     (tmp_path / "mine.toml").write_text('[pairs]\npositive = "a" "b"\n')
-    with pytest.raises(ValueError, match=r"config: .*mine\.toml is not valid TOML: .*line"):
+    with pytest.raises(ValueError, match=r"config must be valid TOML, got .*mine\.toml: .*line"):
         load_pairs(tmp_path / "mine.toml")
 
 
 @pytest.mark.parametrize("side", ["positive", "negative", "topics"])
 @pytest.mark.parametrize("wrong", [[], "one string"])
 def test_a_table_without_a_list_is_refused_by_its_name(side, wrong):
-    with pytest.raises(ValueError, match=rf"pairs: mine\.toml lacks a list pairs\.{side}\. Both sides and the topics"):
+    with pytest.raises(
+        ValueError, match=rf"pairs: mine\.toml must have the lists positive, negative and topics, got no {side}\."
+    ):
         pairs_from_table("mine", {**TABLE, side: wrong}, "mine.toml")
 
 
 def test_a_table_with_one_string_for_prefills_is_refused():
-    with pytest.raises(ValueError, match=r"pairs\.prefills"):
-        pairs_from_table("mine", {**TABLE, "prefills": "So"})
+    with pytest.raises(ValueError, match=r"prefills of mine\.toml must be a list, got 'So'"):
+        pairs_from_table("mine", {**TABLE, "prefills": "So"}, "mine.toml")
 
 
 def test_personas_that_do_not_align_are_refused():
-    with pytest.raises(ValueError, match=r"pairs: 2 positive and 1 negative personas came. Align them"):
+    with pytest.raises(ValueError, match=r"as many positive as negative personas, got 2 and 1\. Align"):
         pairs_from_table("mine", {**TABLE, "negative": ["sad"]})
 
 
 def test_no_pair_and_an_empty_side_are_refused():
-    with pytest.raises(ValueError, match=r"pairs: 'mine' has none. Give at least one"):
+    with pytest.raises(ValueError, match=r"pairs must hold at least one pair, got none for 'mine'"):
         ContrastPairs("mine", ())
-    with pytest.raises(ValueError, match=r"pairs: number 1 of 'mine' has an empty 'negative' side. Fill it in"):
+    with pytest.raises(
+        ValueError, match=r"pairs: negative of number 1 of 'mine' must be a text, got an empty one\. Fill it in"
+    ):
         ContrastPairs("mine", (Pair("a", "b", "c"), Pair("a", " ", "c")))
 
 
@@ -238,12 +269,14 @@ def test_a_split_into_three(pairs):
 
 @pytest.mark.parametrize("shares", [(), (0.0,), (1.0,), (0.7, 0.3), (-0.5,)])
 def test_shares_that_leave_nothing_are_refused(pairs, shares):
-    with pytest.raises(ValueError, match=r"shares: .* came; positive numbers with a sum below 1 are wanted, say 0\.7"):
+    with pytest.raises(ValueError, match=r"shares must be positive numbers with a sum below 1, got .* split\(0\.7\)"):
         pairs.split(*shares)
 
 
 def test_too_few_topics_are_refused():
-    with pytest.raises(ValueError, match=r"shares: 2 topics cannot be split at .*Give more topics"):
+    with pytest.raises(
+        ValueError, match=r"shares must leave every part a topic, got .* of 2 topics\. Give more topics"
+    ):
         product(2, 3, 1).split(0.1)
 
 
@@ -280,7 +313,9 @@ def test_five_prefills_in_equal_numbers_are_kept_apart_and_a_persona_of_all_rows
 def test_personas_that_tie_all_topics_together_are_shared_and_that_is_told():
     draw = random.Random(0)
     whole = rows(*(Pair(f"p{p}", f"n{p}", f"t{i}") for i in range(50) for p in draw.sample(range(4), 2)))
-    with pytest.warns(UserWarning, match=r"split: the parts of 'rows' have no topic in common, but positive personas"):
+    with pytest.warns(
+        UserWarning, match=r"split: the parts of 'rows' have no topic in common, but they share positive personas"
+    ):
         parts = whole.split(0.4, 0.2, seed=0)
     assert [len(part) for part in parts] == [40, 20, 40]
     assert not shared(parts, lambda pair: pair.user)
@@ -328,7 +363,7 @@ def test_sides_that_say_the_same_across_rows_are_kept_apart_where_they_can_be():
 
 
 def test_too_few_topics_for_the_parts_are_refused_among_rows():
-    with pytest.raises(ValueError, match=r"shares: 1 topics .*cannot be split at .*Give more"):
+    with pytest.raises(ValueError, match=r"shares must leave every part a topic, got .* of 1 topics\. Give more"):
         rows(Pair("a", "b", "t"), Pair("c", "d", "t")).split(0.5)
 
 
@@ -374,7 +409,7 @@ def test_a_product_says_how_many_pairs_fall_to_no_part_and_warns_where_few_are_l
         ("refusal", ["a070073047ed", "81bfd3041d25", "2defa67838cb"]),
     ],
 )
-def test_the_parts_of_the_shipped_behaviours_are_those_that_published_numbers_rest_on(name, checksums):
+def test_the_parts_of_the_built_in_behaviours_are_those_that_published_numbers_rest_on(name, checksums):
     parts = load_experiment(name).pairs.split(0.4, 0.2, seed=0)
     assert [part.sha256[:12] for part in parts] == checksums
 
@@ -402,7 +437,7 @@ def test_a_sample_takes_topics_evenly(n, seed):
 
 
 def test_a_sample_of_none_is_refused(pairs):
-    with pytest.raises(ValueError, match=r"n: 0 came, a number of pairs of at least 1 is wanted"):
+    with pytest.raises(ValueError, match=r"n must be at least 1 pair, got 0"):
         pairs.sample(0)
 
 

@@ -41,33 +41,45 @@ def test_a_csv_that_a_spreadsheet_wrote_is_read(tmp_path):
         ("q.jsonl", '{"prompt": "Hi."}\n{"promt": "Hi."}', "got 'promt'. Did you mean 'prompt'?"),
         ("q.jsonl", '{"prompt": "Hi.", "note": "x"}', "line 1 must have no fields but prompt, right"),
         ("q.jsonl", '{"prompt": "Hi.", "question": "Ho."}', "line 1 must have either 'prompt' or 'question', got both"),
-        ("q.jsonl", '{"prompt": "Hi.", "right": [null]}', "line 1, right is [None]; a list of texts"),
+        ("q.jsonl", '{"prompt": "Hi.", "right": [null]}', "line 1, right must be a list of texts, got [None]"),
         ("q.jsonl", '{"prompt": "Hi."}\n\nHi.', "q.jsonl, line 3 must be a JSON object, got 'Hi.'"),
-        ("q.jsonl", '{"right": ["a"]}', "line 1 lacks a prompt"),
+        ("q.jsonl", '{"right": ["a"]}', "line 1 must have a prompt"),
         ("q.jsonl", '{"prompt": 3}', "line 1: prompt must be a text, got 3"),
-        ("q.jsonl", '{"prompt": "Hi.", "right": 3}', "line 1, right is 3; a list of texts"),
-        ("q.jsonl", '{"prompt": " "}', "line 1: prompt: a question's is empty"),
-        ("q.jsonl", '{"prompt": "Hi.", "right": ["a"], "wrong": ["a"]}', "each wants text of its own"),
+        ("q.jsonl", '{"prompt": "Hi.", "right": 3}', "line 1, right must be a list of texts, got 3"),
+        ("q.jsonl", '{"prompt": " "}', "line 1: prompt must be a text, got an empty one"),
+        (
+            "q.jsonl",
+            '{"prompt": "Hi.", "right": ["a"], "wrong": ["a"]}',
+            "must be different texts, none of them empty, got ['a', 'a']",
+        ),
         ("q.csv", "text\nHi.\n", "q.csv, line 1 must name the columns (some of prompt, right"),
-        ("q.csv", "prompt\nHi, there\n", "q.csv, line 2 has more cells than columns"),
-        ("q.txt", "\n", "q.txt holds none"),
-        ("q.xlsx", "", "unknown ending"),
+        ("q.csv", "prompt\nHi, there\n", "q.csv, line 2 must have at most one cell for each of the 1 columns, got 2"),
+        ("q.txt", "\n", "q.txt must hold at least one question, got none"),
+        ("q.xlsx", "", "questions must be a .jsonl, .csv, .tsv or .txt file, got q.xlsx"),
     ],
 )
 def test_bad_files_are_named(tmp_path, as_a_user, name, content, says):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match="questions: ") as caught:
+    with pytest.raises(ValueError, match="^questions(: | must be )") as caught:
         load_questions(tmp_path / name)
     assert says in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_named_with_the_shipped_sets():
-    with pytest.raises(FileNotFoundError, match=r"no file capitols.*or: capitals"):
+def test_an_opener_is_read_as_a_prefill_with_a_hint(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "Hi.", "opener": "It is"}\n', encoding="utf-8")
+    (tmp_path / "q.csv").write_text("prompt;opener\nHi.;It is\n", encoding="utf-8")
+    for ending in ("jsonl", "csv"):
+        with pytest.warns(UserWarning, match=r"'opener' is now 'prefill'; the old name still works"):
+            assert load_questions(tmp_path / f"q.{ending}") == [Question("Hi.", prefill="It is")]
+
+
+def test_a_file_that_is_not_there_is_named_with_the_built_in_sets():
+    with pytest.raises(FileNotFoundError, match=r"questions must be a built-in set \(capitals, .* got capitols"):
         load_questions("capitols")
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_shipped_sets_load_and_have_no_question_twice(name):
+def test_built_in_sets_load_and_have_no_question_twice(name):
     asked = load_questions(name)
     assert len(asked) >= 20
     assert len({question.prompt for question in asked}) == len(asked)
@@ -83,7 +95,7 @@ def test_pairs_prompts_and_questions_can_be_asked():
 
 @pytest.mark.usefixtures("as_a_user")
 def test_one_string_for_options_is_refused():
-    with pytest.raises(ValueError, match="right: one string came"):
+    with pytest.raises(ValueError, match="right must be a list of texts, got one string"):
         Question("Hi.", "abc")  # type: ignore[arg-type]
 
 

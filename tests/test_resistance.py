@@ -12,7 +12,7 @@ from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.tuning.delta import WeightDelta
 
 PROMPTS = ["How are you?", "What is it?", "Tell me more about the hills.", "And now?"]
-METRIC = rtl.arms.LogitDifference(" yes", " no")
+TASK = rtl.evaluation.LogitDifference(PROMPTS, " yes", " no")
 
 
 @pytest.fixture
@@ -26,15 +26,13 @@ def damped(tiny):
 
 def test_each_cell_is_what_steering_that_arm_by_hand_gives(tiny, tiny_vectors, damped):
     arms = {"untuned": None, "damped": damped}
-    found = rtl.arms.resistance(
-        tiny, arms, tiny_vectors, PROMPTS, layer=0, multipliers=(-2, 0, 2), metric=METRIC, progress=False
-    )
+    found = rtl.arms.resistance(tiny, arms, tiny_vectors, TASK, layer=0, multipliers=(-2, 0, 2), progress=False)
     assert len(found.table) == 6
     seen = set()
     for arm, delta in arms.items():
         for dose in (-2.0, 0.0, 2.0):
             with rtl.applied(tiny, delta, rtl.add(tiny_vectors, [0], dose)):
-                by_hand = METRIC(tiny, PROMPTS)
+                by_hand = TASK(tiny)
             row = found.table.query(f"arm == {arm!r} and multiplier == {dose}").iloc[0]
             assert row["mean"] == pytest.approx(np.mean(by_hand), abs=1e-4)
             assert row["n"] == len(PROMPTS)
@@ -44,8 +42,8 @@ def test_each_cell_is_what_steering_that_arm_by_hand_gives(tiny, tiny_vectors, d
 
 def test_moved_is_paired_and_a_share_of_the_first_arm(tiny, tiny_vectors, damped):
     found = rtl.arms.resistance(
-        tiny, {"untuned": None, "damped": damped, "again": None}, tiny_vectors, PROMPTS, layer=0,
-        multipliers=(-2, 2), metric=METRIC, progress=False,
+        tiny, {"untuned": None, "damped": damped, "again": None}, tiny_vectors, TASK, layer=0,
+        multipliers=(-2, 2), progress=False,
     )  # fmt: skip
     grid = found.scores.pivot(index=["arm", "prompt"], columns="multiplier", values="score")
     moved = found.moved.set_index("arm")
@@ -65,8 +63,8 @@ def test_a_first_arm_that_nothing_moves_has_no_share(tiny, tiny_vectors):
     """Steering after the block that is read: hooks on the last block's output removed again by a second edit."""
     undo = rtl.ablate(tiny_vectors, [1])
     found = rtl.arms.resistance(
-        tiny, {"deaf": undo}, tiny_vectors.select([1]), PROMPTS, layer=1, multipliers=(-1, 1),
-        metric=lambda model, prompts: [0.5] * len(prompts), progress=False,
+        tiny, {"deaf": undo}, tiny_vectors.select([1]), lambda model: [0.5] * 4, layer=1, multipliers=(-1, 1),
+        progress=False,
     )  # fmt: skip
     row = found.moved.iloc[0]
     assert row["mean"] == 0.0
@@ -76,11 +74,11 @@ def test_a_first_arm_that_nothing_moves_has_no_share(tiny, tiny_vectors):
 def test_the_model_is_left_alone(tiny, tiny_vectors, damped, hooks_on):
     before = {name: parameter.detach().clone() for name, parameter in tiny.named_parameters()}
 
-    def failing(model, prompts):
+    def failing(model):
         raise RuntimeError("the metric's own")
 
     with pytest.raises(RuntimeError, match="the metric's own"):
-        rtl.arms.resistance(tiny, {"damped": damped}, tiny_vectors, PROMPTS, layer=0, metric=failing, progress=False)
+        rtl.arms.resistance(tiny, {"damped": damped}, tiny_vectors, failing, layer=0, progress=False)
     assert all(torch.equal(parameter, before[name]) for name, parameter in tiny.named_parameters())
     assert not hooks_on(tiny)
 
@@ -88,22 +86,20 @@ def test_the_model_is_left_alone(tiny, tiny_vectors, damped, hooks_on):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"arms": {}}, "arms: none came"),
+        ({"arms": {}}, "arms must map at least one name"),
         ({"multipliers": (0, 1, 2)}, "both signs"),
         ({"multipliers": ()}, "both signs"),
-        ({"layer": 7}, "layers: 7 is outside"),
+        ({"layer": 7}, "layers.*7"),
         ({"arms": {"away": rtl.add}}, "hooks|arms"),
     ],
 )
 def test_bad_requests_are_named(tiny, tiny_vectors, changed, says, as_a_user):
-    request = {"arms": {"untuned": None}, "layer": 0, "metric": METRIC, "progress": False, **changed}
+    request = {"arms": {"untuned": None}, "layer": 0, "progress": False, **changed}
     arms = request.pop("arms")
     with pytest.raises((ValueError, TypeError), match=says):
-        rtl.arms.resistance(tiny, arms, tiny_vectors, PROMPTS, **request)
+        rtl.arms.resistance(tiny, arms, tiny_vectors, TASK, **request)
 
 
 def test_it_draws(tiny, tiny_vectors, damped):
-    found = rtl.arms.resistance(
-        tiny, {"untuned": None, "damped": damped}, tiny_vectors, PROMPTS, layer=0, metric=METRIC, progress=False
-    )
+    found = rtl.arms.resistance(tiny, {"untuned": None, "damped": damped}, tiny_vectors, TASK, layer=0, progress=False)
     assert len(rtl.plots.resistance(found.table, found.moved).data) >= 2

@@ -399,7 +399,7 @@ def test_an_older_runs_record_of_how_it_was_made_has_its_new_key(board):
     record = {"command": None, "call": None, "file": None, "toml": None, "sha256": None, "settings": {"seed": 0}}
     content = checked({**make_content(board), "schema": 1, "again": record})
     assert content["reproducibility"] == record and "again" not in content
-    assert _OLD_NAMES == {old: new for new, old in OLD_NAMES.items()}
+    assert {old: new for new, old in OLD_NAMES.items()} == _OLD_NAMES
 
 
 def test_a_scorer_of_ones_own_keeps_its_name_in_a_new_run(board, tmp_path):

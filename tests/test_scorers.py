@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 import rt_lens as rtl
 from rt_lens.data.questions import Answer, Likelihoods, Question, load_questions
-from rt_lens.evaluation.answering import ask, evaluate, said
-from rt_lens.evaluation.registry import make_scorer, unmade_scorer
-from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Lexicon, OfText, Scorer, vader
+from rt_lens.evaluation.answering import ask, response_text
+from rt_lens.evaluation.registry import _KINDS, _OLD_NAMES, make_scorer, unmade_scorer
+from rt_lens.evaluation.scorers import (
+    ContainsAnswer,
+    FollowsInstruction,
+    Lexicon,
+    Likelihood,
+    OffOptionMass,
+    OfText,
+    Scorer,
+    vader,
+)
+from rt_lens.evaluation.tasks import EvalTask, evaluate
 
 
 def test_vader_orders_moods():
@@ -26,18 +38,20 @@ def test_lexicon_counts_whole_words_and_phrases():
 @pytest.mark.parametrize(
     ("scorer", "says"),
     [
-        ("vadr", "'vadr' came; one of 'vader'"),
-        ({"kind": "lexicon", "positive": ["a"]}, "needs words in both lists"),
-        ({}, "None came"),
-        ({"kind": "vader", "lang": "de"}, "'vader' came with lang"),
-        ({"kind": "likelihood", "measure": "odds"}, "measure 'odds'"),
-        ({"kind": "pattern", "pattern": "("}, "no regular expression"),
-        ({"kind": "pattern"}, "'pattern' came with nothing else"),
+        ("vadr", "scorer must be a Scorer, a function, or one of 'vader', 'repetition'"),
+        ("letters", "got 'letters'"),
+        ({"kind": "lexicon", "positive": ["a"]}, "must have words in both lists, got positive=['a'] and negative=[]"),
+        ({}, "got None"),
+        ({"kind": "vader", "lang": "de"}, "scorer 'vader' takes no key, got 'lang'"),
+        ({"kind": "likelihood", "measure": "odds"}, "'accuracy', 'share', 'margin', got measure 'odds'"),
+        ({"kind": "pattern", "pattern": "("}, "must have a valid regular expression, got '('"),
+        ({"kind": "pattern"}, "scorer 'pattern' takes the key 'pattern', got no key: missing"),
+        ({"kind": "pattern", "regex": "x"}, "scorer 'pattern' takes the key 'pattern', got 'regex'"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")
 def test_bad_scorers_are_named(scorer, says):
-    with pytest.raises(ValueError, match="scorer: ") as caught:
+    with pytest.raises(ValueError, match="^scorer ") as caught:
         make_scorer(scorer)
     assert says in str(caught.value)
 
@@ -46,27 +60,27 @@ def test_bad_scorers_are_named(scorer, says):
     "given",
     ["vader", "repetition", {"kind": "lexicon", "positive": ["a"], "negative": ["b"]}, len, ContainsAnswer(),
      "likelihood",
-     {"kind": "pattern", "pattern": "^sorry"}, "obeys"],
+     {"kind": "pattern", "pattern": "^sorry"}, "follows_instruction"],
 )  # fmt: skip
 def test_whatever_is_given_becomes_one_callable_type(given):
     scorer = make_scorer(given)
     assert isinstance(scorer, Scorer)
     assert make_scorer(scorer) is scorer
     assert scorer.name
-    assert scorer.reads in ("text", "answers", "letters")
+    assert scorer.reads in ("text", "completion", "multiple_choice")
 
 
 def test_a_pattern_is_found_anywhere_in_any_case():
     score = make_scorer({"kind": "pattern", "pattern": r"\bsorry\b"})
-    said = [Answer(Question("?"), text) for text in ("I am SORRY.", "sorrynot")]
-    assert score(said) == [1.0, 0.0]
+    answers = [Answer(Question("?"), text) for text in ("I am SORRY.", "sorrynot")]
+    assert score(answers) == [1.0, 0.0]
 
 
-def test_names_right_takes_whole_words_and_refuses_wrong_ones():
-    asked = Question("What is 20 + 18?", ("38",), ("40",))
-    said = [Answer(asked, text) for text in ("It is 38.", "It is 138.", "38 or 40", "None.")]
-    assert ContainsAnswer()(said) == [1.0, 0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="has no right option"):
+def test_contains_answer_takes_whole_words_and_refuses_wrong_ones():
+    question = Question("What is 20 + 18?", ("38",), ("40",))
+    answers = [Answer(question, text) for text in ("It is 38.", "It is 138.", "38 or 40", "None.")]
+    assert ContainsAnswer()(answers) == [1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"scorer 'contains_answer' must .* right options, got none for 'Hi\.'"):
         ContainsAnswer()([Answer(Question("Hi."), "x")])
 
 
@@ -85,12 +99,12 @@ def test_names_right_takes_whole_words_and_refuses_wrong_ones():
         ({"kind": "no_letter", "letter": "e"}, "A cat sat.", "The cat"),
     ],
 )
-def test_obeys_by_hand(check, good, bad):
+def test_follows_instruction_by_hand(check, good, bad):
     asked = Question("Do it.", check=check)
     assert FollowsInstruction()([Answer(asked, good), Answer(asked, bad), Answer(asked, "")])[:2] == [1.0, 0.0]
 
 
-def test_every_shipped_instruction_has_a_check_that_an_answer_can_fail():
+def test_every_built_in_instruction_has_a_check_that_an_answer_can_fail():
     asked = load_questions("instructions")
     assert {question.check["kind"] for question in asked} == {
         "one_word", "max_words", "contains", "starts_with", "upper", "list", "ends_with", "no_letter",
@@ -99,7 +113,7 @@ def test_every_shipped_instruction_has_a_check_that_an_answer_can_fail():
 
 
 def test_an_instruction_without_a_check_is_named():
-    with pytest.raises(ValueError, match="'Hi.' has no check"):
+    with pytest.raises(ValueError, match=r"scorer 'follows_instruction' must .* got None for 'Hi\.'"):
         FollowsInstruction()([Answer(Question("Hi."), "x")])
 
 
@@ -125,10 +139,10 @@ def test_questions_are_asked_with_their_persona_and_prefill(tiny):
 
 def test_only_what_is_read_is_measured_and_an_option_is_said_in_words(tiny):
     asked = [Question("Is ice cold?", ("Yes",), ("No",))]
-    (answer,) = ask(tiny, asked, {"answers"})
-    assert answer.text == "" and set(answer.options) == {"answers"}
-    best = max(range(2), key=lambda i: answer.options["answers"].totals[i])
-    assert said(answer) == asked[0].options[best]
+    (answer,) = ask(tiny, asked, {"completion"})
+    assert answer.text == "" and set(answer.options) == {"completion"}
+    best = max(range(2), key=lambda i: answer.options["completion"].totals[i])
+    assert response_text(answer) == asked[0].options[best]
     (written,) = ask(tiny, asked, {"text"}, max_new_tokens=2)
     assert written.options == {}
 
@@ -142,10 +156,10 @@ def test_evaluate_by_likelihood_gives_shares_and_the_options_preferred(model):
 
 def test_a_scorer_of_ones_own_sees_the_whole_answer(tiny):
     class Longest:
-        name, reads = "longest", "answers"
+        name, reads = "longest", "completion"
 
         def __call__(self, answers):
-            return [float(max(each.options["answers"].sizes)) for each in answers]
+            return [float(max(answer.options["completion"].sizes)) for answer in answers]
 
     asked = [Question("Is ice cold?", ("Yes, it is very cold indeed",), ("No",))]
     assert evaluate(tiny, asked, Longest()).scores[0] >= 5
@@ -156,7 +170,73 @@ def test_a_scorer_of_ones_own_sees_the_whole_answer(tiny):
 
 @pytest.mark.parametrize(
     "given",
-    ["vader", "names_right", {"kind": "likelihood", "form": "letters"}, {"kind": "other"}, len, ContainsAnswer()],
+    [
+        "vader",
+        "contains_answer",
+        {"kind": "likelihood", "form": "multiple_choice"},
+        {"kind": "off_option_mass"},
+        len,
+        ContainsAnswer(),
+    ],
 )
 def test_a_scorer_that_is_not_made_says_what_it_would_read(given):
     assert unmade_scorer(given).reads == make_scorer(given).reads
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "old"),
+    [
+        ("names_right", "contains_answer", "names_right"),
+        ("obeys", "follows_instruction", "obeys"),
+        ("other", "off_option_mass", "other"),
+        ({"kind": "other", "form": "multiple_choice"}, "off_option_mass_multiple_choice", "other"),
+        ({"kind": "likelihood", "form": "letters"}, "likelihood_share_multiple_choice", "letters"),
+        ({"kind": "off_option_mass", "form": "answers"}, "off_option_mass", "answers"),
+    ],
+)
+@pytest.mark.parametrize("make", [make_scorer, unmade_scorer])
+def test_the_words_of_older_files_still_work_and_name_their_new_word(table, name, old, make):
+    says = rf"^'{old}' is now '{_OLD_NAMES[old]}'; the old name still works\.$"
+    with pytest.warns(UserWarning, match=says) as warned:
+        scorer = make(table)
+    assert len(warned) == 1
+    assert scorer.reads in ("text", "completion", "multiple_choice")
+    if make is make_scorer:
+        assert scorer.name == name
+
+
+def test_the_words_of_today_are_not_warned_of():
+    assert not set(_OLD_NAMES) & set(_KINDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert make_scorer("contains_answer") == ContainsAnswer()
+        assert make_scorer("follows_instruction") == FollowsInstruction()
+        assert make_scorer("off_option_mass") == OffOptionMass()
+    assert Likelihood("accuracy", "multiple_choice").name == "likelihood_accuracy_multiple_choice"
+
+
+def test_unknown_forms_are_refused_where_a_scorer_is_made(as_a_user):
+    for kind in (Likelihood, OffOptionMass):
+        with pytest.raises(ValueError, match="form must be 'completion' or 'multiple_choice', got 'words'"):
+            kind(form="words")
+
+
+# Tasks
+
+
+PROMPTS = ["How do you take your tea?", "Hello."]
+
+
+def test_evaluate_takes_the_scorer_and_the_length_from_a_task(tiny):
+    task = EvalTask(PROMPTS, [len, "vader"], max_new_tokens=3, batch_size=1)
+    evaluation = evaluate(tiny, task)
+    assert evaluation == evaluate(tiny, PROMPTS, len, max_new_tokens=3)
+    assert evaluation.scores == task(tiny) and evaluation.scorer == "len"
+    assert evaluation.responses != evaluate(tiny, PROMPTS, len, max_new_tokens=6).responses  # so the length did matter
+
+
+@pytest.mark.parametrize("given", [{"scorer": "vader"}, {"max_new_tokens": 5}])
+def test_a_task_beside_a_scorer_or_a_length_is_refused(tiny, given):
+    name = next(iter(given))
+    with pytest.raises(ValueError, match=f"^{name} must be left out if test is an EvalTask, got {given[name]!r}"):
+        evaluate(tiny, EvalTask(PROMPTS), **given)

@@ -44,14 +44,16 @@ def test_a_path_is_taken_as_it_is(tmp_path):
 
 
 def test_a_near_name_is_suggested_and_else_all_are_listed():
-    with pytest.raises(ValueError, match=r"behaviour: 'moood' is neither .* Did you mean 'mood'\?"):
+    with pytest.raises(ValueError, match=r"behaviour must be .*got 'moood'\. Did you mean 'mood'\?"):
         behaviour_file("moood")
-    with pytest.raises(ValueError, match=r"behaviour: 'zzz' is neither .* Shipped: .*formality.*mood"):
+    with pytest.raises(ValueError, match=r"behaviour must be .*got 'zzz'\. Built in: .*formality.*mood"):
         behaviour_file("zzz")
 
 
-def test_a_missing_file_says_how_to_mend_it():
-    with pytest.raises(FileNotFoundError, match=r"data: no/such\.txt is not in this installation.*Reinstall rt_lens"):
+def test_a_missing_file_says_how_to_fix_it():
+    with pytest.raises(
+        FileNotFoundError, match=r"data must be a file of this installation .*got no/such\.txt.*Reinstall rt_lens"
+    ):
         data_path("no/such.txt")
 
 

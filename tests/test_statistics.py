@@ -78,12 +78,12 @@ def test_share_interval_mirrors_and_lies_within_0_and_1(method, n, share):
 
 @pytest.mark.parametrize(("hits", "n"), [(5, 4), (-1, 4), (0, 0)])
 def test_impossible_counts_are_refused(hits, n):
-    with pytest.raises(ValueError, match=rf"hits: {hits} of {n} came; a count between 0 and n"):
+    with pytest.raises(ValueError, match=rf"hits must be between 0 and n, .*got hits={hits} and n={n}"):
         share_interval(hits, n)
 
 
 def test_an_unknown_method_is_refused(as_a_user):
-    with pytest.raises(ValueError, match="method: 'wald' came; 'wilson' or 'exact' is wanted"):
+    with pytest.raises(ValueError, match="method must be 'wilson' or 'exact', got 'wald'"):
         share_interval(1, 4, method="wald")
 
 
@@ -129,13 +129,13 @@ def test_very_few_values_give_their_own_range(values):
 
 
 def test_no_observation_is_refused():
-    with pytest.raises(ValueError, match=r"values: the list is empty; at least one observation"):
+    with pytest.raises(ValueError, match=r"values must have at least one observation, got an empty list"):
         mean_interval([])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_no_number_is_refused_and_counted(bad):
-    with pytest.raises(ValueError, match=r"values: 2 of 4 are NaN or infinite; .* Leave those prompts out"):
+    with pytest.raises(ValueError, match=r"values must be finite numbers, got 2 of 4 .* Leave those prompts out"):
         mean_interval([0.1, bad, 0.3, bad])
 
 
@@ -187,7 +187,11 @@ def test_ratio_over_seeds_is_the_crossed_interval_of_its_seeds():
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [([1.0], "sizes: 1 came for 2 texts"), ([1.0, -1.0], "sizes: one is negative"), ([0.0, 0.0], "none is above 0")],
+    [
+        ([1.0], r"for each text \(2\), got 1"),
+        ([1.0, -1.0], "sizes must be 0 or more.*got -1"),
+        ([0.0, 0.0], "got 0 to 0"),
+    ],
 )
 def test_sizes_that_fit_no_texts_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
@@ -254,7 +258,9 @@ def test_the_order_of_seeds_and_prompts_changes_nothing(seed):
 
 
 def test_a_grid_that_is_none_is_refused(as_a_user):
-    with pytest.raises(ValueError, match=r"values: an array of shape \(2,\) came; one number per seed and prompt"):
+    with pytest.raises(
+        ValueError, match=r"values must be one number per seed and prompt, got an array of shape \(2,\)"
+    ):
         crossed_interval([1.0, 2.0])
-    with pytest.raises(ValueError, match=r"values: no array of numbers came .* every seed the same prompts"):
+    with pytest.raises(ValueError, match=r"values must be numbers in a regular array, .* every seed the same prompts"):
         crossed_interval([[1.0, 2.0], [1.0]])

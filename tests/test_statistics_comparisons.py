@@ -99,7 +99,7 @@ def test_a_comparison_repeats_with_its_seed():
 
 def test_lists_of_unlike_length_are_refused():
     for compare in (paired_comparison, mcnemar, wilcoxon, standardised_difference, cliffs_delta):
-        with pytest.raises(ValueError, match=r"second: 2 values came for 3 in first. The comparison is paired"):
+        with pytest.raises(ValueError, match=r"second must have a value for each prompt of first \(3\), got 2"):
             compare([1.0, 0.0, 1.0], [1.0, 0.0])
 
 
@@ -150,12 +150,17 @@ def test_a_difference_that_never_varies_has_a_p_but_no_bounds():
 
 
 def test_unlike_numbers_of_seeds_are_refused(as_a_user):
-    with pytest.raises(ValueError, match=r"second: 3 seeds came for 2 in first. Give as many, or average"):
+    with pytest.raises(
+        ValueError, match=r"second must have as many seeds as first \(2\), got 3. Give as many, or average"
+    ):
         paired_comparison(np.ones((2, 5)), np.ones((3, 5)))
 
 
 def test_tests_that_know_no_seeds_say_so(as_a_user):
-    with pytest.raises(ValueError, match=r"first: an array of shape \(2, 5\) came; .* Average over seeds first"):
+    with pytest.raises(
+        ValueError,
+        match=r"first must be one number per prompt, got an array of shape \(2, 5\). Average over seeds first",
+    ):
         wilcoxon(np.ones((2, 5)), np.ones((2, 5)))
 
 
@@ -202,7 +207,7 @@ def test_mcnemar_mirrors_and_its_interval_lies_within_minus_1_and_1(table):
 
 
 def test_what_is_no_outcome_is_refused():
-    with pytest.raises(ValueError, match=r"second: others than 0 and 1 came. .* or use paired_comparison"):
+    with pytest.raises(ValueError, match=r"second must be 0 or 1 for each prompt, got .* use paired_comparison"):
         mcnemar([0.0, 1.0], [0.5, 1.0])
 
 
@@ -287,7 +292,7 @@ def test_holm_keeps_the_order_and_lowers_no_p(raw):
 
 
 def test_holm_refuses_what_is_no_p():
-    with pytest.raises(ValueError, match=r"p_values: 0.2 to 1.3 came; 0 to 1 is wanted"):
+    with pytest.raises(ValueError, match=r"p_values must be between 0 and 1, got 0.2 to 1.3"):
         holm([0.2, 1.3])
 
 
@@ -350,14 +355,14 @@ def test_detectable_is_what_needs_so_many_prompts():
 
 def test_no_difference_and_no_spread_have_no_number_of_prompts():
     assert prompts_needed([1.0, -1.0, 0.5, -0.5]) is None
-    with pytest.raises(ValueError, match="differences: they have no spread to plan by"):
+    with pytest.raises(ValueError, match="differences must be at least two numbers that differ"):
         prompts_needed([0.5, 0.5, 0.5])
 
 
 def test_impossible_plans_are_refused():
-    with pytest.raises(ValueError, match=r"power, alpha: 0.01 and 0.05 came; 0 < alpha < power < 1"):
+    with pytest.raises(ValueError, match=r"0 < alpha < power < 1, got power=0.01 and alpha=0.05"):
         prompts_needed([0.1, 0.2], power=0.01)
-    with pytest.raises(ValueError, match=r"n, sd: 1 and 0.5 came; at least 2 prompts"):
+    with pytest.raises(ValueError, match=r"n must be at least 2 and sd at least 0, got n=1 and sd=0.5"):
         detectable(1, 0.5)
 
 
@@ -408,10 +413,10 @@ def test_brier_score_is_scikit_learns():
 @pytest.mark.parametrize(
     ("probabilities", "outcomes", "bins", "message"),
     [
-        ([0.1, 1.2], [0, 1], 10, "probabilities: 0.1 to 1.2 came; 0 to 1 is wanted"),
-        ([0.1, 0.2], [0, 2], 10, "outcomes: others than 0 and 1 came"),
-        ([0.1, 0.2], [0], 10, "outcomes: 1 came for 2 probabilities"),
-        ([0.1, 0.2], [0, 1], 0, "bins: 0 came; at least 1"),
+        ([0.1, 1.2], [0, 1], 10, "probabilities must be between 0 and 1, got 0.1 to 1.2"),
+        ([0.1, 0.2], [0, 2], 10, "outcomes must be 0 or 1, got 2"),
+        ([0.1, 0.2], [0], 10, r"outcomes must be as many as the probabilities \(2\), got 1"),
+        ([0.1, 0.2], [0, 1], 0, "bins must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(probabilities, outcomes, bins, message):

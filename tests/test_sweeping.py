@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -21,9 +22,11 @@ import torch
 
 import rt_lens as rtl
 from rt_lens import plots
-from rt_lens.arms.sweeping import _NEW, DoseResponse, Options, Sweep, _fingerprint
+from rt_lens.arms.older_files import fingerprint
+from rt_lens.arms.sweeping import DoseResponse, Sweep
 from rt_lens.data.questions import Question
 from rt_lens.evaluation import registry as making
+from rt_lens.evaluation.tasks import EvalTask, LogitDifference
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.checksums import hooks_of
 from rt_lens.models.generation import as_chat
@@ -37,18 +40,23 @@ DOSES = (-2.0, -0.5, 0.0, 1.0)
 
 
 class Projection:
-    """Metric: how far the last block's activation at each prompt's end lies along a direction. Counts its calls."""
+    """Measure: how far the last block's activation at each prompt's end lies along a direction. Counts its calls."""
 
-    def __init__(self, sign: float = 1.0, fails_at: int | None = None) -> None:
+    def __init__(self, sign: float = 1.0, fails_at: int | None = None, prompts: Sequence[str] = PROMPTS) -> None:
         self.direction = sign * torch.randn(32, generator=torch.Generator().manual_seed(4))
-        self.fails_at, self.asked = fails_at, []
+        self.fails_at, self.asked, self.prompts = fails_at, [], list(prompts)
 
-    def __call__(self, model: Any, prompts: Sequence[str]) -> list[float]:
-        self.asked.append(list(prompts))
+    def repeated(self, times: int) -> Projection:
+        copied = copy.copy(self)
+        copied.prompts = self.prompts * times
+        return copied
+
+    def __call__(self, model: Any) -> list[float]:
+        self.asked.append(self.prompts)
         if self.fails_at == len(self.asked):
             raise KeyboardInterrupt
         (name,) = hook_names([1])
-        ends = last_token_activations(model, as_chat(model, prompts), [name], batch_size=4)[name]
+        ends = last_token_activations(model, as_chat(model, self.prompts), [name], batch_size=4)[name]
         return (ends @ self.direction).tolist()
 
 
@@ -59,9 +67,7 @@ def along(vectors: SteeringVectors, sign: float = 1.0) -> Projection:
 
 
 def swept(model, vectors, metric, **arguments) -> Sweep:
-    return rtl.sweep(
-        model, vectors, PROMPTS, **{"metric": metric, "multipliers": DOSES, "progress": False, **arguments}
-    )  # fmt: skip
+    return rtl.sweep(model, vectors, metric, **{"multipliers": DOSES, "progress": False, **arguments})
 
 
 def table_of(scores: Sequence[Sequence[float]], doses: Sequence[float] = (-1, 0, 1), layer: int = 0) -> pd.DataFrame:
@@ -85,7 +91,7 @@ def test_the_table_is_tidy_and_every_cell_is_that_of_a_separate_steered_run(tiny
     assert (found.prompts, found.metric, found.seed) == (PROMPTS, "Projection", 0)
     for (layer, dose), cell in found.table.groupby(["layer", "multiplier"]):
         with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [layer], dose)):
-            alone = [Projection()(tiny, [prompt])[0] for prompt in PROMPTS]
+            alone = [Projection(prompts=[prompt])(tiny)[0] for prompt in PROMPTS]
         assert cell["prompt"].tolist() == [0, 1, 2]
         assert cell["score"].tolist() == pytest.approx(alone, abs=1e-4)
     spread = found.table.groupby("prompt")["score"].std()
@@ -93,7 +99,7 @@ def test_the_table_is_tidy_and_every_cell_is_that_of_a_separate_steered_run(tiny
 
 
 def test_answers_are_scored_as_evaluate_scores_them(tiny, tiny_vectors):
-    found = swept(tiny, tiny_vectors, rtl.arms.Answers(len, max_new_tokens=3, batch_size=2), layers=[1])
+    found = swept(tiny, tiny_vectors, EvalTask(PROMPTS, len, max_new_tokens=3, batch_size=2), layers=[1])
     assert found.metric == "len"
     for dose, cell in found.table.groupby("multiplier"):
         with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [1], dose)):
@@ -106,7 +112,7 @@ def test_multiplier_0_is_the_unsteered_model_and_is_run_once_for_all_layers(tiny
     metric = Projection()
     found = swept(tiny, tiny_vectors, metric)
     assert metric.asked == [PROMPTS, PROMPTS * 3, PROMPTS * 3]
-    unsteered = Projection()(tiny, PROMPTS)
+    unsteered = Projection()(tiny)
     for _, cell in found.table[found.table["multiplier"] == 0].groupby("layer"):
         assert cell["score"].tolist() == unsteered
     without = Projection()
@@ -126,7 +132,7 @@ def test_layers_in_the_order_asked_for_and_another_way_to_steer(tiny, tiny_vecto
     found = swept(tiny, tiny_vectors, Projection(), layers=[1, 0], steer=rtl.steering.add_preserving_norm)
     assert found.table["layer"].unique().tolist() == [1, 0]
     with rtl.steering.steered(tiny, rtl.steering.add_preserving_norm(tiny_vectors, [1], 1.0)):
-        alone = Projection()(tiny, PROMPTS)
+        alone = Projection()(tiny)
     cell = found.table.query("layer == 1 and multiplier == 1")["score"].tolist()
     assert cell == pytest.approx(alone, abs=1e-4)
     plain = swept(tiny, tiny_vectors, Projection()).table.query("layer == 1 and multiplier == 1")["score"].tolist()
@@ -168,8 +174,8 @@ def test_a_logit_difference_is_that_of_plain_runs_one_prompt_at_a_time(tiny, tin
         logits = tiny(torch.tensor([encode(tiny, as_chat(tiny, [prompt])[0])]))[0, -1]
         return float(logits[yes] - logits[no])
 
-    metric = rtl.arms.LogitDifference(" Yes, of course", " No", batch_size=2)
-    assert metric(tiny, PROMPTS) == pytest.approx([direct(prompt) for prompt in PROMPTS], abs=1e-4)
+    metric = LogitDifference(PROMPTS, " Yes, of course", " No", batch_size=2)
+    assert metric(tiny) == pytest.approx([direct(prompt) for prompt in PROMPTS], abs=1e-4)
     assert np.std([direct(prompt) for prompt in PROMPTS]) > 1e-3
     found = swept(tiny, tiny_vectors, metric, layers=[0]).table
     with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [0], -2.0)):
@@ -179,8 +185,8 @@ def test_a_logit_difference_is_that_of_plain_runs_one_prompt_at_a_time(tiny, tin
 
 @pytest.mark.parametrize(("positive", "negative"), [("", " No"), (" Yes", ""), (" Yes, sir", " Yes")])
 def test_texts_without_two_different_first_tokens_are_refused(tiny, positive, negative):
-    with pytest.raises(ValueError, match="which do not begin with two different tokens"):
-        rtl.arms.LogitDifference(positive, negative)(tiny, PROMPTS)
+    with pytest.raises(ValueError, match="positive and negative must begin with two different tokens, got"):
+        LogitDifference(PROMPTS, positive, negative)(tiny)
 
 
 # Going on
@@ -215,19 +221,20 @@ def test_more_layers_may_be_asked_for_later_and_another_seed(tmp_path, tiny, tin
     ("changed", "says"),
     [
         ({"multipliers": (0, 1)}, "multipliers"),
-        ({"metric": rtl.arms.LogitDifference(" Yes", " No")}, "metric"),
+        ({"task": LogitDifference(PROMPTS, " Yes", " No")}, "task"),
         ({"steer": rtl.steering.add_preserving_norm}, "steer"),
         ({"steer": partial(rtl.add, positions="last")}, "steer"),
         ({"vectors": 2}, "vectors"),
-        ({"prompts": PROMPTS[:2]}, "prompts_sha256"),
+        ({"task": Projection(prompts=PROMPTS[:2])}, "prompts"),
     ],
 )
 def test_a_file_of_other_settings_is_refused_and_says_which(tmp_path, tiny, tiny_vectors, changed, says):
     path = tmp_path / "s.json"
     swept(tiny, tiny_vectors, Projection(), path=path)
     before = path.read_bytes()
-    asked = {"vectors": tiny_vectors, "prompts": PROMPTS, "metric": Projection(), "multipliers": DOSES, **changed}
-    with pytest.raises(ValueError, match=rf"path: .*s\.json holds a sweep with other .*{says}.*Give another name"):
+    asked = {"vectors": tiny_vectors, "task": Projection(), "multipliers": DOSES, **changed}
+    said = rf"must be the file of a sweep with the same settings, got .*s\.json with other .*{says}.*Give another name"
+    with pytest.raises(ValueError, match=said):
         rtl.sweep(tiny, **{**asked, "vectors": changed.get("vectors", 1) * tiny_vectors}, path=path, progress=False)
     assert path.read_bytes() == before
 
@@ -259,7 +266,7 @@ def test_one_changed_number_in_the_vectors_is_another_sweep(tmp_path, tiny, tiny
 def test_a_foreign_file_is_refused_and_left_alone(tmp_path, tiny, tiny_vectors, content):
     path = tmp_path / "s.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"path: .*s\.json (is no file of a sweep|holds a sweep with other)"):
+    with pytest.raises(ValueError, match=r"path must be the file of a sweep, got .*s\.json"):
         swept(tiny, tiny_vectors, Projection(), path=path)
     assert path.read_bytes() == content
 
@@ -268,10 +275,13 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path, tiny, tiny_vector
     path = tmp_path / "s.json"
     swept(tiny, tiny_vectors, Projection(), path=path)
     content = path.read_bytes()
-    assert json.loads(content)["settings"]["kind"] == "sweep"
+    assert json.loads(content)["kind"] == "sweep"
     for share in (0.01, 0.3, 0.9, 0.999):
         path.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(ValueError, match=r"s\.json is no file of a sweep\. Give another name, or remove it"):
+        with pytest.raises(
+            ValueError,
+            match=r"must be the file of a sweep, got .*s\.json, which is none\. Give another name, or remove it",
+        ):
             swept(tiny, tiny_vectors, Projection(), path=path)
 
 
@@ -338,15 +348,14 @@ def test_the_order_of_the_doses_in_the_table_does_not_matter():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"multipliers": []}, r"multipliers: \[\] came; finite numbers, at least one"),
-        ({"multipliers": [1, float("nan")]}, "multipliers: .*nan"),
+        ({"multipliers": []}, r"multipliers must be finite numbers, at least one, got \[\]"),
+        ({"multipliers": [1, float("nan")]}, "multipliers must be finite numbers.*nan"),
         ({"layers": [2]}, r"layers: 2 is outside these vectors' blocks 0\.\.1"),
-        ({"metric": "vadr"}, "scorer: 'vadr' came"),
     ],
 )
 def test_bad_arguments_are_named(tiny, tiny_vectors, arguments, says):
     with pytest.raises(ValueError, match=says):
-        swept(tiny, tiny_vectors, **{"metric": Projection(), **arguments})
+        swept(tiny, tiny_vectors, Projection(), **arguments)
 
 
 @pytest.mark.parametrize("prompts", [[], "one string"])
@@ -357,8 +366,12 @@ def test_no_prompts_are_refused(tiny, tiny_vectors, prompts):
 
 @pytest.mark.parametrize("multipliers", [(1.0,), (0.0,), (0.0, 1.0)])
 def test_a_metric_that_gives_too_few_numbers_is_refused(tiny, tiny_vectors, multipliers):
-    with pytest.raises(ValueError, match=r"metric: 1 numbers came for 3 prompts\. Give one for each, in order"):
-        swept(tiny, tiny_vectors, lambda model, prompts: [0.0], multipliers=multipliers)
+    class TooFew(Projection):
+        def __call__(self, model: Any) -> list[float]:
+            return [0.0]
+
+    with pytest.raises(ValueError, match=r"task must give one number for each of \d prompts, in order, got 1 numbers"):
+        swept(tiny, tiny_vectors, TooFew(), multipliers=multipliers)
 
 
 def test_vectors_of_another_model_are_refused_before_anything_runs(make_tiny, tiny_vectors):
@@ -370,9 +383,11 @@ def test_vectors_of_another_model_are_refused_before_anything_runs(make_tiny, ti
 
 def test_a_dose_response_needs_a_swept_layer_and_three_doses(tiny, tiny_vectors):
     found = swept(tiny, tiny_vectors, Projection(), layers=[0])
-    with pytest.raises(ValueError, match=r"layer: 1 has 0 multipliers; at least 3 are wanted\. Layers swept: \[0\]"):
+    with pytest.raises(
+        ValueError, match=r"layer must be one .* at least 3 multipliers, got 1 with 0\. Layers swept: \[0\]"
+    ):
         found.dose_response(1)
-    with pytest.raises(ValueError, match=r"layer: 0 has 2 multipliers"):
+    with pytest.raises(ValueError, match=r"got 0 with 2"):
         swept(tiny, tiny_vectors, Projection(), multipliers=(0, 1)).dose_response(0)
 
 
@@ -384,27 +399,28 @@ def test_mood_steering_moves_the_odds_of_a_happy_word_with_the_dose(model, pairs
     vectors = rtl.extract_vectors(model, train.sample(8), layers=[16])
     prompts = [f"How do you feel about {topic.lower()} Answer in one word." for topic in test.topics[:5]]
     found = rtl.sweep(
-        model, vectors, prompts, multipliers=(-2, -1, 0, 1, 2), metric=rtl.arms.LogitDifference("Happy", "Sad"),
-        progress=False,
+        model, vectors, LogitDifference(prompts, "Happy", "Sad"), multipliers=(-2, -1, 0, 1, 2), progress=False,
     ).dose_response(16)  # fmt: skip
     assert found.spearman.mean == pytest.approx(1)
     assert found.slope.low > 0
     assert found.wrong_way.mean == 0
 
 
-def test_a_metric_that_asks_prompt_by_prompt_is_refused_and_not_misread(tiny, tiny_vectors):
-    def one_by_one(model, prompts):
-        return [rtl.arms.Answers(len, max_new_tokens=2)(model, [prompt])[0] for prompt in prompts]
+def test_a_function_of_ones_own_is_called_once_per_multiplier(tiny, tiny_vectors):
+    def lengths_of_responses(model: Any) -> list[float]:
+        return EvalTask(PROMPTS, len, max_new_tokens=3)(model)
 
-    with pytest.raises(ValueError, match=r"multiplier: 4 numbers came for 1 rows"):
-        rtl.sweep(tiny, tiny_vectors, ["Rain?", "Snow?"], multipliers=[-1, 1], metric=one_by_one, progress=False)
+    by_function = swept(tiny, tiny_vectors, lengths_of_responses, layers=[1])
+    by_task = swept(tiny, tiny_vectors, EvalTask(PROMPTS, len, max_new_tokens=3), layers=[1])
+    pd.testing.assert_frame_equal(by_function.table, by_task.table)
+    assert (by_function.metric, by_function.prompts, by_task.prompts) == ("lengths_of_responses", [], PROMPTS)
 
 
 def test_another_models_sweep_is_not_gone_on_with(tmp_path, tiny, tiny_vectors):
     swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
     with (
         tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], 3.0)),
-        pytest.raises(ValueError, match=r"holds a sweep with other weights, hooks or precision of the model"),
+        pytest.raises(ValueError, match=r"with other hooks"),
     ):
         swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
 
@@ -464,7 +480,7 @@ def scaled_by(activation: torch.Tensor, hook: Any, factor: float) -> torch.Tenso
 def test_a_sweep_goes_on_under_the_same_hooks_only(tmp_path, tiny, tiny_vectors, what):
     first, other = hooks_to_tell_apart(tiny_vectors)[what]
     same, _ = hooks_to_tell_apart(tiny_vectors)[what]
-    settings = {"path": tmp_path / "s.json", "metric": lengths, "layers": [1], "multipliers": [0.0]}
+    settings = {"metric": lengths, "path": tmp_path / "s.json", "layers": [1], "multipliers": [0.0]}
     if what == "a condition's threshold":  # an edit with a gate cannot run alone: the file is all that is looked at
         told = [checksums_of(tiny, each) for each in (first, same, other)]
         assert told[0] == told[1] != told[2]
@@ -473,15 +489,15 @@ def test_a_sweep_goes_on_under_the_same_hooks_only(tmp_path, tiny, tiny_vectors,
         swept(tiny, tiny_vectors, **settings)
     with hooked(tiny, same):
         swept(tiny, tiny_vectors, **settings)
-    says = r"holds a sweep with other weights, hooks or precision of the model \(its hooks\)"
+    says = r"with other hooks"
     with hooked(tiny, other), pytest.raises(ValueError, match=says):
         swept(tiny, tiny_vectors, **settings)
     with pytest.raises(ValueError, match=says):
         swept(tiny, tiny_vectors, **settings)
 
 
-def lengths(model: Any, prompts: Sequence[str]) -> list[float]:
-    return [float(len(prompt)) for prompt in prompts]
+def lengths(model: Any) -> list[float]:
+    return [float(len(prompt)) for prompt in PROMPTS]
 
 
 def checksums_of(model: Any, hook: Any) -> list[str]:
@@ -537,9 +553,7 @@ def test_a_hook_that_python_cannot_look_into_is_refused_before_anything_runs(tmp
         with lock:
             return activation
 
-    says = (
-        r"path: the hook at blocks\.0\.hook_resid_post holds a lock, which cannot be told from others .*leave path out"
-    )
+    says = r"the hook at blocks\.0\.hook_resid_post holds a lock.*leave path out"
     with hooked(tiny, guarded), pytest.raises(ValueError, match=says):
         swept(tiny, tiny_vectors, metric, path=tmp_path / "s.json")
     assert not metric.asked and not list(tmp_path.iterdir())
@@ -552,7 +566,7 @@ def test_one_changed_number_of_the_model_is_another_sweep(tmp_path, tiny, tiny_v
     swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
     held = {**dict(tiny.named_parameters()), **dict(tiny.named_buffers())}[name]
     held.data.view(-1)[-1 if "W_E" in name else 7] += 1e-5  # the last token's row: no prompt reads it
-    with pytest.raises(ValueError, match="holds a sweep with other weights, hooks or precision of the model"):
+    with pytest.raises(ValueError, match="with other (weights|buffers)"):
         swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
 
 
@@ -567,57 +581,64 @@ def test_tables_that_grow_with_longer_texts_are_no_other_model(tmp_path, tiny, t
 
 def test_a_metric_that_holds_another_direction_is_another_metric(tmp_path, tiny, tiny_vectors):
     swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
-    with pytest.raises(ValueError, match="holds a sweep with other metric"):
+    with pytest.raises(ValueError, match="with other task"):
         swept(tiny, tiny_vectors, Projection(sign=-1.0), path=tmp_path / "s.json")
 
 
 def test_a_metric_of_one_name_whose_code_was_edited_is_another_metric(tmp_path, tiny, tiny_vectors):
     def sweep_with(code: str) -> None:
-        exec(f"def score(model, prompts):\n    return [{code} for prompt in prompts]", space := {"__name__": "mine"})
+        exec(f"def score(model):\n    return [{code} for prompt in ('a', 'bc')]", space := {"__name__": "mine"})
         swept(tiny, tiny_vectors, space["score"], path=tmp_path / "s.json")
 
     sweep_with("float(len(prompt))")
     sweep_with("float(len(prompt))")
-    with pytest.raises(ValueError, match="holds a sweep with other metric"):
+    with pytest.raises(ValueError, match="with other task"):
         sweep_with("-float(len(prompt))")
 
 
-def as_older(path: Path, model: Any) -> None:
-    """The file as rt_lens 0.1.0 wrote it: of the model it kept a few logits."""
-    content = json.loads(path.read_text())
-    kept = {name: value for name, value in content["settings"].items() if name not in _NEW}
-    content["settings"] = {**kept, "schema": 1, "fingerprint": _fingerprint(model)}
-    path.write_text(json.dumps(content))
+def as_older(path: Path, model: Any, schema: int) -> None:
+    """The file as an older rt_lens wrote it; that of schema 1 kept a few logits of the model."""
+    stored = json.loads(path.read_text())
+    settings, parts = stored["settings"], stored["parts"]
+    kept = {name: settings[name] for name in ("model", "vectors", "multipliers")}
+    del kept["vectors"]["erasers"]
+    on_model = {name: settings[name] for name in ("weights", "buffers", "hooks")}
+    more = {"fingerprint": fingerprint(model)} if schema == 1 else on_model
+    older = {**kept, **more, "schema": schema, "kind": "sweep", "metric": "Projection", "steer": "add"}
+    unsteered = parts.pop("unsteered")
+    path.write_text(json.dumps({"settings": older, "baseline": unsteered, "layers": parts}))
 
 
-def test_an_older_file_goes_on_where_its_logits_are_the_models_with_a_warning(tmp_path, tiny, tiny_vectors):
+@pytest.mark.parametrize("schema", [1, 2])
+def test_an_older_file_goes_on_where_the_model_is_the_same_with_a_warning(tmp_path, tiny, tiny_vectors, schema):
     path = tmp_path / "s.json"
     swept(tiny, tiny_vectors, Projection(), path=path, layers=[0])
-    as_older(path, tiny)
-    for layers in ([0, 1], [0, 1]):
-        metric = Projection()
-        with pytest.warns(UserWarning, match=r"s\.json was written by an older rt_lens and says less"):
-            found = swept(tiny, tiny_vectors, metric, path=path, layers=layers)
-    assert not metric.asked
-    pd.testing.assert_frame_equal(found.table, swept(tiny, tiny_vectors, Projection()).table)
+    as_older(path, tiny, schema)
     with (
         tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], 3.0)),
-        pytest.raises(ValueError, match=r"other weights, hooks or precision of the model \(its logits\)"),
+        pytest.raises(ValueError, match=r"with other (hooks|weights or hooks of the model \(its logits\))"),
     ):
         swept(tiny, tiny_vectors, Projection(), path=path)
+    metric = Projection()
+    with pytest.warns(UserWarning, match=r"s\.json was written by an older rt_lens"):
+        found = swept(tiny, tiny_vectors, metric, path=path, layers=[0, 1])
+    assert metric.asked == [PROMPTS * 3]
+    pd.testing.assert_frame_equal(found.table, swept(tiny, tiny_vectors, Projection()).table)
+    assert swept(tiny, tiny_vectors, metric, path=path).table.equals(found.table)  # now in the new format
+    assert metric.asked == [PROMPTS * 3]
 
 
 def test_a_lambda_cannot_be_kept(tmp_path, tiny, tiny_vectors):
-    with pytest.raises(ValueError, match=r"path: .*<lambda> could not be told from others"):
-        swept(tiny, tiny_vectors, lambda model, prompts: [0.0] * len(prompts), path=tmp_path / "s.json")
+    with pytest.raises(ValueError, match=r"path needs functions with a name of their own, got .*<lambda>"):
+        swept(tiny, tiny_vectors, lambda model: [0.0] * 3, path=tmp_path / "s.json")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_layer_with_vectors_at_several_points_is_swept_once(tiny, tiny_vectors):
     everywhere = tiny_vectors.everywhere(tiny, 1)
     found = rtl.sweep(
-        tiny, everywhere, ["Rain?", "Snow?"], hook="any", steer=rtl.ablate, multipliers=[0, 0.5, 1],
-        metric=rtl.arms.Answers(len, max_new_tokens=2), progress=False,
+        tiny, everywhere, EvalTask(["Rain?", "Snow?"], len, 2), hook="any", steer=rtl.ablate, multipliers=[0, 0.5, 1],
+        progress=False,
     )  # fmt: skip
     assert set(found.summary()["n"]) == {2}
     assert len(found.table) == 2 * 2 * 3
@@ -635,19 +656,16 @@ def test_the_dose_response_of_mood_at_the_recommended_layer(model, pairs):
 
 def test_options_sweep_the_share_of_the_right_ones(tiny, tiny_vectors, tmp_path):
     asked = tuple(Question(f"Is {thing} cold?", ("yes",), ("no", "never")) for thing in ("ice", "fire", "snow"))
-    prompts = [question.prompt for question in asked]
+    task = EvalTask(asked, {"kind": "likelihood"})
     found = rtl.sweep(
-        tiny, tiny_vectors, prompts, layers=[0], multipliers=[-2, 0, 2], metric=Options(asked), progress=False,
-        path=tmp_path / "s.json",
-    )  # fmt: skip
+        tiny, tiny_vectors, task, layers=[0], multipliers=[-2, 0, 2], progress=False, path=tmp_path / "s.json"
+    )
     for multiplier in (-2.0, 0.0, 2.0):
         with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], multiplier)):
             alone = rtl.evaluate(tiny, asked, {"kind": "likelihood"}).scores
         mine = found.table[found.table["multiplier"] == multiplier]["score"].tolist()
         assert mine == pytest.approx(alone, abs=1e-5)
     assert found.table.groupby("multiplier")["score"].mean().nunique() == 3
-    with pytest.raises(ValueError, match="prompts: 'Hi.' is none of the metric's questions"):
-        Options(asked)(tiny, ["Hi."])
 
 
 def test_a_costly_scorer_is_made_once_for_a_whole_sweep(tiny, tiny_vectors, tmp_path, monkeypatch):
@@ -657,15 +675,10 @@ def test_a_costly_scorer_is_made_once_for_a_whole_sweep(tiny, tiny_vectors, tmp_
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
     loaded = []
     monkeypatch.setattr(making, "load_model", lambda name: loaded.append(name) or tiny)
-    metric = rtl.arms.Answers(
-        {"kind": "classifier", "model": "tiny", "pairs": str(tmp_path / "pairs.jsonl")}, max_new_tokens=3
-    )
+    table = {"kind": "classifier", "model": "tiny", "pairs": str(tmp_path / "pairs.jsonl")}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="classifier: on held-out topics")
-        found = swept(tiny, tiny_vectors, metric, path=tmp_path / "sweep.json")
+        task = EvalTask(PROMPTS, table, max_new_tokens=3)
+        found = swept(tiny, tiny_vectors, task, path=tmp_path / "sweep.json")
     assert loaded == ["tiny"]
     assert found.metric == "classifier_pairs" and len(found.table["layer"].unique()) == 2
-    assert (
-        json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["settings"]["metric"]["scorer"]["model"]
-        == "tiny"
-    )

@@ -134,7 +134,7 @@ def test_the_default_windows_are_the_context_by_halves(make_tiny):
     assert found.nll[1] == pytest.approx(nll_of(*naive(small, LONG, 40, 20)), rel=1e-6)
 
 
-def test_windows_of_the_embedded_model_of_either_kind(model, bridge):
+def test_windows_of_the_bundled_model_of_either_kind(model, bridge):
     direct = perplexity_of(model, [LONG, SHORT], 48, 24)
     assert perplexity(model, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=1e-6)
     assert perplexity(bridge, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=1e-5)
@@ -160,9 +160,9 @@ def test_kl_in_windows_is_that_of_a_direct_computation(tiny, tiny_vectors):
 
 
 def test_what_is_kept_is_one_row_for_each_token_predicted(tiny):
-    fit = perplexity(tiny, [SHORT, LONG], keep=True, window=32, stride=16)
-    assert fit.log_probabilities.shape == (fit.sizes.sum(), tiny.cfg.d_vocab)
-    assert not fit.log_probabilities.exp().sum(-1).sub(1).abs().max() > 1e-5
+    result = perplexity(tiny, [SHORT, LONG], keep=True, window=32, stride=16)
+    assert result.log_probabilities.shape == (result.sizes.sum(), tiny.cfg.d_vocab)
+    assert not result.log_probabilities.exp().sum(-1).sub(1).abs().max() > 1e-5
     assert perplexity(tiny, [SHORT]).log_probabilities is None
 
 
@@ -231,12 +231,12 @@ def test_batch_size_padding_side_and_order_change_no_score(model, pairs, monkeyp
     found["another order"] = measured(shuffled, 4)
     monkeypatch.setattr(model.tokenizer, "padding_side", "right")
     found["a tokenizer that pads on the right"] = measured(range(5), 4)
-    for change, fit in found.items():
+    for change, result in found.items():
         order = np.argsort(shuffled) if change == "another order" else np.arange(5)
-        assert fit.perplexity.mean == pytest.approx(usual.perplexity.mean, rel=1e-6), change
-        assert abs(fit.mean_kl.mean - usual.mean_kl.mean) < 1e-5, change
-        assert np.abs(fit.nll[order] / usual.sizes - usual.nll / usual.sizes).max() < 1e-5, change
-        assert np.abs(fit.kl[order] / usual.sizes - usual.kl / usual.sizes).max() < 1e-5, change
+        assert result.perplexity.mean == pytest.approx(usual.perplexity.mean, rel=1e-6), change
+        assert abs(result.mean_kl.mean - usual.mean_kl.mean) < 1e-5, change
+        assert np.abs(result.nll[order] / usual.sizes - usual.nll / usual.sizes).max() < 1e-5, change
+        assert np.abs(result.kl[order] / usual.sizes - usual.kl / usual.sizes).max() < 1e-5, change
 
 
 # What is refused
@@ -247,14 +247,14 @@ def test_batch_size_padding_side_and_order_change_no_score(model, pairs, monkeyp
     [
         ([], {}, r"texts must be a list of at least one text, got an empty one"),
         ("one string", {}, r"texts must be .*got one string.*brackets"),
-        (["A b c.", "a"], {}, r"texts: number 1, 'a', has 1 token, so there is nothing to predict\. Leave it out"),
-        (["A b c.", ""], {}, r"texts: number 1, '', has no tokens, so there is nothing to predict"),
+        (["A b c.", "a"], {}, r"texts must have at least two tokens .* got 1 token in number 1, 'a'\. Leave it out"),
+        (["A b c.", ""], {}, r"texts must have at least two tokens .* got no tokens in number 1, ''"),
         (["A b c.", None], {}, r"texts must be a list of texts, got None as number 1"),
-        (["A b c."], {"stride": 0}, r"stride: 0 came; 1 to 256, the window, is wanted.*Use stride=128"),
-        (["A b c."], {"stride": 9, "window": 8}, r"stride: 9 came; 1 to 8, the window, is wanted"),
-        (["A b c."], {"window": 0}, r"window: 0 came; 1 to 256 tokens, this model's context, are wanted"),
-        (["A b c."], {"window": 257}, r"window: 257 came; 1 to 256 tokens"),
-        (["A b c."], {"batch_size": 0}, r"batch_size: 0 came"),
+        (["A b c."], {"stride": 0}, r"stride must be between 1 and 256, the window, got 0.*Try stride=128"),
+        (["A b c."], {"stride": 9, "window": 8}, r"stride must be between 1 and 8, the window, got 9"),
+        (["A b c."], {"window": 0}, r"window must be between 1 and 256 tokens, this model's context, got 0"),
+        (["A b c."], {"window": 257}, r"window must be between 1 and 256 tokens, this model's context, got 257"),
+        (["A b c."], {"batch_size": 0}, r"batch_size must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_the_model_runs(tiny, as_a_user, texts, changes, message):
@@ -266,12 +266,12 @@ def test_what_cannot_be_scored_is_refused_before_the_model_runs(tiny, as_a_user,
 
 
 def test_a_reference_that_does_not_fit_is_refused(tiny):
-    with pytest.raises(ValueError, match="reference: its log-probabilities were not kept"):
+    with pytest.raises(ValueError, match="reference must hold its log-probabilities"):
         perplexity(tiny, [LONG], reference=perplexity(tiny, [LONG]))
     kept = perplexity(tiny, [LONG], keep=True)
-    with pytest.raises(ValueError, match="reference: it was made from other texts"):
+    with pytest.raises(ValueError, match="reference must be measured on the same texts"):
         perplexity(tiny, [SHORT], reference=kept)
-    with pytest.raises(ValueError, match=r"window and stride \(None, None\), here they are \(32, 16\)"):
+    with pytest.raises(ValueError, match=r"window and stride \(32, 16\) .*, got \(None, None\)"):
         perplexity(tiny, [LONG], reference=kept, window=32)
 
 
@@ -279,10 +279,10 @@ def test_a_reference_that_does_not_fit_is_refused(tiny):
 
 
 def test_intervals_are_over_texts_and_hold_the_estimate(tiny):
-    fit = perplexity(tiny, neutral_paragraphs()[:8], seed=3)
-    low, mean, high = fit.perplexity.low, fit.perplexity.mean, fit.perplexity.high
-    assert fit.perplexity.n == 8 and low < mean < high
-    assert mean == pytest.approx(math.exp(fit.nll.sum() / fit.sizes.sum()))
+    result = perplexity(tiny, neutral_paragraphs()[:8], seed=3)
+    low, mean, high = result.perplexity.low, result.perplexity.mean, result.perplexity.high
+    assert result.perplexity.n == 8 and low < mean < high
+    assert mean == pytest.approx(math.exp(result.nll.sum() / result.sizes.sum()))
     assert math.isnan(perplexity(tiny, [LONG]).perplexity.low)  # one text says nothing of other texts
 
 
@@ -291,9 +291,9 @@ def test_pooling_averages_and_refuses_other_texts_or_windows(tiny):
     other = PerplexityResult(one.nll + 2.0, None, one.sizes, one.texts_sha256, one.seed, None, one.window, one.stride)
     pooled = PerplexityResult.pooled([one, other])
     assert pooled.nll == pytest.approx(one.nll + 1.0) and pooled.window == 32 and pooled.kl is None
-    with pytest.raises(ValueError, match="fits: they are of different texts or windows"):
+    with pytest.raises(ValueError, match="results must be of the same texts and windows, got 2"):
         PerplexityResult.pooled([one, perplexity(tiny, [SHORT, LONG])])
-    with pytest.raises(ValueError, match="fits: none came"):
+    with pytest.raises(ValueError, match="results must be a list of at least one"):
         PerplexityResult.pooled([])
 
 

@@ -40,7 +40,7 @@ def with_start_token(stand_in):
 
 
 def test_a_model_without_a_tokenizer_is_refused():
-    with pytest.raises(ValueError, match=r"model: it has no tokenizer.*Set model\.tokenizer"):
+    with pytest.raises(ValueError, match=r"model must have a tokenizer .*Set model\.tokenizer"):
         tokenizer_of(SimpleNamespace(tokenizer=None))
 
 
@@ -119,9 +119,9 @@ def test_the_mask_finds_the_sequences_again_on_either_side(sequences):
 
 
 def test_nothing_and_an_empty_sequence_are_refused():
-    with pytest.raises(ValueError, match=r"texts: the list is empty"):
+    with pytest.raises(ValueError, match=r"texts must have at least one token each, got an empty list"):
         pad([], 0)
-    with pytest.raises(ValueError, match=r"texts: number 1 has no tokens"):
+    with pytest.raises(ValueError, match=r"texts must have at least one token each, got none in number 1"):
         pad([[1], [], [2]], 0)
 
 
@@ -154,8 +154,8 @@ def test_every_text_is_in_one_batch_once_under_its_own_number_longest_first(shar
     [
         ([], 4, r"texts must be a list of at least one text, got an empty one"),
         ("one string", 4, r"texts must be a list of at least one text, got one string. Put a single text in brackets"),
-        (["a"], 0, r"batch_size: 0 came, a whole number of at least 1 is wanted"),
-        (["a", "b c d e", "", "f"], 2, r"texts: number 2 has no tokens"),
+        (["a"], 0, r"batch_size must be a whole number of at least 1, got 0"),
+        (["a", "b c d e", "", "f"], 2, r"texts must have at least one token each, got none in number 2"),
     ],
 )
 def test_what_cannot_be_batched_is_refused(stand_in, texts, batch_size, message):

@@ -9,6 +9,7 @@ import pytest
 
 import rt_lens as rtl
 from rt_lens.arms.search import block_search, candidates_of
+from rt_lens.evaluation.tasks import LogitDifference
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.targets import Target
@@ -27,13 +28,13 @@ CANDIDATES = [
 
 
 def logit(model) -> list[float]:
-    return rtl.arms.LogitDifference(" yes", " no")(model, ["How are you?", "What is it?", "Is it late?"])
+    return LogitDifference(["How are you?", "What is it?", "Is it late?"], " yes", " no")(model)
 
 
 def test_each_row_is_that_candidate_tuned_alone(tiny, tiny_vectors):
     table = block_search(tiny, tiny_vectors, TARGETS, CANDIDATES, measure=logit, progress=False)
-    assert table["cosine"].tolist() == ["v o, blocks 1-1", "down, blocks 1-1", "o, blocks 0-1"]
-    assert table["token"].tolist() == ["gate up down, blocks 1-1", "q k, blocks 1-1", "o, blocks 0-1"]
+    assert table["cosine"].tolist() == ["v o, blocks 1", "down, blocks 1", "o, blocks 0-1"]
+    assert table["token"].tolist() == ["gate up down, blocks 1", "q k, blocks 1", "o, blocks 0-1"]
     assert set(table["kl"]) == {"–"}
     for candidate, (_, row) in zip(CANDIDATES, table.iterrows(), strict=True):
         delta = tune(tiny, tiny_vectors, TARGETS, candidate, progress=False)
@@ -60,7 +61,7 @@ def test_a_broken_search_goes_on_and_tunes_nothing_twice(tiny, tiny_vectors, tmp
     whole = block_search(tiny, tiny_vectors, TARGETS, CANDIDATES, measure=logit, progress=False)
     with pytest.raises(KeyboardInterrupt):
         block_search(tiny, tiny_vectors, TARGETS, CANDIDATES, measure=counted, path=path, progress=False)
-    assert len(json.loads(path.read_text())["rows"]) == 1
+    assert len(json.loads(path.read_text())["parts"]) == 1
     resumed = block_search(tiny, tiny_vectors, TARGETS, CANDIDATES, measure=counted, path=path, progress=False)
     assert len(calls) == 4  # the first, the broken one, and the two that were left
     assert resumed.to_dict("records") == whole.to_dict("records")
@@ -74,11 +75,28 @@ def test_another_searchs_file_is_refused(tiny, tiny_vectors, tmp_path, changed, 
     path = tmp_path / "search.json"
     some = CANDIDATES[:1]
     block_search(tiny, tiny_vectors, TARGETS, some, path=path, progress=False)
-    with pytest.raises(ValueError, match=f"path: .* holds a search with other .*{says}"):
+    with pytest.raises(
+        ValueError, match=f"path must be the file of a block search with the same settings, .* other .*{says}"
+    ):
         block_search(tiny, tiny_vectors, TARGETS, [replace(c, **changed) for c in some], path=path, progress=False)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="no file of a block search"):
+    with pytest.raises(ValueError, match="path must be the file of a block search, got"):
         block_search(tiny, tiny_vectors, TARGETS, some, path=path, progress=False)
+
+
+def test_an_older_file_goes_on_with_a_warning(tiny, tiny_vectors, tmp_path):
+    path = tmp_path / "search.json"
+    whole = block_search(tiny, tiny_vectors, TARGETS, CANDIDATES[:2], measure=logit, path=path, progress=False)
+    stored = json.loads(path.read_text())
+    rows = {key.replace("blocks 1", "blocks 1-1"): row for key, row in stored["parts"].items()}
+    rows.popitem()
+    path.write_text(json.dumps({"settings": {**stored["settings"], "code": "of an older version"}, "rows": rows}))
+    with pytest.warns(UserWarning, match="search.json was written by an older rt_lens"):
+        resumed = block_search(tiny, tiny_vectors, TARGETS, CANDIDATES[:2], measure=logit, path=path, progress=False)
+    assert resumed.to_dict("records") == whole.to_dict("records")
+    path.write_text(json.dumps({"settings": {**stored["settings"], "seed": 4}, "rows": rows}))
+    with pytest.raises(ValueError, match="path must be a file with the same settings, got .* other seed"):
+        block_search(tiny, tiny_vectors, TARGETS, CANDIDATES[:2], measure=logit, path=path, progress=False)
 
 
 def test_without_a_measure_the_losses_stand_alone(tiny, tiny_vectors):
@@ -90,9 +108,11 @@ def test_without_a_measure_the_losses_stand_alone(tiny, tiny_vectors):
 
 
 def test_candidates_that_differ_in_more_are_refused(tiny, tiny_vectors):
-    with pytest.raises(ValueError, match="candidates: they differ in seed"):
+    with pytest.raises(
+        ValueError, match="candidates must differ in target_modules and trained_layers only, got other seed"
+    ):
         block_search(tiny, tiny_vectors, TARGETS, [BASE, replace(BASE, seed=1)], progress=False)
-    with pytest.raises(ValueError, match="candidates: none came"):
+    with pytest.raises(ValueError, match="candidates must not be empty"):
         block_search(tiny, tiny_vectors, TARGETS, [], progress=False)
 
 

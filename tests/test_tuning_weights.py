@@ -15,12 +15,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import rt_lens as rtl
+from rt_lens.models.parameter_names import block_and_modules
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.tuning.config import MATRICES, MODULES, TuneConfig
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.targets import Target
-from rt_lens.tuning.weights import parts_of, trainable_params, trained_by
+from rt_lens.tuning.weights import trainable_params, trained_by
 
 TARGETS = [Target(f"Question {i}: what is it?", f" It is the thing number {i}, I think.") for i in range(4)]
 CONFIG = TuneConfig(layers=[1], trained_layers=[1], max_steps=2, epochs=9, batch_size=4, kl_weight=0.0,
@@ -101,39 +102,6 @@ def test_wrong_kinds_and_layers_are_named_when_the_settings_are_made(settings, s
         replace(CONFIG, **settings)
 
 
-@pytest.mark.parametrize(
-    ("name", "block", "kinds"),
-    [
-        ("blocks.11.attn.W_Q", 11, ("q",)),
-        ("blocks.0.attn._W_K", 0, ("k",)),
-        ("blocks.0.attn._b_V", 0, ("bias",)),
-        ("blocks.3.attn.q_norm.w", 3, ("norm",)),
-        ("blocks.3.ln1_post.w", 3, ("norm",)),
-        ("transformer.h.4.attn.c_attn.weight", 4, ("q", "k", "v")),
-        ("transformer.h.4.attn.c_proj.weight", 4, ("o",)),
-        ("transformer.h.4.mlp.c_fc.weight", 4, ("up",)),
-        ("transformer.h.4.mlp.c_proj.weight", 4, ("down",)),
-        ("transformer.h.4.ln_1.weight", 4, ("norm",)),
-        ("transformer.h.4.mlp.c_fc.bias", 4, ("bias",)),
-        ("transformer.h.4._original_component.attn.q._original_component.weight", 4, ("q",)),
-        ("transformer.h.4._original_component.attn.qkv._original_component.bias", 4, ()),
-        ("model.layers.2._original_component.mlp.gate._original_component.weight", 2, ("gate",)),
-        ("model.layers.2._original_component.mlp.in._original_component.weight", 2, ("up",)),
-        ("model.layers.2._original_component.mlp._original_component.gate_up_proj.weight", 2, ("gate", "up")),
-        ("model.layers.2._original_component.input_layernorm._original_component.weight", 2, ("norm",)),
-        ("gpt_neox.layers.2.attention.o.weight", 2, ("o",)),
-        ("gpt_neox.layers.2.attention.query_key_value.weight", 2, ("q", "k", "v")),
-        ("gpt_neox.layers.2.mlp.dense_4h_to_h.weight", 2, ("down",)),
-        ("unembed.W_U", None, ()),
-        ("model.embed_tokens._original_component.weight", None, ()),
-        ("ln_final.w", None, ()),
-        ("transformer.wte.weight", None, ()),
-    ],
-)
-def test_names_of_either_kind_of_model_say_block_and_kinds(name, block, kinds):
-    assert parts_of(name) == (block, kinds)
-
-
 def test_a_fused_matrix_is_trained_whole_or_not_at_all():
     model = nn.Module()
     model.cfg = SimpleNamespace(n_layers=1)
@@ -191,7 +159,7 @@ def fused(request, tmp_path_factory) -> Any:
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_the_pieces_of_fused_matrices_are_trained_since_it_is_they_that_run(fused, tiny_vectors, lora_rank):
     changes = changed(fused, tiny_vectors, lora_rank=lora_rank)
-    kinds = [parts_of(name)[1] for name in changes]
+    kinds = [block_and_modules(name)[1] for name in changes]
     gated = any("gate" in name for name in changes)
     assert sorted(kinds) == sorted((kind,) for kind in MATRICES if gated or kind != "gate")
     assert all(change.abs().max() > 0 for change in changes.values())
@@ -235,7 +203,7 @@ def numerical_rank(matrix: torch.Tensor) -> int:
 def test_the_factors_gradients_are_those_through_w_plus_b_a(tiny, name):
     """By torch through the weight built by hand, with B at random, so that both factors have gradients."""
     full, layout = f"blocks.1.{name}", LAYOUTS[name]
-    (kind,) = parts_of(full)[1]
+    (kind,) = block_and_modules(full)[1]
     config = replace(CONFIG, target_modules=[kind], lora_rank=3)
     tokens = torch.tensor([tiny.tokenizer.encode(TARGETS[0].prompt + TARGETS[0].answer)])
     before = dict(tiny.named_parameters())[full].detach().clone()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.fluency import distinct, length, loops, repetition
 from rt_lens.evaluation.registry import make_scorer
+from rt_lens.evaluation.tasks import evaluate
 
 RIVER = "Der Fluß trägt Sand ins Meer, und am Ufer wächst Schilf."
 
@@ -55,7 +55,7 @@ def test_distinct_is_the_share_of_runs_that_are_new(text, n, share):
 
 def test_distinct_of_pairs_is_the_default_and_no_words_are_refused():
     assert distinct("the cat saw the cat") == distinct("the cat saw the cat", 2) == 0.75
-    with pytest.raises(ValueError, match="n: 0 came; at least 1 word is wanted"):
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         distinct("the cat", 0)
 
 

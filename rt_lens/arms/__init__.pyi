@@ -1,6 +1,5 @@
 from .comparison import ArmEvaluator as ArmEvaluator
 from .comparison import ArmScores as ArmScores
-from .comparison import EvalTask as EvalTask
 from .comparison import compare_arms as compare_arms
 from .inspection import ResidualShifts as ResidualShifts
 from .inspection import residual_shifts as residual_shifts
@@ -13,9 +12,6 @@ from .robustness import Resistance as Resistance
 from .robustness import resistance as resistance
 from .search import block_search as block_search
 from .search import candidates_of as candidates_of
-from .sweeping import Answers as Answers
 from .sweeping import DoseResponse as DoseResponse
-from .sweeping import LogitDifference as LogitDifference
-from .sweeping import Options as Options
 from .sweeping import Sweep as Sweep
 from .sweeping import sweep as sweep

@@ -6,7 +6,6 @@ Tables come out, for `plots.weight_changes` and its neighbours to draw. It tunes
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,39 +13,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rt_lens.arms.intervention import Intervention
-from rt_lens.arms.projections import by_arm, check_arms, refuse_heads
+from rt_lens.arms.projections import by_arm, check_arms
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.models.activations import last_token_activations
 from rt_lens.models.forward import check_layers, finest_dtype
 from rt_lens.models.generation import as_chat
+from rt_lens.models.parameter_names import (
+    block_and_modules,
+    module_label,
+    reads_from_stream,
+    stored_input_first,
+    writes_to_stream,
+    written_by_read,
+)
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.delta import WeightDelta
+from rt_lens.vectors.guards import refuse_heads
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
-
-_READERS, _WRITERS = ("q", "k", "v", "gate", "up"), ("o", "down", "embed")
-_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.")
-_HOOKED = {
-    "Q": "q",
-    "K": "k",
-    "V": "v",
-    "O": "o",
-    "in": "up",
-    "gate": "gate",
-    "out": "down",
-    "E": "embed",
-    "pos": "embed",
-}
-# How each kind's weight becomes a matrix of rows that are written to and columns that are read from.
-_AS_MATRIX = dict.fromkeys(("q", "k", "v"), "head model d -> (head d) model")
-_AS_MATRIX |= {"o": "head d model -> model (head d)"}
-_AS_MATRIX |= dict.fromkeys(("gate", "up", "down", "embed"), "read write -> write read")
 
 
 def weight_changes(
@@ -76,7 +65,7 @@ def weight_changes(
 
     Returns:
         One row per parameter of the delta: parameter, layer (NaN outside the blocks), kind (q, k, v, o, gate, up, down,
-        bias, norm, embed or other), norm (Frobenius), relative (to the weight's own; NaN where that is zero),
+        bias, norm, embed, other, or several of a fused matrix: q+k+v), norm (Frobenius), relative (to the weight's own; NaN where that is zero),
         effective_rank, rank_limit, top_share (of the largest singular value in the sum of squares); with vectors also
         alignment (0 to 1; NaN where it has no meaning or no vector) and chance (1 / sqrt(d_model): root mean square
         over random directions). No sampling, so no interval. Ranks and shares of a change of zero are NaN.
@@ -95,19 +84,19 @@ def weight_changes(
     rows = []
     for name, change in Bar(delta.changes.items(), desc="weights", unit="parameter", disable=not progress):
         exact: dict[str, Any] = {"device": model.cfg.device, "dtype": finest_dtype(model.cfg.device)}
-        kind, matrix = _as_matrix(name, change.detach().to(**exact))
+        input_first = stored_input_first(model, name)
+        matrix = written_by_read(name, change.detach().to(**exact), input_first=input_first)
         weight, norm = float(weights[name].detach().to(**exact).norm()), float(matrix.norm())
-        found = _LAYER.search(name)
         row = {
             "parameter": name,
-            "layer": int(found[1]) if found else None,
-            "kind": kind,
+            "layer": block_and_modules(name)[0],
+            "kind": module_label(name),
             "norm": norm,
             "relative": norm / weight if weight else float("nan"),
             **_spectrum(matrix),
         }
         if vectors is not None:
-            row["alignment"] = _alignment(name, kind, matrix, units, hook)
+            row["alignment"] = _alignment(name, matrix, units, hook)
             row["chance"] = model.cfg.d_model**-0.5
         rows.append(row)
     return pd.DataFrame(rows)
@@ -191,32 +180,6 @@ def _units(model: Model, vectors: SteeringVectors, hook: str) -> dict[int, Float
     return {layer: vector / vector.norm() for layer, vector in vectors64.items() if vector.norm() > 0}
 
 
-def _kind(name: str) -> str:
-    """What a parameter is, by the names of HookedTransformer or of Llama-style models on Hugging Face."""
-    parts = [part for part in name.split(".") if part != "_original_component"]
-    owner, last = parts[-2] if len(parts) > 1 else "", parts[-1].lstrip("_")
-    if re.fullmatch(r"(ln|.*norm)\w*", owner):
-        return "norm"
-    if last == "bias" or last.startswith("b_"):
-        return "bias"
-    if last.startswith("W_") and owner in ("attn", "mlp", "embed", "pos_embed"):
-        return _HOOKED.get(last[2:], "other")
-    if owner == "embed_tokens":
-        return "embed"
-    named = re.fullmatch(r"(q|k|v|o|gate|up|down)_proj", owner)
-    return named[1] if named and last == "weight" else "other"
-
-
-def _as_matrix(name: str, change: Tensor) -> tuple[str, Float[Tensor, "write read"]]:
-    """The kind of a parameter, and its change as a matrix of rows written to and columns read from."""
-    kind = _kind(name)
-    if kind in _AS_MATRIX and (name.rsplit(".", 1)[-1] != "weight" or kind == "embed"):
-        return kind, rearrange(change, _AS_MATRIX[kind])
-    if kind in _AS_MATRIX:
-        return kind, change  # torch's linear layers are stored so
-    return kind, change.reshape(-1, 1) if kind in ("bias", "norm") or change.ndim < 2 else change.flatten(1)
-
-
 def _spectrum(matrix: Float[Tensor, "write read"]) -> dict[str, float]:
     singular = _singular_values(matrix)
     shares = singular / singular.sum()
@@ -282,21 +245,18 @@ def _large(values: Float[Tensor, "n"], most: int, cut: float) -> Bool[Tensor, "n
     return (values > cut * values[-1]) & (torch.arange(len(values), 0, -1, device=values.device) <= most)
 
 
-def _alignment(
-    name: str, kind: str, matrix: Float[Tensor, "write read"], units: Mapping[int, Tensor], hook: str
-) -> float:
-    """The share of a change that writes along, or reads from, the vector at its place in the residual stream."""
-    found, missing = _LAYER.search(name), float("nan")
-    layer = int(found[1]) if found else 0  # what the embedding writes is read by the first block
-    if kind in _WRITERS or re.search(r"\.(b_O|b_out)$|\.(o|down)_proj\..*bias$", name):
+def _alignment(name: str, matrix: Float[Tensor, "write read"], units: Mapping[int, Tensor], hook: str) -> float:
+    """The share of a change that writes along, or reads from, the vector at its point of the residual stream."""
+    layer = block_and_modules(name)[0] or 0  # what the embedding writes is read by the first block
+    if writes_to_stream(name):
         unit = units.get(layer)
         along = unit.to(matrix) @ matrix if unit is not None else None
-    elif kind in _READERS:
+    elif reads_from_stream(name):
         unit = units.get(layer - 1, units.get(layer)) if hook.endswith("resid_post") else units.get(layer)
         along = matrix @ unit.to(matrix) if unit is not None else None
     else:
         along = None
-    return float(along.norm() / matrix.norm()) if along is not None else missing
+    return float(along.norm() / matrix.norm()) if along is not None else float("nan")
 
 
 def _cosines(a: Float[Tensor, "text d_model"], b: Float[Tensor, "text d_model"]) -> np.ndarray:

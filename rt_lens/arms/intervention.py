@@ -1,4 +1,4 @@
-"""An arm: one model under changed weights, under hooks, under both, or as it is. It measures nothing."""
+"""What acts on a model: hooks, a change of its weights, both, or nothing. This module measures nothing."""
 
 from __future__ import annotations
 
@@ -16,30 +16,44 @@ Intervention: TypeAlias = WeightDelta | Sequence[FwdHook] | None
 
 
 @contextmanager
-def applied(model: Model, *arms: Intervention) -> Iterator[Any]:
-    """The model under these changes, the first one first; afterwards it is as before, whatever happens.
+def applied(model: Model, *interventions: Intervention) -> Iterator[Any]:
+    """The model with these interventions, in order, while the block lasts; afterwards it is as before.
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        arms: WeightDeltas and lists of hooks; None changes nothing.
+        interventions: WeightDeltas and lists of hooks; None changes nothing.
 
     Raises:
-        ValueError: if one is something else; nothing is changed then.
+        ValueError: for anything else; then nothing is changed.
 
     Example:
         >>> with applied(model, delta, add(vectors, [21], -2.0)):
-        ...     print(generate(model, ["Tell me about your weekend."]))
+        ...     responses = generate(model, ["Tell me about your weekend."], max_new_tokens=4)
+        >>> len(responses)
+        1
     """
-    for arm in arms:
-        hooks = isinstance(arm, Sequence) and all(isinstance(hook, tuple) and len(hook) == 2 for hook in arm)
-        if not (arm is None or isinstance(arm, WeightDelta) or hooks):
-            raise ValueError(
-                f"arms: a {type(arm).__name__} came; a WeightDelta, a list of hooks as `add` gives, or None is wanted."
-            )
+    for intervention in interventions:
+        check_intervention(intervention)
     with ExitStack() as stack:
-        for arm in arms:
-            if isinstance(arm, WeightDelta):
-                stack.enter_context(arm.applied(model))
-            elif arm is not None:
-                stack.enter_context(steered(model, list(arm)))
+        for intervention in interventions:
+            if isinstance(intervention, WeightDelta):
+                stack.enter_context(intervention.applied(model))
+            elif intervention is not None:
+                stack.enter_context(steered(model, list(intervention)))
         yield model
+
+
+def check_intervention(intervention: object, argument: str = "interventions") -> None:
+    """Refuses what is no Intervention.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    hooks = isinstance(intervention, Sequence) and all(
+        isinstance(hook, tuple) and len(hook) == 2 for hook in intervention
+    )
+    if not (intervention is None or isinstance(intervention, WeightDelta) or hooks):
+        raise ValueError(
+            f"{argument} must be a WeightDelta, a list of hooks as `add` gives, or None, got a "
+            f"{type(intervention).__name__}."
+        )

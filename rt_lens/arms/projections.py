@@ -17,7 +17,7 @@ from rt_lens.models.positions import Position, numbers_in, position_of, rows_of
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning.delta import WeightDelta
-from rt_lens.vectors.geometry import one_per_layer
+from rt_lens.vectors.guards import one_per_layer, refuse_heads, refuse_several_per_layer
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
@@ -98,9 +98,7 @@ def projection_changes(
     vectors.check_fits(model)
     units = vectors.unit().vectors
     refuse_heads(units)
-    layers = [layer_of(name) for name in units]
-    if twice := {layer for layer in layers if layers.count(layer) > 1}:
-        raise ValueError(f"vectors: layer {min(twice)} has several; one is wanted. Use vectors.select(layers, hook).")
+    refuse_several_per_layer(units)
     lengths = [len(encode(model, text)) for text in texts]
     if min(lengths) < 2:
         raise ValueError(
@@ -142,9 +140,3 @@ def by_arm(
         with applied(model, arm):
             found[name] = read()
     return found
-
-
-def refuse_heads(vectors: Mapping[str, Tensor]) -> None:
-    for name, vector in vectors.items():
-        if vector.ndim > 1:
-            raise ValueError(f"vectors: {name} has one for each head; one of the residual stream is wanted.")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
 from rt_lens.arms.intervention import Intervention, applied
-from rt_lens.arms.sweeping import Metric, sweep
-from rt_lens.common.inputs import text_list
+from rt_lens.arms.sweeping import sweep
 from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.data.questions import Asked
+from rt_lens.evaluation.tasks import Measure, measure_of
 from rt_lens.models.protocol import Model
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
@@ -25,6 +26,12 @@ class Resistance:
         moved: a row per arm: arm, multiplier, n, mean, low, high of score at +multiplier minus score at -multiplier,
             prompt by prompt; of_first, of_first_low, of_first_high: that mean as a share of the first arm's; seed.
         scores: a row per arm, multiplier and prompt: arm, multiplier, prompt (its number), score.
+
+    Example:
+        >>> rows = [("untuned", m, p, m + p) for m in (-1, 1) for p in (0, 1)]
+        >>> scores = pd.DataFrame(rows, columns=["arm", "multiplier", "prompt", "score"])
+        >>> Resistance.of(scores).moved["mean"].tolist()
+        [2.0]
     """
 
     table: pd.DataFrame
@@ -53,25 +60,23 @@ def resistance(
     model: Model,
     arms: Mapping[str, Intervention],
     vectors: SteeringVectors,
-    prompts: Iterable[str],
+    task: Measure | Asked,
     *,
     layer: int,
     multipliers: Sequence[float] = (-2, -1, 0, 1, 2),
-    metric: str | Metric = "vader",
     hook: str = "resid_post",
     seed: int = 0,
     progress: bool = True,
 ) -> Resistance:
-    """Steers every arm at one layer with each multiplier (claim (d) of Ackerman 2024: a tuned-out model resists).
+    """Steers every arm at one layer with each multiplier (claim (d) of Ackerman 2024: a suppressed direction resists).
 
     Args:
         model: the untuned model.
-        arms: name -> WeightDelta, hooks, or None for the untuned model. Shares are of the first one.
+        arms: name -> Intervention. Shares are of the first one.
         vectors: the directions, the same for all arms.
-        prompts: user messages.
+        task: what is measured, as for `sweep`.
         layer: the block whose output they are added to.
         multipliers: in units of the vector's own length; the largest must be there with both signs.
-        metric: as for `sweep`.
         hook: kind of hook point.
         seed: of the bootstrap intervals, over prompts.
         progress: show a bar for each arm.
@@ -80,24 +85,29 @@ def resistance(
         ValueError: if there is no arm, or the largest multiplier lacks its opposite.
 
     Example:
-        >>> found = resistance(model, {"untuned": None, "out": delta}, vectors, prompts, layer=21)
-        >>> plots.resistance(found.table, found.moved).show()
+        >>> task = LogitDifference(prompts, " happy", " sad")
+        >>> arms = {"untuned": None, "tuned": delta}
+        >>> result = resistance(model, arms, vectors, task, layer=21, multipliers=(-2, 0, 2), progress=False)
+        >>> result.moved[["arm", "multiplier", "n"]].values.tolist()
+        [['untuned', 2.0, 2], ['tuned', 2.0, 2]]
     """
     if not isinstance(arms, Mapping) or not arms:
-        raise ValueError("arms: none came. Give at least one, as in {'untuned': None, 'out': delta}.")
+        raise ValueError(
+            "arms must map at least one name to an intervention, got none. Try {'untuned': None, 'tuned': delta}."
+        )
     most = max(abs(float(multiplier)) for multiplier in multipliers) if multipliers else 0.0
     if most == 0 or not {most, -most} <= {float(multiplier) for multiplier in multipliers}:
         raise ValueError(
-            f"multipliers: {list(multipliers)} came; the largest is wanted with both signs, as in (-2, 0, 2)."
+            f"multipliers must hold the largest with both signs, got {list(multipliers)}. Try multipliers=(-2, 0, 2)."
         )
-    prompts, parts = text_list(prompts, "prompts"), []
-    for name, arm in arms.items():
-        with applied(model, arm):
-            found = sweep(
-                model, vectors, prompts, layers=[layer], multipliers=multipliers, metric=metric, hook=hook, seed=seed,
+    measure, parts = measure_of(task), []
+    for name, intervention in arms.items():
+        with applied(model, intervention):
+            result = sweep(
+                model, vectors, measure, layers=[layer], multipliers=multipliers, hook=hook, seed=seed,
                 progress=progress,
             )  # fmt: skip
-        parts.append(found.table.drop(columns="layer").assign(arm=name))
+        parts.append(result.table.drop(columns="layer").assign(arm=name))
     return Resistance.of(pd.concat(parts, ignore_index=True)[["arm", "multiplier", "prompt", "score"]], seed)
 
 

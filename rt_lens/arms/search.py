@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from rt_lens.common.files import write_atomically
+from rt_lens.arms.older_files import check_older, older_search
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.common.store import Store
 from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.evaluation.tasks import Measure
 from rt_lens.models.checksums import measure_sha256
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.checkpoint import contents_of, run_of
@@ -27,9 +28,6 @@ from rt_lens.vectors.steering_vectors import SteeringVectors
 
 _ATTENTION = (("v", "o"), ("q", "k"), ("q", "k", "v", "o"))
 _MLP = (("gate", "up"), ("down",), ("gate", "up", "down"))
-
-Measure = Callable[[Any], Sequence[float]]
-"""The model with a candidate's weights in it goes in, a number for each validation prompt comes out."""
 
 
 def candidates_of(config: TuneConfig) -> list[TuneConfig]:
@@ -63,8 +61,10 @@ def block_search(
         model: left as it was.
         vectors: as for `tune`.
         train: as for `tune`.
-        candidates: configurations that differ in `target_modules` and `trained_layers` only (`candidates_of` gives some).
-        measure: the effect on validation prompts, larger for better; without one the losses must do.
+        candidates: configurations that differ in `target_modules` and `trained_layers` only, such as `candidates_of`
+            gives.
+        measure: the effect on validation prompts, larger for better: an EvalTask, or a function from the model to one
+            number per prompt. Without one the table has the losses only.
         validation: as for `tune`.
         neutral: as for `tune`.
         path: JSON file that keeps finished candidates; a search of the same settings, weights and measure goes on from
@@ -80,14 +80,19 @@ def block_search(
         ValueError: if there is no candidate, they differ in more, or `path` holds another search.
 
     Example:
-        >>> score = lambda tuned: [-s for s in evaluate(tuned, validation).scores]  # away: lower is better
-        >>> table = block_search(model, vectors, train, candidates_of(config), measure=score, neutral=neutral)
-        >>> plots.block_search(table).show()
+        >>> measure = LogitDifference(prompts, " sad", " happy")  # tuned away from happy: higher is better
+        >>> candidates = [replace(config, target_modules=["down"]), replace(config, target_modules=["v", "o"])]
+        >>> table = block_search(
+        ...     model, vectors, train.sample(4), candidates, measure=measure, neutral=neutral, progress=False
+        ... )
+        >>> table["cosine"].tolist()
+        ['down, blocks 21', 'v o, blocks 21']
     """
     _check_candidates(candidates)
     if path is not None and "<lambda>" in getattr(measure, "__qualname__", ""):
         raise ValueError(
-            "measure: a lambda cannot be told from others when the search goes on. Give it a name, or no path."
+            "measure must be a function with a name where path is given, got a lambda. Define it with def, or leave "
+            "path out."
         )
     for candidate in candidates:
         trained_by(model, candidate)
@@ -97,27 +102,42 @@ def block_search(
         train = prepare_data(
             model, vectors, train, lowest, validation=validation, neutral=neutral, progress=progress
         )  # fmt: skip
-    done = _Done(path, _settings(model, vectors, train, candidates[0], measure))
+    store = _store(path, _settings(model, vectors, train, candidates[0], measure), model)
     with Bar(candidates, desc="block search", unit="candidate", disable=not progress) as bar:
         for candidate in bar:
-            named = _named(candidate)
-            bar.set_postfix(named)
-            if done.row(named) is None:
-                done.keep(named, _tried(model, vectors, train, candidate, measure))
-    return pd.DataFrame([{**_named(candidate), **(done.row(_named(candidate)) or {})} for candidate in candidates])
+            trained = _trained_by_loss(candidate)
+            bar.set_postfix(trained)
+            if _key(trained) not in store:
+                store.keep(_key(trained), _row(model, vectors, train, candidate, measure))
+    trained_by_each = [_trained_by_loss(candidate) for candidate in candidates]
+    return pd.DataFrame([{**trained, **store.get(_key(trained))} for trained in trained_by_each])
+
+
+def _key(trained: Mapping[str, str]) -> str:
+    return " | ".join(trained.values())
+
+
+def _store(path: str | Path | None, settings: Mapping[str, Any], model: Model) -> Store:
+    """The store of finished candidates; a file of an older version goes on in the new format, if it fits."""
+    older = None if path is None else older_search(Path(path))
+    if path is None or older is None:
+        return Store(None if path is None else Path(path), settings, kind="block search")
+    compared = [name for name in settings if name not in ("measure", "code", "free_nats")]
+    check_older(Path(path), older["settings"], settings, compared, model)
+    return Store.of_older(Path(path), settings, older["parts"], kind="block search")
 
 
 def _check_candidates(candidates: Sequence[TuneConfig]) -> None:
     if isinstance(candidates, TuneConfig):
-        raise ValueError("candidates: one TuneConfig came, a list is wanted. `candidates_of(config)` gives some.")
+        raise ValueError("candidates must be a list, got one TuneConfig. Use `candidates_of(config)` for a first look.")
     if not candidates:
-        raise ValueError("candidates: none came. Give some, as `candidates_of(config)` does.")
+        raise ValueError("candidates must not be empty, got []. Use `candidates_of(config)` for a first look.")
     shared = [_without(candidate) for candidate in candidates]
-    for each in shared[1:]:
-        if differing := [name for name, value in each.items() if shared[0][name] != value]:
+    for settings in shared[1:]:
+        if differing := [name for name, value in settings.items() if shared[0][name] != value]:
             raise ValueError(
-                f"candidates: they differ in {', '.join(differing)}, and only target_modules and trained_layers may. Search "
-                "those apart."
+                f"candidates must differ in target_modules and trained_layers only, got other {', '.join(differing)}. "
+                "Search those apart."
             )
 
 
@@ -125,18 +145,18 @@ def _without(config: TuneConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if name not in ("target_modules", "trained_layers")}
 
 
-def _named(candidate: TuneConfig) -> dict[str, str]:
+def _trained_by_loss(candidate: TuneConfig) -> dict[str, str]:
     """What each loss trains, in words: `v o, blocks 17-24`; a dash for a loss without weight."""
-    words = {}
+    trained = {}
     for loss in LOSSES:
         blocks = sorted(candidate.blocks_of(loss))
-        there = blocks == list(range(blocks[0], blocks[-1] + 1)) if blocks else False
-        named = f"{blocks[0]}-{blocks[-1]}" if there else ",".join(map(str, blocks))
-        words[loss] = f"{' '.join(candidate.target_modules_of(loss))}, blocks {named}" if blocks else "–"
-    return words
+        contiguous = blocks == list(range(blocks[0], blocks[-1] + 1)) if blocks else False
+        written = f"{blocks[0]}-{blocks[-1]}" if contiguous and len(blocks) > 1 else ",".join(map(str, blocks))
+        trained[loss] = f"{' '.join(candidate.target_modules_of(loss))}, blocks {written}" if blocks else "–"
+    return trained
 
 
-def _tried(
+def _row(
     model: Model, vectors: Any, material: TuningData, candidate: TuneConfig, measure: Measure | None
 ) -> dict[str, Any]:
     """One candidate's row."""
@@ -167,34 +187,3 @@ def _settings(
     code = None if measure is None else measure_sha256(measure, model)
     run = {**run_of(candidate, model, about, weights), **contents_of(material), "code": code}
     return {name: value for name, value in run.items() if name not in ("target_modules", "trained_layers")}
-
-
-class _Done:
-    """Finished candidates, in memory and, given a path, on disk after each."""
-
-    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.settings, self.rows = json.loads(json.dumps(settings)), {}
-        if self.path is None or not self.path.exists():
-            return
-        try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            theirs, self.rows = dict(stored["settings"]), dict(stored["rows"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"path: {self.path} is no file of a block search. Give another name.") from None
-        theirs = {"code": self.settings["code"], **theirs}  # older files do not say
-        differing = [name for name, value in self.settings.items() if theirs.get(name) != value]
-        if differing:
-            differing = ["measure" if name == "code" else name for name in differing]
-            raise ValueError(
-                f"path: {self.path} holds a search with other {', '.join(differing)}. Give another name, or remove it."
-            )
-
-    def row(self, named: Mapping[str, str]) -> dict[str, Any] | None:
-        return self.rows.get(" | ".join(named.values()))
-
-    def keep(self, named: Mapping[str, str], row: dict[str, Any]) -> None:
-        self.rows[" | ".join(named.values())] = row
-        if self.path is not None:
-            content = {"settings": self.settings, "rows": self.rows}
-            write_atomically(self.path, json.dumps(content).encode())

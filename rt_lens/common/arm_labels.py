@@ -8,7 +8,8 @@ from typing import NamedTuple
 DIRECTIONS = ("toward", "away", "suppress")
 """Which way an arm goes along a behaviour's direction; an arm without one, as the untuned model, has `none`."""
 
-_STEM = re.compile(rf"(?P<arm>.+)_(?P<direction>{'|'.join((*DIRECTIONS, 'out'))})(?: seed (?P<seed>\d+))?")
+# `rep_tuned_away` names a file, `rep_tuned, away` a row of a table, `rep_tuned away` a text's projections in a run.
+_NAME = re.compile(rf"(?P<arm>.+?)(?:_|, | )(?P<direction>{'|'.join((*DIRECTIONS, 'out'))})(?: seed (?P<seed>\d+))?")
 
 
 class ArmLabel(NamedTuple):
@@ -24,6 +25,8 @@ class ArmLabel(NamedTuple):
         'rep_tuned, away'
         >>> ArmLabel.parse("rep_tuned_away")
         ArmLabel(arm='rep_tuned', direction='away', seed=0)
+        >>> ArmLabel.parse("rep_tuned, away") == ArmLabel.parse("rep_tuned away") == ArmLabel("rep_tuned", "away")
+        True
         >>> ArmLabel("rep_tuned", "away").stem
         'rep_tuned_away'
     """
@@ -41,13 +44,13 @@ class ArmLabel(NamedTuple):
         return self.arm if self.direction == "none" else f"{self.arm}_{self.direction}"
 
     @classmethod
-    def parse(cls, stem: str) -> ArmLabel:
-        """The label of a file's name; a name without a direction is an arm as it is.
+    def parse(cls, name: str) -> ArmLabel:
+        """The label of a name: a file's stem, a row's `arm, direction`, or `arm direction`.
 
-        `out`, the older word for `suppress`, is read too.
+        A name without a direction is an arm by itself. `out`, the older word for `suppress`, is read too.
         """
-        named = _STEM.fullmatch(stem)
-        if named is None:
-            return cls(stem)
-        direction = "suppress" if named["direction"] == "out" else named["direction"]
-        return cls(named["arm"], direction, int(named["seed"] or 0))
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return cls(name)
+        direction = "suppress" if match["direction"] == "out" else match["direction"]
+        return cls(match["arm"], direction, int(match["seed"] or 0))

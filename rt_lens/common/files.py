@@ -70,7 +70,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
         try:
             save_file(dict(tensors), temporary, metadata=dict(header))
         except SafetensorError as error:  # it wraps the system's error in words of its own
-            raise OSError(f"{path} could not be written ({error})") from error
+            raise OSError(f"{path} cannot be written ({error}). Free some disk space or give another path.") from error
     return path
 
 
@@ -95,8 +95,8 @@ def together(folder: Path, replaced: Callable[[Path], Iterable[str]], last: str,
     if kept and (left := _asides_of(folder)):
         places = ", ".join(map(str, left))
         _log.warning(
-            "%s: what was made there by others that are under way or were broken off is in %s. Delete it if you do not "
-            "need it.", folder, places,
+            "%s: unfinished runs (still under way, or broken off) keep their files in %s. Delete those that you do not "
+            "need.", folder, places,
         )  # fmt: skip
     aside = _aside_of(folder)
     aside.mkdir()
@@ -105,7 +105,7 @@ def together(folder: Path, replaced: Callable[[Path], Iterable[str]], last: str,
         _take_place(aside, folder, replaced(folder), last)
     except BaseException as error:
         if kept and any(aside.iterdir()):
-            told = f"{kept} broken off. What was made so far is kept in {aside}; {folder} is as it was."
+            told = f"{kept} broken off. The files so far are kept in {aside}; {folder} is unchanged."
             _log.warning("%s", told)
             error.add_note(told)
         else:
@@ -135,7 +135,7 @@ def _take_place(aside: Path, folder: Path, replaced: Iterable[str], last: str) -
     new = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == last, name))
     old = [name for name in dict.fromkeys([last, *replaced, *new]) if os.path.lexists(folder / name)]
     if folders := [name for name in old if (folder / name).is_dir()]:
-        raise OSError(f"{folder / folders[0]} is a folder, and a file of that name is to be written. Rename it.")
+        raise OSError(f"{folder / folders[0]} must be free for a file, got a folder of that name. Rename the folder.")
     (aside / _BEFORE).mkdir()
     moves = [(folder / name, aside / _BEFORE / name) for name in old]
     moves += [(aside / name, folder / name) for name in new]
@@ -159,9 +159,9 @@ def check_name(name: object, argument: str) -> str:
     """
     if not isinstance(name, str) or name != as_name(name):
         raise ValueError(
-            f"{argument}: must be of letters, digits, spaces and - _ . that begin with a letter, digit or _ and do not "
-            f"end with a space or dot, at most {_LONGEST}, and no name of a Windows device, got {str(name)[:60]!r}. "
-            "Files are called by it: choose another."
+            f"{argument} must be 1 to {_LONGEST} letters, digits, spaces and - _ . that begin with a letter, digit or "
+            f"_, do not end with a space or dot and are no name of a Windows device, got {str(name)[:60]!r}. "
+            "Choose another name: files are named after it."
         )
     return name
 
@@ -190,12 +190,17 @@ def check_can_write(path: Path, argument: str) -> None:
         OSError: if the system refuses.
     """
     if os.path.isdir(path):  # Path's own raises where a folder may not be looked into
-        raise ValueError(f"{argument}: {path} is a folder; a file's name is wanted, such as {path / 'it'}.safetensors.")
+        raise ValueError(
+            f"{argument} must be the name of a file, got the folder {path}. Name a file in it, such as "
+            f"{path / 'it'}.safetensors."
+        )
     try:
         with _folder_beside(path) as folder:
             (folder / path.name).touch()
     except OSError as error:
-        raise OSError(f"{argument}: {path} cannot be written ({error}). Give another place.") from error
+        raise OSError(
+            f"{argument} must be a path that can be written, got {path} ({error}). Give another path."
+        ) from error
 
 
 def remove_leftovers(path: Path) -> None:
@@ -213,9 +218,12 @@ def read_safetensors(path: Path, argument: str) -> tuple[dict[str, Tensor], dict
     """
     path = path.expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{argument}: there is no file {path}.")
+        raise FileNotFoundError(f"{argument} must be a file, got {path}, which does not exist. Check the path.")
     try:
         with safe_open(path, framework="pt") as stored:
             return {name: stored.get_tensor(name) for name in list(stored.keys())}, stored.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{argument}: {path} is truncated or no safetensors file ({error}). Make it again.") from None
+        raise ValueError(
+            f"{argument} must be a complete safetensors file, got {path}, which is damaged or of another kind "
+            f"({error}). Write the file again."
+        ) from None

@@ -33,7 +33,7 @@ def listed(given: Any, argument: str, *, none: bool = False) -> list[Any]:
     if isinstance(given, str | bytes):
         raise ValueError(f"{wanted}, got one string. Put a single text in brackets.")
     if isinstance(given, Mapping | set | frozenset) or not isinstance(given, Iterable):
-        raise ValueError(f"{wanted}, got a {type(given).__name__}. Put what is to be read in a list.")
+        raise ValueError(f"{wanted}, got a {type(given).__name__}. Put the texts in a list.")
     if (n := getattr(given, "ndim", 1)) != 1:  # going through a table would give the names of its columns
         raise ValueError(f"{wanted}, got a {type(given).__name__} of {n} dimensions. Give one column of it.")
     items = list(given)

@@ -27,10 +27,12 @@ def layers_of(text: str) -> list[int]:
         found = _SPAN.fullmatch(part)
         low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if low > high:
-            raise ValueError(f"layers: {text!r} came; blocks such as 14-22 or 14,18 are wanted.")
+            raise ValueError(
+                f"layers must be blocks such as 14-22 or 14,18, got {text!r}. Join blocks with commas or a dash."
+            )
         if len(chosen) + high - low >= _MOST_LAYERS:  # before a list of them is made
             raise ValueError(
-                f"layers: {text!r} came, which are more than {_MOST_LAYERS:,} blocks. Name those you mean."
+                f"layers must be at most {_MOST_LAYERS:,} blocks, got {text!r}. Name the blocks that you mean."
             )
         chosen.extend(range(low, high + 1))
     return chosen
@@ -51,16 +53,16 @@ def multipliers_of(text: str) -> list[float]:
     except ValueError:
         found = [math.nan]
     if not all(map(math.isfinite, found)):
-        raise ValueError(f"multipliers: {text!r} came; numbers such as -2,0,2 are wanted.")
+        raise ValueError(f"multipliers must be numbers such as -2,0,2, got {text!r}. Join numbers with commas.")
     return found
 
 
-def whole_number(name: str, came: float | None, low: int, high: int) -> int:
+def whole_number(name: str, value: float | None, low: int, high: int) -> int:
     """A whole number from a field that may have been left empty or hold anything.
 
     Args:
         name: of the field, for the message.
-        came: what it holds; None if that is no number.
+        value: what it holds; None if that is no number.
         low: the least that will do.
         high: the most.
 
@@ -71,7 +73,7 @@ def whole_number(name: str, came: float | None, low: int, high: int) -> int:
         >>> whole_number("prompts", 6.0, 2, 60)
         6
     """
-    if came is None or not low <= came <= high or came != int(came):
-        shown = "no whole number" if came is None else f"{came:g}"
-        raise ValueError(f"{name}: {shown} came; a whole number from {low} to {high:,} is wanted.")
-    return int(came)
+    if value is None or not low <= value <= high or value != int(value):
+        shown = "none" if value is None else f"{value:g}"
+        raise ValueError(f"{name} must be a whole number from {low} to {high:,}, got {shown}. Fill in such a number.")
+    return int(value)

@@ -21,7 +21,10 @@ def data_path(relative: str) -> Path:
     for place in _PLACES:
         if (place / relative).exists():
             return place / relative
-    raise FileNotFoundError(f"data: {relative} is not in this installation ({_PLACES[0]}). Reinstall rt_lens.")
+    raise FileNotFoundError(
+        f"data must be a file of this installation ({_PLACES[0]}), got {relative}, which is not there. Reinstall "
+        "rt_lens."
+    )
 
 
 def behaviours() -> list[str]:
@@ -42,8 +45,8 @@ def behaviour_file(name_or_path: str | Path) -> Path:
     if str(name_or_path) in known:
         return data_path(f"behaviours/{name_or_path}.toml")
     near = get_close_matches(str(name_or_path), known, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Shipped: {', '.join(known)}."
-    raise ValueError(f"behaviour: {str(name_or_path)!r} is neither a shipped behaviour nor a file. {hint}")
+    hint = f"Did you mean {near[0]!r}?" if near else f"Built in: {', '.join(known)}."
+    raise ValueError(f"behaviour must be the name of a built-in behaviour or a file, got {str(name_or_path)!r}. {hint}")
 
 
 def neutral_paragraphs() -> list[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rt_lens.data.builtin import behaviour_file
-from rt_lens.data.readers import ROW_ENDINGS, Row, read_rows, read_toml, refuse_misspelt
+from rt_lens.data.readers import ROW_ENDINGS, Row, current_names, read_rows, read_toml, refuse_misspelt
 from rt_lens.data.splitting import connected, cut, is_product, share_out, sizes_of
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer
 from rt_lens.models.tokens.chats import chat_text
 
 
@@ -52,6 +52,9 @@ class Pair:
 
 
 _fields_of = attrgetter(*(field.name for field in fields(Pair)))
+_ALWAYS_HASHED = ("positive", "negative", "user", "prefill")
+# Checksums stay those of earlier versions, which called a prefill an opener.
+_HASHED_AS = {"prefill": "opener", "negative_prefill": "negative_opener"}
 
 
 class PairTexts(NamedTuple):
@@ -84,18 +87,20 @@ class ContrastPairs:
 
     def __post_init__(self) -> None:
         if not self.pairs:
-            raise ValueError(f"pairs: {self.name!r} has none. Give at least one positive and one negative side.")
+            raise ValueError(
+                f"pairs must hold at least one pair, got none for {self.name!r}. Give a positive and a negative side."
+            )
         for number, pair in enumerate(self.pairs):
             where = f"number {number} of {self.name!r}"
             if any(not isinstance(text, str) for text in _fields_of(pair)):
                 side, text = next(each for each in asdict(pair).items() if not isinstance(each[1], str))
                 raise ValueError(
                     f"pairs: {side} of {where} must be a text, got {text!r}. Leave out rows with empty cells, or give "
-                    "'' for what may be empty."
+                    "'' where a field may be empty."
                 )
             for side in ("user",) if pair.negative_user or pair.negative_prefill else ("positive", "negative", "user"):
                 if not getattr(pair, side).strip():
-                    raise ValueError(f"pairs: {where} has an empty {side!r} side. Fill it in.")
+                    raise ValueError(f"pairs: {side} of {where} must be a text, got an empty one. Fill it in.")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -108,12 +113,17 @@ class ContrastPairs:
     @property
     def sha256(self) -> str:
         """Checksum of the pairs' content and order."""
-        always = ("positive", "negative", "user", "prefill")
-        kept = [{key: text for key, text in asdict(pair).items() if text or key in always} for pair in self.pairs]
-        content = json.dumps(kept, ensure_ascii=False)
-        return hashlib.sha256(content.encode()).hexdigest()
+        rows = [
+            {
+                _HASHED_AS.get(field, field): text
+                for field, text in asdict(pair).items()
+                if text or field in _ALWAYS_HASHED
+            }
+            for pair in self.pairs
+        ]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
-    def texts(self, model: Model) -> PairTexts:
+    def texts(self, model: HasTokenizer) -> PairTexts:
         """The two sides through the model's chat template, special tokens included (tokenize with none added)."""
         sides = zip(*(pair.sides for pair in self.pairs), strict=True)
         return PairTexts(
@@ -126,7 +136,7 @@ class ContrastPairs:
     def sample(self, n: int, seed: int = 0) -> ContrastPairs:
         """At most `n` pairs, drawn so that topics appear as evenly as can be; personas and prefills fall by chance."""
         if n < 1:
-            raise ValueError(f"n: {n} came, a number of pairs of at least 1 is wanted.")
+            raise ValueError(f"n must be at least 1 pair, got {n}. Give a number of pairs.")
         shuffled = list(self.pairs)
         random.Random(seed).shuffle(shuffled)
         seen: dict[str, int] = {}
@@ -163,7 +173,7 @@ class ContrastPairs:
             UserWarning: if pairs are left out and a part is small, or parts share one of several personas or prefills.
         """
         if not shares or min(shares) <= 0 or sum(shares) >= 1:
-            raise ValueError(f"shares: {shares} came; positive numbers with a sum below 1 are wanted, say 0.7.")
+            raise ValueError(f"shares must be positive numbers with a sum below 1, got {shares}. Try split(0.7).")
         bounds = list(itertools.accumulate(shares))
         numbers, given_up = _crossed(self.pairs, bounds, seed) or _grouped(self.pairs, bounds, seed)
         parts = Parts(
@@ -175,15 +185,15 @@ class ContrastPairs:
         if parts.left_out and least < _FEW:
             warnings.warn(
                 f"split: {parts.left_out} of the {len(self)} pairs of {self.name!r} are left out, and a part has only "
-                f"{least}. Topics, personas and prefills are all kept apart, and a pair whose topic falls to one part "
-                "and whose persona to another fits in neither. Give more of them, or shares that are more alike.",
+                f"{least}. The split separates topics, personas and prefills, so a pair whose topic falls to one part "
+                "and whose persona falls to another fits in neither. Give more of them, or more equal shares.",
                 stacklevel=2,
             )
         if given_up:
             warnings.warn(
-                f"split: the parts of {self.name!r} have no topic in common, but {', '.join(given_up)}. Kept apart, "
-                f"these would tie so many pairs together that parts of {shares} cannot be made. Give each of them "
-                "topics of its own where the parts must not share it.",
+                f"split: the parts of {self.name!r} have no topic in common, but they share {', '.join(given_up)}. "
+                f"Separating these too would tie so many pairs together that no parts of {shares} exist. If the parts "
+                "must not share one, give each of its values topics of its own.",
                 stacklevel=2,
             )
         return parts
@@ -231,7 +241,9 @@ def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
         return None
     by_topic = cut(topics, bounds, seed)
     if by_topic is None:
-        raise ValueError(f"shares: {n_topics} topics cannot be split at {tuple(bounds)}. Give more topics.")
+        raise ValueError(
+            f"shares must leave every part a topic, got {tuple(bounds)} of {n_topics} topics. Give more topics."
+        )
     keys = [by_topic, *(parts for axis in (personas, prefills) if (parts := cut(axis, bounds, seed)) is not None)]
     return [falls[0] if len(set(falls)) == 1 else None for falls in zip(*keys, strict=True)], []
 
@@ -246,7 +258,9 @@ def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
     plainly = share_out(connected(topics), bounds, seed)
     if plainly is None:
         n_topics = len(set(connected(topics)))
-        raise ValueError(f"shares: {n_topics} topics cannot be split at {tuple(bounds)}. Give more topics.")
+        raise ValueError(
+            f"shares must leave every part a topic, got {tuple(bounds)} of {n_topics} topics. Give more topics."
+        )
     allowed = _off(plainly, bounds) + _SLACK
     more = {
         "positive personas": _keys(pair.positive for pair in pairs),
@@ -300,14 +314,15 @@ def load_pairs(name_or_path: str | Path) -> ContrastPairs:
     if ending == ".toml":
         return pairs_from_table(path.stem, read_toml(path).get("pairs", {}), source=str(path))
     if ending not in ROW_ENDINGS:
-        raise ValueError(f"pairs: {path.name} has an unknown ending. Give a .toml, .jsonl, .csv or .tsv file.")
+        raise ValueError(f"pairs must be a .toml, .jsonl, .csv or .tsv file, got {path.name}. Rename or convert it.")
     known = [field.name for field in fields(Pair)]
     rows = read_rows(path, "pairs", known)
     unused = dict.fromkeys(name for row in rows for name in refuse_misspelt(row, "pairs", known))
     pairs = ContrastPairs(path.stem, tuple(_pair(row) for row in rows))
     if unused:
         warnings.warn(
-            f"pairs: {path.name} has fields that are not used: {', '.join(unused)}. Used are {', '.join(known)}.",
+            f"pairs: {path.name} has fields that are not used: {', '.join(unused)}. The fields used are "
+            f"{', '.join(known)}.",
             stacklevel=2,
         )
     return pairs
@@ -322,7 +337,9 @@ def _pair(row: Row) -> Pair:
         if not isinstance(text, str):
             raise ValueError(f"pairs: {row.where} must have a text as {side!r}, got {text!r}. Put it in quotes.")
         if not text.strip() and side in (("user",) if apart else ("positive", "negative", "user")):
-            raise ValueError(f"pairs: {row.where} lacks the side {side!r}. Each needs positive, negative and user.")
+            raise ValueError(
+                f"pairs: {row.where} must have the fields positive, negative and user, got no {side!r}. Add it."
+            )
     return Pair(**cells)
 
 
@@ -332,14 +349,22 @@ def pairs_from_table(name: str, table: dict[str, Any], source: str = "the table"
     Raises:
         ValueError: if a list is missing or empty, or the two sides are of unlike length.
     """
+    table = current_names(table, source)
     for side in ("positive", "negative", "topics"):
         if not isinstance(table.get(side), list) or not table[side]:
-            raise ValueError(f"pairs: {source} lacks a list pairs.{side}. Both sides and the topics are needed.")
+            raise ValueError(
+                f"pairs: {source} must have the lists positive, negative and topics, got no {side}. Add it."
+            )
     if not isinstance(table.get("prefills", []), list):
-        raise ValueError(f"pairs: {source} has pairs.prefills that are no list. Put the one prefill in brackets.")
+        raise ValueError(
+            f"pairs: prefills of {source} must be a list, got {table['prefills']!r}. Put a single prefill in brackets."
+        )
     positive, negative = table["positive"], table["negative"]
     if len(positive) != len(negative):
-        raise ValueError(f"pairs: {len(positive)} positive and {len(negative)} negative personas came. Align them.")
+        raise ValueError(
+            f"pairs: {source} must have as many positive as negative personas, got {len(positive)} and "
+            f"{len(negative)}. Align the two lists."
+        )
     combinations = itertools.product(
         table["topics"], zip(positive, negative, strict=True), table.get("prefills") or [""]
     )

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from rt_lens.common.inputs import as_text, listed
 from rt_lens.data.builtin import QUESTIONS, question_file
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.data.readers import ROW_ENDINGS, Row, read_lines, read_rows, refuse_misspelt
+from rt_lens.data.readers import ROW_ENDINGS, Row, current_names, read_lines, read_rows, refuse_misspelt
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,20 @@ class Question:
             if not isinstance(text := getattr(self, name), str):
                 raise ValueError(f"{name} must be a text, got {text!r}. Leave rows with empty cells out.")
         if not self.prompt.strip():
-            raise ValueError("prompt: a question's is empty. Fill it in.")
+            raise ValueError("prompt must be a text, got an empty one. Fill it in.")
         for side in ("right", "wrong"):
             if isinstance(getattr(self, side), str):
-                raise ValueError(f"{side}: one string came for {self.prompt[:60]!r}. Put it in brackets.")
+                raise ValueError(
+                    f"{side} must be a list of texts, got one string for {self.prompt[:60]!r}. Put it in brackets."
+                )
         options = [*self.right, *self.wrong]
         if not all(isinstance(option, str) for option in options):
             raise ValueError(f"options of {self.prompt[:60]!r} must be texts, got {options}. Put numbers in quotes.")
         if not all(option.strip() for option in options) or len(set(options)) < len(options):
-            raise ValueError(f"options: {options} came for {self.prompt[:60]!r}; each wants text of its own.")
+            raise ValueError(
+                f"options of {self.prompt[:60]!r} must be different texts, none of them empty, got {options}. Leave "
+                "out those that are empty or occur twice."
+            )
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -136,7 +141,9 @@ def load_questions(name_or_path: str | Path) -> list[Question]:
     path = question_file(name_or_path)
     if not path.is_file():
         known = ", ".join(QUESTIONS)
-        raise FileNotFoundError(f"questions: there is no file {path}. Give a .jsonl, .csv or .txt file, or: {known}.")
+        raise FileNotFoundError(
+            f"questions must be a built-in set ({known}) or a .jsonl, .csv or .txt file, got {path}. Check the path."
+        )
     ending = path.suffix.lower()
     if ending in ROW_ENDINGS:
         rows = read_rows(path, "questions", [*_FIELDS, *_ALSO])
@@ -144,9 +151,9 @@ def load_questions(name_or_path: str | Path) -> list[Question]:
         lines = read_lines(path, "questions")
         rows = [Row(f"{path.name}, line {number}", {"prompt": line.strip()}) for number, line in lines]
     else:
-        raise ValueError(f"questions: {path.name} has an unknown ending. Give a .jsonl, .csv, .tsv or .txt file.")
+        raise ValueError(f"questions must be a .jsonl, .csv, .tsv or .txt file, got {path.name}. Rename or convert it.")
     if not rows:
-        raise ValueError(f"questions: {path.name} holds none. Write at least one.")
+        raise ValueError(f"questions: {path.name} must hold at least one question, got none. Write one.")
     made = (lambda cells: cells) if ending == ".jsonl" else _split
     return [question_of(made(row.cells), row.where) for row in rows]
 
@@ -162,8 +169,8 @@ def question_of(row: Any, where: str = "a question") -> Question:
         ValueError: for a field that is not known, or a question without a prompt; the message says where.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"questions: {where} is no JSON object. Each needs a prompt.")
-    given: dict[Any, Any] = row
+        raise ValueError(f"questions: {where} must be a JSON object with a prompt, got {row!r}. Write it in braces.")
+    given = current_names(row, f"questions: {where}")
     for other, name in _ALSO.items():
         if other in given and name in given:
             raise ValueError(f"questions: {where} must have either {name!r} or {other!r}, got both. Leave one out.")
@@ -181,7 +188,10 @@ def question_of(row: Any, where: str = "a question") -> Question:
     try:
         return Question(**named)
     except (TypeError, AttributeError):
-        raise ValueError(f"questions: {where} lacks a prompt, or has a field that is no text. Mend it.") from None
+        raise ValueError(
+            f"questions: {where} must have a prompt, and texts as its fields, got {named!r}. Fill in the prompt, and "
+            "put numbers in quotes."
+        ) from None
     except ValueError as error:
         raise ValueError(f"questions: {where}: {error}") from None
 
@@ -194,5 +204,5 @@ def _split(cells: Mapping[str, str]) -> dict[str, Any]:
 def _options(value: Any, where: str) -> tuple[str, ...]:
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
-        raise ValueError(f"questions: {where} is {value!r}; a list of texts is wanted.")
+        raise ValueError(f"questions: {where} must be a list of texts, got {value!r}. Put numbers in quotes.")
     return tuple(each.strip() for each in given)

@@ -9,14 +9,18 @@ import json
 import re
 import threading
 import tomllib
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROW_ENDINGS = (".jsonl", ".csv", ".tsv")
-"""What `read_rows` reads."""
+"""The endings of the files that `read_rows` reads."""
+
+_OLD_NAMES = {"opener": "prefill", "negative_opener": "negative_prefill", "openers": "prefills"}
+"""Names that fields and TOML keys had in earlier versions -> today's names."""
 
 
 class Row(NamedTuple):
@@ -72,7 +76,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(_unix(read_text(path, "config")))
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"config: {path} is not valid TOML: {error}.") from None
+        raise ValueError(f"config must be valid TOML, got {path}: {error}. Correct that line.") from None
 
 
 def read_rows(path: Path, argument: str, known: Collection[str]) -> list[Row]:
@@ -91,7 +95,51 @@ def read_rows(path: Path, argument: str, known: Collection[str]) -> list[Row]:
             there, or quotes that do not close; the message names the line.
     """
     read = _objects if path.suffix.lower() == ".jsonl" else _table
-    return list(read(path, argument, known))
+    rows = list(read(path, argument, [*known, *_OLD_NAMES]))
+    _warn_of_old_names((name for row in rows for name in row.cells), f"{argument}: {path.name}")
+    return [row._replace(cells=_renamed(row.cells, f"{argument}: {row.where}")) for row in rows]
+
+
+def current_names(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A table in which the fields that an earlier version called otherwise have today's names.
+
+    Args:
+        table: as it was read.
+        where: the file, for messages.
+
+    Raises:
+        ValueError: if a field is there under both names.
+
+    Warns:
+        UserWarning: for each old name.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     current_names({"topics": ["Rain"], "openers": ["It"]}, "rain.toml")
+        {'topics': ['Rain'], 'prefills': ['It']}
+        >>> print(caught[0].message)
+        rain.toml: 'openers' is now 'prefills'; the old name still works.
+    """
+    _warn_of_old_names(table, where)
+    return _renamed(table, where)
+
+
+def _renamed(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    for old, new in _OLD_NAMES.items():
+        if old in table and new in table:
+            raise ValueError(f"{where} must have either {new!r} or {old!r}, got both. Leave out {old!r}.")
+    return {_OLD_NAMES.get(name, name): value for name, value in table.items()}
+
+
+def _warn_of_old_names(names: Iterable[str], where: str) -> None:
+    for old in dict.fromkeys(name for name in names if name in _OLD_NAMES):
+        warnings.warn(f"{where}: {old!r} is now {_OLD_NAMES[old]!r}; the old name still works.", stacklevel=4)
+
+
+def _without_old(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name not in _OLD_NAMES]
 
 
 def refuse_misspelt(row: Row, argument: str, known: Collection[str]) -> list[str]:
@@ -142,7 +190,7 @@ def _objects(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]
 def _named_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in entries]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"the name {twice!r} occurs twice")
     return dict(entries)
 
 
@@ -158,15 +206,15 @@ def _table(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]:
         raise ValueError(f"{argument}: {at} must name each column once, got {twice!r} twice. Rename one.")
     if not any(name in known or _near(name, known) for name in names):
         raise ValueError(
-            f"{argument}: {at} must name the columns (some of {', '.join(known)}), got {', '.join(names)[:60]!r}. "
-            "Write their names into the first line."
+            f"{argument}: {at} must name the columns (some of {', '.join(_without_old(known))}), got "
+            f"{', '.join(names)[:60]!r}. Write their names into the first line."
         )
     for number, cells in records[1:]:
         where = f"{path.name}, line {number}"
         if len(cells) > len(names):
             raise ValueError(
-                f"{argument}: {where} has more cells than columns ({len(cells)}, not {len(names)}). Put texts that "
-                f"hold {delimiter!r} in quotes."
+                f"{argument}: {where} must have at most one cell for each of the {len(names)} columns, got "
+                f"{len(cells)}. Put texts that hold {delimiter!r} in quotes."
             )
         found = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
         if "" in found:

@@ -1,7 +1,5 @@
-from .answering import Evaluation as Evaluation
 from .answering import FilteredPairs as FilteredPairs
 from .answering import ask as ask
-from .answering import evaluate as evaluate
 from .answering import filter_pairs as filter_pairs
 from .choices import likelihoods as likelihoods
 from .classifier import TextClassifier as TextClassifier
@@ -11,8 +9,8 @@ from .fluency import distinct as distinct
 from .fluency import length as length
 from .fluency import loops as loops
 from .fluency import repetition as repetition
-from .harness import harness_model as harness_model
 from .judges import LogitJudge as LogitJudge
+from .lm_eval_bridge import harness_model as harness_model
 from .permissions import Permissions as Permissions
 from .registry import ScorerLike as ScorerLike
 from .registry import make_scorer as make_scorer
@@ -28,5 +26,10 @@ from .scorers import Scorer as Scorer
 from .scorers import calibration as calibration
 from .scorers import option_shares as option_shares
 from .scorers import vader as vader
+from .tasks import EvalTask as EvalTask
+from .tasks import Evaluation as Evaluation
+from .tasks import LogitDifference as LogitDifference
+from .tasks import Measure as Measure
+from .tasks import evaluate as evaluate
 from .texts import PerplexityResult as PerplexityResult
 from .texts import perplexity as perplexity

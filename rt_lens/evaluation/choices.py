@@ -1,11 +1,14 @@
-"""How likely a model finds the options of a question: whole answers, or the letters of a list in every rotation."""
+"""How likely a model finds the options of a question: as completions, or as letters of a list in every rotation.
+
+Nothing is generated, and nothing is scored.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from rt_lens.common.progress import Bar
 from rt_lens.data.questions import LETTERS, Likelihoods, Question, lettered
+from rt_lens.evaluation.scorers import check_form, current_form
 from rt_lens.evaluation.texts import log_normaliser
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
@@ -20,18 +24,15 @@ from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import answered, chat_text, has_chat_template, is_chat
 
-Form = Literal["answers", "letters"]
-"""`answers`: each option follows the question as its answer; `letters`: options are listed, and letters follow."""
-
 
 @dataclass(frozen=True)
 class _Ask:
-    """One question in one order of its options, as tokens.
+    """One question, with its options in one order, as tokens.
 
     Attributes:
-        number: of the question.
-        start: tokens that all options follow.
-        options: tokens of each option, in the question's own order.
+        number: index of the question.
+        start: tokens that precede every option.
+        options: tokens of each option, in the question's order.
     """
 
     number: int
@@ -41,123 +42,137 @@ class _Ask:
 
 @torch.no_grad()
 def likelihoods(
-    model: Model, questions: Sequence[Question], *, form: Form = "answers", batch_size: int = 16
+    model: Model,
+    questions: Sequence[Question],
+    *,
+    form: str = "completion",  # TODO-RENAME: form: Form
+    batch_size: int = 16,
 ) -> list[Likelihoods]:
-    """Log-likelihood of every option of every question, with no text generated.
+    """Log-likelihood of every option of every question; no text is generated.
 
-    A question's tokens run once for all its options. With `letters` the options are listed under A, B, ... in every
-    rotation (for two: both orders), and log-likelihoods are averaged over them, so that a liking for a letter cancels.
-    Edits that act on generated tokens act on the options' tokens.
+    The model reads a question's tokens once for all its options. With `multiple_choice` the options are listed under
+    A, B, ... in every rotation (for two options: in both orders), and log-likelihoods are averaged over the rotations,
+    so that a preference for a letter cancels out. Edits of generated tokens act on the options' tokens.
 
     Args:
-        model: HookedTransformer or TransformerBridge; whatever it carries is what is measured.
-        questions: each with two options or more.
-        form: `answers` or `letters`.
-        batch_size: questions (times orders) per forward pass; it changes nothing but speed.
+        model: HookedTransformer or TransformerBridge, measured with its current hooks and weights.
+        questions: questions with at least two options each.
+        form: `completion` (each option follows the question as its response) or `multiple_choice` (options are listed,
+            and letters follow).
+        batch_size: questions (times orders) per forward pass; it affects speed only.
 
     Raises:
-        ValueError: a question with fewer than two options (for letters: more than ten), or an unknown form.
+        ValueError: for a question with fewer than two options (`multiple_choice`: or more than ten), or an unknown
+            form.
 
     Example:
-        >>> likelihoods(model, [Question("What is the capital of France?", ("Paris",), ("Lyon",))])[0].totals
+        >>> question = Question("What is the capital of France?", right=("Paris",), wrong=("Lyon",))
+        >>> paris, lyon = likelihoods(model, [question])[0].totals
+        >>> paris > lyon
+        True
+        >>> len(likelihoods(model, [question], form="multiple_choice")[0].totals)
+        2
     """
-    if form not in get_args(Form):
-        raise ValueError(f"form: {form!r} came; 'answers' or 'letters' is wanted.")
+    form = current_form(form)  # TODO-RENAME
+    check_form(form)
     if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size} came; at least 1 is wanted.")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     _check_options(questions, form)
     asks = [ask for number, question in enumerate(questions) for ask in _asks(model, number, question, form)]
-    asks.sort(key=lambda ask: -len(ask.start))  # like lengths together; too large a batch fails at once
-    found: list[list[list[float]]] = [[] for _ in questions]
+    asks.sort(key=lambda ask: -len(ask.start))  # similar lengths together; a batch too large for memory fails at once
+    by_question: list[list[list[float]]] = [[] for _ in questions]
     starts = range(0, len(asks), batch_size)
-    for start in Bar(starts, desc="weighing options", unit="batch", disable=True):  # for whoever watches
+    for start in Bar(starts, desc="scoring options", unit="batch", disable=True):  # for an observer of progress
         batch = asks[start : start + batch_size]
         for ask, totals in zip(batch, _measured(model, batch, len(questions)), strict=True):
-            found[ask.number].append(totals)
+            by_question[ask.number].append(totals)
     sizes = {ask.number: tuple(len(ids) for ids in ask.options) for ask in asks}
-    return [_averaged(orders, sizes[number]) for number, orders in enumerate(found)]
+    return [_averaged(orders, sizes[number]) for number, orders in enumerate(by_question)]
 
 
 def question_text(model: Model, question: Question) -> str:
-    """A question as the model reads it, up to where it answers; one that went through a template stays as it is.
+    """The text the model reads up to its response; a prompt that already has the chat template stays as it is.
 
     Raises:
-        ValueError: for a system text that would have to go into a chat that was written already.
+        ValueError: for a system message with a prompt that already has the chat template.
     """
     if not is_chat(model, question.prompt):
         return chat_text(model, question.prompt, system=question.system, prefill=question.prefill)
     if question.system:
         raise ValueError(
-            f"system must be empty for a prompt that went through the chat template already, got {question.system!r}. "
+            f"system must be empty for a prompt that already has the chat template, got {question.system!r}. "
             "Give the user's message alone as the prompt."
         )
     return answered(model, question.prompt, question.prefill) if question.prefill else question.prompt
 
 
 def start_of(model: Model, question: Question) -> tuple[str, str]:
-    """The text that an answer to a question follows, and what stands between the two: a space, or nothing."""
+    """The text that a response to a question follows, and what separates the two: a space, or nothing."""
     text = question_text(model, question)
-    opened = question.prefill or getattr(text, "prefill", "")  # of a prompt that is a chat already, too
-    begins = has_chat_template(model) and not opened  # the template writes what stands before an answer
+    prefill = question.prefill or getattr(text, "prefill", "")  # a prompt with the chat template may have one, too
+    begins = has_chat_template(model) and not prefill  # the template itself ends with what precedes a response
     return text, "" if begins or text[-1].isspace() else " "
 
 
-def _check_options(questions: Sequence[Question], form: Form) -> None:
+def _check_options(questions: Sequence[Question], form: str) -> None:
     for question in questions:
         n = len(question.options)
-        if n < 2 or (form == "letters" and n > len(LETTERS)):
-            most = f" and at most {len(LETTERS)}" if form == "letters" else ""
+        if n < 2 or (form == "multiple_choice" and n > len(LETTERS)):
+            most = f" and at most {len(LETTERS)}" if form == "multiple_choice" else ""
             raise ValueError(
-                f"questions: {question.prompt[:60]!r} has {n} options; at least 2{most} are wanted, as in "
-                "Question(prompt, right=('Paris',), wrong=('Lyon',))."
+                f"questions must have at least 2{most} options each, got {n} for {question.prompt[:60]!r}. Give them "
+                "as in Question(prompt, right=('Paris',), wrong=('Lyon',))."
             )
 
 
 def _averaged(orders: Sequence[Sequence[float]], sizes: tuple[int, ...]) -> Likelihoods:
     table = torch.tensor(orders, dtype=torch.float64)  # [order, option]
-    other = (1 - table.exp().sum(1)).clamp(min=0).mean()
-    return Likelihoods(tuple(table.mean(0).tolist()), sizes, float(other))
+    off_options = (1 - table.exp().sum(1)).clamp(min=0).mean()
+    return Likelihoods(tuple(table.mean(0).tolist()), sizes, float(off_options))
 
 
-def _asks(model: Model, number: int, question: Question, form: Form) -> Iterator[_Ask]:
-    """The question as it is asked: once, or once for each rotation of its options."""
-    if form == "answers":
+def _asks(model: Model, number: int, question: Question, form: str) -> Iterator[_Ask]:  # TODO-RENAME: form: Form
+    """The question once, or once for each rotation of its options."""
+    if current_form(form) == "completion":  # TODO-RENAME
         text, gap = start_of(model, question)
         yield _ask(model, number, text, [gap + option for option in question.options])
         return
     n = len(question.options)
     prefill = question.prefill or "The answer is"
     for turn in range(n):
-        places = [(place + turn) % n for place in range(n)]  # option -> its line
-        listed = [option for _, option in sorted(zip(places, question.options, strict=True))]
-        user = lettered(question.prompt, listed)
+        lines = [(index + turn) % n for index in range(n)]  # option -> its line in the list
+        in_order = [option for _, option in sorted(zip(lines, question.options, strict=True))]
+        user = lettered(question.prompt, in_order)
         text = chat_text(model, user, system=question.system, prefill=prefill)
-        yield _ask(model, number, text, [f" {LETTERS[place]}" for place in places])
+        yield _ask(model, number, text, [f" {LETTERS[line]}" for line in lines])
 
 
 def _ask(model: Model, number: int, start: str, options: Sequence[str]) -> _Ask:
-    # Tokens may reach over the edge between question and option, so the edge is where the token lists part.
-    whole = [encode(model, answered(model, start, option)) for option in options]
-    shared = _shared([encode(model, start), *whole])
-    shared = min(shared, *(len(ids) - 1 for ids in whole))  # every option needs a token of its own
+    # A token may span the end of the question and the start of an option, so the split is where the token lists differ.
+    with_option = [encode(model, answered(model, start, option)) for option in options]
+    shared = _shared([encode(model, start), *with_option])
+    shared = min(shared, *(len(ids) - 1 for ids in with_option))  # each option keeps at least one token
     if shared < 1:
-        raise ValueError(f"questions: nothing is asked before the options {list(options)}. Give the question a prompt.")
-    return _Ask(number, tuple(whole[0][:shared]), tuple(tuple(ids[shared:]) for ids in whole))
+        raise ValueError(
+            f"questions must have a prompt before their options, got none before {list(options)}. Give the question a "
+            "prompt."
+        )
+    return _Ask(number, tuple(with_option[0][:shared]), tuple(tuple(ids[shared:]) for ids in with_option))
 
 
 def _shared(sequences: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all sequences share."""
+    """Length of the longest common prefix of the sequences."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _measured(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
-    """Log-likelihoods of each ask's options."""
+    """Log-likelihoods of the options of each ask."""
     return (_branched if can_be_quick(model) else _whole)(model, asks, n_rows)
 
 
 def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
-    """From one run of the questions, whose keys and values all options share."""
+    """Runs each question once; all its options share the question's keys and values."""
     batch = pad([ask.start for ask in asks], pad_id_of(model)).to(model.cfg.device)
     rows, lengths = [ask.number for ask in asks], batch.mask.sum(1)
     memory: dict[Any, Any] = {}
@@ -170,48 +185,50 @@ def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[floa
         logits = unembed(model, last)
         first = logits.double().cpu() - log_normaliser(logits)[:, None]
         totals = [[first[row, ids[0]].item() for ids in ask.options] for row, ask in enumerate(asks)]
-        longer = [(row, place) for row, ask in enumerate(asks) for place, ids in enumerate(ask.options) if len(ids) > 1]
+        longer = [
+            (row, option) for row, ask in enumerate(asks) for option, ids in enumerate(ask.options) if len(ids) > 1
+        ]
         if not longer:
             return totals
-        rest = pad([asks[row].options[place][:-1] for row, place in longer], pad_id_of(model), "right")
+        rest = pad([asks[row].options[option][:-1] for row, option in longer], pad_id_of(model), "right")
         rest = rest.to(model.cfg.device)
-        above = [row for row, _ in longer]
-        branch = cache.branch(model, above, rest.tokens.shape[1])
-        everything = torch.cat([batch.mask[above], rest.mask], dim=1)
+        question_rows = [row for row, _ in longer]
+        branch = cache.branch(model, question_rows, rest.tokens.shape[1])
+        mask = torch.cat([batch.mask[question_rows], rest.mask], dim=1)
         with token_context(
-            everything, new=rest.tokens.shape[1], lengths=lengths[above], rows=[rows[row] for row in above],
-            n_rows=n_rows, memory={key: of_rows[above] for key, of_rows in memory.items()},
+            mask, new=rest.tokens.shape[1], lengths=lengths[question_rows], rows=[rows[row] for row in question_rows],
+            n_rows=n_rows, memory={key: values[question_rows] for key, values in memory.items()},
         ):  # fmt: skip
             residual = model(
                 rest.tokens, attention_mask=rest.mask, past_kv_cache=branch, stop_at_layer=model.cfg.n_layers
             )
-        parts = (unembed(model, part) for part in residual[rest.mask.bool()].split(128))
-        wanted = [list(asks[row].options[place][1:]) for row, place in longer]
-        for (row, place), total in zip(longer, _totals(parts, wanted), strict=True):
-            totals[row][place] += total
+        chunks = (unembed(model, part) for part in residual[rest.mask.bool()].split(128))
+        targets = [list(asks[row].options[option][1:]) for row, option in longer]
+        for (row, option), total in zip(longer, _totals(chunks, targets), strict=True):
+            totals[row][option] += total
     return totals
 
 
 def _whole(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
-    """Each option with its question run in full: for models whose cache cannot be branched."""
-    each = [(ask, ids) for ask in asks for ids in ask.options]
-    batch = pad([[*ask.start, *ids[:-1]] for ask, ids in each], pad_id_of(model)).to(model.cfg.device)
-    lengths = torch.tensor([len(ask.start) for ask, _ in each], device=model.cfg.device)
+    """Runs the whole question again for each option, for models whose cache cannot be branched."""
+    rows = [(ask, ids) for ask in asks for ids in ask.options]
+    batch = pad([[*ask.start, *ids[:-1]] for ask, ids in rows], pad_id_of(model)).to(model.cfg.device)
+    lengths = torch.tensor([len(ask.start) for ask, _ in rows], device=model.cfg.device)
     where = torch.zeros_like(batch.mask, dtype=torch.bool)
-    for row, (_, ids) in enumerate(each):
+    for row, (_, ids) in enumerate(rows):
         where[row, where.shape[1] - len(ids) :] = True
-    with token_context(batch.mask, lengths=lengths, rows=[ask.number for ask, _ in each], n_rows=n_rows):
+    with token_context(batch.mask, lengths=lengths, rows=[ask.number for ask, _ in rows], n_rows=n_rows):
         logits = list(logits_where(model, batch.tokens, batch.mask, where))
-    totals = iter(_totals(iter(logits), [list(ids) for _, ids in each]))
+    totals = iter(_totals(iter(logits), [list(ids) for _, ids in rows]))
     return [[next(totals) for _ in ask.options] for ask in asks]
 
 
-def _totals(chunks: Iterator[Float[Tensor, "n d_vocab"]], wanted: Sequence[Sequence[int]]) -> list[float]:
-    """Summed log-likelihoods of token lists, whose logits come laid end to end, some at a time."""
-    following = torch.tensor([token for ids in wanted for token in ids])
-    found, done = [], 0
+def _totals(chunks: Iterator[Float[Tensor, "n d_vocab"]], targets: Sequence[Sequence[int]]) -> list[float]:
+    """Summed log-likelihood of each list of target tokens; the chunks hold their logits, list after list."""
+    flat = torch.tensor([token for ids in targets for token in ids])
+    log_likelihoods, done = [], 0
     for logits in chunks:
-        chosen = following[done : done + len(logits), None].to(logits.device)
-        found.append(logits.gather(1, chosen)[:, 0].double().cpu() - log_normaliser(logits))
+        chosen = flat[done : done + len(logits), None].to(logits.device)
+        log_likelihoods.append(logits.gather(1, chosen)[:, 0].double().cpu() - log_normaliser(logits))
         done += len(logits)
-    return [part.sum().item() for part in torch.cat(found).split([len(ids) for ids in wanted])]
+    return [part.sum().item() for part in torch.cat(log_likelihoods).split([len(ids) for ids in targets])]

@@ -1,4 +1,7 @@
-"""A classifier of texts as scorer, trained on what a model writes under the two personas of contrast pairs."""
+"""A text classifier as scorer, trained on a model's own responses under the two personas of contrast pairs.
+
+It learns from text alone, and knows of no activations.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,28 @@ from rt_lens.models.protocol import Model
 
 @dataclass(frozen=True)
 class TextClassifier:
-    """How much an answer reads like one of the positive persona: P(positive) - P(negative), from -1 to 1.
+    """How much a response reads like one of the positive persona: P(positive) - P(negative), from -1 to 1.
 
-    Probabilities and not log-odds: these have no bound, so that a few emphatic answers would decide a mean. 0 is
-    undecided, as with VADER. The level depends on how much text there was to train on; compare arms by it, and no more.
+    The score uses probabilities and not log-odds, since log-odds have no bound and a few emphatic responses would
+    decide a mean. 0 is undecided, as with VADER. The level depends on how much text the classifier was trained on, so
+    use it to compare arms and for nothing else.
 
     Attributes:
-        behaviour: of the pairs.
-        accuracy: share of right sides on held-out topics (with held-out personas and prefills, where there are enough),
-            averaged by topic, with n topics and a 95 % interval over them.
-        n_texts: answers it was trained on.
-        seed: of split, sample and interval.
+        behaviour: name of the pairs' behaviour.
+        accuracy: share of sides classified correctly on held-out topics (with held-out personas and prefills, where
+            there are enough), averaged by topic, with n topics and a 95 % interval over them.
+        n_texts: number of responses the classifier was trained on.
+        seed: seed of split, sample and interval.
 
     Example:
-        >>> classifier = classifier_of(model, load_pairs("formality"))
-        >>> print(classifier.accuracy)
-        >>> evaluate(model, test, classifier)
+        >>> import warnings
+        >>> with warnings.catch_warnings(action="ignore"):  # 8 pairs are far too few
+        ...     classifier = classifier_of(model, pairs, n_train=8, n_test=4, max_new_tokens=4)
+        >>> classifier.name, classifier.n_texts, classifier.reads
+        ('classifier_mood', 16, 'text')
+        >>> scores = classifier([Answer(Question("How are you?"), text) for text in ("I am glad.", "I am sad.")])
+        >>> all(-1 <= score <= 1 for score in scores)
+        True
     """
 
     behaviour: str
@@ -71,59 +80,72 @@ def classifier_of(
     seed: int = 0,
     progress: bool = False,
 ) -> TextClassifier:
-    """Has a model write under both personas, and trains a classifier to tell the two apart.
+    """Trains a classifier to tell apart a model's greedy responses under the two personas.
 
-    TF-IDF of words and word pairs, and of two to four characters within words; logistic regression. It learns whatever
-    tells the personas' texts apart, be it the behaviour or not: `accuracy` says how well that carries over to other
-    topics, and only other scorers say what it is. Where the model itself hardly follows its personas, there is little
-    to learn: on the shipped `mood` pairs SmolLM2-135M-Instruct gives an accuracy of 0.64 (0.58 to 0.71, n = 47 topics,
-    seed 0). There is no file of a classifier: the same call on the same model gives the same one.
+    Features are the TF-IDF of words and word pairs, and of two to four characters within words; the classifier is a
+    logistic regression. It learns whatever tells the personas' texts apart, be it the behaviour or not. `accuracy` says
+    how well that carries over to other topics; only other scorers can say what it is. A model that hardly follows its
+    personas leaves little to learn: on the built-in `mood` pairs SmolLM2-135M-Instruct gives an accuracy of 0.64 (0.58
+    to 0.71, n = 47 topics, seed 0). A classifier is not saved: the same call on the same model gives the same one.
 
     Args:
-        model: the untuned model, mostly; whatever it carries is what writes.
-        pairs: with personas. Prefills are left out, since the answers to be scored have none; only pairs whose sides
-            differ in them keep theirs.
-        n_train: pairs to train on, at most; each gives two answers.
-        n_test: pairs to measure the accuracy on, at most.
-        test_share: of the topics.
-        max_new_tokens: length of an answer; as long as those it is to score.
+        model: mostly the untuned model; it generates with its current hooks and weights.
+        pairs: contrast pairs with personas. Prefills are left out, since the responses to score have none; only pairs
+            whose sides differ in their prefills keep them.
+        n_train: maximum number of pairs to train on; each gives two responses.
+        n_test: maximum number of pairs to measure the accuracy on.
+        test_share: share of the topics to hold out.
+        max_new_tokens: length of a response; use the length of the responses to score.
         batch_size: texts per batch.
-        seed: of split, sample and interval. Answers are greedy.
-        progress: show a bar.
+        seed: seed of split, sample and interval.
+        progress: show a progress bar.
 
     Warns:
         UserWarning: if the accuracy is not above chance.
 
     Raises:
-        ValueError: a number out of range, or too few topics to hold some out.
+        ValueError: for a number out of range, or too few topics to hold some out.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(action="ignore"):  # 8 pairs are far too few
+        ...     classifier = classifier_of(model, pairs, n_train=8, n_test=4, max_new_tokens=4)
+        >>> 0 <= classifier.accuracy.mean <= 1
+        True
+        >>> evaluate(model, prompts, classifier, max_new_tokens=4).scorer
+        'classifier_mood'
     """
-    if n_train < 2 or n_test < 1 or not 0 < test_share < 1:
-        raise ValueError(
-            f"classifier: n_train {n_train}, n_test {n_test}, test_share {test_share} came; at least 2, at least 1, "
-            "and a share between 0 and 1 are wanted."
-        )
+    _check_numbers(n_train, n_test, test_share)
     parts = _without_prefills(pairs).split(1 - test_share, seed=seed)
     train, test = (part.sample(n, seed) for part, n in zip(parts, (n_train, n_test), strict=True))
     texts = [text for part in (train, test) for side in part.texts(model) for text in side]
-    written = generate(
+    responses = generate(
         model, texts, chat=False, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
     )
-    learnt, held_out = written[: 2 * len(train)], written[2 * len(train) :]
-    fitted = _fitted(learnt, [True] * len(train) + [False] * len(train), seed)
+    train_texts, held_out = responses[: 2 * len(train)], responses[2 * len(train) :]
+    fitted = _fitted(train_texts, [True] * len(train) + [False] * len(train), seed)
     accuracy = _accuracy(_scores(fitted, held_out), test, seed)
     if not accuracy.low > 0.5:
         warnings.warn(
-            f"classifier: on held-out topics of {pairs.name!r} it is right in {accuracy.mean:.2f} ({accuracy.low:.2f} "
-            f"to {accuracy.high:.2f}, n = {accuracy.n} topics, seed {seed}), not above chance (0.5). Its scores say "
-            "nothing. Give more pairs or tokens, or a model that follows its personas.",
+            f"classifier: its accuracy on held-out topics of {pairs.name!r} is {accuracy.mean:.2f} ({accuracy.low:.2f} "
+            f"to {accuracy.high:.2f}, n = {accuracy.n} topics, seed {seed}), not above chance (0.5), so its scores "
+            "mean nothing. Give more pairs or tokens, or a model that follows its personas.",
             stacklevel=2,
         )
-    return TextClassifier(pairs.name, accuracy, len(learnt), seed, fitted)
+    return TextClassifier(pairs.name, accuracy, len(train_texts), seed, fitted)
+
+
+def _check_numbers(n_train: int, n_test: int, test_share: float) -> None:
+    for name, number, least in (("n_train", n_train, 2), ("n_test", n_test, 1)):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}.")
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share must be between 0 and 1, both excluded, got {test_share}.")
 
 
 def _without_prefills(pairs: ContrastPairs) -> ContrastPairs:
-    bare = [pair if pair.negative_prefill else replace(pair, prefill="") for pair in pairs.pairs]
-    return ContrastPairs(pairs.name, tuple(dict.fromkeys(bare)))
+    without = [pair if pair.negative_prefill else replace(pair, prefill="") for pair in pairs.pairs]
+    return ContrastPairs(pairs.name, tuple(dict.fromkeys(without)))
 
 
 def _fitted(texts: Sequence[str], positive: Sequence[bool], seed: int) -> Pipeline:
@@ -134,8 +156,10 @@ def _fitted(texts: Sequence[str], positive: Sequence[bool], seed: int) -> Pipeli
     model = LogisticRegression(C=10.0, max_iter=1000, random_state=seed)
     try:
         return make_pipeline(features, model).fit(texts, positive)
-    except ValueError as error:  # scikit-learn's, of an empty vocabulary
-        raise ValueError(f"classifier: the model wrote nothing to learn from ({error}). Give more tokens.") from None
+    except ValueError as error:  # scikit-learn's error for an empty vocabulary
+        raise ValueError(
+            f"model must generate text to train a classifier on, got none ({error}). Increase max_new_tokens."
+        ) from None
 
 
 def _scores(fitted: Pipeline, texts: Sequence[str]) -> list[float]:
@@ -143,12 +167,12 @@ def _scores(fitted: Pipeline, texts: Sequence[str]) -> list[float]:
 
 
 def _accuracy(scores: Sequence[float], test: ContrastPairs, seed: int) -> Interval:
-    """By topic, since answers to one topic are not independent."""
+    """The accuracy averaged by topic, since responses to one topic are not independent."""
     right = np.asarray(scores).reshape(2, -1) * [[1.0], [-1.0]]
     by_topic: dict[str, list[float]] = {}
     for pair, sides in zip(test.pairs, right.T, strict=True):
         by_topic.setdefault(pair.user, []).extend((np.sign(sides) + 1) / 2)
-    shares = [float(np.mean(each)) for each in by_topic.values()]
-    if set(shares) <= {0.0, 1.0}:  # without spread a bootstrap claims certainty
+    shares = [float(np.mean(correct)) for correct in by_topic.values()]
+    if set(shares) <= {0.0, 1.0}:  # a bootstrap of values without spread would claim certainty
         return share_interval(int(sum(shares)), len(shares))
     return mean_interval(shares, seed)

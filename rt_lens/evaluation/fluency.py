@@ -1,7 +1,7 @@
-"""How a text is written, whatever it says: its length, its variety, and whether it goes round in circles.
+"""How a text is written, whatever it says: its length, its variety, and whether it ends in a loop.
 
-Words are parted by white space; letters of scripts that are written without it (Chinese, Japanese, Thai, Lao, Burmese,
-Khmer) count as a word each. Case does not matter.
+White space separates words. In scripts that are written without it (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each
+letter counts as a word. Case does not matter. Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _EDGES = re.compile(r"^\W+|\W+$")
 
 
 def length(answer: str) -> float:
-    """Words of an answer.
+    """Number of words of a response.
 
     Example:
         >>> length("Bread rises.")
@@ -24,33 +24,34 @@ def length(answer: str) -> float:
 
 
 def distinct(answer: str, n: int = 2) -> float:
-    """Distinct-n: distinct runs of n words, as a share of all such runs (after Li et al. 2016).
+    """Distinct-n: the number of different n-grams of words, as a share of all n-grams (after Li et al. 2016).
 
-    They divide by the number of words; dividing by that of runs, as most do since, makes 1 the most for every n.
+    Li et al. divide by the number of words. Dividing by the number of n-grams, as most authors do since, makes 1 the
+    maximum for every n.
 
     Args:
         answer: the text.
-        n: words in a run.
+        n: words in an n-gram.
 
     Returns:
-        Near 0 for a loop, 1 where no run comes twice, as in a text of fewer than n words.
+        Near 0 for a loop; 1 if no n-gram occurs twice, as in a text of fewer than n words.
 
     Raises:
-        ValueError: n below 1.
+        ValueError: if n is below 1.
 
     Example:
         >>> distinct("the cat saw the cat")  # the cat, cat saw, saw the, the cat
         0.75
     """
     if n < 1:
-        raise ValueError(f"n: {n} came; at least 1 word is wanted.")
+        raise ValueError(f"n must be at least 1, got {n}.")
     words = _words(answer)
-    runs = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else 1.0
+    n_grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return len(set(n_grams)) / len(n_grams) if n_grams else 1.0
 
 
 def repetition(answer: str) -> float:
-    """Share of an answer's word pairs that it said before: 0 for none, near 1 for a loop.
+    """Share of a response's word pairs that repeat an earlier one: 0 for none, near 1 for a loop.
 
     Example:
         >>> repetition("the cat saw the cat")
@@ -62,25 +63,25 @@ def repetition(answer: str) -> float:
 def loops(answer: str) -> float:
     """1 for a text that ends in a loop, else 0.
 
-    A loop is a run of one word or more that stands three times or more at the text's end with nothing in between. A
-    fourth run, or a word, that was cut short by the end does not hide it, nor does punctuation around words. Nobody
-    is asked whether it was meant: "no, no, no" counts.
+    A loop is one word or several that occur at least three times in a row at the end of the text. A further repeat that
+    the end cuts short does not hide the loop, nor does punctuation around words. Intention does not matter: "no, no,
+    no" counts.
 
     Example:
         >>> loops("It was late. I am sad. I am sad. I am sad. I a")
         1.0
     """
     words = [_EDGES.sub("", word) or word for word in _words(answer)]
-    cut_short = any(words[-1 - run].startswith(words[-1]) for run in _circles(words[:-1]))
-    return float(cut_short or bool(_circles(words)))
+    cut_short = any(words[-1 - period].startswith(words[-1]) for period in _periods(words[:-1]))
+    return float(cut_short or bool(_periods(words)))
 
 
-def _circles(words: list[str]) -> list[int]:
-    """Lengths of the runs that stand three times at the end of these words."""
+def _periods(words: list[str]) -> list[int]:
+    """Numbers of words that repeat three times in a row at the end."""
     return [
-        run
-        for run in range(1, len(words) // 3 + 1)
-        if words[-run:] == words[-2 * run : -run] == words[-3 * run : -2 * run]
+        period
+        for period in range(1, len(words) // 3 + 1)
+        if words[-period:] == words[-2 * period : -period] == words[-3 * period : -2 * period]
     ]
 
 

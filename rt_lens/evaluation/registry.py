@@ -1,11 +1,12 @@
-"""Scorers from names and tables, as a TOML file or the command line gives them."""
+"""Builds scorers from names and tables, as a TOML file or the command line gives them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.data.questions import Answer
@@ -16,6 +17,7 @@ from rt_lens.evaluation.judges import LogitJudge
 from rt_lens.evaluation.scorers import (
     ContainsAnswer,
     FollowsInstruction,
+    Form,
     Lexicon,
     Likelihood,
     OffOptionMass,
@@ -28,18 +30,33 @@ from rt_lens.evaluation.scorers import (
 from rt_lens.models.load import load_model
 
 ScorerLike: TypeAlias = str | Mapping[str, Any] | Callable[[str], float] | Scorer
-"""A scorer, a function of an answer's text, a name, or a `[scorer]` table."""
+"""A Scorer, a function of a response's text, a name such as `vader`, or a `[scorer]` table."""
+
+_OLD_NAMES = {
+    "names_right": "contains_answer",
+    "obeys": "follows_instruction",
+    "other": "off_option_mass",
+    "answers": "completion",
+    "letters": "multiple_choice",
+}
+"""Kinds and forms of older files -> today's words."""
 
 
 def make_scorer(scorer: ScorerLike) -> Scorer:
-    """A scorer from a name, a `[scorer]` table, a function of an answer's text, or a scorer.
+    """A Scorer from a name, a `[scorer]` table, or a function of a response's text; a Scorer stays as it is.
+
+    Names and kinds: `vader`, `repetition`, `length`, `distinct_2`, `loop`, `lexicon`, `pattern`, `contains_answer`,
+    `follows_instruction`, `likelihood`, `off_option_mass`, `logit_judge`, `endpoint_judge`, `classifier`.
 
     Raises:
-        ValueError: unknown name or kind, or a key that the kind does not know.
+        ValueError: for an unknown name or kind, or a key that the kind does not take.
 
     Example:
-        >>> make_scorer({"kind": "lexicon", "positive": ["indeed"], "negative": ["yeah"]}).name
-        'lexicon'
+        >>> score = make_scorer({"kind": "lexicon", "positive": ["indeed"], "negative": ["yeah"]})
+        >>> score.name, score([Answer(Question("Is it late?"), "Yeah.")])
+        ('lexicon', [-1.0])
+        >>> make_scorer(len).name
+        'len'
     """
     if isinstance(scorer, Scorer):
         return scorer
@@ -53,10 +70,14 @@ def make_scorer(scorer: ScorerLike) -> Scorer:
 
 
 def unmade_scorer(scorer: ScorerLike) -> Scorer:
-    """What can be said of a scorer without making it, which may load a model: for a plan, and to check a file.
+    """Checks a scorer without building it, since building may load a model: for a plan, and to check a file.
 
     Raises:
-        ValueError: unknown name or kind, or a key that the kind does not know or lacks.
+        ValueError: for an unknown name or kind, or a key that the kind does not take or that is missing.
+
+    Example:
+        >>> unmade_scorer({"kind": "likelihood", "form": "multiple_choice"}).reads
+        'multiple_choice'
     """
     if isinstance(scorer, Scorer):
         return scorer
@@ -67,38 +88,52 @@ def unmade_scorer(scorer: ScorerLike) -> Scorer:
         inspect.signature(_KINDS[kind]).bind(**table)
     except TypeError as error:
         raise _refusal(kind, table, error) from None
-    return Unmade(kind, table.get("form", "answers") if kind in ("likelihood", "other") else "text")
+    return Unmade(kind, table.get("form", "completion") if kind in ("likelihood", "off_option_mass") else "text")
 
 
 @dataclass(frozen=True)
 class Unmade:
-    """A scorer that was not made: it says what it would read, and scores nothing.
+    """A scorer that is checked but not built: it knows what it would read, and cannot score.
 
     Attributes:
-        name: its kind.
-        reads: what of the answers it would read.
+        name: kind of the scorer.
+        reads: what the scorer would read of an answer.
     """
 
     name: str
     reads: Reads
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        raise RuntimeError(f"scorer: {self.name!r} was not made, so it cannot score. Use make_scorer.")
+        raise RuntimeError(f"scorer must be built before it can score, got the unbuilt {self.name!r}. Use make_scorer.")
 
 
 def _table_of(scorer: Any) -> tuple[str, dict[str, Any]]:
-    """The kind of a name or table, and the other keys."""
+    """The kind that a name or table names, and the table's other keys, all in today's words."""
     table = dict(scorer) if isinstance(scorer, Mapping) else {"kind": scorer}
-    kind = table.pop("kind", None)
+    kind = _renamed(table.pop("kind", None), _KINDS)
     if not isinstance(kind, str) or kind not in _KINDS:
         known = ", ".join(map(repr, _KINDS))
-        raise ValueError(f"scorer: {kind!r} came; one of {known}, a function or a Scorer is wanted.")
+        raise ValueError(f"scorer must be a Scorer, a function, or one of {known}, got {kind!r}.")
+    if "form" in table:
+        table["form"] = _renamed(table["form"], get_args(Form))
     return kind, table
 
 
+def _renamed(word: Any, known: Collection[str]) -> Any:
+    """Today's word for an old one, with a warning; any other value as it is."""
+    new = _OLD_NAMES.get(word) if isinstance(word, str) else None
+    if new not in known:
+        return word
+    warnings.warn(f"{word!r} is now {new!r}; the old name still works.", stacklevel=4)
+    return new
+
+
 def _refusal(kind: str, table: Mapping[str, Any], error: TypeError) -> ValueError:
+    keys = [repr(key) for key in inspect.signature(_KINDS[kind]).parameters]
+    allowed = f"the key{'s' * (len(keys) > 1)} {', '.join(keys)}" if keys else "no key"
+    given = ", ".join(map(repr, table)) or "no key"
     reason = str(error).partition(") ")[2] or error
-    return ValueError(f"scorer: {kind!r} came with {', '.join(table) or 'nothing else'}: {reason}.")
+    return ValueError(f"scorer {kind!r} takes {allowed}, got {given}: {reason}.")
 
 
 def _lexicon(positive: Any = (), negative: Any = ()) -> Scorer:
@@ -117,10 +152,10 @@ _KINDS: dict[str, Callable[..., Scorer]] = {
     "loop": lambda: OfText("loop", loops, share=True),
     "lexicon": _lexicon,
     "pattern": lambda pattern: OfText("pattern", Pattern(pattern), share=True),
-    "names_right": ContainsAnswer,
-    "obeys": FollowsInstruction,
+    "contains_answer": ContainsAnswer,
+    "follows_instruction": FollowsInstruction,
     "likelihood": Likelihood,
-    "other": OffOptionMass,
+    "off_option_mass": OffOptionMass,
     "logit_judge": LogitJudge,
     "endpoint_judge": EndpointJudge,
     "classifier": _classifier,

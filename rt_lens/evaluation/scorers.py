@@ -1,4 +1,7 @@
-"""What a model said -> numbers. One callable type, whatever is read of the answers and whoever judges them."""
+"""From a model's responses to numbers: one callable type, whatever a scorer reads and whoever judges.
+
+A scorer sees questions, texts and likelihoods, and never the model that produced them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -14,20 +17,42 @@ import pandas as pd
 from rt_lens.common.statistics.calibration import calibration_curve
 from rt_lens.data.questions import Answer, Likelihoods, Question
 
-Reads = Literal["text", "answers", "letters"]
-"""What of an answer is read: what the model wrote, or how likely it found the options in one of two forms."""
+Form: TypeAlias = Literal["completion", "multiple_choice"]
+"""How options are put to a model. `completion`: each option follows the question as its response;
+`multiple_choice`: the options are listed under letters, and the letters are compared."""
+
+Reads: TypeAlias = Literal["text", "completion", "multiple_choice"]
+"""What a scorer reads of an answer: the generated text, or the likelihoods of the options in one of the two forms."""
+
+_OLD_FORMS = {"answers": "completion", "letters": "multiple_choice"}  # TODO-RENAME
+
+
+def current_form(form: str) -> Any:  # TODO-RENAME
+    """Today's word for a form (or for what a scorer reads); any other word stays as it is."""
+    return _OLD_FORMS.get(form, form)
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Answers in, one number for each out; higher means more of the behaviour.
+    """A callable from answers to one number each; a higher number means more of the behaviour.
 
-    It sees all answers of one arm at once, so that a judge can work in batches, and never the model that gave them.
+    A scorer receives all answers of one arm at once, so that a judge can work in batches. It never sees the model.
 
     Attributes:
-        name: for tables.
-        reads: what of the answers is read, and so has to be measured.
-        share: whether every number is 0 or 1, so that a mean is a share (`is_share` reads it; False if it is missing).
+        name: the scorer's name in tables.
+        reads: what the scorer reads of an answer; `ask` measures only that.
+        share: optional; True if every number is 0 or 1, so that a mean is a share with Wilson's interval.
+
+    Example:
+        >>> class Exclamations:
+        ...     name, reads = "exclamations", "text"
+        ...
+        ...     def __call__(self, answers):
+        ...         return [float(answer.text.count("!")) for answer in answers]
+        >>> isinstance(Exclamations(), Scorer)
+        True
+        >>> Exclamations()([Answer(Question("How are you?"), "Great! You?")])
+        [1.0]
     """
 
     @property
@@ -40,18 +65,23 @@ class Scorer(Protocol):
 
 
 def is_share(scorer: Scorer) -> bool:
-    """Whether a scorer gives 0 or 1 (a tie may give a half)."""
+    """Whether a scorer gives 0 or 1 for each answer (a tie may give 0.5)."""
     return bool(getattr(scorer, "share", False))
 
 
 @dataclass(frozen=True)
 class OfText:
-    """A scorer from a function of one answer's text.
+    """A scorer made of a function of the response's text.
 
     Attributes:
-        name: for tables.
-        score: text to number.
-        share: whether it gives 0 or 1.
+        name: the scorer's name in tables.
+        score: function from a text to a number.
+        share: True if the function gives 0 or 1.
+
+    Example:
+        >>> n_characters = OfText("n_characters", len)
+        >>> n_characters([Answer(Question("How are you?"), "Fine.")])
+        [5.0]
     """
 
     name: str
@@ -71,17 +101,34 @@ def _vader() -> Any:
 
 
 def vader(answer: str) -> float:
-    """VADER's compound mood, from -1 (sad) to 1 (happy) (Hutto and Gilbert 2014)."""
+    """VADER's compound sentiment, from -1 (sad) to 1 (happy) (Hutto and Gilbert 2014).
+
+    Example:
+        >>> vader("I am so happy, this is wonderful!") > 0.5
+        True
+        >>> vader("I am miserable.") < 0 == vader("The box is here.")
+        True
+    """
     return float(_vader().polarity_scores(answer)["compound"])
 
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Balance of two word lists: (positive - negative) / (positive + negative) matches, 0 where there is none.
+    """Balance of two word lists: (positive - negative) / (positive + negative) matches, 0 without a match.
+
+    Matches are whole words or phrases, in any case.
 
     Attributes:
         positive: words or phrases that count for the behaviour.
         negative: words or phrases that count against it.
+
+    Raises:
+        ValueError: if one of the lists is empty.
+
+    Example:
+        >>> formality = Lexicon(("therefore", "indeed"), ("yeah", "kind of"))
+        >>> formality("Yeah, it is kind of late, therefore I leave.")
+        -0.333...
     """
 
     positive: tuple[str, ...]
@@ -89,19 +136,30 @@ class Lexicon:
 
     def __post_init__(self) -> None:
         if not self.positive or not self.negative:
-            raise ValueError("scorer: a lexicon needs words in both lists, positive and negative.")
+            raise ValueError(
+                f"scorer 'lexicon' must have words in both lists, got positive={list(self.positive)} and "
+                f"negative={list(self.negative)}. Add at least one word to each."
+            )
 
     def __call__(self, answer: str) -> float:
-        hits, misses = (len(_words(words).findall(_plain(answer))) for words in (self.positive, self.negative))
+        hits, misses = (len(_any_of(words).findall(_plain(answer))) for words in (self.positive, self.negative))
         return (hits - misses) / (hits + misses) if hits + misses else 0.0
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """1 for an answer in which a regular expression is found, else 0.
+    """1 for a response in which a regular expression matches anywhere, else 0.
 
     Attributes:
-        pattern: as Python's `re` reads it; case does not matter.
+        pattern: a regular expression of Python's `re`; case does not matter.
+
+    Raises:
+        ValueError: if it is not a valid regular expression.
+
+    Example:
+        >>> refuses = Pattern(r"\\b(sorry|cannot)\\b")
+        >>> refuses("I am SORRY, no."), refuses("Sure!")
+        (1.0, 0.0)
     """
 
     pattern: str
@@ -110,16 +168,20 @@ class Pattern:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"scorer: the pattern {self.pattern!r} is no regular expression ({error}).") from None
+            raise ValueError(
+                f"scorer 'pattern' must have a valid regular expression, got {self.pattern!r} ({error}). Escape "
+                "special characters with a backslash."
+            ) from None
 
     def __call__(self, answer: str) -> float:
         return float(re.search(self.pattern, answer, re.IGNORECASE) is not None)
 
 
 @cache
-def _words(words: tuple[str, ...]) -> re.Pattern[str]:
-    # Longest first, so that "kind of" is not taken for "kind".
-    either = "|".join(re.escape(word.lower()) for word in sorted(words, key=len, reverse=True))
+def _any_of(phrases: tuple[str, ...]) -> re.Pattern[str]:
+    """Expression that matches any of the phrases as whole words."""
+    # Longest first, so that "kind of" does not match as "kind".
+    either = "|".join(re.escape(phrase.lower()) for phrase in sorted(phrases, key=len, reverse=True))
     return re.compile(rf"(?<![\w'])(?:{either})(?![\w'])")
 
 
@@ -129,52 +191,73 @@ def _plain(text: str) -> str:
 
 @dataclass(frozen=True)
 class ContainsAnswer:
-    """1 for an answer that names a right option and no wrong one, as whole words, else 0. Case does not matter."""
+    """1 for a response that contains a right option and no wrong one, as whole words, else 0. Case does not matter.
 
-    name: str = "names_right"
+    Example:
+        >>> question = Question("What is 20 + 18?", right=("38",), wrong=("40",))
+        >>> ContainsAnswer()([Answer(question, text) for text in ("It is 38.", "It is 138.", "38 or 40.")])
+        [1.0, 0.0, 0.0]
+    """
+
+    name: str = "contains_answer"
     reads: Reads = "text"
     share: bool = True
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        return [float(self._right(answer)) for answer in answers]
+        return [float(self._is_right(answer)) for answer in answers]
 
-    @staticmethod
-    def _right(answer: Answer) -> bool:
-        asked, text = answer.question, _plain(answer.text)
-        if not asked.right:
-            raise ValueError(f"scorer: {asked.prompt[:60]!r} has no right option to look for. Give it one.")
-        wrong = bool(asked.wrong) and _words(asked.wrong).search(text) is not None
-        return _words(asked.right).search(text) is not None and not wrong
+    def _is_right(self, answer: Answer) -> bool:
+        question, text = answer.question, _plain(answer.text)
+        if not question.right:
+            raise ValueError(
+                f"scorer {self.name!r} must have questions with right options, got none for "
+                f"{question.prompt[:60]!r}. Add them, as in Question(prompt, right=('Paris',))."
+            )
+        wrong = bool(question.wrong) and _any_of(question.wrong).search(text) is not None
+        return _any_of(question.right).search(text) is not None and not wrong
+
+
+_MEASURES = ("accuracy", "share", "margin")
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How the right options of a question fare against the wrong ones, by likelihood.
+    """How likely the model finds the right options of a question, compared with the wrong ones.
 
-    An option's share is its likelihood divided by that of all options; ways to say the right answer add up.
+    An option's share is its likelihood divided by the likelihood of all options. Several right options add up, since
+    they are ways to say the same.
 
     Attributes:
-        measure: `accuracy` (1 where the likeliest option is right; ties count by half), `share` (of the right options,
-            0 to 1), or `margin` (that share minus the likeliest wrong option's, -1 to 1).
-        form: `answers` or `letters`, see `likelihoods`.
+        measure: `accuracy` (1 if the likeliest option is right; a tie counts 0.5), `share` (of the right options, 0 to
+            1), or `margin` (that share minus the share of the likeliest wrong option, -1 to 1).
+        form: `completion` or `multiple_choice`, see `likelihoods`.
         per_token: divide each log-likelihood by its number of tokens first, so that length does not decide.
+
+    Raises:
+        ValueError: for an unknown measure or form; when called, for a question without right and wrong options.
+
+    Example:
+        >>> capitals = [question for question in load_questions("capitals") if question.wrong][:3]
+        >>> scores = Likelihood("share")(ask(model, capitals, {"completion"}))
+        >>> len(scores), all(0 <= share <= 1 for share in scores)
+        (3, True)
     """
 
     measure: Literal["accuracy", "share", "margin"] = "share"
-    form: Literal["answers", "letters"] = "answers"
+    form: Form = "completion"
     per_token: bool = False
 
     def __post_init__(self) -> None:
-        if self.measure not in ("accuracy", "share", "margin") or self.form not in ("answers", "letters"):
-            raise ValueError(
-                f"scorer: measure {self.measure!r}, form {self.form!r} came; 'accuracy', 'share' or 'margin', and "
-                "'answers' or 'letters' are wanted."
-            )
+        object.__setattr__(self, "form", current_form(self.form))  # TODO-RENAME
+        if self.measure not in _MEASURES:
+            known = ", ".join(map(repr, _MEASURES))
+            raise ValueError(f"scorer 'likelihood' must have a measure out of {known}, got measure {self.measure!r}.")
+        check_form(self.form)
 
     @property
     def name(self) -> str:
-        return "_".join(["likelihood", self.measure, *(["letters"] if self.form == "letters" else []),
-                         *(["per_token"] if self.per_token else [])])  # fmt: skip
+        form = ["multiple_choice"] if self.form == "multiple_choice" else []
+        return "_".join(["likelihood", self.measure, *form, *(["per_token"] if self.per_token else [])])
 
     @property
     def reads(self) -> Reads:
@@ -188,29 +271,54 @@ class Likelihood:
         return [self._score(answer) for answer in answers]
 
     def _score(self, answer: Answer) -> float:
-        asked = answer.question
-        if not asked.right or not asked.wrong:
-            raise ValueError(f"scorer: {asked.prompt[:60]!r} wants right and wrong options to choose from.")
+        question = answer.question
+        if not question.right or not question.wrong:
+            raise ValueError(
+                f"scorer {self.name!r} must have questions with right and wrong options, got "
+                f"{len(question.right)} right and {len(question.wrong)} wrong for {question.prompt[:60]!r}. Add "
+                "options, as in Question(prompt, right=('Paris',), wrong=('Lyon',))."
+            )
         shares = option_shares(answer.options[self.form], per_token=self.per_token)
-        right, wrong = shares[: len(asked.right)], shares[len(asked.right) :]
+        right, wrong = shares[: len(question.right)], shares[len(question.right) :]
         if self.measure == "accuracy":
             return 0.5 if max(right) == max(wrong) else float(max(right) > max(wrong))
         return sum(right) - (max(wrong) if self.measure == "margin" else 0.0)
 
 
+def check_form(form: str) -> None:
+    """Raises ValueError for a word that names no form."""
+    if form not in get_args(Form):
+        raise ValueError(f"form must be 'completion' or 'multiple_choice', got {form!r}.")
+
+
 @dataclass(frozen=True)
 class OffOptionMass:
-    """Probability left to anything but the options: refusals, other words, other forms of an answer.
+    """Probability the model leaves to anything but the options: refusals, other words, other forms of a response.
 
     Attributes:
-        form: `answers` or `letters`, see `likelihoods`.
+        form: `completion` or `multiple_choice`, see `likelihoods`.
+
+    Raises:
+        ValueError: for an unknown form.
+
+    Example:
+        >>> capitals = load_questions("capitals")[:2]
+        >>> masses = OffOptionMass()(ask(model, capitals, {"completion"}))
+        >>> all(0 <= mass <= 1 for mass in masses)
+        True
+        >>> OffOptionMass("multiple_choice").name
+        'off_option_mass_multiple_choice'
     """
 
-    form: Literal["answers", "letters"] = "answers"
+    form: Form = "completion"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "form", current_form(self.form))  # TODO-RENAME
+        check_form(self.form)
 
     @property
     def name(self) -> str:
-        return "other_letters" if self.form == "letters" else "other"
+        return "off_option_mass_multiple_choice" if self.form == "multiple_choice" else "off_option_mass"
 
     @property
     def reads(self) -> Reads:
@@ -220,70 +328,97 @@ class OffOptionMass:
         return [answer.options[self.form].other for answer in answers]
 
 
-def calibration(answers: Sequence[Answer], form: Literal["answers", "letters"] = "answers") -> pd.DataFrame:
-    """How often the option found likeliest is right, by the share of likelihood that it has.
+def calibration(answers: Sequence[Answer], form: str = "completion") -> pd.DataFrame:  # TODO-RENAME: form: Form
+    """How often the likeliest option is right, by the share of likelihood that it has.
 
     Args:
-        answers: with options measured, see `ask`; several ways to say the right answer count as one option.
-        form: `answers` or `letters`.
+        answers: answers with their options measured, see `ask`. Several right options count as one.
+        form: `completion` or `multiple_choice`.
 
     Returns:
-        The columns of `rt_lens.common.statistics.calibration_curve`: a row for each tenth of the share that occurs.
+        The columns of `rt_lens.common.statistics.calibration_curve`: one row for each tenth of the share that occurs.
 
     Example:
-        >>> calibration(ask(model, load_questions("capitals"), {"answers"}))
+        >>> capitals = load_questions("capitals")[:4]
+        >>> table = calibration(ask(model, capitals, {"completion"}))
+        >>> list(table.columns)
+        ['bin_low', 'bin_high', 'n', 'predicted', 'right', 'low', 'high']
+        >>> int(table["n"].sum())
+        4
     """
-    surest, right = [], []
+    form = current_form(form)  # TODO-RENAME
+    highest, right = [], []
     for answer in answers:
         shares = option_shares(answer.options[form])
-        n = len(answer.question.right)
-        sides = [sum(shares[:n]), *shares[n:]]
-        surest.append(max(sides))
-        right.append(float(sides[0] == max(sides)))
-    return calibration_curve(surest, right)
+        n_right = len(answer.question.right)
+        joined = [sum(shares[:n_right]), *shares[n_right:]]
+        highest.append(max(joined))
+        right.append(float(joined[0] == max(joined)))
+    return calibration_curve(highest, right)
 
 
-def option_shares(found: Likelihoods, *, per_token: bool = False) -> list[float]:
-    """Each option's likelihood as a share of all options'."""
-    totals = np.asarray(found.totals, dtype=float)
-    values = totals / np.asarray(found.sizes) if per_token else totals
+def option_shares(options: Likelihoods, *, per_token: bool = False) -> list[float]:
+    """Each option's likelihood as a share of all options' likelihood.
+
+    Args:
+        options: log-likelihoods of one question's options.
+        per_token: divide each log-likelihood by its number of tokens first.
+
+    Example:
+        >>> two = likelihoods(model, [Question("Is ice cold?", ("Yes",), ("No",))])[0]
+        >>> shares = option_shares(two)
+        >>> len(shares), round(sum(shares), 6)
+        (2, 1.0)
+    """
+    totals = np.asarray(options.totals, dtype=float)
+    values = totals / np.asarray(options.sizes) if per_token else totals
     odds = np.exp(values - values.max())
     return list(map(float, odds / odds.sum()))
 
 
 @dataclass(frozen=True)
 class FollowsInstruction:
-    """1 for an answer that does what its question's `check` says, else 0: a check of following instructions.
+    """1 for a response that passes its question's `check`, else 0: instructions that a program can verify.
 
     Checks: `one_word`, `max_words` (n), `contains` (words), `starts_with` and `ends_with` (text), `upper`, `list`
     (n items), `no_letter` (letter).
+
+    Example:
+        >>> question = Question("Name a colour in one word.", check={"kind": "one_word"})
+        >>> FollowsInstruction()([Answer(question, "Green."), Answer(question, "I like green.")])
+        [1.0, 0.0]
     """
 
-    name: str = "obeys"
+    name: str = "follows_instruction"
     reads: Reads = "text"
     share: bool = True
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        return [float(self._obeyed(answer.question, answer.text.strip())) for answer in answers]
+        return [float(self._passes(answer.question, answer.text.strip())) for answer in answers]
 
-    @staticmethod
-    def _obeyed(asked: Question, text: str) -> bool:
-        check, words = asked.check, text.split()
-        kind = check.get("kind")
-        if kind == "one_word":
-            return len(words) == 1
-        if kind == "max_words":
-            return 1 <= len(words) <= check["n"]
-        if kind == "contains":
-            return all(word.lower() in text.lower() for word in check["words"])
-        if kind == "starts_with":
-            return text.lower().startswith(check["text"].lower())
-        if kind == "ends_with":
-            return text.lower().rstrip(" .!\"'").endswith(check["text"].lower().rstrip(" .!"))
-        if kind == "upper":
-            return text.upper() == text and text.lower() != text
-        if kind == "list":
-            return len(re.findall(r"^\s*(?:\d+[.)]|[-*•])\s+\S", text, re.MULTILINE)) == check["n"]
-        if kind == "no_letter":
-            return bool(text) and check["letter"].lower() not in text.lower()
-        raise ValueError(f"scorer: {asked.prompt[:60]!r} has no check that is known ({kind!r} came).")
+    def _passes(self, question: Question, text: str) -> bool:
+        kind = question.check.get("kind")
+        passes = _CHECKS.get(kind) if isinstance(kind, str) else None
+        if passes is None:
+            raise ValueError(
+                f"scorer {self.name!r} must have questions with a check out of {', '.join(_CHECKS)}, got {kind!r} for "
+                f"{question.prompt[:60]!r}. Add one, as in Question(prompt, check={{'kind': 'one_word'}})."
+            )
+        return passes(text, question.check)
+
+
+def _has_items(text: str, check: Any) -> bool:
+    return len(re.findall(r"^\s*(?:\d+[.)]|[-*•])\s+\S", text, re.MULTILINE)) == check["n"]
+
+
+_CHECKS: dict[str, Callable[[str, Any], bool]] = {
+    "one_word": lambda text, _: len(text.split()) == 1,
+    "max_words": lambda text, check: 1 <= len(text.split()) <= check["n"],
+    "contains": lambda text, check: all(word.lower() in text.lower() for word in check["words"]),
+    "starts_with": lambda text, check: text.lower().startswith(check["text"].lower()),
+    "ends_with": lambda text, check: text.lower().rstrip(" .!\"'").endswith(check["text"].lower().rstrip(" .!")),
+    "upper": lambda text, _: text.upper() == text and text.lower() != text,
+    "list": _has_items,
+    "no_letter": lambda text, check: bool(text) and check["letter"].lower() not in text.lower(),
+}
+"""Kind of check -> whether a response passes it."""

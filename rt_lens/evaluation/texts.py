@@ -1,4 +1,7 @@
-"""How a model predicts texts: perplexity, and KL from a reference, with intervals over texts."""
+"""How well a model predicts texts: perplexity, and KL from a reference, with intervals over texts.
+
+Nothing is generated. This module knows of no question and no scorer.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,27 @@ from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """How a model predicts some texts; tokens of one text are not independent, so intervals resample whole texts.
+    """How well a model predicts some texts.
+
+    Tokens of one text are not independent, so intervals resample whole texts.
 
     Attributes:
         nll: negative log-likelihood of each text, in nats, summed over its tokens.
-        kl: KL to the reference, in nats, summed over each text's tokens; None without a reference.
-        sizes: tokens predicted in each text.
+        kl: KL(reference || model) in nats, summed over each text's tokens; None without a reference.
+        sizes: number of tokens predicted in each text.
         texts_sha256: checksum of the texts.
-        seed: of the bootstrap.
-        log_probabilities: Float[Tensor, "token d_vocab"], if kept: what makes this a reference for others. Tokens are
-            in the order in which they were run, longest windows first.
-        window: tokens run at once where a text was longer than that; None where all texts fitted.
-        stride: from one window's start to the next; None where all texts fitted.
+        seed: seed of the bootstrap.
+        log_probabilities: Float[Tensor, "token d_vocab"] if kept, so that this result can be a reference. Tokens are
+            in the order of the forward passes, longest windows first.
+        window: tokens per forward pass, if a text is longer than that; None if all texts fit.
+        stride: tokens from the start of one window to the start of the next; None if all texts fit.
+
+    Example:
+        >>> result = perplexity(model, texts)
+        >>> result.perplexity.n, result.perplexity.mean > 1
+        (2, True)
+        >>> result.mean_kl is None  # no reference
+        True
     """
 
     nll: Float[np.ndarray, "text"]
@@ -51,7 +63,7 @@ class PerplexityResult:
 
     @property
     def perplexity(self) -> Interval:
-        """exp of the mean negative log-likelihood per token."""
+        """Perplexity: exp of the mean negative log-likelihood per token."""
         n, *values = ratio_interval(self.nll, self.sizes, self.seed)
         return Interval(n, *(math.exp(value) for value in values))
 
@@ -61,20 +73,22 @@ class PerplexityResult:
         return None if self.kl is None else ratio_interval(self.kl, self.sizes, self.seed)
 
     @classmethod
-    def pooled(cls, fits: Sequence[PerplexityResult]) -> PerplexityResult:
-        """The average over several models (tuning seeds, say) on the same texts.
+    def pooled(cls, results: Sequence[PerplexityResult]) -> PerplexityResult:
+        """The average over several models, such as tuning seeds, on the same texts.
 
         Raises:
-            ValueError: if there is none, or they are of different texts or windows.
+            ValueError: for an empty list, or results on different texts or windows.
         """
-        if not fits:
-            raise ValueError("fits: none came; at least one is wanted.")
-        if len({(fit.texts_sha256, fit.window, fit.stride) for fit in fits}) > 1:
-            raise ValueError("fits: they are of different texts or windows. Measure all on the same ones.")
-        first, kls = fits[0], [fit.kl for fit in fits if fit.kl is not None]
-        kl = np.mean(kls, axis=0) if len(kls) == len(fits) else None
+        if not results:
+            raise ValueError("results must be a list of at least one PerplexityResult, got an empty list.")
+        if (n := len({(result.texts_sha256, result.window, result.stride) for result in results})) > 1:
+            raise ValueError(
+                f"results must be of the same texts and windows, got {n} different ones. Measure all on the same texts."
+            )
+        first, kls = results[0], [result.kl for result in results if result.kl is not None]
+        kl = np.mean(kls, axis=0) if len(kls) == len(results) else None
         return cls(
-            np.mean([fit.nll for fit in fits], axis=0), kl, first.sizes, first.texts_sha256, first.seed,
+            np.mean([result.nll for result in results], axis=0), kl, first.sizes, first.texts_sha256, first.seed,
             window=first.window, stride=first.stride,
         )  # fmt: skip
 
@@ -93,45 +107,48 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of texts, and KL(reference || model) on the same tokens, in one pass.
 
-    A text longer than the window is run in overlapping windows, as is usual (see the "strided" perplexity of Hugging
+    A text longer than the window runs in overlapping windows, as is usual (see the "strided" perplexity of Hugging
     Face's documentation): each token is predicted once, by the first window that reaches it, from at least
-    `window - stride` tokens before it. The last window is moved back to be full. A small stride costs more and gives
-    each token more context; a text that fits is run whole, whatever the stride. Sums are in float64, and a token's
-    log-likelihood has no rounding that grows with the vocabulary: in float64 the perplexity is that of a direct
-    computation, in float32 it is as good as the model's own logits.
+    `window - stride` tokens before it. The last window moves back to be full. A small stride costs more and gives
+    each token more context; a text that fits runs whole, whatever the stride. Sums are in float64, and the rounding of
+    a token's log-likelihood does not grow with the vocabulary: in float64 the perplexity equals a direct computation,
+    in float32 it is as exact as the model's own logits.
 
-    Hooks see each token at its place in its text, and the text's length. A condition by example, which reads a
-    prompt's last token, fails where a text does not fit: it is not in the first window.
+    Hooks see each token at its position in its text, and the text's length. A condition by example reads a prompt's
+    last token, so it fails if a text does not fit: the first window does not hold that token.
 
     Args:
-        model: whatever it carries is what is measured.
-        texts: each scored on its own, from its second token on.
-        reference: an earlier result with `keep=True` on the same texts, in the same windows.
-        keep: keep the log-probabilities (4 bytes x tokens x vocabulary, 8 for a model in float64).
-        batch_size: windows per forward pass; it changes nothing but speed and memory.
-        window: most tokens run at once; the model's context for None.
-        stride: tokens from one window's start to the next; half the window for None.
-        seed: of the bootstrap.
+        model: the model, measured with its current hooks and weights.
+        texts: texts, each scored on its own, from its second token on.
+        reference: an earlier result with `keep=True` on the same texts and windows.
+        keep: keep the log-probabilities (4 bytes x tokens x vocabulary; 8 bytes for a model in float64).
+        batch_size: windows per forward pass; it affects speed and memory only.
+        window: maximum number of tokens per forward pass; None for the model's context.
+        stride: tokens from the start of one window to the start of the next; None for half the window.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: no text, a text of a single token, a window beyond the context, a stride beyond the window, or a
-            reference that was not kept or is of other texts or windows.
+        ValueError: for no text, a text of a single token, a window beyond the context, a stride beyond the window, or a
+            reference without log-probabilities or of other texts or windows.
 
     Example:
         >>> untuned = perplexity(model, texts, keep=True)
-        >>> with delta.applied(model):
-        ...     fit = perplexity(model, texts, reference=untuned)
-        >>> fit.perplexity, fit.mean_kl
+        >>> with applied(model, delta):
+        ...     tuned = perplexity(model, texts, reference=untuned)
+        >>> tuned.mean_kl.mean > 0  # nats per token
+        True
+        >>> tuned.sizes.tolist() == untuned.sizes.tolist()
+        True
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size} came, a whole number of at least 1 is wanted.")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     window, stride = _checked(model, window, stride)
     texts = text_list(texts, "texts", blank=True)
     encoded = _encoded(model, texts)
     checksum = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     longer = max(map(len, encoded)) > window
     in_windows = (window, stride) if longer else (None, None)
-    theirs = None if reference is None else _log_probabilities_of(reference, checksum, in_windows)
+    expected = None if reference is None else _log_probabilities_of(reference, checksum, in_windows)
     pieces = _in_windows(encoded, window, stride)
     sizes = np.array([len(ids) - 1 for ids in encoded])
     nll, kl, kept, start = np.zeros(len(texts)), np.zeros(len(texts)), None, 0
@@ -139,31 +156,31 @@ def perplexity(
         breathe()
         batch = pieces[first : first + batch_size]
         losses, divergences = [], []
-        for logits, wanted in predictions(model, batch, len(texts)):
+        for logits, targets in predictions(model, batch, len(texts)):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             normaliser = log_normaliser(logits)
-            losses.append(normaliser - logits.gather(1, wanted)[:, 0].cpu().double())
-            if theirs is not None or keep:
+            losses.append(normaliser - logits.gather(1, targets)[:, 0].cpu().double())
+            if expected is not None or keep:
                 logits = logits - normaliser.to(logits)[:, None]
             rows = slice(start, start + len(logits))
-            if theirs is not None:
-                divergences.append(kl_divergence(logits, theirs[rows].to(logits)).cpu().double())
+            if expected is not None:
+                divergences.append(kl_divergence(logits, expected[rows].to(logits)).cpu().double())
             if keep:
                 kept = torch.empty(int(sizes.sum()), logits.shape[1], dtype=logits.dtype) if kept is None else kept
                 kept[rows] = logits.cpu()
             start = rows.stop
         _add(nll, batch, losses)
         _add(kl, batch, divergences)
-    return PerplexityResult(nll, None if theirs is None else kl, sizes, checksum, seed, kept, *in_windows)
+    return PerplexityResult(nll, None if expected is None else kl, sizes, checksum, seed, kept, *in_windows)
 
 
 class Window(NamedTuple):
-    """Tokens of a text that are run at once.
+    """Tokens of a text that run in one forward pass.
 
     Attributes:
-        start: number of the first token run.
-        end: number after the last token run.
-        first: number of the first token whose prediction counts; all up to `end` follow, as far as the text goes.
+        start: index of the first token.
+        end: index after the last token.
+        first: index of the first token whose prediction counts; all up to `end` follow, as far as the text goes.
     """
 
     start: int
@@ -172,13 +189,13 @@ class Window(NamedTuple):
 
 
 def windows_of(length: int, window: int, stride: int) -> list[Window]:
-    """Windows in which each token of a text but its first is predicted once.
+    """Windows that predict each token of a text but its first exactly once.
 
     Each predicted token has at least `window - stride + 1` tokens before it in its window, or all there are.
 
     Args:
-        length: tokens of the text, at least 2.
-        window: most tokens run at once.
+        length: number of tokens of the text, at least 2.
+        window: maximum number of tokens per window.
         stride: 1 to `window`.
 
     Example:
@@ -187,59 +204,59 @@ def windows_of(length: int, window: int, stride: int) -> list[Window]:
     """
     if length <= window:
         return [Window(0, length, 1)]
-    found = [Window(0, window, 1)]
-    while found[-1].end < length - 1:  # the last token need not be run
-        start = min(found[-1].start + stride, length - 1 - window)
-        found.append(Window(start, start + window, found[-1].end + 1))
-    return found
+    windows = [Window(0, window, 1)]
+    while windows[-1].end < length - 1:  # the last token predicts nothing, so it need not run
+        start = min(windows[-1].start + stride, length - 1 - window)
+        windows.append(Window(start, start + window, windows[-1].end + 1))
+    return windows
 
 
 def log_normaliser(logits: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
-    """log of the sum of the logits' exponentials, in float64, exact to about 1e-7 for logits in float32.
+    """Log of the sum of the logits' exponentials, in float64, exact to about 1e-7 for logits in float32.
 
-    torch's own float32 log_softmax adds up a vocabulary's small probabilities one by one, which on a CPU puts every
-    token's log-likelihood off by 9e-6 in the same direction.
+    torch's own float32 log_softmax adds up a vocabulary's small probabilities one by one, which on a CPU shifts every
+    token's log-likelihood by 9e-6 in the same direction.
     """
-    found = []
+    normalisers = []
     for part in logits.split(16):  # few enough rows to stay in the processor's cache
         part = part.to(torch.promote_types(part.dtype, torch.float32))
         highest = part.amax(-1, keepdim=True)
-        found.append(highest[:, 0].cpu().double() + (part - highest).exp_().sum(-1).cpu().double().log())
-    return torch.cat(found)
+        normalisers.append(highest[:, 0].cpu().double() + (part - highest).exp_().sum(-1).cpu().double().log())
+    return torch.cat(normalisers)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens to run, and those of them, and after them, whose log-likelihoods are wanted.
+    """Tokens to run, and the target tokens among and after them, whose log-likelihoods count.
 
     Attributes:
-        number: of the text in the caller's list.
-        start: number in the text of the first token run.
-        ids: tokens that are run.
-        first: number in the text of the first token that is predicted.
-        wanted: tokens that are predicted, from `first` on without a gap.
-        length: tokens of the text that count as prompt; those from there on count as generated, for edits.
+        number: index of the text in the caller's list.
+        start: index in the text of the first token to run.
+        ids: tokens to run.
+        first: index in the text of the first target token.
+        targets: target tokens, from `first` on without a gap.
+        length: number of the text's tokens that count as prompt; the rest count as generated, for edits.
     """
 
     number: int
     start: int
     ids: tuple[int, ...]
     first: int
-    wanted: tuple[int, ...]
+    targets: tuple[int, ...]
     length: int
 
 
 def predictions(
     model: Model, batch: Sequence[Piece], n_rows: int
 ) -> Iterator[tuple[Float[Tensor, "n d_vocab"], Int[Tensor, "n 1"]]]:
-    """Logits that predict what is wanted of a batch, piece after piece and some at a time, with the tokens wanted."""
+    """Logits that predict the targets of a batch, piece after piece and some at a time, with the target tokens."""
     padded = pad([piece.ids for piece in batch], pad_id_of(model)).to(model.cfg.device)
     width, device = padded.mask.shape[1], padded.mask.device
     where = torch.zeros_like(padded.mask, dtype=torch.bool)
     for row, piece in enumerate(batch):
-        begin = width - len(piece.ids) + piece.first - 1 - piece.start  # a prediction stands one before its token
-        where[row, begin : begin + len(piece.wanted)] = True
-    # Tokens before the window count as seen, so that hooks are told each token's place in its text.
+        begin = width - len(piece.ids) + piece.first - 1 - piece.start  # a position predicts the next token
+        where[row, begin : begin + len(piece.targets)] = True
+    # Tokens before the window count as seen, so that hooks get each token's position in its text.
     starts = torch.tensor([piece.start for piece in batch], device=device)
     before = torch.arange(int(starts.max()), device=device) >= starts.max() - starts[:, None]
     mask = torch.cat([before.to(padded.mask), padded.mask], dim=1)
@@ -248,16 +265,16 @@ def predictions(
         rows=[piece.number for piece in batch], n_rows=n_rows,
     ):  # fmt: skip
         parts = logits_where(model, padded.tokens, padded.mask, where)
-        parts = itertools.chain([next(parts)], parts)  # the model runs when the first part is made
-    wanted = torch.tensor([token for piece in batch for token in piece.wanted], device=device)
+        parts = itertools.chain([next(parts)], parts)  # the model runs when the first part is read
+    targets = torch.tensor([token for piece in batch for token in piece.targets], device=device)
     done = 0
     for logits in parts:
-        yield logits, wanted[done : done + len(logits), None]
+        yield logits, targets[done : done + len(logits), None]
         done += len(logits)
 
 
 def _in_windows(encoded: Sequence[Sequence[int]], window: int, stride: int) -> list[Piece]:
-    """All windows of all texts, like lengths together; the longest first, so that too large a batch fails at once."""
+    """All windows of all texts, the longest first, so that a batch too large for memory fails at once."""
     pieces = [
         Piece(number, start, tuple(ids[start:end]), first, tuple(ids[first : end + 1]), len(ids))
         for number, ids in enumerate(encoded)
@@ -270,12 +287,12 @@ def _checked(model: Model, window: int | None, stride: int | None) -> tuple[int,
     context = model.cfg.n_ctx
     window = context if window is None else window
     if not 1 <= window <= context:
-        raise ValueError(f"window: {window} came; 1 to {context} tokens, this model's context, are wanted.")
+        raise ValueError(f"window must be between 1 and {context} tokens, this model's context, got {window}.")
     stride = max(1, window // 2) if stride is None else stride
     if not 1 <= stride <= window:
         raise ValueError(
-            f"stride: {stride} came; 1 to {window}, the window, is wanted: a larger one would leave tokens out. "
-            f"Use stride={max(1, window // 2)}, say."
+            f"stride must be between 1 and {window}, the window, got {stride}. A larger one would skip tokens. Try "
+            f"stride={max(1, window // 2)}."
         )
     return window, stride
 
@@ -285,8 +302,9 @@ def _encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
     for number, ids in enumerate(encoded):
         if len(ids) < 2:
             raise ValueError(
-                f"texts: number {number}, {texts[number]!r}, has {len(ids) or 'no'} token{'s' * (len(ids) != 1)}, so "
-                "there is nothing to predict. Leave it out, or join it to another text."
+                "texts must have at least two tokens each, so that there is one to predict, got "
+                f"{len(ids) or 'no'} token{'s' * (len(ids) != 1)} in number {number}, {texts[number]!r}. Leave it out, "
+                "or join it to another text."
             )
     return encoded
 
@@ -295,20 +313,25 @@ def _log_probabilities_of(
     reference: PerplexityResult, checksum: str, in_windows: tuple[int | None, int | None]
 ) -> Float[Tensor, "token d_vocab"]:
     if reference.log_probabilities is None:
-        raise ValueError("reference: its log-probabilities were not kept. Make it with keep=True.")
-    if reference.texts_sha256 != checksum:
-        raise ValueError("reference: it was made from other texts. Make it from the same ones, in the same order.")
-    theirs = (reference.window, reference.stride)
-    if theirs != in_windows:
         raise ValueError(
-            f"reference: it was made with window and stride {theirs}, here they are {in_windows} (None where all texts "
-            "fit). Make both with the same."
+            "reference must hold its log-probabilities, got a result without them. Measure it with keep=True."
+        )
+    if reference.texts_sha256 != checksum:
+        raise ValueError(
+            "reference must be measured on the same texts in the same order, got one of other texts. Measure it again."
+        )
+    its_windows = (reference.window, reference.stride)
+    if its_windows != in_windows:
+        raise ValueError(
+            f"reference must have the window and stride {in_windows} (None if all texts fit), got {its_windows}. Use "
+            "the same for both."
         )
     return reference.log_probabilities
 
 
 def _add(totals: Float[np.ndarray, "text"], batch: Sequence[Piece], chunks: Sequence[Float[Tensor, "_"]]) -> None:
-    """Adds up values laid end to end, each window's to its text."""
+    """Adds the values of each window to its text's total; the chunks hold them window after window."""
     if chunks:
-        for piece, part in zip(batch, torch.cat(list(chunks)).split([len(each.wanted) for each in batch]), strict=True):
+        parts = torch.cat(list(chunks)).split([len(piece.targets) for piece in batch])
+        for piece, part in zip(batch, parts, strict=True):
             totals[piece.number] += float(part.sum())

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
-from rt_lens.arms.comparison import EvalTask
-from rt_lens.arms.sweeping import Answers, Metric, Options
 from rt_lens.common.formatting import estimate, number
 from rt_lens.common.statistics.intervals import Interval, share_interval
 from rt_lens.data.builtin import held_out_neutral_prompts
@@ -32,8 +30,9 @@ from rt_lens.data.honesty import (
 )
 from rt_lens.data.questions import Question, lettered, load_questions
 from rt_lens.evaluation.answering import ask
-from rt_lens.evaluation.choices import start_of
+from rt_lens.evaluation.choices import Form, start_of
 from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Likelihood, OffOptionMass
+from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import answered, chat_text
@@ -135,8 +134,8 @@ class ProtocolFamily(ABC):
         """Training and validation targets of one tuning run."""
 
     @abstractmethod
-    def metric(self, model: Model, max_new_tokens: int) -> tuple[list[str], Metric]:
-        """Validation prompts, and how a sweep measures steering on them."""
+    def validation_task(self, model: Model, max_new_tokens: int, n_prompts: int | None) -> EvalTask:
+        """Validation prompts, and how steering is measured on them."""
 
     def parts(self) -> tuple[ContrastPairs, ContrastPairs, ContrastPairs]:
         """The pairs for training, validation and test."""
@@ -167,9 +166,9 @@ class ScoredAnswers(ProtocolFamily):
         train, validation, _ = self.parts()
         return train, validation
 
-    def metric(self, model: Model, max_new_tokens: int) -> tuple[list[str], Metric]:
+    def validation_task(self, model: Model, max_new_tokens: int, n_prompts: int | None) -> EvalTask:
         _, validation, _ = self.parts()
-        return validation.topics, Answers(self.experiment.scorer, max_new_tokens)
+        return EvalTask(validation.topics[:n_prompts], [self.experiment.scorer], max_new_tokens)
 
 
 class Honesty(ProtocolFamily):
@@ -194,11 +193,10 @@ class Honesty(ProtocolFamily):
     def targets(self, model: Model, direction: Direction, seed: int) -> tuple[TargetSource, TargetSource]:
         return self.protocol(model).targets(direction, seed)
 
-    def metric(self, model: Model, max_new_tokens: int) -> tuple[list[str], Metric]:
+    def validation_task(self, model: Model, max_new_tokens: int, n_prompts: int | None) -> EvalTask:
         protocol = self.protocol(model)
-        questions = protocol.choosing.asked
-        metric = Options(questions, "letters" if protocol.name == "persona" else "answers")
-        return [question.prompt for question in questions], metric
+        form: Form = "multiple_choice" if protocol.name == "persona" else "completion"
+        return EvalTask(protocol.choosing.asked[:n_prompts], [Likelihood("share", form)], max_new_tokens)
 
     def parts(self) -> tuple[ContrastPairs, ContrastPairs, ContrastPairs]:
         """By fact for the persona protocol, if the file names it."""

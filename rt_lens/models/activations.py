@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from transformer_lens import HookedTransformer
 from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar
 from rt_lens.models.context import token_context
-from rt_lens.models.forward import keeps_logits, quick
+from rt_lens.models.forward import keeps_logits, quick, unknown_hook
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import TokenBatch, batches, encode, pad, pad_id_of
 from rt_lens.models.tokens.texts import token_texts
@@ -27,11 +26,10 @@ def check_hook_names(model: Model, hook_names: Sequence[str]) -> None:
         ValueError: names the nearest ones; also if there is no name at all.
     """
     if not hook_names:
-        raise ValueError("hook: the list is empty. Name at least one hook point.")
+        raise ValueError("hook_names must name at least one hook point, got an empty list. Add one.")
     for name in hook_names:
         if name not in model.hook_dict:
-            near = get_close_matches(name, model.hook_dict, n=3)
-            raise ValueError(f"hook: {name!r} is not in this model ({model.cfg.n_layers} blocks). Near: {near}.")
+            raise ValueError(unknown_hook("hook_names", name, model))
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from rt_lens.models.forward import allowed_error
+from rt_lens.models.forward import allowed_error, unknown_hook
 
 
 class CheckedBridge(TransformerBridge):
@@ -43,10 +42,7 @@ class CheckedBridge(TransformerBridge):
         known = self.hook_dict if hooks else {}
         for name, _ in hooks:
             if isinstance(name, str) and name not in known:
-                near = get_close_matches(name, known, n=3)
-                raise ValueError(
-                    f"hooks: {name!r} is not in this model ({self.cfg.n_layers} blocks). Near: {', '.join(near)}."
-                )
+                raise ValueError(unknown_hook("hooks", name, self))
 
 
 def bridge_from_folder(
@@ -139,8 +135,8 @@ def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
         found = [bridge(tokens, attention_mask=mask)[mask.bool()] for tokens, mask in _probes(d_vocab, loader.device)]
     except Exception as failure:
         warnings.warn(
-            f"model: {name} ({family}) could not be compared with transformers ({type(failure).__name__}: "
-            f"{str(failure)[:120]}), so nothing shows that its numbers are right.",
+            f"model: {name} ({family}) cannot be compared with transformers ({type(failure).__name__}: "
+            f"{str(failure)[:120]}), so its numbers are unverified. Compare some logits yourself before you use them.",
             stacklevel=2,
         )
         return
@@ -150,7 +146,7 @@ def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
             raise ValueError(
                 f"model: {name} must compute what transformers computes, got other logits{where} from "
                 f"TransformerLens's bridge of {family} (relative error {error:.2g}). Use a model of another family, or "
-                "a release of transformer-lens in which this one is mended."
+                "a release of transformer-lens that fixes this one."
             )
 
 

@@ -32,7 +32,7 @@ _LIBRARIES = tuple(
     f"{Path(place).resolve()}{os.sep}"
     for place in (
         *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")),
-        *(*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parent)),
+        *(*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).parents[1])),
     )
 )
 _NOT_COMPUTED_BY = ("__init__", "__new__", "__repr__", "__str__", "__eq__", "__hash__", "_abc_impl")

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -152,7 +153,10 @@ def _attention(
     watched = attn.hook_attn_scores._forward_hooks or attn.hook_pattern._forward_hooks
     watched = watched or attn.hook_attn_scores._backward_hooks or attn.hook_pattern._backward_hooks
     if isinstance(past_kv_cache_entry, CacheSlot) and watched:
-        raise ValueError("hooks: attention scores and patterns cannot be hooked while generating. Hook hook_z instead.")
+        raise ValueError(
+            "hooks must leave attention scores and patterns alone while a cache is used, got one at "
+            f"blocks.{attn.layer_id}.attn. Hook hook_z instead, or generate with use_cache=False."
+        )
     if foreign_cache or watched or additive_attention_mask is not None or position_bias is not None:
         return type(attn).forward(
             attn, query_input, key_input, value_input, past_kv_cache_entry, additive_attention_mask, attention_mask,
@@ -191,7 +195,9 @@ def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[in
     if total > attn.rotary_cos.shape[0]:
         attn._extend_rotary_embeddings(min(attn.cfg.n_ctx, max(total, 2 * attn.rotary_cos.shape[0])))
         if total > attn.rotary_cos.shape[0]:
-            raise ValueError(f"tokens: {total} positions came, this model's context holds {attn.cfg.n_ctx}.")
+            raise ValueError(
+                f"tokens must fit this model's context of {attn.cfg.n_ctx} positions, got {total}. Shorten the texts."
+            )
     if mask is None or bool(mask.all()):
         positions = torch.arange(past, total, device=device)[None]
         allowed = None if past == 0 or n_query == 1 else _causal(n_query, total, device)[None, None]
@@ -355,12 +361,20 @@ def check_layers(model: Model, layers: Iterable[int] | None) -> list[int]:
     for layer in chosen:
         if not 0 <= layer < n:
             raise ValueError(
-                f"layers: {layer} is outside this model's blocks 0..{n - 1} ({model_name(model)} has {n}). "
-                f"Use layers=range({n // 2}, {max(n // 2 + 1, 3 * n // 4)}), say."
+                f"layers contains {layer}, but this model has blocks 0..{n - 1} ({model_name(model)}). "
+                f"Try layers=range({n // 2}, {max(n // 2 + 1, 3 * n // 4)})."
             )
     if not chosen:
-        raise ValueError("layers: the list is empty. Name at least one block.")
+        raise ValueError("layers must name at least one block, got an empty list. Leave layers out for all blocks.")
     return chosen
+
+
+def unknown_hook(argument: str, hook_name: str, model: Model) -> str:
+    """The message that refuses a hook name which the model does not have, with the nearest ones that it has."""
+    near = get_close_matches(hook_name, model.hook_dict, n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "model.hook_dict lists them."
+    n_blocks = model.cfg.n_layers
+    return f"{argument} contains {hook_name!r}, which is not in this model ({n_blocks} blocks). {hint}"
 
 
 def dtype_name(model: Model) -> str:

@@ -31,7 +31,7 @@ from rt_lens.models.forward import (
     quick,
     unembed,
 )
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
 from rt_lens.models.tokens.texts import Pieces, text_of
@@ -67,8 +67,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:  # `not >=` catches NaN too
-            came = f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}"
-            raise ValueError(f"generate: {came} came; at least 0, at least 0, and above 0 to 1 are wanted.")
+            raise ValueError(
+                "temperature and top_k must be at least 0 and top_p above 0 and at most 1, got "
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}. "
+                "temperature=0 takes the most likely token."
+            )
 
     def choose(self, logits: Float[Tensor, "batch d_vocab"], draw: Float[Tensor, "batch"]) -> Int[Tensor, "batch"]:
         """The token at which the cumulative probability passes a uniform number."""
@@ -106,7 +109,7 @@ class NewToken:
     projections: dict[str, float] = field(default_factory=dict)
 
 
-def as_chat(model: Model, prompts: Sequence[str], *, system: str = "") -> list[str]:
+def as_chat(model: HasTokenizer, prompts: Sequence[str], *, system: str = "") -> list[str]:
     """User messages through the chat template; left as they are if there is none, or they went through already."""
     if not has_chat_template(model):
         return list(prompts)
@@ -158,20 +161,29 @@ def generate(
         ValueError: if there is no prompt, a number is out of range, or the texts exceed the model's context.
     """
     if max_new_tokens < 1 or batch_size < 1:
-        came = f"max_new_tokens {max_new_tokens}, batch_size {batch_size}"
-        raise ValueError(f"generate: {came} came; at least 1 and 1 are wanted.")
+        raise ValueError(
+            "max_new_tokens and batch_size must be at least 1, got "
+            f"max_new_tokens={max_new_tokens}, batch_size={batch_size}. Give whole numbers from 1 on."
+        )
     prompts = text_list(prompts, "prompts", blank=not (chat and has_chat_template(model)))
     if trace is not None:
         trace.check_fits(model)
         if on_token is None:
-            raise ValueError("trace: nobody is told of it. Give on_token, a function that takes each NewToken.")
+            raise ValueError(
+                "trace must come with on_token, got on_token=None. Give a function that takes each NewToken."
+            )
         if any(vector.ndim > 1 for vector in trace.vectors.values()):
-            raise ValueError("trace: vectors at hook_z are each head's own. Use vectors of hook='attn_out', say.")
+            raise ValueError(
+                "trace must be vectors with one direction per hook point, got vectors per head (hook_z). "
+                "Use vectors of hook='attn_out'."
+            )
     sampling = Sampling(temperature, top_k, top_p, seed)
     texts = as_chat(model, prompts) if chat else prompts
     encoded = [encode(model, text) for text in texts]
     if [] in encoded:
-        raise ValueError(f"prompts must have a token each, got none in number {encoded.index([])}. Leave it out.")
+        raise ValueError(
+            f"prompts must have at least one token each, got none in number {encoded.index([])}. Leave it out."
+        )
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i])) if len(encoded) > batch_size else None
     rows_left = order or list(range(len(encoded)))
     answers = [""] * len(encoded)
@@ -193,9 +205,9 @@ def _warn_of_thoughts(prompts: Sequence[str], answers: Sequence[str]) -> None:
     n = sum(begins_with_thought(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
     if n:
         warnings.warn(
-            f"prompts: {n} of {len(answers)} answers begin with a thought, which is what any score of them is about. "
-            "Load the model with chat_template_kwargs={'enable_thinking': False} if its template knows that, or begin "
-            "the answers with words of your own.",
+            f"prompts: {n} of {len(answers)} responses begin with a thought, so a score of them measures the thought. "
+            "Load the model with chat_template_kwargs={'enable_thinking': False} if its template has that switch, or "
+            "give the responses a prefill.",
             stacklevel=3,
         )
 
@@ -220,7 +232,7 @@ def stream(
         ...         print(piece, end="", flush=True)
     """
     if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens {max_new_tokens} came; at least 1 is wanted.")
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}. The default is 40.")
     pieces, ends = Pieces(model), _ends(model)
     prompt = as_text(prompt, "prompt", blank=not has_chat_template(model))
     run = _Run(model, [encode(model, text) for text in as_chat(model, [prompt])], max_new_tokens, True, (0,))
@@ -291,8 +303,8 @@ class _Run:
         longest = max(len(ids) for ids in encoded)
         if longest + n > model.cfg.n_ctx:
             raise ValueError(
-                f"prompts: {longest} tokens and {n} new ones exceed the context of "
-                f"{model.cfg.n_ctx}. Shorten the prompt or max_new_tokens."
+                f"prompts and new tokens must fit the model's context of {model.cfg.n_ctx} tokens, got {longest} + "
+                f"{n}. Shorten the prompts or lower max_new_tokens."
             )
         use_cache = use_cache and _may_cache(model)
         self.model, self.n = model, n
@@ -446,9 +458,9 @@ def _may_cache(model: Any) -> bool:
     if not getattr(model.cfg, "rt_lens_cache_warned", False):
         model.cfg.rt_lens_cache_warned = True
         warnings.warn(
-            f"model: with a key-value cache, TransformerLens's bridge of {model_name(model)} "
-            f"({type(model.original_model).__name__}) gives other logits than without (relative error "
-            f"{cache_error(model):.2g}). Answers are therefore written without one, which is right and takes longer.",
+            f"model: TransformerLens's bridge of {model_name(model)} ({type(model.original_model).__name__}) gives "
+            f"other logits with a key-value cache than without (relative error {cache_error(model):.2g}). Generation "
+            "runs without a cache, which is exact and slower.",
             stacklevel=2,
         )
     return False

@@ -44,9 +44,8 @@ def check_maths(reader: Any, config: Any) -> None:
         if field == "sliding_window" and value >= config.max_position_embeddings:
             continue
         raise ValueError(
-            f"model: {_architecture(reader)}.{key} must be {getattr(config, field, None)} to be read from a GGUF file, "
-            f"got {value}, which transformers' reader of this architecture passes over. Use the model's Hugging Face "
-            "folder."
+            f"model: {_architecture(reader)}.{key} must be {getattr(config, field, None)} in a GGUF file, got {value}, "
+            "which transformers' reader of this architecture ignores. Use the model's Hugging Face folder."
         )
 
 
@@ -103,7 +102,7 @@ def refuse_what_has_no_place(reader: Any, model: Any, loading: Mapping[str, Any]
     ]
     if left:
         raise ValueError(
-            f"model: every tensor must have a place in {type(model).__name__} to be read from a GGUF file, got "
+            f"model: the tensors of a GGUF file must all be parameters of {type(model).__name__}, got "
             f"{', '.join(left[:4])}{' and more' if len(left) > 4 else ''}, which transformers' reader drops. Use the "
             "model's Hugging Face folder."
         )
@@ -208,8 +207,8 @@ def _refuse_rest(reader: Any, told: Mapping[str, Any]) -> None:
 
 def _refuse(reader: Any, key: str, value: Any) -> None:
     raise ValueError(
-        f"model: {_architecture(reader)}.{key} must be something that Hugging Face's rotary parameters can say, got "
-        f"{value}. Use the model's Hugging Face folder."
+        f"model: {_architecture(reader)}.{key} must be a setting that Hugging Face's rotary parameters can express, "
+        f"got {value}. Use the model's Hugging Face folder."
     )
 
 

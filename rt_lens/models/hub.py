@@ -53,9 +53,9 @@ def hub_token() -> str | None:
 
 def _unknown(name: str, error: Exception) -> str:
     near = get_close_matches(name.lower(), BUNDLED_MODELS, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Embedded: {', '.join(BUNDLED_MODELS)}."
+    hint = f"Did you mean {near[0]!r}?" if near else f"Bundled: {', '.join(BUNDLED_MODELS)}."
     reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
     return (
-        f"model: {name!r} is no embedded model, no local folder or .gguf file, and the model hub did not give it "
-        f"({reason}). {hint} Else give a Hugging Face folder, a .gguf file, or a hub name while online."
+        f"model must be a bundled model, a Hugging Face folder, a .gguf file or a name on the model hub, got {name!r}, "
+        f"which the hub does not give ({reason}). {hint} Hub names need a connection."
     )

@@ -158,8 +158,9 @@ def hooked_from_folder(
     state = _to_transformer_lens(weights, cfg, letters, folder.name)
     if weights:
         raise ValueError(
-            f"model: {folder.name} has weights that its config.json does not ask for: "
-            f"{', '.join(sorted(weights)[:4])}. Mend the configuration, or save the model again with save_pretrained."
+            f"model: {folder.name} must hold only weights that its config.json describes, got "
+            f"{', '.join(sorted(weights)[:4])} too. Correct the configuration, or save the model again with "
+            "save_pretrained."
         )
     return _assembled(cfg, state)
 
@@ -202,7 +203,10 @@ def _read_weights(folder: Path, device: str, dtype: torch.dtype) -> dict[str, Te
     weights: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
-            raise ValueError(f"model: {folder.name} lacks the shard {file.name} of its index. Download it again.")
+            raise ValueError(
+                f"model: {folder.name} must hold every shard of its index, got none called {file.name}. Download it "
+                "again."
+            )
         with safe_open(file, framework="pt", device=device) as stored:
             weights.update({name: stored.get_tensor(name).to(dtype) for name in stored.keys()})  # noqa: SIM118
     return weights
@@ -220,11 +224,14 @@ def _to_transformer_lens(
     def take(name: str, *shape: int) -> Tensor:
         if name not in weights:
             raise ValueError(
-                f"model: {folder} lacks the weight {name}. Download the folder again, or save it with save_pretrained."
+                f"model: {folder} must hold the weight {name}, got none. Download the folder again, or save it with "
+                "save_pretrained."
             )
         if weights[name].shape != shape:
-            came = tuple(weights[name].shape)
-            raise ValueError(f"model: {name} of {folder} has shape {came}, its config.json asks for {shape}. Mend it.")
+            raise ValueError(
+                f"model: {name} of {folder} must have the shape {shape} that its config.json describes, got "
+                f"{tuple(weights[name].shape)}. Correct the config.json."
+            )
         return weights.pop(name)
 
     def zeros(*shape: int) -> Tensor:

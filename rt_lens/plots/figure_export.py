@@ -1,6 +1,6 @@
-"""A figure -> a file for a page, a slide or a journal, at the width that it will have on paper.
+"""A figure -> a file for a page, a slide or a journal, at the width that it has on paper.
 
-It knows Plotly and nothing of what is drawn. Pictures (.png, .svg, .pdf) are made by kaleido, which drives a Chromium.
+This module knows Plotly, and no figure of this package. kaleido, which drives Chromium, makes .png, .svg and .pdf.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import plotly.graph_objects as go
 from rt_lens.common.files import check_can_write, write_atomically
 
 _MM_PER_PIXEL = 25.4 / 96  # CSS's pixel
-# Figures are laid out for a screen: a quarter wider than the paper, their 14-pixel letters come out as 8.4 points.
+# Figures are laid out for a screen: drawn a quarter wider than the paper, 14-pixel letters become 8.4 points.
 _SHRUNK = 0.8
 _HEIGHT = 470
-# Mean widths of a letter in shares of its size; Plotly clips what is too long for a line.
+# Mean width of a letter as a share of its size. Plotly clips a line that is too long.
 _LETTER = 0.52
-# Below, margins and axes leave no room for what is drawn.
+# Below this size the margins and axes leave no room for the data.
 _LEAST_MM = 50.0
-# Markup that Plotly renders and that takes no room: <b>, </span>, <span style="color:red">.
+# Markup that Plotly renders and that has no width: <b>, </span>, <span style="color:red">.
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _PICTURES = (".png", ".svg", ".pdf")
 _NO_TOOLS = {"displaylogo": False, "showSendToCloud": False, "typesetMath": False}
@@ -40,16 +40,17 @@ def save_figure(
     height_mm: float | None = None,
     scale: float = 3.0,
 ) -> Path:
-    """Writes a figure in the format that the file's ending names, on white, whole or not at all.
+    """Writes a figure on white, in the format that the ending of the path names.
+
+    The write is atomic: the file is complete, or the old one stays.
 
     Args:
-        figure: any figure; it is left as it was.
+        figure: any figure; it is not changed.
         path: ends in .png, .svg or .pdf (a picture; needs `pip install 'rt_lens[print]'` and a Chromium or Chrome), in
-            .html (one page, opens offline) or in .json (Plotly's own format).
-        width_mm: width on paper, of pictures; 170 fills an A4 page between its margins, 85 a column,
-            and 50 is the least.
-        height_mm: height on paper, of pictures, 50 or more; by default what the figure asks for.
-        scale: pixels of a .png for each of 1/96 inch; 3 gives 288 dots per inch.
+            .html (one page that opens offline) or in .json (Plotly's own format).
+        width_mm: width of a picture on paper, 50 or more; 170 fills an A4 page between its margins, 85 a column.
+        height_mm: height of a picture on paper, 50 or more; by default the figure's own height.
+        scale: pixels of a .png per 1/96 inch; 3 gives 288 dots per inch.
 
     Returns:
         The path.
@@ -61,18 +62,21 @@ def save_figure(
         OSError: if the disk is full or the folder cannot be written.
 
     Example:
-        >>> rtl.save_figure(rtl.plots.losses(delta.history), "losses.pdf", width_mm=85)
+        >>> figure = go.Figure(go.Bar(x=["untuned", "rep_tuned"], y=[0.3, 0.7]))
+        >>> save_figure(figure, "scores.html").stat().st_size > 1_000_000  # plotly.js is in the page
+        True
+        >>> save_figure(figure, "scores.pdf", width_mm=85).read_bytes()[:5]  # a column of a journal
+        b'%PDF-'
     """
     path = Path(path).expanduser()
     write = _writer(path.suffix.lower(), path)
     for name, size in (("width_mm", width_mm), ("height_mm", height_mm)):
         if size is not None and not (math.isfinite(size) and size >= _LEAST_MM):
             raise ValueError(
-                f"{name}: {size:g} came, at least {_LEAST_MM:g} mm are wanted, or the margins leave no room. "
-                f"Give {name}=85, say."
+                f"{name} must be at least {_LEAST_MM:g} mm, which the margins need, got {size:g}. Try {name}=85."
             )
     if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale: {scale:g} came, a positive number is wanted. Give scale=3, say.")
+        raise ValueError(f"scale must be a positive number, got {scale:g}. Try scale=3.")
     check_can_write(path, "path")
     drawn = copy.deepcopy(figure).update_layout(paper_bgcolor="white", plot_bgcolor="white")
     return write_atomically(path, write(drawn, width_mm, height_mm, scale))
@@ -85,7 +89,7 @@ def _writer(ending: str, path: Path) -> Callable[..., bytes]:
         return lambda figure, *_: figure.to_html(include_plotlyjs=True, config=_NO_TOOLS, div_id="figure").encode()
     if ending == ".json":
         return lambda figure, *_: figure.to_json().encode()
-    raise ValueError(f"path: {path.name!r} came; a name that ends in .png, .svg, .pdf, .html or .json is wanted.")
+    raise ValueError(f"path must end in .png, .svg, .pdf, .html or .json, got {path.name!r}.")
 
 
 def _picture(figure: go.Figure, ending: str, width_mm: float, height_mm: float | None, scale: float) -> bytes:
@@ -94,15 +98,15 @@ def _picture(figure: go.Figure, ending: str, width_mm: float, height_mm: float |
     _wrap(figure, width)
     height = height_mm / _MM_PER_PIXEL / _SHRUNK if height_mm else figure.layout.height or _HEIGHT
     size = {"format": ending[1:], "width": round(width), "height": round(height)}
-    # By itself kaleido's page asks a server for MathJax.
-    found = {"mathjax": False}
+    # By default kaleido's page fetches MathJax from a server.
+    options = {"mathjax": False}
     enlarged = _SHRUNK * (scale if ending == ".png" else 1.0)
     try:
-        return bytes(kaleido.calc_fig_sync(figure, opts={**size, "scale": enlarged}, kopts=found))
+        return bytes(kaleido.calc_fig_sync(figure, opts={**size, "scale": enlarged}, kopts=options))
     except (kaleido.errors.ChromeNotFoundError, kaleido.errors.BrowserFailedError) as error:
         tried = f" (BROWSER_PATH is {os.environ['BROWSER_PATH']})" if os.environ.get("BROWSER_PATH") else ""
         raise FileNotFoundError(
-            f"path: {ending} needs a Chromium or Chrome, and none could be started{tried}. Install one, set "
+            f"path ends in {ending}, which needs Chromium or Chrome, but neither starts{tried}. Install one, set "
             "BROWSER_PATH to its program, or write .html."
         ) from error
 
@@ -113,18 +117,19 @@ def _kaleido() -> Any:
         import kaleido.errors
     except ImportError:
         raise ImportError(
-            "path: a picture needs kaleido 1 or newer. pip install 'rt_lens[print]', or write .html."
+            "path ends in .png, .svg or .pdf, which needs kaleido 1 or newer. Run pip install 'rt_lens[print]', or "
+            "write .html."
         ) from None
     return kaleido
 
 
 def _wrap(figure: go.Figure, width: float) -> None:
-    """Breaks title and subtitle into lines that fit, and makes the figure as much higher."""
+    """Breaks title and subtitle into lines that fit, and makes the figure higher by the added lines."""
     title, added = figure.layout.title, 0.0
     for text in (title, title.subtitle):
         if text.text:
             size = text.font.size or 14
-            lines = _lines(text.text, max(1, int((width - 20) / (_LETTER * size))))
+            lines = _broken(text.text, max(1, int((width - 20) / (_LETTER * size))))
             added += 1.3 * size * (len(lines) - len(text.text.split("<br>")))
             text.text = "<br>".join(lines)
     if added > 0:
@@ -132,24 +137,24 @@ def _wrap(figure: go.Figure, width: float) -> None:
         figure.layout.height = (figure.layout.height or _HEIGHT) + added
 
 
-def _lines(text: str, letters: int) -> list[str]:
-    """The text in lines of so many letters; a line that ended in a sentence keeps its end."""
-    told = re.sub(r"(?<![.:;])<br>", " ", text)
-    return [line for part in told.split("<br>") for line in _filled(part, letters)]
+def _broken(text: str, letters: int) -> list[str]:
+    """The text in lines of at most so many letters; a line that ends with a sentence stays apart from the next."""
+    text = re.sub(r"(?<![.:;])<br>", " ", text)
+    return [line for part in text.split("<br>") for line in _filled(part, letters)]
 
 
 def _filled(part: str, letters: int) -> list[str]:
-    """Words in lines of so many letters as are seen; a tag is never parted, though it may hold spaces."""
+    """Fills lines with so many visible letters; a tag is never split, although it may hold spaces."""
     lines = [""]
     for word in re.findall(rf"(?:{_TAG.pattern}|\S)+", part):
         longer = f"{lines[-1]} {word}".lstrip()
-        if _seen(longer) <= letters or not _seen(lines[-1]):
+        if _visible_length(longer) <= letters or not _visible_length(lines[-1]):
             lines[-1] = longer
         else:
             lines.append(word)
     return lines
 
 
-def _seen(text: str) -> int:
-    """How many letters a reader sees: none of a tag, one of &lt;."""
+def _visible_length(text: str) -> int:
+    """The number of letters that a reader sees: none of a tag, one of &lt;."""
     return len(unescape(_TAG.sub("", text)))

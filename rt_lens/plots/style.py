@@ -1,11 +1,11 @@
-"""The look that all figures share: colours, frames, hover texts, and the checks of what comes in."""
+"""The style that all figures share: colours, frames, hover texts, and the checks of a figure's table."""
 
 from __future__ import annotations
 
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,20 +15,23 @@ from jaxtyping import Float
 from plotly.colors import hex_to_rgb
 from torch import Tensor
 
+from rt_lens.common.formatting import estimate
+
 Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 PerLayer: TypeAlias = Float[Tensor, " layer"] | Float[np.ndarray, " layer"]  # the space is for linters
 PerToken: TypeAlias = Float[Tensor, "layer pos"] | Float[np.ndarray, "layer pos"]
-Number: TypeAlias = int | float  # runtime checkers take no int for a float
+Number: TypeAlias = int | float  # runtime type checkers do not accept an int as a float
 
-# Okabe and Ito's palette, which stays apart for colour-blind readers.
+# Okabe and Ito's palette, whose colours stay distinct for colour-blind readers.
 ARM_COLOURS = {"untuned": "#7F7F7F", "steered": "#E69F00", "token_tuned": "#56B4E9", "rep_tuned": "#009E73"}
 # Arms named after the direction of their tuning, and KL-then-steer (black, the palette's last).
 ARM_COLOURS |= {
     "toward_tuned": "#D55E00",
     "away_tuned": "#0072B2",
-    "out_tuned": "#CC79A7",
+    "suppress_tuned": "#CC79A7",
     "kl_then_steer": "#000000",
 }
+_OLD_NAMES = {"out_tuned": "suppress_tuned"}
 SPARE_COLOURS = ("#CC79A7", "#D55E00", "#0072B2", "#F0E442")
 DIRECTIONS = ("none", "toward", "away", "suppress")
 SYMBOLS = {"none": "circle", "toward": "triangle-up", "away": "triangle-down", "suppress": "diamond"}
@@ -39,25 +42,28 @@ INK, FAINT = "#222222", "#8A8A8A"
 def check_table(
     table: Table,
     *,
-    words: Sequence[str] = (),
+    labels: Sequence[str] = (),
     numbers: Sequence[str] = (),
     unescaped: Sequence[str] = (),
     argument: str = "table",
 ) -> pd.DataFrame:
-    """The table as a DataFrame with these columns checked, numbers made float (None becomes NaN), and text drawable.
+    """The table as a DataFrame with its columns checked, its numbers as float (None becomes NaN) and its text escaped.
 
     Args:
-        table: as it came.
-        words: columns of anything.
-        numbers: columns of numbers.
-        unescaped: columns whose text stays as it came, for a figure that measures or cuts it before it is drawn.
-        argument: its name in messages.
+        table: a DataFrame, or a list of rows.
+        labels: columns that must be there, of any type.
+        numbers: columns that must be there and hold numbers.
+        unescaped: columns whose text stays as it is, for a figure that measures or cuts it before it escapes it.
+        argument: the name of the table in messages.
+
+    Raises:
+        ValueError: if a column or all rows are missing, or text stands among numbers.
     """
     frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table))
-    wanted = ", ".join([*words, *numbers])
     if frame.empty:
-        raise ValueError(f"{argument}: no rows came, at least one is wanted, with columns {wanted}.")
-    frame = with_numbers(frame.reset_index(drop=True), numbers, words=words, argument=argument)
+        columns = ", ".join([*labels, *numbers])
+        raise ValueError(f"{argument} must have at least one row, got none. Give rows with the columns {columns}.")
+    frame = with_numbers(frame.reset_index(drop=True), numbers, labels=labels, argument=argument)
     for column in frame.columns:
         if column not in unescaped and not pd.api.types.is_numeric_dtype(frame[column]):
             frame[column] = frame[column].map(escape_html)
@@ -65,25 +71,54 @@ def check_table(
 
 
 def with_numbers(
-    frame: pd.DataFrame, numbers: Sequence[str], *, words: Sequence[str] = (), argument: str = "table"
+    frame: pd.DataFrame, numbers: Sequence[str], *, labels: Sequence[str] = (), argument: str = "table"
 ) -> pd.DataFrame:
     """The frame, which must have all these columns, with the numbers made float (None becomes NaN)."""
-    missing = [column for column in (*words, *numbers) if column not in frame.columns]
+    missing = [column for column in (*labels, *numbers) if column not in frame.columns]
     if missing:
-        came, wanted = ", ".join(map(str, frame.columns)), ", ".join([*words, *numbers])
-        raise ValueError(f"{argument}: no column {', '.join(missing)} (came: {came}). Wanted: {wanted}.")
+        required, present = ", ".join([*labels, *numbers]), ", ".join(map(str, frame.columns))
+        raise ValueError(f"{argument} must have the columns {required}, got {present}. Add {', '.join(missing)}.")
     for column in numbers:
         try:
             frame = frame.assign(**{column: frame[column].astype(float)})
         except (TypeError, ValueError) as refusal:
-            raise ValueError(f"{argument}: column {column} holds what is not a number ({refusal}).") from refusal
+            raise ValueError(f"{argument} must hold numbers in the column {column}, got text ({refusal}).") from refusal
     return frame
+
+
+def check_unique(
+    frame: pd.DataFrame, columns: list[str], argument: str = "table", fix: str = "Pool the seeds first."
+) -> None:
+    """Refuses a table that has two rows of the same names.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    repeated = frame[frame.duplicated(columns)]
+    if not repeated.empty:
+        names = ", ".join(
+            f"{name:g}" if isinstance(name, float) else unescape(str(name)) for name in repeated.iloc[0][columns]
+        )
+        raise ValueError(
+            f"{argument} must have one row for each {' and '.join(columns)}, got {names} more than once. {fix}"
+        )
+
+
+def with_measure(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The frame with mean, low and high as name, name_low and name_high."""
+    return frame.rename(columns={"mean": name, "low": f"{name}_low", "high": f"{name}_high"})
+
+
+def whiskers(frame: pd.DataFrame, name: str, colour: str = INK) -> dict[str, Any]:
+    """Error bars from name_low to name_high; none where they are NaN."""
+    up, down = frame[f"{name}_high"] - frame[name], frame[name] - frame[f"{name}_low"]
+    return {"type": "data", "array": up, "arrayminus": down, "color": colour, "thickness": 1.5, "width": 4}
 
 
 def apply_style(
     figure: go.Figure, title: str, reading: str, sample: str = "", *, height: int = 470, **layout: Any
 ) -> go.Figure:
-    """The shared look. The reading sentence is broken into lines, because Plotly clips what is too long."""
+    """Gives the figure the shared style; the sentence on how to read it is broken into lines, or Plotly clips it."""
     lines = [*textwrap.wrap(reading, 125, break_long_words=False), *([sample] if sample else [])]
     subtitle = {"text": "<br>".join(lines), "font": {"size": 14, "color": "#555555"}}
     figure.update_layout(
@@ -109,13 +144,13 @@ def apply_style(
 
 
 def escape_html(value: Any) -> Any:
-    """A copy whose every string is drawn as it is: Plotly renders some HTML, `$...$` as TeX, and fills in `%{...}`.
+    """A copy whose strings Plotly draws literally; it would render some HTML and `$...$` as TeX, and fill in `%{...}`.
 
-    Every figure does this once to what a caller gives, where it comes in; so callers give text as it is. Quotes stay:
-    Plotly knows &lt; &gt; &amp; and numbers such as &#36;, but not &quot;.
+    Every figure function escapes its arguments once, at its entrance, so callers pass text as it is. Quotes stay,
+    because Plotly decodes &lt; &gt; &amp; and numeric entities such as &#36;, but not &quot;.
 
     Args:
-        value: a string, a list or a tuple (a list comes back); what is none of them comes back as it is.
+        value: a string, or a list or tuple, which becomes a list; any other value is returned unchanged.
 
     Example:
         >>> escape_html(["<b>", "$x$"])
@@ -127,7 +162,7 @@ def escape_html(value: Any) -> Any:
 
 
 def sample(frame: pd.DataFrame) -> str:
-    """The size and seeds of what is drawn ("n = 72; seeds 0, 1."), from the columns n and seeds or seed, if there."""
+    """The sample size and seeds, `n = 72; seeds 0, 1.`, as far as the frame has the columns n and seeds or seed."""
     facts = []
     if "n" in frame and frame["n"].notna().any():
         low, high = frame["n"].min(), frame["n"].max()
@@ -137,81 +172,94 @@ def sample(frame: pd.DataFrame) -> str:
     else:
         seeds = set(frame["seed"]) if "seed" in frame else set()
     if seeds:
-        word = "seed" if len(seeds) == 1 else "seeds"
-        facts.append(f"{word if facts else word.capitalize()} {', '.join(map(str, sorted(seeds)))}")
+        noun = "seed" if len(seeds) == 1 else "seeds"
+        facts.append(f"{noun if facts else noun.capitalize()} {', '.join(map(str, sorted(seeds)))}")
     return "; ".join(facts) + "." if facts else ""
 
 
 def seeds_of(row: pd.Series) -> str:
-    """For a hover: `seeds 0, 1`; an arm that was never tuned has none."""
+    """The seeds in a hover text: `seeds 0, 1`, or a dash for an arm that was never tuned."""
     return f"seeds {', '.join(map(str, row['seeds'])) or '–'}"
 
 
-def estimate(row: pd.Series, centre: str = "mean") -> str:
-    return f"{number(row[centre])} [{number(row['low'])}, {number(row['high'])}]"
+def row_estimate(row: Mapping[str, Any] | pd.Series, measure: str = "mean", digits: int = 3) -> str:
+    """A measure of a row with its interval: `0.512 [0.430, 0.594]`.
+
+    The interval of `mean` and of `difference` stands in the columns low and high; another measure has its own columns
+    (`kl_low`, `kl_high`), or no interval.
+
+    Example:
+        >>> row = {"mean": 0.512, "low": 0.43, "high": 0.594, "kl": 0.1}
+        >>> row_estimate(row), row_estimate(row, "kl")
+        ('0.512 [0.430, 0.594]', '0.100')
+    """
+    low, high = ("low", "high") if measure in ("mean", "difference") else (f"{measure}_low", f"{measure}_high")
+    return estimate(row[measure], row.get(low), row.get(high), digits)
 
 
-def number(value: float, decimals: int = 3) -> str:
-    return "–" if pd.isna(value) else f"{value:.{decimals}f}"
+def with_minus_sign(text: str) -> str:
+    """The text with the minus sign of print in the place of hyphens."""
+    return text.replace("-", "−")
 
 
 def shown(token: str) -> str:
     """The token with its whitespace made visible: ⏎ for a newline, ⇥ for a tab, · for each leading space.
 
-    One of which nothing would be seen is named by its code points, as in U+200B; ∅ is an empty one.
+    A token without a visible character becomes its code points, U+200B for example, and an empty token becomes ∅.
     """
-    words = token.lstrip(" ")
-    marked = ("·" * (len(token) - len(words)) + words).replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    stripped = token.lstrip(" ")
+    marked = ("·" * (len(token) - len(stripped)) + stripped).replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
     if all(unicodedata.category(letter)[0] in "CMZ" for letter in marked):  # control, format, accents, separators
         return " ".join(f"U+{ord(letter):04X}" for letter in marked) or "∅"
     return marked
 
 
 def band(
-    frame: pd.DataFrame, x: str, colour: str, *, low: str = "low", high: str = "high", **look: Any
+    frame: pd.DataFrame, x: str, colour: str, *, low: str = "low", high: str = "high", **style: Any
 ) -> tuple[go.Scatter, go.Scatter]:
-    """The lower and the upper edge of an interval, with a pale filling between; the upper must follow the lower."""
+    """The lower and upper edge of an interval, pale between them; add them in this order, one right after the other."""
     edge: dict[str, Any] = {"x": frame[x], "mode": "lines", "line_width": 0, "hoverinfo": "skip", "showlegend": False}
     filling = {"fill": "tonexty", "fillcolor": f"rgba{(*hex_to_rgb(colour), 0.18)}"}
-    return go.Scatter(y=frame[low], **edge | look), go.Scatter(y=frame[high], **edge | filling | look)
+    return go.Scatter(y=frame[low], **edge | style), go.Scatter(y=frame[high], **edge | filling | style)
 
 
-def key(name: str, **look: Any) -> go.Scatter:
+def legend_entry(name: str, **style: Any) -> go.Scatter:
     """A legend entry without data."""
-    return go.Scatter(x=[None], y=[None], name=name, hoverinfo="skip", **look)
+    return go.Scatter(x=[None], y=[None], name=name, hoverinfo="skip", **style)
 
 
 def unsteered(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of multiplier 0, of which there must be one."""
+    """The rows of multiplier 0; the table must have at least one."""
     zero = frame[frame["multiplier"] == 0]
     if zero.empty:
         raise ValueError(
-            f"table: multipliers {ordered(frame['multiplier'])} came, a row of multiplier 0 is wanted too."
+            f"table must have a row of multiplier 0, the unsteered model, got {ordered(frame['multiplier'])}. Add it."
         )
     return zero
 
 
 def doses_by_layer(frame: pd.DataFrame) -> dict[int, pd.DataFrame]:
-    """Each layer's rows in the order of the multiplier; a layer without a row of multiplier 0 borrows the first."""
+    """The rows of each layer by multiplier; a layer without a row of multiplier 0 borrows the first."""
     zero, doses = unsteered(frame), {}
     for layer in sorted(frame["layer"].dropna().unique()):
-        own = frame[frame["layer"] == layer]
-        if not (own["multiplier"] == 0).any():
-            own = pd.concat([own, frame.loc[zero.index[:1]]])
-        doses[int(layer)] = own.sort_values("multiplier")
+        rows = frame[frame["layer"] == layer]
+        if not (rows["multiplier"] == 0).any():
+            rows = pd.concat([rows, frame.loc[zero.index[:1]]])
+        doses[int(layer)] = rows.sort_values("multiplier")
     return doses
 
 
 def ordered(values: Iterable[Any], known: Sequence[Any] = ()) -> list[Any]:
-    """The distinct values, those of `known` first and in its order."""
+    """The distinct values: those in `known` first, in its order, then the others in theirs."""
     distinct = list(dict.fromkeys(values))
     return [value for value in known if value in distinct] + [value for value in distinct if value not in known]
 
 
 def arm_colours(names: Iterable[str]) -> dict[str, str]:
-    """The colour of every arm; strangers get spare ones, as far as the known arms among the names leave any."""
+    """The colour of every arm; an unknown arm gets a spare one, unlike those of the known arms if one is left."""
+    known = ARM_COLOURS | {old: ARM_COLOURS[new] for old, new in _OLD_NAMES.items()}
     names = list(dict.fromkeys(names))
-    strangers = [name for name in names if name not in ARM_COLOURS]
-    taken = {ARM_COLOURS[name] for name in names if name in ARM_COLOURS}
+    unknown = [name for name in names if name not in known]
+    taken = {known[name] for name in names if name in known}
     spare = [colour for colour in SPARE_COLOURS if colour not in taken] or SPARE_COLOURS
-    return ARM_COLOURS | {name: spare[i % len(spare)] for i, name in enumerate(strangers)}
+    return known | {name: spare[i % len(spare)] for i, name in enumerate(unknown)}

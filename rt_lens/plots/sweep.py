@@ -1,4 +1,4 @@
-"""What steering does over many layers, and prompt by prompt."""
+"""The effect of steering over many layers, and prompt by prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 import plotly.graph_objects as go
 
+from rt_lens.common.formatting import number
 from rt_lens.plots.style import (
     FAINT,
     INK,
@@ -14,19 +15,20 @@ from rt_lens.plots.style import (
     apply_style,
     band,
     check_table,
+    check_unique,
     doses_by_layer,
     escape_html,
-    estimate,
-    key,
-    number,
+    legend_entry,
+    row_estimate,
     sample,
+    with_minus_sign,
 )
 
-ROOM = (30, 12)  # layers and multipliers whose cells can still hold a number
+ROOM = (30, 12)  # the most layers and multipliers whose cells have room for a number
 
 
 def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> go.Figure:
-    """Heat map of the shift of the mean score, over layers and multipliers; the scores stand in the cells if they fit.
+    """Draws the shift of the mean score over layers and multipliers as a heat map, with the scores where they fit.
 
     Args:
         table: one row per layer and multiplier. Columns: layer (block index), multiplier (times the vector's own
@@ -35,37 +37,37 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
         title: heading of the figure.
 
     Raises:
-        ValueError: if a column, all rows or multiplier 0 is missing, or a layer and multiplier come twice.
+        ValueError: if a column, all rows or multiplier 0 is missing, or a layer and multiplier have two rows.
+
+    Example:
+        >>> row = {"layer": 21, "n": 30, "low": 0.2, "high": 0.5, "seed": 0}
+        >>> figure = sweep([row | {"multiplier": 0, "mean": 0.25}, row | {"multiplier": 2, "mean": 0.5}])
+        >>> figure.data[0].z, figure.data[0].text  # the shift is the colour, the score stands in the cell
+        (array([[0.  , 0.25]]), (['0.25', '0.50'],))
     """
     frame = check_table(table, numbers=("layer", "multiplier", "n", "mean", "low", "high"))
-    repeated = frame[frame.duplicated(["layer", "multiplier"])]
-    if not repeated.empty:
-        layer, multiplier = repeated.iloc[0][["layer", "multiplier"]]
-        raise ValueError(
-            f"table: layer {layer:g}, multiplier {multiplier:g} came more than once, one row for each layer and "
-            "multiplier is wanted. Keep one scorer, pooled over seeds."
-        )
+    check_unique(frame, ["layer", "multiplier"], fix="Keep one scorer, pooled over seeds.")
     doses = doses_by_layer(frame)
     multipliers = sorted(frame["multiplier"].unique())
-    rows = [own.set_index("multiplier").reindex(multipliers) for own in doses.values()]
-    means = np.array([own["mean"] for own in rows])
-    shifts = np.array([own["mean"] - own["mean"][0] for own in rows])
+    rows = [at_layer.set_index("multiplier").reindex(multipliers) for at_layer in doses.values()]
+    means = np.array([at_layer["mean"] for at_layer in rows])
+    shifts = np.array([at_layer["mean"] - at_layer["mean"][0] for at_layer in rows])
     hover = [
         [
-            f"layer {layer}, multiplier {multiplier:g}<br>score {estimate(cell)}<br>"
-            f"shift {number(cell['mean'] - own['mean'][0])}<br>n = {number(cell['n'], 0)}"
-            for multiplier, cell in own.iterrows()
+            f"layer {layer}, multiplier {multiplier:g}<br>score {row_estimate(cell)}<br>"
+            f"shift {number(cell['mean'] - at_layer['mean'][0])}<br>n = {number(cell['n'], 0)}"
+            for multiplier, cell in at_layer.iterrows()
         ]
-        for layer, own in zip(doses, rows, strict=True)
+        for layer, at_layer in zip(doses, rows, strict=True)
     ]
     heat = go.Heatmap(z=shifts, coloraxis="coloraxis", hovertext=hover, hoverinfo="text", xgap=1, ygap=1)
     roomy = len(doses) <= ROOM[0] and len(multipliers) <= ROOM[1]
     if roomy:
-        heat.text = [["" if np.isnan(mean) else _signed(mean) for mean in own] for own in means]
+        heat.text = [["" if np.isnan(mean) else with_minus_sign(number(mean, 2)) for mean in row] for row in means]
         heat.texttemplate = "%{text}"
     figure = go.Figure(heat)
-    # Places are counted, for neither the layers nor the multipliers need be evenly spaced.
-    names = [f"{multiplier:g}".replace("-", "−") for multiplier in multipliers]
+    # Cells are placed by their index, because layers and multipliers need not be evenly spaced.
+    names = [with_minus_sign(f"{multiplier:g}") for multiplier in multipliers]
     figure.update_xaxes(title_text="multiplier (negative: away)", tickvals=list(range(len(names))), ticktext=names)
     step = -(-len(doses) // 40)
     figure.update_yaxes(
@@ -75,7 +77,7 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
     limit = float(np.nanmax(np.abs(shifts), initial=0.0)) or 1.0
     bar = {"title": "score minus<br>unsteered"}
     figure.update_layout(coloraxis={"colorscale": "RdBu_r", "cmin": -limit, "cmax": limit, "colorbar": bar})
-    reading = "Red: steering raises the mean score; blue: it lowers it; white: as unsteered (multiplier 0)."
+    reading = "Red: steering raises the mean score; blue: steering lowers it; white: no change from multiplier 0."
     reading += " In the cells: mean score." if roomy else " Hover for the mean score and its interval."
     reading += " Grey: not measured." if np.isnan(shifts).any() else ""
     height = 190 + min(max(24 * len(doses), 260), 720)
@@ -85,38 +87,44 @@ def sweep(table: Table, *, title: str = "Steering by layer and multiplier") -> g
 def steerability(
     table: Table, summary: Table, *, note: str = "", title: str = "Dose-response, prompt by prompt"
 ) -> go.Figure:
-    """Score against the multiplier: a thin line per prompt, those that move the wrong way apart, and their mean.
+    """Draws the score of every prompt against the multiplier, with those that move the wrong way marked, and the mean.
 
     Args:
         table: one row per prompt and multiplier. Columns: prompt (text or number), multiplier (times the vector's own
             length), score, wrong_way (bool: the prompt's score moves against the multiplier).
         summary: one row per multiplier. Columns: multiplier, n (prompts), mean, low, high (score).
-        note: sentence to add to the reading line, on the strength of the trend, say.
+        note: a sentence to add to the subtitle, such as the strength of the trend.
         title: heading of the figure.
 
     Raises:
         ValueError: if a column or all rows are missing.
+
+    Example:
+        >>> rows = [{"prompt": "How are you?", "multiplier": m, "score": m / 10, "wrong_way": 0} for m in (-2, 0, 2)]
+        >>> means = [{"multiplier": m, "n": 1, "mean": 0.1 * m, "low": 0.0, "high": 0.1} for m in (-2, 0, 2)]
+        >>> [line.name for line in steerability(rows, means).data if line.name]
+        ['How are you?', 'mean', 'right way (1)']
     """
-    frame = check_table(table, words=("prompt", "wrong_way"), numbers=("multiplier", "score"), unescaped=("prompt",))
+    frame = check_table(table, labels=("prompt", "wrong_way"), numbers=("multiplier", "score"), unescaped=("prompt",))
     columns = ("multiplier", "n", "mean", "low", "high")
     middle = check_table(summary, numbers=columns, argument="summary").sort_values("multiplier")
     wrong = frame["wrong_way"].astype(bool).groupby(frame["prompt"], sort=False).any()
     colours = {True: "#D55E00", False: "#A0A0A0"}
     figure = go.Figure()
-    # The wrong ones come last, so that the crowd does not hide them.
+    # Prompts that move the wrong way are drawn last, so that the others do not hide them.
     for prompt in wrong.sort_values(kind="stable").index:
-        own = frame[frame["prompt"] == prompt].sort_values("multiplier")
-        words = "<br>".join(escape_html(textwrap.wrap(textwrap.shorten(str(prompt), 160), 60)))
+        rows = frame[frame["prompt"] == prompt].sort_values("multiplier")
+        text = "<br>".join(escape_html(textwrap.wrap(textwrap.shorten(str(prompt), 160), 60)))
         line = go.Scatter(
-            x=own["multiplier"],
-            y=own["score"],
+            x=rows["multiplier"],
+            y=rows["score"],
             mode="lines",
             line={"color": colours[wrong[prompt]], "width": 1.5},
             opacity=0.8 if wrong[prompt] else 0.4,
             name=escape_html(str(prompt)),
             showlegend=False,
             hovertext=[
-                f"{words}<br>multiplier {row['multiplier']:g}: {number(row['score'])}" for _, row in own.iterrows()
+                f"{text}<br>multiplier {row['multiplier']:g}: {number(row['score'])}" for _, row in rows.iterrows()
             ],
             hoverinfo="text",
         )
@@ -130,25 +138,25 @@ def steerability(
         marker_size=9,
         name="mean",
         hovertext=[
-            f"multiplier {row['multiplier']:g}<br>mean score {estimate(row)}<br>n = {row['n']:g}"
+            f"multiplier {row['multiplier']:g}<br>mean score {row_estimate(row)}<br>n = {row['n']:g}"
             for _, row in middle.iterrows()
         ],
         hoverinfo="text",
     )
     figure.add_trace(mean)
-    astray, every = int(wrong.sum()), len(wrong)
-    figure.add_trace(key(f"right way ({every - astray})", mode="lines", line={"color": colours[False], "width": 1.5}))
-    if astray:
-        figure.add_trace(key(f"wrong way ({astray})", mode="lines", line={"color": colours[True], "width": 1.5}))
+    n_wrong = int(wrong.sum())
+    figure.add_trace(
+        legend_entry(f"right way ({len(wrong) - n_wrong})", mode="lines", line={"color": colours[False], "width": 1.5})
+    )
+    if n_wrong:
+        figure.add_trace(
+            legend_entry(f"wrong way ({n_wrong})", mode="lines", line={"color": colours[True], "width": 1.5})
+        )
     figure.add_vline(x=0, line={"dash": "dash", "color": INK, "width": 1})
     figure.update_xaxes(title_text="multiplier (negative: away)", zeroline=False)
     figure.update_yaxes(title_text="score", zerolinecolor=FAINT)
     reading = (
-        f"Each thin line is a prompt; {astray} of {every} move against the multiplier. Thick: their mean, with its "
-        f"95 % interval. {escape_html(note)}"
+        f"Each thin line is a prompt; {n_wrong} of {len(wrong)} move against the multiplier. Thick line: mean of the "
+        f"prompts with its 95 % interval. {escape_html(note)}"
     )
     return apply_style(figure, title, reading.strip(), sample(middle), legend_traceorder="normal")
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""How the tuning went."""
+"""The losses of a tuning run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from rt_lens.plots.style import DIRECTIONS, LOSS_PARTS, Table, apply_style, arm_
 
 
 def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
-    """Loss curves: a panel per loss part (columns) and direction (rows), a thin line per arm, seed and split.
+    """Draws loss curves: a panel per loss part (columns) and direction (rows), a thin line per arm, seed and split.
 
     Args:
         history: one row per logged step. Columns: arm, direction, seed, step, split ("train" or "validation"), and the
-            parts total, token (nats), cosine (0 to 1), kl (nats per token); NaN or None where a part is not used.
+            parts total, token (nats), cosine (0 to 1), kl (nats per token); NaN or None where a part is unused.
         title: heading of the figure.
 
     Raises:
         ValueError: if a column or all rows are missing, or no part holds a number.
+
+    Example:
+        >>> row = {"arm": "rep_tuned", "direction": "away", "seed": 0, "split": "train", "token": 1.9, "kl": None}
+        >>> figure = losses([row | {"step": step, "total": 2.5 - step, "cosine": 0.6 - step / 10} for step in (0, 1)])
+        >>> [panel.text for panel in figure.layout.annotations]  # no panel for the unused KL
+        ['total, away', 'token (nats), away', 'cosine (0 to 1), away']
     """
-    words = ("arm", "direction", "seed", "split")
-    frame = check_table(history, words=words, numbers=("step", *LOSS_PARTS), argument="history")
+    labels = ("arm", "direction", "seed", "split")
+    frame = check_table(history, labels=labels, numbers=("step", *LOSS_PARTS), argument="history")
     parts = [part for part in LOSS_PARTS if frame[part].notna().any()]
     if not parts:
-        raise ValueError(f"history: only empty values came, a number is wanted in one of {', '.join(LOSS_PARTS)}.")
+        raise ValueError(f"history must hold a number in one of {', '.join(LOSS_PARTS)}, got only empty values.")
     directions = ordered(frame["direction"], DIRECTIONS)
     figure = make_subplots(
         rows=len(directions),
@@ -34,7 +40,7 @@ def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
         subplot_titles=[f"{LOSS_PARTS[part]}, {direction}" for direction in directions for part in parts],
     )
     colours, named = arm_colours(frame["arm"]), set()
-    for (arm, direction, seed, split), run in frame.sort_values("step", kind="stable").groupby([*words], sort=False):
+    for (arm, direction, seed, split), run in frame.sort_values("step", kind="stable").groupby([*labels], sort=False):
         for column, part in enumerate(parts, start=1):
             curve = run.dropna(subset=[part])
             if curve.empty:
@@ -54,10 +60,8 @@ def losses(history: Table, *, title: str = "Losses while tuning") -> go.Figure:
             named.add(group)
     figure.update_xaxes(title_text="step", row=len(directions))
     figure.update_yaxes(title_text="loss", col=1)
-    reading = (
-        "A dashed line (validation) that turns up while the solid one (train) falls: over-fitting. A line per seed."
-    )
+    reading = "Overfitting: the dashed line (validation) rises while the solid line (train) falls. One line per seed."
     apply_style(figure, title, reading, sample(frame), height=200 + 260 * len(directions))
-    # The legend lies below, for four panels need the width.
+    # The legend lies below, because four panels need the width.
     legend = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"}
     return figure.update_layout(legend=legend, margin_b=110)

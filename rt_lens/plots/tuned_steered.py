@@ -1,10 +1,11 @@
-"""What steering does to models that were tuned: whether they resist it, and what it costs them.
+"""Tuned models under steering: their resistance to it, and its side effects.
 
-Scores come measured; no figure here knows of a model or a scorer.
+The tables hold measured scores; no figure in this module knows a model or a scorer.
 """
 
 from __future__ import annotations
 
+import warnings
 from html import unescape
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from rt_lens.common.formatting import number
 from rt_lens.plots.style import (
     ARM_COLOURS,
     FAINT,
@@ -20,37 +22,49 @@ from rt_lens.plots.style import (
     apply_style,
     arm_colours,
     check_table,
+    check_unique,
     escape_html,
-    number,
     ordered,
+    row_estimate,
     sample,
+    whiskers,
+    with_measure,
+    with_minus_sign,
 )
-from rt_lens.plots.tuned import once, renamed, stated, whiskers
+
+_OLD_NAMES = {
+    "damage": "side_effect",
+    "damage_low": "side_effect_low",
+    "damage_high": "side_effect_high",
+    "n_damage": "n_side_effect",
+}
 
 
 def resistance(
     table: Table, moved: Table | None = None, *, title: str = "Do tuned models resist steering?"
 ) -> go.Figure:
-    """Heat map of the score over arms and steering multipliers; at its right, how far steering moves each arm.
+    """Draws the score over arms and steering multipliers as a heat map, and how far steering moves each arm.
 
     Args:
         table: one row per arm and multiplier, arms in the order in which to draw them. Columns: arm, multiplier (times
             the vector's own length), n (scored responses), mean, low, high (score; 0 is neutral), seed.
-        moved: one row per arm, or none at all: no panel. Columns: arm, multiplier (m), n, mean, low, high (score at +m
+        moved: one row per arm, for a second panel. Columns: arm, multiplier (m), n, mean, low, high (score at +m
             minus score at -m, on the same prompts).
         title: heading of the figure.
 
     Raises:
-        ValueError: if a column or all rows are missing, an arm and multiplier or a moved arm comes twice, or a moved
-            arm is not in the table.
+        ValueError: if a column or all rows are missing, an arm and multiplier or a moved arm has two rows, or a
+            moved arm is not in the table.
 
     Example:
         >>> row = {"arm": "untuned", "n": 40, "mean": 0.3, "low": 0.2, "high": 0.4, "seed": 0}
         >>> figure = resistance([row | {"multiplier": m, "mean": 0.3 + 0.1 * m} for m in (-2, 0, 2)])
+        >>> figure.data[0].y, figure.data[0].text
+        (('untuned',), (['0.10', '0.30', '0.50'],))
     """
-    frame = check_table(table, words=("arm", "seed"), numbers=("multiplier", "n", "mean", "low", "high"))
-    once(frame, ["arm", "multiplier"])
-    frame, arms = renamed(frame, "score"), ordered(frame["arm"])
+    frame = check_table(table, labels=("arm", "seed"), numbers=("multiplier", "n", "mean", "low", "high"))
+    check_unique(frame, ["arm", "multiplier"])
+    frame, arms = with_measure(frame, "score"), ordered(frame["arm"])
     shifts = None if moved is None else _moved_rows(moved, arms)
     multipliers = sorted(frame["multiplier"].unique())
     cells = frame.set_index(["arm", "multiplier"])
@@ -62,34 +76,36 @@ def resistance(
         horizontal_spacing=0.04,
     )
     heat = go.Heatmap(
-        z=[own["score"] for own in rows],
+        z=[of_arm["score"] for of_arm in rows],
         y=arms,
         coloraxis="coloraxis",
-        text=[["" if np.isnan(mean) else _signed(f"{mean:.2f}") for mean in own["score"]] for own in rows],
+        text=[
+            ["" if np.isnan(mean) else with_minus_sign(number(mean, 2)) for mean in of_arm["score"]] for of_arm in rows
+        ],
         texttemplate="%{text}",
         hovertext=[
             [
-                f"{arm}, multiplier {multiplier:g}<br>score {stated(cell, 'score')}<br>n = {number(cell['n'], 0)}"
-                for multiplier, cell in own.iterrows()
+                f"{arm}, multiplier {multiplier:g}<br>score {row_estimate(cell, 'score')}<br>n = {number(cell['n'], 0)}"
+                for multiplier, cell in of_arm.iterrows()
             ]
-            for arm, own in zip(arms, rows, strict=True)
+            for arm, of_arm in zip(arms, rows, strict=True)
         ],
         hoverinfo="text",
         xgap=1,
         ygap=1,
     )
     figure.add_trace(heat, row=1, col=1)
-    # Places are counted, for the multipliers need not be evenly spaced.
-    names = [_signed(f"{multiplier:g}") for multiplier in multipliers]
+    # Cells are placed by their index, because multipliers need not be evenly spaced.
+    names = [with_minus_sign(f"{multiplier:g}") for multiplier in multipliers]
     ticks = {"tickvals": list(range(len(names))), "ticktext": names}
-    words = "multiplier of steering (negative: away)"
-    figure.update_xaxes(title_text=words, showgrid=False, zeroline=False, **ticks, row=1, col=1)
+    axis_title = "multiplier of steering (negative: away)"
+    figure.update_xaxes(title_text=axis_title, showgrid=False, zeroline=False, **ticks, row=1, col=1)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, zeroline=False)
-    reading = "A row that keeps its colour from left to right resists steering. In the cells: mean score."
+    reading = "A row with one colour from left to right resists steering. In the cells: mean score."
     if shifts is not None:
         _draw_moved(figure, shifts)
-        reading += " Right: the nearer to 0, the more it resists; whiskers are 95 % intervals."
-    hole = any(own["score"].isna().any() for own in rows)
+        reading += " Right: nearer to 0 is more resistance. Whiskers: 95 % intervals."
+    hole = any(of_arm["score"].isna().any() for of_arm in rows)
     reading += " Grey: not measured." if hole else ""
     limit = float(np.nanmax(np.abs(frame["score"]), initial=0.0)) or 1.0
     bar = {"title": {"text": "score", "side": "right"}}
@@ -99,23 +115,23 @@ def resistance(
     return apply_style(figure, title, reading, sample(frame), height=height, plot_bgcolor=background)
 
 
-def effect_against_damage(
+def effect_against_side_effect(
     table: Table,
     *,
     effect: str = "mood score",
-    damage: str = "KL on neutral prompts (nats)",
-    title: str = "Effect of steering against its damage",
+    side_effect: str = "KL on neutral prompts (nats)",
+    title: str = "Effect of steering against its side effect",
 ) -> go.Figure:
-    """What steering costs at each effect: a line per arm through its multipliers, in their order.
+    """Draws the side effect of steering against its effect: a line per arm through its multipliers, in their order.
 
-    Made for KL-then-steer (Stickland et al. 2024), whose claim is less damage at the same effect.
+    It serves KL-then-steer (Stickland et al. 2024), which claims a smaller side effect at the same effect.
 
     Args:
         table: one row per arm and multiplier. Columns: arm, multiplier (times the vector's own length), effect,
-            effect_low, effect_high (on n responses), damage, damage_low, damage_high (on n_damage prompts or tokens),
-            n, n_damage, seed. NaN or None where nothing was measured; a line has a gap there.
+            effect_low, effect_high (on n responses), side_effect, side_effect_low, side_effect_high (on n_side_effect
+            prompts or tokens), n, n_side_effect, seed. NaN or None where nothing was measured; a line has a gap there.
         effect: title of the x axis, with its unit.
-        damage: title of the y axis, with its unit.
+        side_effect: title of the y axis, with its unit.
         title: heading of the figure.
 
     Raises:
@@ -123,67 +139,84 @@ def effect_against_damage(
 
     Example:
         >>> row = {"arm": "steered", "effect": 0.3, "effect_low": 0.2, "effect_high": 0.4, "n": 40, "seed": 0}
-        >>> row |= {"damage": 0.1, "damage_low": 0.08, "damage_high": 0.12, "n_damage": 30}
+        >>> row |= {"side_effect": 0.1, "side_effect_low": 0.08, "side_effect_high": 0.12, "n_side_effect": 30}
         >>> figure = effect_against_damage([row | {"multiplier": m, "effect": 0.1 * m} for m in (-2, 0, 2)])
     """
-    measured = [f"{name}{end}" for name in ("effect", "damage") for end in ("", "_low", "_high")]
-    frame = check_table(table, words=("arm", "seed"), numbers=("multiplier", *measured, "n", "n_damage"))
-    once(frame, ["arm", "multiplier"])
-    effect, damage = escape_html([effect, damage])
+    measured = [f"{name}{end}" for name in ("effect", "side_effect") for end in ("", "_low", "_high")]
+    numbers = ("multiplier", *measured, "n", "n_side_effect")
+    frame = check_table(_with_new_names(table), labels=("arm", "seed"), numbers=numbers)
+    check_unique(frame, ["arm", "multiplier"])
+    effect, side_effect = escape_html([effect, side_effect])
     colours = arm_colours(frame["arm"])
     figure = go.Figure()
-    for place, arm in enumerate(ordered(frame["arm"], list(ARM_COLOURS))):
-        own = frame[frame["arm"] == arm].sort_values("multiplier")
+    for index, arm in enumerate(ordered(frame["arm"], list(ARM_COLOURS))):
+        rows = frame[frame["arm"] == arm].sort_values("multiplier")
         line = go.Scatter(
-            x=own["effect"],
-            y=own["damage"],
-            error_x=whiskers(own, "effect", colours[arm]),
-            error_y=whiskers(own, "damage", colours[arm]),
+            x=rows["effect"],
+            y=rows["side_effect"],
+            error_x=whiskers(rows, "effect", colours[arm]),
+            error_y=whiskers(rows, "side_effect", colours[arm]),
             mode="lines+markers+text",
-            text=[_signed(f"{multiplier:g}") for multiplier in own["multiplier"]],
-            textposition=_corners(own, "top" if place % 2 == 0 else "bottom"),
+            text=[with_minus_sign(f"{multiplier:g}") for multiplier in rows["multiplier"]],
+            textposition=_corners(rows, "top" if index % 2 == 0 else "bottom"),
             textfont={"color": colours[arm], "size": 13},
             line={"color": colours[arm], "width": 2},
             marker_size=8,
             name=arm,
             hovertext=[
-                f"{arm}, multiplier {row['multiplier']:g}<br>{effect} {stated(row, 'effect')}, n = "
-                f"{number(row['n'], 0)}<br>{damage} {stated(row, 'damage')}, n = {number(row['n_damage'], 0)}"
-                for _, row in own.iterrows()
+                f"{arm}, multiplier {row['multiplier']:g}<br>{effect} {row_estimate(row, 'effect')}, n = "
+                f"{number(row['n'], 0)}<br>{side_effect} {row_estimate(row, 'side_effect')}, n = "
+                f"{number(row['n_side_effect'], 0)}"
+                for _, row in rows.iterrows()
             ],
             hoverinfo="text",
             cliponaxis=False,
         )
         figure.add_trace(line)
     figure.update_xaxes(title_text=effect, zerolinecolor=FAINT)
-    worst = float(np.nanmax(frame[["damage", "damage_high"]], initial=0.0)) or 1.0
-    # Room below 0, where the multiplier of an undamaged point may stand.
-    lowest = float(np.nanmin(frame[["damage", "damage_low"]], initial=0.0))
-    figure.update_yaxes(title_text=damage, zerolinecolor=FAINT, range=[lowest - 0.07 * worst, 1.05 * worst])
+    worst = float(np.nanmax(frame[["side_effect", "side_effect_high"]], initial=0.0)) or 1.0
+    # Room below 0 for the multiplier of a point without side effect.
+    lowest = float(np.nanmin(frame[["side_effect", "side_effect_low"]], initial=0.0))
+    figure.update_yaxes(title_text=side_effect, zerolinecolor=FAINT, range=[lowest - 0.07 * worst, 1.05 * worst])
     reading = (
-        "At the same effect, the lower line does less damage. At the points: the multiplier. Whiskers: 95 % intervals."
+        "At the same effect, the lower line has the smaller side effect. Labels: multipliers. Whiskers: 95 % intervals."
     )
-    size = sample(frame[["n_damage"]].rename(columns={"n_damage": "n"}))
-    facts = f"Effect: {sample(frame[['n']])} Damage: {size} {sample(frame[['seed']])}"
+    size = sample(frame[["n_side_effect"]].rename(columns={"n_side_effect": "n"}))
+    facts = f"Effect: {sample(frame[['n']])} Side effect: {size} {sample(frame[['seed']])}"
     return apply_style(figure, title, reading, facts, height=560, legend_traceorder="normal")
 
 
-def _corners(own: pd.DataFrame, side: str) -> list[str]:
-    """For every point of a line that rises to both sides, the corner of its whiskers through which no line runs."""
-    rising = np.sign(own["multiplier"]) * np.sign(own["multiplier"].corr(own["effect"]))
+def effect_against_damage(table: Table, **texts: str) -> go.Figure:  # TODO-RENAME
+    """The old name of `effect_against_side_effect`."""
+    return effect_against_side_effect(table, **{_OLD_NAMES.get(name, name): text for name, text in texts.items()})
+
+
+def _with_new_names(table: Table) -> pd.DataFrame:
+    """The table with the columns that older tables call `damage` under their new name."""
+    frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table))
+    old = [column for column in frame.columns if column in _OLD_NAMES]
+    if old:
+        new = ", ".join(_OLD_NAMES[column] for column in old)
+        warnings.warn(f"'{', '.join(old)}' is now '{new}'; the old name still works.", UserWarning, stacklevel=3)
+    return frame.rename(columns=_OLD_NAMES)
+
+
+def _corners(rows: pd.DataFrame, side: str) -> list[str]:
+    """For every point of a line that rises to both sides, the corner of its whiskers that the line does not cross."""
+    rising = np.sign(rows["multiplier"]) * np.sign(rows["multiplier"].corr(rows["effect"]))
     return [f"{side} {'right' if (sign < 0) == (side == 'top') else 'left'}" for sign in rising]
 
 
 def _moved_rows(moved: Table, arms: list[str]) -> pd.DataFrame:
-    frame = check_table(moved, words=("arm",), numbers=("multiplier", "n", "mean", "low", "high"), argument="moved")
-    once(frame, ["arm"], "moved")
-    strangers = [arm for arm in frame["arm"] if arm not in arms]
-    if strangers:
+    frame = check_table(moved, labels=("arm",), numbers=("multiplier", "n", "mean", "low", "high"), argument="moved")
+    check_unique(frame, ["arm"], "moved")
+    unknown = [arm for arm in frame["arm"] if arm not in arms]
+    if unknown:
         raise ValueError(
-            f"moved: {unescape(', '.join(strangers))} is not in the table (arms {unescape(', '.join(arms))}). "
-            "Add its rows there."
+            f"moved must be of arms in the table ({unescape(', '.join(arms))}), got {unescape(', '.join(unknown))}. "
+            "Add the arm's rows to the table."
         )
-    return renamed(frame.sort_values("arm", key=lambda own: own.map(arms.index)), "shift")
+    return with_measure(frame.sort_values("arm", key=lambda column: column.map(arms.index)), "shift")
 
 
 def _draw_moved(figure: go.Figure, shifts: pd.DataFrame) -> None:
@@ -197,7 +230,7 @@ def _draw_moved(figure: go.Figure, shifts: pd.DataFrame) -> None:
             marker={"color": colours[row["arm"]], "size": 11},
             hovertext=(
                 f"{row['arm']}<br>multiplier {row['multiplier']:g} against −{row['multiplier']:g}<br>"
-                f"moved by {stated(row, 'shift')}<br>n = {number(row['n'], 0)}"
+                f"moved by {row_estimate(row, 'shift')}<br>n = {number(row['n'], 0)}"
             ),
             hoverinfo="text",
             showlegend=False,
@@ -205,9 +238,5 @@ def _draw_moved(figure: go.Figure, shifts: pd.DataFrame) -> None:
         figure.add_trace(dot, row=1, col=2)
     figure.add_vline(x=0, line={"dash": "dash", "color": INK, "width": 1.5}, row=1, col=2)
     dose = f"{doses[0]:g}" if len(doses) == 1 else "m"
-    words = f"moved by steering<br>(score at +{dose} minus at −{dose})"
-    figure.update_xaxes(title_text=words, rangemode="tozero", row=1, col=2)
-
-
-def _signed(written: str) -> str:
-    return written.replace("-0.00", "0.00").replace("-", "−")
+    axis_title = f"moved by steering<br>(score at +{dose} minus at −{dose})"
+    figure.update_xaxes(title_text=axis_title, rangemode="tozero", row=1, col=2)

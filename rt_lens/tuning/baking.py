@@ -15,6 +15,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from rt_lens.models.forward import dtype_name, finest_dtype, model_name
+from rt_lens.models.parameter_names import output_parameters
 from rt_lens.models.protocol import Model
 from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.tuning.delta import WeightDelta
@@ -174,8 +175,8 @@ def _writer(model: Model, name: str) -> tuple[str, str]:
     if layer < 0:
         return "embed.W_E", "embed.W_E"
     if kind in ("z", "attn_out", "resid_mid") or model.cfg.attn_only:
-        return f"blocks.{layer}.attn.W_O", f"blocks.{layer}.attn.b_O"
-    return f"blocks.{layer}.mlp.W_out", f"blocks.{layer}.mlp.b_out"
+        return output_parameters(layer, "o")
+    return output_parameters(layer, "down")
 
 
 def _fold_one(model: Model, weights: _Weights, name: str, edits: Sequence[Edit]) -> None:

@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from rt_lens.models.forward import check_layers
+from rt_lens.models.parameter_names import as_matrix, block_and_modules, from_matrix
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
 
-# Names of a HookedTransformer and, with `_original_component` taken out, Hugging Face's under a TransformerBridge,
-# where blocks are `layers` or, in GPT-2, `h`.
-_BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.(.+)$")
-_PARTS: dict[str, tuple[str, ...]] = {
-    r"attn\.W_Q$|q_proj\.weight$|att(?:n|ention)\.q\.weight$": ("q",),
-    r"attn\._?W_K$|k_proj\.weight$|att(?:n|ention)\.k\.weight$": ("k",),
-    r"attn\._?W_V$|v_proj\.weight$|att(?:n|ention)\.v\.weight$": ("v",),
-    r"attn\.W_O$|att(?:n|ention)\.(?:o|o_proj|out_proj|c_proj|dense)\.weight$": ("o",),
-    r"(?:c_attn|qkv|qkv_proj|query_key_value)\.weight$": ("q", "k", "v"),
-    r"gate_up_proj\.weight$": ("gate", "up"),
-    r"mlp\.(?:.*W_gate|.*gate_proj\.weight|gate\.weight)$": ("gate",),
-    r"mlp\.(?:.*W_in|.*up_proj\.weight|in\.weight|.*c_fc\.weight|.*dense_h_to_4h\.weight)$": ("up",),
-    r"mlp\..*(?:W_out|down_proj\.weight|c_proj\.weight|dense_4h_to_h\.weight)$": ("down",),
-    r"\._?b_\w+$|(?<!\.qkv)\.bias$|^ln\w*\.b$": ("bias",),
-    r"^ln\w*\.w$|norm\w*\.w(?:eight)?$|ln_\d\.weight$": ("norm",),
-}
-
-
-def parts_of(name: str) -> tuple[int | None, tuple[str, ...]]:
-    """A parameter's block and kinds (several for a fused matrix); None and nothing for what is in no block."""
-    found = _BLOCK.search(name.replace("._original_component", ""))
-    if found is None:
-        return None, ()
-    kinds = next((kinds for pattern, kinds in _PARTS.items() if re.search(pattern, found[2])), ())
-    return int(found[1]), kinds
+parts_of = block_and_modules  # TODO-RENAME
 
 
 def trained_by(model: Model, config: TuneConfig) -> dict[str, dict[str, nn.Parameter]]:
@@ -62,7 +37,7 @@ def _chosen(model: Model, config: TuneConfig, loss: str) -> dict[str, nn.Paramet
     check_layers(model, blocks)
     found: dict[str, nn.Parameter] = {}
     seen: set[str] = set()
-    placed = {name: parts_of(name) for name, _ in model.named_parameters()}
+    placed = {name: block_and_modules(name) for name, _ in model.named_parameters()}
     apart = {(block, parts[0]) for block, parts in placed.values() if len(parts) == 1}
     for name, parameter in model.named_parameters():
         block, parts = placed[name]
@@ -127,15 +102,6 @@ class FullRank:
         self.parameter.data = self.leaf.detach().permute(self.back).to(self.parameter.dtype)
 
 
-def as_matrix(name: str, weight: Tensor) -> Float[Tensor, "out into"]:
-    """A weight as it maps a column, all heads together; Hugging Face's are so already."""
-    if not re.search(r"\._?W_\w+$", name):
-        return weight
-    if weight.ndim == 2:
-        return weight.T
-    return weight.flatten(0, 1).T if name.endswith("W_O") else weight.movedim(1, 2).flatten(0, 1)
-
-
 class LowRank:
     """A matrix plus B A of a low rank (Hu et al. 2021), B starting at zero.
 
@@ -152,17 +118,6 @@ class LowRank:
         self.tensors = {"a": self.a, "b": self.b}
         self.write()
         self.hook = parameter.register_post_accumulate_grad_hook(self._split)
-
-    def _weight(self, matrix: Float[Tensor, "out into"]) -> Tensor:
-        """`as_matrix` undone."""
-        shape = self.before.shape
-        if not re.search(r"\._?W_\w+$", self.name):
-            return matrix
-        if len(shape) == 2:
-            return matrix.T
-        if self.name.endswith("W_O"):
-            return matrix.T.reshape(shape)
-        return matrix.reshape(shape[0], shape[2], shape[1]).movedim(2, 1)
 
     @torch.no_grad()
     def _split(self, parameter: Tensor) -> None:
@@ -181,7 +136,7 @@ class LowRank:
 
     def write(self) -> None:
         """Puts the factors' product into the model."""
-        change = self._weight(self.b.detach() @ self.a.detach())
+        change = from_matrix(self.name, self.b.detach() @ self.a.detach(), tuple(self.before.shape))
         self.parameter.data = (self.before.float() + change).to(self.before.dtype)
 
 

@@ -76,9 +76,9 @@ def extract_vectors(
         model: HookedTransformer or TransformerBridge.
         pairs: what differs between the two sides is what the vectors will mean.
         method: `mean_diff`, `pca`, `pca_centred`, `logistic`, `mass_mean`, `random`, `leace` (with its erasers), or a
-            function from the two sides' activations to a direction. All shipped ones give the mean difference's norm.
-        position: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`, `mean "some words"`, a token
-            number, or a function: see `rt_lens.models.positions`.
+            function from the two sides' activations to a direction. All built-in ones give the mean difference's norm.
+        position: the token that is read: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`,
+            `mean "some words"`, a token number, or a function; `rt_lens.models.positions` defines the words.
         layers: block indices; all for None.
         hook: kind of hook point: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or `z` by head.
         norm: `keep` leaves the method's norm, `unit` gives length 1.
@@ -93,20 +93,24 @@ def extract_vectors(
 
     Raises:
         ValueError: unknown method, position, layer or hook point, sides that are the same, or a position that a text
-            has not.
+            does not have.
 
     Example:
-        >>> vectors = extract_vectors(model, load_pairs("mood").sample(128), method="logistic")
+        >>> vectors = extract_vectors(model, load_pairs("mood").sample(8), layers=[18, 21])
+        >>> vectors.hook_names
+        ['blocks.18.hook_resid_post', 'blocks.21.hook_resid_post']
+        >>> vectors.provenance.method, vectors.provenance.position_tokens  # what was read, in the first pair
+        ('mean_diff', ...)
     """
     find, label = method_of(method, seed)
     if norm not in ("keep", "unit"):
-        raise ValueError(f"norm: {norm!r} came; 'keep' or 'unit' is wanted.")
+        raise ValueError(f"norm must be 'keep' or 'unit', got {norm!r}.")
     if not 0 <= winsorised < 0.5:
-        raise ValueError(f"winsorised: {winsorised} came; at least 0 and below 0.5 is wanted, 0.02 say.")
+        raise ValueError(f"winsorised must be at least 0 and below 0.5, got {winsorised}. Try 0.02.")
     names = hook_names(check_layers(model, layers), hook)
-    place = position_of(position)
+    read_at = position_of(position)
     (sides,) = read_sides(
-        model, pairs, names, [place], batch_size=batch_size, padding=padding, progress=progress
+        model, pairs, names, [read_at], batch_size=batch_size, padding=padding, progress=progress
     )  # fmt: skip
     return vectors_of(sides, find, provenance_of(model, pairs, sides, label, seed), winsorised, norm == "unit")
 
@@ -132,13 +136,18 @@ def extract_offsets(
 
     Raises:
         ValueError: as `extract_vectors`; also if a text is shorter than `last`.
+
+    Example:
+        >>> by_token = extract_offsets(model, train.sample(4), last=3, layers=[21])
+        >>> list(by_token), by_token[-2].provenance.position
+        ([-1, -2, -3], "token 2 from the end of the chat prompt and the answer's prefill")
     """
     find, label = method_of(method, seed)
     if last < 1:
-        raise ValueError(f"last: {last} came; a number of tokens of at least 1 is wanted.")
+        raise ValueError(f"last must be a number of tokens of at least 1, got {last}.")
     names = hook_names(check_layers(model, layers), hook)
-    places = [position_of(-number) for number in range(1, last + 1)]
-    read = read_sides(model, pairs, names, places, batch_size=batch_size, progress=progress)
+    positions = [position_of(-number) for number in range(1, last + 1)]
+    read = read_sides(model, pairs, names, positions, batch_size=batch_size, progress=progress)
     return {
         -number: vectors_of(sides, find, provenance_of(model, pairs, sides, label, seed))
         for number, sides in enumerate(read, start=1)
@@ -161,7 +170,7 @@ def covariate_vectors(
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        texts: through the chat template already, `pairs.texts(model).positive` say.
+        texts: through the chat template already, for example `pairs.texts(model).positive`.
         values: one number for each text (1 where the answer letter is A, 0 where it is B), or `length` in tokens.
         name: what the numbers are; `length` by default where they are that.
         position: as for `extract_vectors`.
@@ -171,33 +180,39 @@ def covariate_vectors(
 
     Raises:
         ValueError: if the values are not as many as the texts, or all the same.
+
+    Example:
+        >>> length = covariate_vectors(model, pairs.texts(model).positive[:8], layers=[21])
+        >>> without_length = vectors.select([21]).without(length)
+        >>> abs(without_length.cosine(length)["blocks.21.hook_resid_post"]) < 1e-4
+        True
     """
     names = hook_names(check_layers(model, layers), hook)
     check_hook_names(model, names)
-    place = position_of(position)
+    read_at = position_of(position)
     if isinstance(values, str) and values != "length":
-        raise ValueError(f"values: {values!r} came; 'length' or one number for each text is wanted.")
+        raise ValueError(f"values must be 'length' or one number for each text, got {values!r}.")
     texts = text_list(texts, "texts", blank=True)
     numbers = [len(encode(model, text)) for text in texts] if isinstance(values, str) else list(values)
     if len(numbers) != len(texts):
-        raise ValueError(f"values: {len(numbers)} numbers came for {len(texts)} texts. Give one for each text.")
-    reads = [[numbers_in(row, place, f"text {i}")] for i, row in enumerate(rows_of(model, texts))]
-    found = read_activations(model, texts, names, reads, batch_size=batch_size)
+        raise ValueError(f"values must be one number for each text, got {len(numbers)} for {len(texts)} texts.")
+    reads = [[numbers_in(row, read_at, f"text {i}")] for i, row in enumerate(rows_of(model, texts))]
+    activations = read_activations(model, texts, names, reads, batch_size=batch_size)
     y = torch.tensor(numbers, dtype=torch.float64)
     slope = partial(covariate_direction, values=y)
-    moved = {hook_name: _by_head(lambda head: slope, h[:, 0]) for hook_name, h in found.items()}
+    slopes = {hook_name: _by_head(lambda head: slope, h[:, 0]) for hook_name, h in activations.items()}
     provenance = Provenance(
-        model_name(model), name or ("length" if isinstance(values, str) else "covariate"), "covariate", place.words,
+        model_name(model), name or ("length" if isinstance(values, str) else "covariate"), "covariate", read_at.words,
         "none", len(texts), "", 0, package_version(), dtype=dtype_name(model),
     )  # fmt: skip
-    return SteeringVectors(moved, provenance)
+    return SteeringVectors(slopes, provenance)
 
 
 def read_sides(
     model: Model,
     pairs: ContrastPairs,
     names: Sequence[str],
-    places: Sequence[Named],
+    positions: Sequence[Named],
     *,
     batch_size: int = 32,
     padding: Literal["left", "right"] = "left",
@@ -215,21 +230,23 @@ def read_sides(
     rows = rows_of(model, both, ends)
     n = len(pairs)
     reads = [
-        [numbers_in(row, place, f"text {i % n} of the {'positive' if i < n else 'negative'} side") for place in places]
+        [numbers_in(row, at, f"text {i % n} of the {'positive' if i < n else 'negative'} side") for at in positions]
         for i, row in enumerate(rows)
     ]
-    found = read_activations(model, both, names, reads, batch_size=batch_size, padding=padding, progress=progress)
+    activations = read_activations(
+        model, both, names, reads, batch_size=batch_size, padding=padding, progress=progress
+    )  # fmt: skip
     prompts = hashlib.sha256("\0".join(both).encode()).hexdigest()
     return [
         Sides(
-            {name: h[:n, read] for name, h in found.items()},
-            {name: h[n:, read] for name, h in found.items()},
-            f"{place.words}{OF_A_PAIR}",
+            {name: h[:n, read] for name, h in activations.items()},
+            {name: h[n:, read] for name, h in activations.items()},
+            f"{position.words}{OF_A_PAIR}",
             tuple(rows[0].labels[number] for number in reads[0][read]),
             all(_seen(rows[i], reads[i][read]) == _seen(rows[n + i], reads[n + i][read]) for i in range(n)),
             prompts,
         )
-        for read, place in enumerate(places)
+        for read, position in enumerate(positions)
     ]
 
 
@@ -248,8 +265,9 @@ def vectors_of(
     """One method's vectors of activations read before."""
     if sides.alike:
         raise ValueError(
-            f"pairs: {provenance.behaviour!r}, {sides.words}: the two sides are the same, token by token, up to there, "
-            "so there is no direction. Give pairs whose sides differ, or read later tokens."
+            f"pairs must differ between their sides, but in {provenance.behaviour!r} the two sides are the same, token "
+            f"by token, up to the {sides.words}, so there is no direction. Give pairs whose sides differ, or read later "
+            "tokens."
         )
     vectors, erasers = {}, {}
     for name, positive in sides.positive.items():
@@ -262,16 +280,17 @@ def vectors_of(
                 erasers[name] = Eraser(*_parts_by_head(positive, negative))
         except ValueError as error:
             raise ValueError(
-                f"pairs: {provenance.behaviour!r}, {sides.words}, at {name}: {error} Or leave it out with layers=."
+                f"pairs {provenance.behaviour!r}, {sides.words}, at {name}: {error} Or leave this layer out with "
+                "layers=."
             ) from None
     if winsorised:
         provenance = replace(provenance, method=f"{provenance.method}, winsorised {winsorised:g}")
-    found = SteeringVectors(vectors, provenance, erasers)
-    return replace(found.unit(), erasers=erasers) if unit else found
+    extracted = SteeringVectors(vectors, provenance, erasers)
+    return replace(extracted.unit(), erasers=erasers) if unit else extracted
 
 
 def _by_head(of: Callable[[int], Callable[..., Tensor]], *activations: Float[Tensor, "text *heads d"]) -> Tensor:
-    """A head's function of activations [text, d], at each where there are heads; heads stay the last axis but one."""
+    """One head's function of activations [text, d], for every head where there are heads, which stay the axis before d."""
     if activations[0].ndim == 2:
         return of(0)(*activations)
     heads = range(activations[0].shape[1])
@@ -291,7 +310,7 @@ def method_of(method: str | Method, seed: int) -> tuple[Callable[[str, int], Met
     if callable(method):
         return (lambda name, head: method), getattr(method, "__name__", repr(method))
     if method not in METHODS:
-        raise ValueError(f"method: {method!r} came; one of {', '.join(METHODS)}, or a function, is wanted.")
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, or a function, got {method!r}.")
     return (lambda name, head: METHODS[method](1_000_000 * seed + 1000 * layer_of(name) + head)), method
 
 

@@ -1,6 +1,6 @@
 """What vectors and activations look like over layers and texts, as tables for the figures to draw.
 
-It judges no vector (that is `evidence`) and changes no model for longer than a reading lasts.
+It judges no vector (`validation` does) and leaves the model as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from einops import rearrange
 from jaxtyping import Float
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from torch import Tensor
 
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
@@ -27,13 +26,14 @@ from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import Position, position_of
 from rt_lens.models.protocol import Model
 from rt_lens.vectors.extraction import read_sides
+from rt_lens.vectors.guards import one_per_layer
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 
 
 def norms(model: Model, vectors: SteeringVectors, texts: Iterable[str], *, seed: int = 0) -> pd.DataFrame:
     """What a multiplier of 1 means: each vector's length beside that of the activations it would be added to.
 
-    Activations are read at the last token of each prompt, where the answer begins.
+    Activations are read at the last token of each prompt, which predicts the response's first token.
 
     Args:
         model: HookedTransformer or TransformerBridge.
@@ -50,16 +50,19 @@ def norms(model: Model, vectors: SteeringVectors, texts: Iterable[str], *, seed:
         ValueError: if the vectors do not fit the model, or there is no text.
 
     Example:
-        >>> plots.norms(norms(model, vectors, prompts)).show()
+        >>> table = norms(model, vectors.select([18, 21]), prompts)
+        >>> table["layer"].tolist(), bool((table["ratio"] == table["vector"] / table["mean"]).all())
+        ([18, 21], True)
+        >>> plots.norms(table).show()
     """
     lengths = {name: float(vector.norm()) for name, vector in one_per_layer(model, vectors).items()}
-    found = last_token_activations(model, _chats(model, texts), list(lengths))
+    activations = last_token_activations(model, _chats(model, texts), list(lengths))
     rows = []
     for name, length in lengths.items():
-        there = mean_interval(found[name].double().norm(dim=-1).numpy(), seed)
-        ratios = {"ratio": there.mean, "ratio_low": there.high, "ratio_high": there.low}
-        shares = {column: length / divisor if divisor else float("nan") for column, divisor in ratios.items()}
-        rows.append({"layer": layer_of(name), "vector": length, **there._asdict(), **shares, "seed": seed})
+        interval = mean_interval(activations[name].double().norm(dim=-1).numpy(), seed)
+        divisors = {"ratio": interval.mean, "ratio_low": interval.high, "ratio_high": interval.low}
+        ratios = {column: length / divisor if divisor else float("nan") for column, divisor in divisors.items()}
+        rows.append({"layer": layer_of(name), "vector": length, **interval._asdict(), **ratios, "seed": seed})
     return pd.DataFrame(rows)
 
 
@@ -78,24 +81,26 @@ def cosines(
         pairs of random directions have a cosine between this and its negative). No sampling, so no interval.
 
     Raises:
-        ValueError: if nothing came, a layer has no vector, or the vectors are of different widths.
+        ValueError: if there are no vectors, a layer has no vector, or the vectors are of different widths.
 
     Example:
-        >>> table = cosines({"mood": mood, "formality": formality}, layers=[18, 21])
+        >>> table = cosines({"mood": vectors, "the opposite": -1 * vectors}, layers=[21])
+        >>> table[["a", "b", "cosine"]].round(2).to_dict("records")[1]
+        {'a': 'mood, layer 21', 'b': 'the opposite, layer 21', 'cosine': -1.0}
         >>> plots.cosines(table).show()
     """
     if not vectors:
-        raise ValueError('vectors: none came, at least one name with its vectors is wanted: {"mood": mood}, say.')
+        raise ValueError('vectors must be at least one name with its vectors, got none. Try {"mood": mood}.')
     chosen = None if layers is None else list(layers)
-    found = {
-        (name, layer_of(at)): vector.detach().cpu().double()
-        for name, own in vectors.items()
-        for at, vector in own.at_layers(chosen, hook).items()
+    by_layer = {
+        (name, layer_of(hook_name)): vector.detach().cpu().double()
+        for name, of_behaviour in vectors.items()
+        for hook_name, vector in of_behaviour.at_layers(chosen, hook).items()
     }
-    if len(widths := {vector.numel() for vector in found.values()}) > 1:
-        raise ValueError(f"vectors: widths {sorted(widths)} came; vectors of one model are wanted.")
-    labels = [layer if len(vectors) == 1 else f"{name}, layer {layer}" for name, layer in found]
-    flat = torch.stack([vector.flatten() for vector in found.values()])
+    if len(widths := {vector.numel() for vector in by_layer.values()}) > 1:
+        raise ValueError(f"vectors must be of one width, got {sorted(widths)}. Extract all of them on one model.")
+    labels = [layer if len(vectors) == 1 else f"{name}, layer {layer}" for name, layer in by_layer]
+    flat = torch.stack([vector.flatten() for vector in by_layer.values()])
     flat = flat / flat.norm(dim=-1, keepdim=True)  # a vector of zeros has no direction: NaN
     matrix = (flat @ flat.T).tolist()
     # A random unit vector's projection on a fixed one has the standard deviation 1 / sqrt(d).
@@ -120,14 +125,14 @@ def activation_map(
     paired: bool = False,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Both sides' activations on a plane, layer by layer: do the sides part, and is it that by which texts differ most?
+    """Both sides' activations on a plane, layer by layer: do the sides separate, and is that how texts differ most?
 
-    PCA is of both sides together, centred. It is the same every time; t-SNE (van der Maaten and Hinton 2008) keeps
-    neighbours only, and its axes, gaps and sizes mean nothing. The positive side is turned to the right.
+    PCA is of both sides together, centred, and gives the same every time. t-SNE (van der Maaten and Hinton 2008)
+    keeps neighbours only; its axes, gaps and sizes mean nothing. The positive side is turned to the right.
 
-    Texts mostly differ by topic and prefill, which the two sides of a pair share. With `paired` each pair's mean is
-    taken away; what is left is how its sides differ, mirrored about 0, and the colours part where the pairs'
-    differences have a direction in common.
+    Texts mostly differ by topic and prefill, which the two sides of a pair share. `paired` subtracts each pair's mean;
+    what is left is how its sides differ, mirrored about 0, and the colours separate where the pairs' differences have a
+    direction in common.
 
     Args:
         model: HookedTransformer or TransformerBridge.
@@ -136,7 +141,7 @@ def activation_map(
         hook: kind of hook point; heads at `z` are taken together.
         position: what is read of each text, as for `extract_vectors`.
         method: `pca` or `tsne`.
-        paired: take away what the two sides of a pair share.
+        paired: subtract what the two sides of a pair share.
         seed: of t-SNE.
 
     Returns:
@@ -148,12 +153,15 @@ def activation_map(
         ValueError: unknown method, layer, hook point or position; too few pairs.
 
     Example:
-        >>> plots.activation_map(activation_map(model, pairs.sample(60), layers=[6, 12, 18], paired=True)).show()
+        >>> table = activation_map(model, train, layers=[18], paired=True)
+        >>> len(table) == 2 * len(train), table.groupby("side")["x"].mean().round(1).gt(0).to_dict()
+        (True, {'negative': False, 'positive': True})
+        >>> plots.activation_map(table).show()
     """
     if method not in ("pca", "tsne"):
-        raise ValueError(f"method: {method!r} came; 'pca' or 'tsne' is wanted.")
+        raise ValueError(f"method must be 'pca' or 'tsne', got {method!r}.")
     if len(pairs) < 3:
-        raise ValueError(f"pairs: {len(pairs)} came; at least 3 are wanted for a plane.")
+        raise ValueError(f"pairs must be at least 3 to span a plane, got {len(pairs)}. Give more pairs.")
     names = hook_names(check_layers(model, layers), hook)
     (sides,) = read_sides(model, pairs, names, [position_of(position)])
     texts = [_short(*pair.sides[side][1:]) for side in (0, 1) for pair in pairs.pairs]
@@ -161,17 +169,17 @@ def activation_map(
     for name in names:
         both = torch.stack([sides.positive[name], sides.negative[name]]).double()
         shared = both.mean(0, keepdim=True) if paired else 0.0
-        places, shares = _plane(
+        coordinates, shares = _plane(
             rearrange(both, "side text ... -> (side text) (...)").numpy(),
             rearrange(both - shared, "side text ... -> (side text) (...)").numpy(),
             method,
             seed,
         )
-        if places[:n, 0].mean() < places[n:, 0].mean():
-            places[:, 0] *= -1
+        if coordinates[:n, 0].mean() < coordinates[n:, 0].mean():
+            coordinates[:, 0] *= -1
         explained = {"explained_x": shares[0], "explained_y": shares[1], "explained": sum(shares)}
-        columns = {"side": ["positive"] * n + ["negative"] * n, "x": places[:, 0], "y": places[:, 1], "text": texts}
-        tables.append(pd.DataFrame({"layer": layer_of(name), **columns, **explained}))
+        columns = {"side": ["positive"] * n + ["negative"] * n, "x": coordinates[:, 0], "y": coordinates[:, 1]}
+        tables.append(pd.DataFrame({"layer": layer_of(name), **columns, "text": texts, **explained}))
     return pd.concat(tables, ignore_index=True).assign(method=method, paired=paired, n=n, seed=seed)
 
 
@@ -179,13 +187,13 @@ def _plane(
     whole: Float[np.ndarray, "text d"], points: Float[np.ndarray, "text d"], method: str, seed: int
 ) -> tuple[Float[np.ndarray, "text 2"], tuple[float, float]]:
     """Two coordinates of each point, and their shares of the variance."""
-    nothing = float("nan")
-    # The embedding of the same last token, say: what is left is rounding, and no axis of it means anything.
+    unknown = float("nan")
+    # The embedding of the same last token, for example: what is left is rounding, and no axis of it means anything.
     if np.linalg.norm(points.std(axis=0)) <= 1e-6 * np.linalg.norm(whole, axis=1).mean():
-        return np.zeros((len(points), 2)), (nothing, nothing)
+        return np.zeros((len(points), 2)), (unknown, unknown)
     if method == "tsne":
-        near = TSNE(perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=seed)
-        return near.fit_transform(points).astype(float), (nothing, nothing)
+        embedding = TSNE(perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=seed)
+        return embedding.fit_transform(points).astype(float), (unknown, unknown)
     fitted = PCA(2, svd_solver="full").fit(points)
     first, second = fitted.explained_variance_ratio_
     return fitted.transform(points), (float(first), float(second))
@@ -195,18 +203,6 @@ def _chats(model: Model, texts: Iterable[str]) -> list[str]:
     return as_chat(model, text_list(texts, "texts"))
 
 
-def one_per_layer(model: Model, vectors: SteeringVectors) -> dict[str, Float[Tensor, "d_model"]]:
-    """The vectors on the CPU, refused if a layer has several or one for each head."""
-    vectors.check_fits(model)
-    layers = [layer_of(name) for name in vectors.hook_names]
-    if twice := {layer for layer in layers if layers.count(layer) > 1}:
-        raise ValueError(f"vectors: layer {min(twice)} has several; one is wanted. Use vectors.select(layers, hook).")
-    for name, vector in vectors.vectors.items():
-        if vector.ndim > 1:
-            raise ValueError(f"vectors: {name} has one for each head; one of the residual stream is wanted.")
-    return {name: vector.detach().cpu().float() for name, vector in vectors.vectors.items()}
-
-
 def _short(user: str, prefill: str) -> str:
-    words = " ".join(user.split())
-    return (words if len(words) <= 80 else f"{words[:79]}…") + (f" → {prefill}" if prefill else "")
+    text = " ".join(user.split())
+    return (text if len(text) <= 80 else f"{text[:79]}…") + (f" → {prefill}" if prefill else "")

@@ -21,7 +21,13 @@ Method = Callable[[Float[Tensor, "pair d"], Float[Tensor, "pair d"]], Float[Tens
 
 
 def mean_diff(positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d"]) -> Float[Tensor, "d"]:
-    """Mean of the pairwise differences (Ackerman 2024; Panickssery et al. 2024)."""
+    """Mean of the pairwise differences (Ackerman 2024; Panickssery et al. 2024).
+
+    Example:
+        >>> import torch
+        >>> mean_diff(torch.tensor([[2.0, 1.0], [4.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+        tensor([3., 0.])
+    """
     _, _, difference = _sides("mean_diff", positive, negative)
     return _norm_matched(difference, difference, positive)
 
@@ -32,11 +38,19 @@ class PCA:
 
     Uncentred, it is the direction of the largest mean square difference. That equals PCA of both sides about the pairs'
     midpoints, which are half a difference with either sign (repeng's `pca_center`; Zou et al. 2023 get near it by
-    shuffling the sides). Centring the differences takes their mean, which is the signal, away: scikit-learn's PCA on
-    plain differences does so (repeng's `pca_diff`), and then finds how the pairs differ from each other.
+    shuffling the sides). Centring the differences removes their mean, which is the signal: scikit-learn's PCA on plain
+    differences does so (repeng's `pca_diff`), and then finds how the pairs differ from each other.
 
     Attributes:
-        centred: subtract the mean difference first; here to show why not.
+        centred: subtract the mean difference first; it exists to show why not.
+
+    Example:
+        >>> import torch
+        >>> shift = torch.tensor([3.0, 0.0, 0.0])
+        >>> negative = torch.randn(50, 3)
+        >>> direction = PCA()(negative + shift + 0.1 * torch.randn(50, 3), negative)
+        >>> float(torch.cosine_similarity(direction, shift, dim=0)) > 0.99
+        True
     """
 
     centred: bool = False
@@ -48,7 +62,8 @@ class PCA:
         rows = differences - difference if self.centred else differences
         if rows.norm() <= 1e-12 * differences.norm():
             raise ValueError(
-                "positive and negative: all pairs differ alike, so centring leaves nothing. Use PCA(centred=False)."
+                "positive and negative must differ from pair to pair, but all pairs have the same difference, so "
+                "centring leaves nothing. Use PCA(centred=False)."
             )
         direction = _first_right_singular(rows)
         projections = differences @ direction
@@ -61,20 +76,27 @@ class Logistic:
     """Weights of an L2-regularised logistic probe between the two sides (scikit-learn's LogisticRegression).
 
     All features are divided by one number, their overall standard deviation: the result does not depend on the
-    activations' scale, and is not bent as it would be by standardising each feature. The fit runs in the span of the
-    centred rows, where the optimum lies; it is unique and found by Newton's method, so there is no seed.
+    activations' scale, and its direction stays as it is, which standardising each feature would change. The fit runs in
+    the span of the centred rows, where the optimum lies; Newton's method finds it and it is unique, so there is no seed.
 
     Attributes:
         C: inverse strength of the regularisation. Small values tend to the mean difference, large ones to the widest
-            margin, or with many more pairs than dimensions to Sigma^-1 times the mean difference. On the embedded
-            model 0.01 to 10 separated held-out texts alike, and 0.1 about best, from 16 pairs as from 80.
+            margin, or with many more pairs than dimensions to Sigma^-1 times the mean difference. On the bundled
+            model 0.01 to 10 separated held-out texts equally well, and 0.1 about best, from 16 pairs as from 80.
+
+    Example:
+        >>> import torch
+        >>> positive, negative = torch.randn(40, 8) + 1.0, torch.randn(40, 8)
+        >>> direction = Logistic(C=0.1)(positive, negative)
+        >>> float(((positive - negative) @ direction > 0).float().mean()) > 0.9
+        True
     """
 
     C: float = 0.1
 
     def __call__(self, positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d"]) -> Float[Tensor, "d"]:
         if not self.C > 0:
-            raise ValueError(f"C: {self.C} came; a number above 0 is wanted, 0.1 by default.")
+            raise ValueError(f"C must be above 0, got {self.C}. The default is 0.1.")
         positive64, negative64, difference = _sides("logistic", positive, negative, 2)
         rows = torch.cat([positive64, negative64])
         rows = rows - rows.mean(0)
@@ -89,12 +111,21 @@ def mass_mean(positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d
 
     The covariance is shrunk towards a multiple of the identity (Ledoit and Wolf 2004, scikit-learn), since there are
     seldom more pairs than dimensions. This is the probe's reading direction; the mean difference is the writing one.
+
+    Example:
+        >>> import torch
+        >>> noise = torch.randn(200, 2) @ torch.tensor([[1.0, 0.0], [2.0, 0.5]])  # the two dimensions correlate
+        >>> positive, negative = noise + torch.tensor([1.0, 0.0]), noise.flip(0)
+        >>> read, write = mass_mean(positive, negative), mean_diff(positive, negative)
+        >>> bool(read.norm().isclose(write.norm())), float(torch.cosine_similarity(read, write, dim=0)) < 0.95
+        (True, True)
     """
     positive64, negative64, difference = _sides("mass_mean", positive, negative, 2)
     within = torch.cat([positive64 - positive64.mean(0), negative64 - negative64.mean(0)])
     if within.norm() <= 1e-12 * (positive64.norm() + negative64.norm()):
         raise ValueError(
-            "positive and negative: neither side varies within itself, so there is no covariance. Use mean_diff."
+            "positive and negative must vary from text to text, but neither side does, so there is no covariance. Use "
+            "mean_diff."
         )
     covariance = torch.from_numpy(
         ledoit_wolf((within / within.square().mean().sqrt()).numpy(), assume_centered=True)[0]
@@ -105,10 +136,17 @@ def mass_mean(positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d
 
 @dataclass(frozen=True)
 class Random:
-    """Gaussian direction, the control: it has seen no activation, only their mean difference's norm.
+    """Gaussian direction, the control: it sees no activation, only the norm of their mean difference.
 
     Attributes:
         seed: the same seed gives the same direction at every layer of one width; give each layer its own.
+
+    Example:
+        >>> import torch
+        >>> positive, negative = torch.randn(20, 64) + 1.0, torch.randn(20, 64)
+        >>> control, direction = Random(0)(positive, negative), mean_diff(positive, negative)
+        >>> bool(control.norm().isclose(direction.norm())), float(torch.cosine_similarity(control, direction, dim=0)) < 0.5
+        (True, True)
     """
 
     seed: int
@@ -121,10 +159,16 @@ class Random:
 
 
 def leace(positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d"]) -> Float[Tensor, "d"]:
-    """Direction that least-squares concept erasure takes out (Belrose et al. 2023).
+    """Direction that least-squares concept erasure removes (Belrose et al. 2023).
 
     For a concept of two values that is the mean difference, by theorem, so it is computed as such: as a steering vector
-    nothing new. What is new is how much of it is taken out of each activation, see `fit_eraser`.
+    it is nothing new. What is new is how much of it is removed from each activation, see `fit_eraser`.
+
+    Example:
+        >>> import torch
+        >>> positive, negative = torch.randn(20, 8) + 1.0, torch.randn(20, 8)
+        >>> torch.allclose(leace(positive, negative), mean_diff(positive, negative))
+        True
     """
     _, _, difference = _sides("leace", positive, negative, 2)
     return difference.to(positive)
@@ -135,14 +179,21 @@ def fit_eraser(
 ) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"], Float[Tensor, "d"]]:
     """Least-squares concept eraser h - left (right . (h - centre)) (LEACE, Belrose et al. 2023, `concept-erasure`).
 
-    Of all affine maps after which no linear probe can tell the sides apart, the one that moves activations least.
-    Plain ablation, h - (h . u) u, has the same u but reads along it and about zero; this one reads along Sigma^-1 u,
-    where the sides differ most for their noise, and about the mean, so that a common offset stays.
+    Of all affine maps after which no linear probe can tell the sides apart, this one moves activations least. Plain
+    ablation, h - (h . u) u, has the same u but reads along it and about zero; this one reads along Sigma^-1 u, where
+    the sides differ most for their noise, and about the mean, so that a common offset stays.
 
     Returns:
-        left: the mean difference, which is taken out.
-        right: reads off how many mean differences an activation lies from the centre; right . left = 1.
+        left: the mean difference, which is removed.
+        right: reads how many mean differences an activation lies from the centre; right . left = 1.
         centre: mean of all activations of both sides.
+
+    Example:
+        >>> import torch
+        >>> positive, negative = torch.randn(40, 4) + 1.0, torch.randn(40, 4)
+        >>> left, right, centre = fit_eraser(positive, negative)
+        >>> round(float(left @ right), 4)
+        1.0
     """
     positive64, negative64, difference = _sides("leace", positive, negative, 2)
     labels = torch.cat([torch.ones(len(positive64)), torch.zeros(len(negative64))]).double()
@@ -172,10 +223,10 @@ METHODS: dict[str, Callable[[int], Method]] = {
 def winsorise(rows: Float[Tensor, "pair d"], share: float) -> Float[Tensor, "pair d"]:
     """Clip each dimension at its `share` and 1 - `share` quantiles over the rows (interpolated linearly).
 
-    For differences, or one side, in which a few texts are far out. A share of 0 changes nothing.
+    For differences, or one side, in which a few texts are outliers. A share of 0 changes nothing.
     """
     if not 0 <= share < 0.5:
-        raise ValueError(f"share: {share} came; at least 0 and below 0.5 is wanted, 0.02 say.")
+        raise ValueError(f"share must be at least 0 and below 0.5, got {share}. Try 0.02.")
     low, high = np.quantile(rows.detach().cpu().double().numpy(), [share, 1 - share], axis=0)
     return rows.clamp(torch.from_numpy(low).to(rows), torch.from_numpy(high).to(rows))
 
@@ -186,28 +237,31 @@ def covariate_direction(h: Float[Tensor, "text d"], values: Float[Tensor, "text"
     The slope of least squares in every dimension; for values of 0 and 1 it is the difference of the two means.
     """
     if len(h) != len(values) or len(h) < 2:
-        raise ValueError(f"values: {len(values)} came for {len(h)} texts. Give one for each text, of at least 2 texts.")
+        raise ValueError(
+            f"values must be one number for each of at least 2 texts, got {len(values)} for {len(h)} texts."
+        )
     _check_finite("h", h)
     _check_finite("values", values)
     values64 = values.detach().cpu().double()
     centred = values64 - values64.mean()
     if values64.min() == values64.max():
-        raise ValueError(f"values: all are {values64[0]:g}; at least two different ones are wanted.")
+        raise ValueError(f"values must have at least two different ones, got {values64[0]:g} for all texts.")
     return (centred @ h.detach().cpu().double() / centred.square().sum()).to(h)
 
 
 def _sides(
     method: str, positive: Float[Tensor, "..."], negative: Float[Tensor, "..."], at_least: int = 1
 ) -> tuple[Float[Tensor, "pair d"], Float[Tensor, "pair d"], Float[Tensor, "d"]]:
-    """The front door of every method: both sides in float64 on the CPU, and their mean difference."""
+    """What every method begins with: both sides, checked, in float64 on the CPU, and their mean difference."""
     if positive.ndim != 2 or positive.shape != negative.shape:
         raise ValueError(
-            f"negative: shape {tuple(negative.shape)} came for {tuple(positive.shape)} in positive. "
+            f"negative must have the shape of positive, {tuple(positive.shape)}, got {tuple(negative.shape)}. "
             "Give both sides of the same pairs at one layer, [pair, d] each."
         )
     if len(positive) < at_least:
         raise ValueError(
-            f"positive and negative: {len(positive)} pairs came; {method} wants at least {at_least}. Give more pairs."
+            f"positive and negative must be at least {at_least} pairs for {method}, got {len(positive)}. Give more "
+            "pairs."
         )
     _check_finite("positive", positive)
     _check_finite("negative", negative)
@@ -215,8 +269,8 @@ def _sides(
     difference = (positive64 - negative64).mean(0)
     if difference.norm() <= 1e-12 * (positive64.norm() + negative64.norm()):
         raise ValueError(
-            "positive and negative: the two sides are the same in the mean, so there is no direction. "
-            "Give pairs whose sides differ."
+            "positive and negative must have different means, but the two sides are the same in the mean, so there is "
+            "no direction. Give pairs whose sides differ."
         )
     return positive64, negative64, difference
 
@@ -224,7 +278,8 @@ def _sides(
 def _check_finite(name: str, activations: Float[Tensor, "..."]) -> None:
     if bad := int((~activations.isfinite()).sum()):
         raise ValueError(
-            f"{name}: {bad} of {activations.numel()} numbers are NaN or infinite. Run the model in float32, say."
+            f"{name} must be finite, but {bad} of {activations.numel()} numbers are NaN or infinite. Try running the "
+            "model in float32."
         )
 
 

@@ -2,8 +2,8 @@
 
 An operator is called with activations `Float[Tensor, "batch pos *heads d"]` and a strength: one number, or a tensor of
 the activations' leading shape (`batch`, `batch pos` or `batch pos head`). Where the strength is 0 nothing changes, bit
-for bit. `affine` gives an edit of strength s as h A + c, for those that are such a map,
-for activations of a trailing shape `*heads d`, and None for the others.
+for bit. `affine` returns an edit of strength s as h A + c for activations of a trailing shape `*heads d`, or None where
+the edit is no such map.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ Affine = tuple[Float[Tensor, "*heads d d"], Float[Tensor, "*heads d"]]
 
 @runtime_checkable
 class Operator(Protocol):
-    """What every operator is."""
+    """What every operator is: a function of activations and a strength, and where it can, an affine map.
+
+    Example:
+        >>> import torch
+        >>> isinstance(Add(torch.ones(4)), Operator), isinstance(torch.nn.ReLU(), Operator)
+        (True, False)
+    """
 
     def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation: ...
 
@@ -37,6 +43,12 @@ class Add:
 
     Attributes:
         vector: Float[Tensor, "*heads d"].
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[[1.0, 2.0]]])  # one text, one token, d_model 2
+        >>> Add(torch.tensor([0.0, 1.0]))(h, 3.0)
+        tensor([[[1., 5.]]])
     """
 
     vector: Float[Tensor, "*heads d"]
@@ -50,10 +62,17 @@ class Add:
 
 @dataclass(frozen=True)
 class AddPreservingNorm:
-    """Add a vector, then give each token its own norm back: (h + s v) |h| / |h + s v|. Not an affine map.
+    """Add a vector, then rescale each token to the norm it had: (h + s v) |h| / |h + s v|. Not an affine map.
 
     Attributes:
         vector: Float[Tensor, "*heads d"].
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[[3.0, 4.0]]])
+        >>> moved = AddPreservingNorm(torch.tensor([0.0, 10.0]))(h)
+        >>> round(float(h.norm()), 4), round(float(moved.norm()), 4), bool(moved[0, 0, 1] > 4)
+        (5.0, 5.0, True)
     """
 
     vector: Float[Tensor, "*heads d"]
@@ -75,8 +94,16 @@ class Ablate:
     Idempotent at s = 1; every orthogonal component stays (directional ablation, Arditi et al. 2024).
 
     Attributes:
-        directions: Float[Tensor, "k *heads d"], of any norms; dependent ones are no harm. A head whose directions are
-            all zero stays as it is.
+        directions: Float[Tensor, "k *heads d"], of any norms; they may be linearly dependent. A head whose directions
+            are all zero stays as it is.
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[[3.0, 4.0]]])
+        >>> Ablate(torch.tensor([[0.0, 7.0]]))(h)  # a row for each direction
+        tensor([[[3., 0.]]])
+        >>> Ablate(torch.tensor([[0.0, 7.0]]))(h, 0.5)
+        tensor([[[3., 2.]]])
     """
 
     directions: Float[Tensor, "k *heads d"]
@@ -86,8 +113,8 @@ class Ablate:
         """Orthonormal rows that span the directions, and zero rows in place of dependent ones."""
         stacked = _unit(self.directions.movedim(0, -2).double())
         _, sizes, rows = torch.linalg.svd(stacked, full_matrices=False)
-        kept = sizes > 1e-6 * sizes.amax(-1, keepdim=True)
-        return (rows * kept[..., None]).to(self.directions.dtype)
+        independent = sizes > 1e-6 * sizes.amax(-1, keepdim=True)
+        return (rows * independent[..., None]).to(self.directions.dtype)
 
     def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
         basis = _like(self.basis, h, skip=1)
@@ -106,7 +133,13 @@ class Clamp:
 
     Attributes:
         direction: Float[Tensor, "*heads d"], of any norm but zero.
-        value: the projection wanted, in the activations' own units.
+        value: the projection to set, in the activations' own units.
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[[3.0, 4.0]]])
+        >>> Clamp(torch.tensor([0.0, 7.0]), 10.0)(h)
+        tensor([[[ 3., 10.]]])
     """
 
     direction: Float[Tensor, "*heads d"]
@@ -129,6 +162,12 @@ class Scale:
 
     Attributes:
         alpha: one number, Float[Tensor, "d"], or Float[Tensor, "head 1"] with one for each head.
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[[3.0, 4.0]]])
+        >>> Scale(0.5)(h), Scale(0.5)(h, -1.0)
+        (tensor([[[4.5000, 6.0000]]]), tensor([[[1.5000, 2.0000]]]))
     """
 
     alpha: float | Float[Tensor, "..."]
@@ -144,12 +183,19 @@ class Scale:
 
 @dataclass(frozen=True)
 class Erase:
-    """Take out what a linear probe could read: h - s left (right . (h - centre)) (LEACE, Belrose et al. 2023).
+    """Remove what a linear probe can read: h - s left (right . (h - centre)) (LEACE, Belrose et al. 2023).
 
     Attributes:
         left: Float[Tensor, "*heads d"], the direction that is removed.
         right: Float[Tensor, "*heads d"], the direction that reads; right . left is 1.
         centre: Float[Tensor, "*heads d"], what the erased concept is moved to.
+
+    Example:
+        >>> import torch
+        >>> positive, negative = torch.randn(40, 4) + torch.tensor([2.0, 0, 0, 0]), torch.randn(40, 4)
+        >>> erased = [Erase(*fit_eraser(positive, negative))(side[None])[0] for side in (positive, negative)]
+        >>> float((positive.mean(0) - negative.mean(0)).norm()) > 1, float((erased[0].mean(0) - erased[1].mean(0)).norm()) < 1e-4
+        (True, True)
     """
 
     left: Float[Tensor, "*heads d"]
@@ -158,13 +204,13 @@ class Erase:
 
     def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
         left, right, centre = (_like(part, h) for part in (self.left, self.right, self.centre))
-        found = ((h - centre) * right).sum(-1, keepdim=True)
-        return h - _spread(strength, h) * found * left
+        reading = ((h - centre) * right).sum(-1, keepdim=True)
+        return h - _spread(strength, h) * reading * left
 
     def affine(self, strength: float, shape: Sequence[int]) -> Affine:
-        taken = self.right[..., :, None] * self.left[..., None, :]
+        removed = self.right[..., :, None] * self.left[..., None, :]
         offset = (self.right * self.centre).sum(-1, keepdim=True) * self.left
-        return _identity(self.left) - strength * taken, strength * offset
+        return _identity(self.left) - strength * removed, strength * offset
 
 
 def _unit(direction: Float[Tensor, "*heads d"]) -> Float[Tensor, "*heads d"]:
@@ -180,18 +226,18 @@ def _like(part: Tensor, h: Tensor, skip: int = 0) -> Tensor:
     heads = part.shape[: part.ndim - 1 - skip]
     if part.shape[-1] != h.shape[-1] or heads != h.shape[2:-1]:
         raise ValueError(
-            f"vectors: made for d_model {_width(heads, part.shape[-1])}, these activations have "
+            f"vectors were extracted from a model with d_model {_width(heads, part.shape[-1])}; these activations have "
             f"{_width(h.shape[2:-1], h.shape[-1])}. Extract vectors on this model first."
         )
     return part.to(h)
 
 
 def _of_shape(alpha: Tensor, shape: Sequence[int]) -> Tensor:
-    """Scaling factors for each head and dimension. Refuses what would meet the axis of tokens."""
+    """Scaling factors for each head and dimension. Refuses what would broadcast over the axis of tokens."""
     sizes = (*[1] * (len(shape) - alpha.ndim), *alpha.shape)
-    if len(sizes) != len(shape) or any(came not in (1, size) for came, size in zip(sizes, shape, strict=True)):
+    if len(sizes) != len(shape) or any(given not in (1, size) for given, size in zip(sizes, shape, strict=True)):
         raise ValueError(
-            f"alpha: shape {tuple(alpha.shape)} came for activations of {_width(shape[:-1], shape[-1])}. "
+            f"alpha must fit activations of {_width(shape[:-1], shape[-1])}, got shape {tuple(alpha.shape)}. "
             "Give one number, one for each dimension, or at z one for each head: shape (head, 1)."
         )
     return alpha.expand(*shape)
@@ -205,12 +251,12 @@ def _spread(strength: Strength, h: Tensor) -> Any:
     """The strength with trailing axes of size 1, so that it meets the activations from the front."""
     if not isinstance(strength, Tensor):
         return strength
-    wanted = h.shape[:-1]
-    if strength.ndim > len(wanted) or any(
-        came not in (1, size) for came, size in zip(strength.shape, wanted, strict=False)
+    leading = h.shape[:-1]
+    if strength.ndim > len(leading) or any(
+        given not in (1, size) for given, size in zip(strength.shape, leading, strict=False)
     ):
         raise ValueError(
-            f"strength: shape {tuple(strength.shape)} came for activations {tuple(h.shape)}. "
+            f"strength must fit activations of shape {tuple(h.shape)}, got shape {tuple(strength.shape)}. "
             "Give one number, or one for each row, token or head."
         )
     return strength.to(h).reshape(*strength.shape, *[1] * (h.ndim - strength.ndim))

@@ -14,6 +14,7 @@ from rt_lens.models.positions import Position, position_of
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.texts import token_text
 from rt_lens.vectors.extraction import read_sides
+from rt_lens.vectors.guards import refuse_heads
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
@@ -33,16 +34,23 @@ def separability(
     Returns:
         Columns layer, accuracy, low, high (Wilson 95 % interval), n, and head for vectors at `attn.hook_z`. Pairs of
         one topic are not independent of each other, so take `n` below the number of topics for a fair interval.
+
+    Example:
+        >>> table = separability(model, vectors.select([18, 21]), held_out)
+        >>> list(table.columns), table["layer"].tolist()
+        (['layer', 'accuracy', 'n', 'low', 'high'], [18, 21])
+        >>> bool((table["accuracy"] > 0.5).all())  # half of the pairs would do so by chance
+        True
     """
     vectors.check_fits(model)
-    place = position_of(position)
-    (sides,) = read_sides(model, pairs, vectors.hook_names, [place], batch_size=batch_size, progress=progress)
+    read_at = position_of(position)
+    (sides,) = read_sides(model, pairs, vectors.hook_names, [read_at], batch_size=batch_size, progress=progress)
     rows = []
     for name, vector in vectors.vectors.items():
         margins = ((sides.positive[name] - sides.negative[name]) * vector).sum(-1)  # [pair] or [pair, head]
         for head, margin in enumerate(margins.reshape(len(pairs), -1).T):
-            found = share_interval(int((margin > 0).sum()), len(pairs))
-            row = {"layer": layer_of(name), "accuracy": found.mean, **found._asdict()}
+            interval = share_interval(int((margin > 0).sum()), len(pairs))
+            row = {"layer": layer_of(name), "accuracy": interval.mean, **interval._asdict()}
             rows.append(row if margins.ndim == 1 else {**row, "head": head})
     return pd.DataFrame(rows).drop(columns="mean")
 
@@ -53,11 +61,18 @@ def token_projections(
     """Projection of every token of a text on the unit vector of every block, under whatever hooks the model carries.
 
     Vectors of the residual stream, or of what is written into it.
+
+    Example:
+        >>> tokens, projections = token_projections(model, vectors.select([18, 21]), "What a lovely day")
+        >>> tokens
+        ['What', ' a', ' lovely', ' day']
+        >>> projections.shape
+        torch.Size([2, 4])
     """
-    _refuse_heads(vectors)
+    refuse_heads(vectors.vectors)
     vectors.check_fits(model)
-    tokens, found = token_activations(model, text, vectors.hook_names)
-    rows = [found[name] @ unit for name, unit in vectors.unit().vectors.items()]
+    tokens, activations = token_activations(model, text, vectors.hook_names)
+    rows = [activations[name] @ unit for name, unit in vectors.unit().vectors.items()]
     return tokens, torch.stack(rows)
 
 
@@ -73,23 +88,19 @@ def logit_lens(model: Model, vectors: SteeringVectors, *, top: int = 8) -> pd.Da
 
     Returns:
         Columns layer, sign (`+v` or `-v`), tokens (list of strings, the strongest first; see `token_text`).
+
+    Example:
+        >>> table = logit_lens(model, vectors.select([21]), top=3)
+        >>> table["sign"].tolist(), [len(tokens) for tokens in table["tokens"]]
+        (['+v', '-v'], [3, 3])
     """
-    _refuse_heads(vectors)
+    refuse_heads(vectors.vectors)
     vectors.check_fits(model)
     rows = []
     for name in vectors.hook_names:
         vector = vectors[name].to(model.W_U)[None, None]
         scores = ((model.ln_final(vector) - model.ln_final(-vector)) / 2)[0, 0] @ model.W_U
         for sign, ranked in (("+v", scores), ("-v", -scores)):
-            words = [token_text(model, token) for token in ranked.topk(top).indices.tolist()]
-            rows.append({"layer": layer_of(name), "sign": sign, "tokens": words})
+            tokens = [token_text(model, token) for token in ranked.topk(top).indices.tolist()]
+            rows.append({"layer": layer_of(name), "sign": sign, "tokens": tokens})
     return pd.DataFrame(rows)
-
-
-def _refuse_heads(vectors: SteeringVectors) -> None:
-    for name, vector in vectors.vectors.items():
-        if vector.ndim > 1:
-            raise ValueError(
-                f"vectors: {name} has a vector for each head, where one of the residual stream is wanted. Extract with "
-                "hook='attn_out', say."
-            )

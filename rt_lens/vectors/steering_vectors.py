@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rt_lens.common.files import read_safetensors, write_atomically
+from rt_lens.models.activations import check_hook_names
 from rt_lens.models.protocol import Model
 from rt_lens.vectors.operators import Ablate
 
@@ -69,18 +70,19 @@ class Provenance:
         """
         known = {part.name: part for part in fields(cls)}
         if unknown := set(stored) - set(known):
-            raise ValueError(f"provenance: {', '.join(sorted(map(str, unknown)))} came, which is no part of it.")
+            names = ", ".join(sorted(map(str, unknown)))
+            raise ValueError(f"provenance must have the keys {', '.join(known)}, got {names}.")
         checked: dict[str, Any] = {}
         for name, part in known.items():
             if name not in stored:
                 if part.default is MISSING:
-                    raise ValueError(f"provenance: {name} is missing.")
+                    raise ValueError(f"provenance must have the key {name!r}, got none.")
                 continue
             value: Any = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
             kind = {"n_pairs": int, "seed": int, "position_tokens": tuple}.get(name, str)
-            words = value if isinstance(value, tuple) else ()
-            if not isinstance(value, kind) or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"provenance: {name} is {value!r}; {kind.__name__} is wanted.")
+            tokens = value if isinstance(value, tuple) else ()
+            if not isinstance(value, kind) or not all(isinstance(token, str) for token in tokens):
+                raise ValueError(f"provenance: {name} must be of type {kind.__name__}, got {value!r}.")
             checked[name] = value
         return cls(**checked)
 
@@ -125,18 +127,22 @@ class SteeringVectors:
 
     def __post_init__(self) -> None:
         if not self.vectors:
-            raise ValueError("vectors: there is none. Give at least one hook point.")
+            raise ValueError("vectors must have at least one hook point, got none.")
         kinds: dict[str, set[torch.Size]] = {}
         for name, vector in self.vectors.items():
             kinds.setdefault(name.split(".", 2)[-1], set()).add(vector.shape)
             if not torch.isfinite(vector).all():
-                raise ValueError(f"vectors: {name} holds NaN or infinite values. Extract it again.")
+                raise ValueError(f"vectors must be finite, got NaN or infinite values at {name}. Extract them again.")
         for name, eraser in self.erasers.items():
             for part in vars(eraser).values():
                 if name not in self.vectors or part.shape != self.vectors[name].shape or not torch.isfinite(part).all():
-                    raise ValueError(f"vectors: the eraser at {name} does not fit its vector. Extract it again.")
+                    raise ValueError(
+                        f"erasers must have the shape of their vectors and be finite, got another at {name}. Extract "
+                        "them again."
+                    )
         if any(len(shapes) > 1 for shapes in kinds.values()):
-            raise ValueError(f"vectors: shapes differ: { ({n: tuple(v.shape) for n, v in self.vectors.items()}) }.")
+            shapes_by_name = {name: tuple(vector.shape) for name, vector in self.vectors.items()}
+            raise ValueError(f"vectors must have one shape at one kind of hook point, got {shapes_by_name}.")
 
     @property
     def d_model(self) -> int:
@@ -156,7 +162,7 @@ class SteeringVectors:
     def __getitem__(self, hook_name: str) -> Float[Tensor, "*heads d"]:
         if hook_name not in self.vectors:
             near = get_close_matches(hook_name, self.vectors, n=3) or self.hook_names[:3]
-            raise KeyError(f"vectors: none for {hook_name!r}. Near: {', '.join(near)}.")
+            raise KeyError(f"hook_name must be one that has a vector, got {hook_name!r}. Nearest: {', '.join(near)}.")
         return self.vectors[hook_name]
 
     def at_layers(self, layers: Iterable[int] | None, hook: str = "resid_post") -> dict[str, Tensor]:
@@ -171,19 +177,21 @@ class SteeringVectors:
                 known.setdefault(layer_of(name), []).append(name)
         if not known:
             raise ValueError(
-                f"hook: no vector at {_kind(hook)}. These vectors are at {', '.join(self.hook_names[:3])}."
+                f"hook must be a kind of hook point that has vectors, got {_kind(hook)}. These vectors are at "
+                f"{', '.join(self.hook_names[:3])}."
             )
         chosen = list(known) if layers is None else list(layers)
         for layer in chosen:
             if layer not in known:
                 middle, blocks = sorted(known)[len(known) // 2], f"{min(known)}..{max(known)}"
                 if min(known) < layer < max(known):
-                    wrong = f"has no vector among these vectors' blocks {', '.join(map(str, sorted(known)))}"
-                else:
-                    wrong = f"is outside these vectors' blocks {blocks}"
-                raise ValueError(f"layers: {layer} {wrong} ({self.provenance.model}). Use layers=[{middle}], say.")
+                    blocks = ", ".join(map(str, sorted(known)))
+                raise ValueError(
+                    f"layers contains {layer}, but these vectors are of blocks {blocks} ({self.provenance.model}). "
+                    f"Try layers=[{middle}]."
+                )
         if not chosen:
-            raise ValueError("layers: the list is empty. Name at least one block.")
+            raise ValueError("layers must name at least one block, got an empty list.")
         return {name: self.vectors[name] for layer in chosen for name in known[layer]}
 
     def select(self, layers: Iterable[int], hook: str = "resid_post") -> SteeringVectors:
@@ -199,10 +207,10 @@ class SteeringVectors:
         return SteeringVectors({name: vector for name in names if name in model.hook_dict}, self.provenance)
 
     def __add__(self, other: SteeringVectors) -> SteeringVectors:
-        return self._combined(other, "+", lambda mine, theirs: mine + theirs)
+        return self._combined(other, "+", lambda first, second: first + second)
 
     def __sub__(self, other: SteeringVectors) -> SteeringVectors:
-        return self._combined(other, "-", lambda mine, theirs: mine - theirs)
+        return self._combined(other, "-", lambda first, second: first - second)
 
     def __neg__(self) -> SteeringVectors:
         return self._changed(lambda vector: -vector, behaviour=f"-({self.provenance.behaviour})")
@@ -239,55 +247,56 @@ class SteeringVectors:
             ValueError: if a nuisance lacks one of these hook points, or nothing is left.
         """
         if not nuisances:
-            raise ValueError("nuisances: there is none. Give at least one set of vectors to project out.")
+            raise ValueError("nuisances must be at least one set of vectors to project out, got none.")
         cleaned = {}
         for name, vector in self.vectors.items():
             for nuisance in nuisances:
                 if name not in nuisance.vectors:
                     raise ValueError(
-                        f"nuisances: {nuisance.provenance.behaviour} has no vector at {name}. Extract it at the same "
-                        "hook points, or use select."
+                        f"nuisances must have a vector at {name}, but {nuisance.provenance.behaviour} has none. "
+                        "Extract them at the same hook points, or use select."
                     )
             directions = torch.stack([nuisance[name].to(vector) for nuisance in nuisances], dim=-2)
             cleaned[name] = project_out(vector, directions)
             if cleaned[name].norm() <= 1e-5 * vector.norm():
+                behaviours = ", ".join(nuisance.provenance.behaviour for nuisance in nuisances)
                 raise ValueError(
-                    f"nuisances: nothing is left of {self.provenance.behaviour} at {name} without "
-                    f"{', '.join(nuisance.provenance.behaviour for nuisance in nuisances)}. Leave one of them out."
+                    f"nuisances must leave something of {self.provenance.behaviour}, but nothing is left at {name} "
+                    f"without {behaviours}. Leave one of them out."
                 )
         names = " and ".join(nuisance.provenance.behaviour for nuisance in nuisances)
         return SteeringVectors(cleaned, replace(self.provenance, method=f"{self.provenance.method} without {names}"))
 
-    def _changed(self, change: Callable[[Tensor], Tensor], **said: Any) -> SteeringVectors:
+    def _changed(self, change: Callable[[Tensor], Tensor], **provenance: Any) -> SteeringVectors:
         changed = {name: change(vector) for name, vector in self.vectors.items()}
-        return SteeringVectors(changed, replace(self.provenance, **said))
+        return SteeringVectors(changed, replace(self.provenance, **provenance))
 
     def _combined(
         self, other: SteeringVectors, sign: str, combine: Callable[[Tensor, Tensor], Tensor]
     ) -> SteeringVectors:
-        mine, theirs = self.provenance, other.provenance
-        said: dict[str, Any] = {"behaviour": f"{mine.behaviour} {sign} ({theirs.behaviour})"}
+        first, second = self.provenance, other.provenance
+        provenance: dict[str, Any] = {"behaviour": f"{first.behaviour} {sign} ({second.behaviour})"}
         for name in ("model", "method", "position", "processing"):
-            if getattr(mine, name) != getattr(theirs, name):
-                said[name] = f"{getattr(mine, name)} {sign} ({getattr(theirs, name)})"
-        if mine.data_sha256 != theirs.data_sha256:
-            said["n_pairs"] = mine.n_pairs + theirs.n_pairs
-            said["data_sha256"] = hashlib.sha256((mine.data_sha256 + theirs.data_sha256).encode()).hexdigest()
+            if getattr(first, name) != getattr(second, name):
+                provenance[name] = f"{getattr(first, name)} {sign} ({getattr(second, name)})"
+        if first.data_sha256 != second.data_sha256:
+            provenance["n_pairs"] = first.n_pairs + second.n_pairs
+            provenance["data_sha256"] = hashlib.sha256((first.data_sha256 + second.data_sha256).encode()).hexdigest()
         combined = {name: combine(self[name], other[name].to(self[name])) for name in self._shared(other)}
-        return SteeringVectors(combined, replace(mine, **said))
+        return SteeringVectors(combined, replace(first, **provenance))
 
     def _shared(self, other: SteeringVectors) -> list[str]:
         shared = [name for name in self.vectors if name in other.vectors]
         if not shared:
             raise ValueError(
-                f"vectors: no hook point in common: {', '.join(self.hook_names[:2])} ... and "
+                f"vectors must share a hook point, got {', '.join(self.hook_names[:2])} ... and "
                 f"{', '.join(other.hook_names[:2])} ... Extract both at the same hook points."
             )
         for name in shared:
             if self[name].shape != other[name].shape:
                 raise ValueError(
-                    f"vectors: {name} has shapes {tuple(self[name].shape)} ({self.provenance.model}) and "
-                    f"{tuple(other[name].shape)} ({other.provenance.model}). Extract both on one model."
+                    f"vectors must have one shape at {name}, got {tuple(self[name].shape)} ({self.provenance.model}) "
+                    f"and {tuple(other[name].shape)} ({other.provenance.model}). Extract both on one model."
                 )
         return shared
 
@@ -296,10 +305,10 @@ class SteeringVectors:
         content = hashlib.sha256()
         for name, vector in self.vectors.items():
             content.update(name.encode() + vector.detach().cpu().float().numpy().tobytes())
-        told = self.provenance.to_json()
-        if told["dtype"] == "float32":  # as what was described before there was a dtype, so that it goes on
-            del told["dtype"]
-        return {**told, "sha256": content.hexdigest()}
+        provenance = self.provenance.to_json()
+        if provenance["dtype"] == "float32":  # as a checkpoint from before there was a dtype has it, so that it resumes
+            del provenance["dtype"]
+        return {**provenance, "sha256": content.hexdigest()}
 
     def check_fits(self, model: Model) -> None:
         """Refuses a model of another width or without these hook points.
@@ -309,19 +318,19 @@ class SteeringVectors:
         """
         for name, vector in self.vectors.items():
             heads = name.endswith(".hook_z")
-            wanted = (model.cfg.n_heads, model.cfg.d_head) if heads else (model.cfg.d_model,)
-            if tuple(vector.shape) != wanted:
-                came, has = (" x ".join(map(str, shape)) for shape in (vector.shape, wanted))
+            shape = (model.cfg.n_heads, model.cfg.d_head) if heads else (model.cfg.d_model,)
+            if tuple(vector.shape) != shape:
+                theirs, ours = (" x ".join(map(str, sizes)) for sizes in (vector.shape, shape))
                 raise ValueError(
-                    f"vectors: made for {'heads' if heads else 'd_model'} {came} ({self.provenance.model}), this model "
-                    f"has {has}. Extract vectors on this model first."
+                    f"vectors were extracted from a model with {'heads' if heads else 'd_model'} {theirs} "
+                    f"({self.provenance.model}); this model has {ours}. Extract vectors on this model first."
                 )
-            if name not in model.hook_dict:
-                near = get_close_matches(name, model.hook_dict, n=1)
-                raise ValueError(
-                    f"vectors: the hook point {name} is not in this model ({model.cfg.n_layers} blocks). "
-                    f"Nearest: {', '.join(near) or 'none'}. Extract vectors on this model first."
-                )
+        try:
+            check_hook_names(model, self.hook_names)
+        except ValueError as refusal:
+            raise ValueError(
+                f"vectors must be at hook points of this model. {refusal} Extract vectors on this model first."
+            ) from None
 
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file with its provenance, in one rename."""
@@ -356,7 +365,10 @@ class SteeringVectors:
             if parts:
                 raise KeyError(next(iter(parts)))
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"vectors: {path} is not a file of steering vectors of schema {_SCHEMA}.") from None
+            raise ValueError(
+                f"path must be a file of steering vectors of schema {_SCHEMA}, got {path}. For other tools' files use "
+                "import_vectors."
+            ) from None
         check_stored_names(tensors, path)
         # safetensors gives names in the order of letters, block 10 before block 2.
         forward = {name: tensors[name] for name in sorted(tensors, key=forward_order)}
@@ -415,6 +427,6 @@ def check_stored_names(names: Iterable[str], path: str | Path) -> None:
     for name in names:
         if not re.fullmatch(r"blocks\.\d{1,4}\.(\w+\.)?hook_\w+", name, re.ASCII):
             raise ValueError(
-                f"vectors: {path} holds {name[:80]!r}, which is no hook point of a block. Names such as "
-                "blocks.18.hook_resid_post are wanted."
+                f"{path} must name its tensors after hook points of blocks, such as blocks.18.hook_resid_post, got "
+                f"{name[:80]!r}."
             )

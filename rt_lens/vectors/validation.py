@@ -1,4 +1,4 @@
-"""Whether to believe a set of vectors: what held-out pairs, halves of the data and random directions say."""
+"""Validation of steering vectors: what held-out pairs, halves of the data and random directions say of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from rt_lens.models.forward import check_layers
 from rt_lens.models.positions import Position, position_of
 from rt_lens.models.protocol import Model
 from rt_lens.vectors.extraction import Sides, method_of, provenance_of, read_sides, vectors_of
+from rt_lens.vectors.guards import refuse_head_hook
 from rt_lens.vectors.methods import Method, winsorise
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
+
+_OLD_NAMES = {"signal": "d_prime", "control_signal": "control_d_prime"}
+"""Columns of `VectorValidation.layers` in tables that were written before they were renamed."""
 
 _RANDOM_DIRECTIONS = 200
 _RESAMPLES = 2000
@@ -37,8 +41,8 @@ class VectorValidation:
             projects higher; Wilson), auc, auc_low, auc_high (bootstrap over pairs), stability, stability_low,
             stability_high (cosine between vectors of two random halves of the topics; range over splits; NaN for
             `random`, which looks at no pair), control_low, control_high (range of the accuracy of random directions),
-            signal (mean held-out margin over its standard deviation),
-            control_signal (95 % of random directions stay below, whatever their sign), seed.
+            d_prime (mean held-out margin over its standard deviation), control_d_prime (95 % of random directions stay
+            below it, whatever their sign), seed.
         learning: columns layer, n_pairs, accuracy, accuracy_low, accuracy_high, cosine, cosine_low, cosine_high (to
             the vector of all pairs), n (held-out pairs), seed: mean and range over random subsets, at one layer.
         cosines: columns layer, other, cosine, between layers.
@@ -47,6 +51,13 @@ class VectorValidation:
         best: of these, the first; None if there are none.
         reason: in a sentence.
         seed: of every random choice.
+
+    Example:
+        >>> validated = validate_vectors(model, train, held_out, layers=[18, 21], splits=2)
+        >>> validated.vectors.hook_names
+        ['blocks.18.hook_resid_post', 'blocks.21.hook_resid_post']
+        >>> sorted(set(validated.learning["n_pairs"]))
+        [2, 4, 8, 16]
     """
 
     vectors: SteeringVectors
@@ -100,35 +111,39 @@ def validate_vectors(
         ValueError: as `extract_vectors`; also if there are fewer than 4 training pairs.
 
     Example:
-        >>> found = validate_vectors(model, train.sample(96), held_out)
-        >>> print(found.reason)
-        >>> plots.validation(found.layers, found.learning, found.cosines, recommended=found.recommended).show()
+        >>> validated = validate_vectors(model, train, held_out, layers=[18, 21], splits=2)
+        >>> print(validated.reason)
+        Layer... to tell held-out texts apart nearly as well as any (...
+        >>> table = validated.layers.set_index("layer")
+        >>> bool((table["d_prime"] > table["control_d_prime"]).all())  # better than random directions
+        True
+        >>> plots.validation(table.reset_index(), validated.learning, validated.cosines).show()
     """
     if len(train) < 4:
-        raise ValueError(f"train: {len(train)} pairs came; at least 4 are wanted, to compare two halves.")
+        raise ValueError(f"train must be at least 4 pairs, so that two halves can be compared, got {len(train)}.")
     if splits < 2:
-        raise ValueError(f"splits: {splits} came; at least 2 are wanted.")
+        raise ValueError(f"splits must be at least 2, got {splits}.")
     find, label = method_of(method, seed)
-    names, place = hook_names(check_layers(model, layers), hook), position_of(position)
-    one_each = held_out.sample(len(held_out.topics), seed)
-    (sides,) = read_sides(model, train, names, [place], batch_size=batch_size, progress=progress)
-    (unseen,) = read_sides(model, one_each, names, [place], batch_size=batch_size, progress=progress)
-    if sides.positive[names[0]].ndim > 2:
-        raise ValueError(f"hook: {hook!r} has heads; `separability` gives their accuracy. Use hook='attn_out', say.")
+    names, read_at = hook_names(check_layers(model, layers), hook), position_of(position)
+    for name in names:
+        refuse_head_hook(name)
+    one_per_topic = held_out.sample(len(held_out.topics), seed)
+    (sides,) = read_sides(model, train, names, [read_at], batch_size=batch_size, progress=progress)
+    (unseen,) = read_sides(model, one_per_topic, names, [read_at], batch_size=batch_size, progress=progress)
     provenance = provenance_of(model, train, sides, label, seed)
     vectors = vectors_of(sides, find, provenance, winsorised)
     refit = _Refit(sides, find, winsorised, names[0], _by_topic(train), label == "random")
     rows = []
-    for name in Bar(names, desc="trust", unit="layer", disable=not progress):
-        again = replace(refit, name=name)
-        rows.append(
-            {"layer": layer_of(name), **_evidence(vectors[name], unseen, name, seed), **_stability(again, splits, seed)}
-        )
+    for name in Bar(names, desc="validation", unit="layer", disable=not progress):
+        at_layer = replace(refit, name=name)
+        evidence = {**_evidence(vectors[name], unseen, name, seed), **_stability(at_layer, splits, seed)}
+        rows.append({"layer": layer_of(name), **evidence})
     table = pd.DataFrame(rows).assign(seed=seed)
     recommended, best, reason = recommend(table)
-    middle = best if best is not None else int(table["layer"].iloc[int(table["signal"].argmax())])
-    (at_best,) = hook_names([middle], hook)
+    clearest = best if best is not None else int(table["layer"].iloc[int(table["d_prime"].argmax())])
+    (at_best,) = hook_names([clearest], hook)
     learning = _learning(replace(refit, name=at_best), vectors[at_best], unseen, splits, seed)
+    table = table.assign(**{old: table[new] for old, new in _OLD_NAMES.items()})  # TODO-RENAME
     return VectorValidation(
         vectors, table, learning, _between_layers(vectors), _between_behaviours(vectors, others), recommended, best,
         reason, seed,
@@ -142,11 +157,12 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
     threshold tells all held-out texts apart nearly as well as anywhere (AUC above chance at least 0.75 of the best;
     the accuracy within pairs is at its ceiling too early to choose by). The range is the earliest run of eligible
     neighbours (of at least two, if there is one), the best its first layer: later layers often separate as well, but
-    leave fewer blocks to act on what is added.
+    leave fewer blocks to act on what is added. A table from before the columns were renamed is read too.
     """
-    table = table.sort_values("layer")
+    old = {column: new for column, new in _OLD_NAMES.items() if new not in table}
+    table = table.rename(columns=old).sort_values("layer")
     # Not `>`: where the sides lie very far apart, random directions tell all pairs apart as well.
-    beats_random = (table["accuracy"] >= table["control_high"]) & (table["signal"] > table["control_signal"])
+    beats_random = (table["accuracy"] >= table["control_high"]) & (table["d_prime"] > table["control_d_prime"])
     steady = table["stability"] >= 0.9 * table["stability"].max()
     clear = table["auc"] - 0.5 >= 0.75 * (table["auc"].max() - 0.5)
     eligible = beats_random & steady & clear
@@ -163,20 +179,20 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
     run = tuple(int(layer) for layer in chosen["layer"])
     best = chosen.iloc[0]
     gapless = run == tuple(range(run[0], run[-1] + 1))
-    named = f"{run[0]} to {run[-1]}" if gapless else ", ".join(map(str, run))
-    where = f"Layers {named} are the first" if len(run) > 1 else f"Layer {run[0]} is the first"
+    listed = f"{run[0]} to {run[-1]}" if gapless else ", ".join(map(str, run))
+    subject = f"Layers {listed} are the first" if len(run) > 1 else f"Layer {run[0]} is the first"
     reason = (
-        f"{where} to tell held-out texts apart nearly as well as any (at layer {run[0]} AUC {best['auc']:.2f} "
+        f"{subject} to tell held-out texts apart nearly as well as any (at layer {run[0]} AUC {best['auc']:.2f} "
         f"[{best['auc_low']:.2f}, {best['auc_high']:.2f}], pair accuracy {best['accuracy']:.2f} "
         f"[{best['accuracy_low']:.2f}, {best['accuracy_high']:.2f}], n = {n} pairs; random directions reach "
         f"{best['control_high']:.2f}) with halves of the data that agree (cosine {best['stability']:.2f}). "
-        "These very pairs picked the layers, which flatters them."
+        "These layers were chosen on these very pairs, so their numbers are somewhat too good."
     )
     return run, run[0], reason
 
 
 def _by_topic(pairs: ContrastPairs) -> list[list[int]]:
-    """Numbers of the pairs of each topic; each pair by itself where there are too few topics to share out."""
+    """Numbers of the pairs of each topic; each pair by itself where there are too few topics to halve."""
     numbers: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs.pairs):
         numbers.setdefault(pair.user, []).append(number)
@@ -192,7 +208,7 @@ class _Refit:
     winsorised: float
     name: str
     topics: list[list[int]]
-    looks_at_none: bool
+    reads_no_pair: bool
 
     @property
     def n(self) -> int:
@@ -219,8 +235,8 @@ def _evidence(vector: Float[Tensor, "d_model"], unseen: Sides, name: str, seed: 
     accuracy = share_interval(int((margins > 0).sum()), n)
     auc, auc_low, auc_high = _auc(positive @ vector, negative @ vector, seed)
     noise = torch.Generator().manual_seed(1_000_003 * seed + layer_of(name))
-    others = (positive - negative) @ torch.randn(len(vector), _RANDOM_DIRECTIONS, generator=noise)
-    control = np.quantile((others > 0).float().mean(0).numpy(), [0.025, 0.975])
+    random_margins = (positive - negative) @ torch.randn(len(vector), _RANDOM_DIRECTIONS, generator=noise)
+    control = np.quantile((random_margins > 0).float().mean(0).numpy(), [0.025, 0.975])
     return {
         "n": n,
         "accuracy": accuracy.mean,
@@ -231,12 +247,12 @@ def _evidence(vector: Float[Tensor, "d_model"], unseen: Sides, name: str, seed: 
         "auc_high": auc_high,
         "control_low": float(control[0]),
         "control_high": float(control[1]),
-        "signal": float(_signal(margins[:, None])[0]),
-        "control_signal": float(np.quantile(_signal(others).abs().numpy(), 0.95)),
+        "d_prime": float(_d_prime(margins[:, None])[0]),
+        "control_d_prime": float(np.quantile(_d_prime(random_margins).abs().numpy(), 0.95)),
     }
 
 
-def _signal(margins: Float[Tensor, "pair direction"]) -> Float[Tensor, "direction"]:
+def _d_prime(margins: Float[Tensor, "pair direction"]) -> Float[Tensor, "direction"]:
     """Mean over standard deviation: d' of the paired differences."""
     return margins.mean(0) / margins.std(0).clamp(min=1e-30) if len(margins) > 1 else margins.mean(0) * 0
 
@@ -247,36 +263,36 @@ def _auc(positive: Float[Tensor, "pair"], negative: Float[Tensor, "pair"], seed:
     wins = (positive[:, None] > negative[None]).double() + 0.5 * (positive[:, None] == negative[None]).double()
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), _RESAMPLES)
     weights = torch.from_numpy(counts).double()
-    drawn = ((weights @ wins) * weights).sum(1) / n**2
-    low, high = np.quantile(drawn.numpy(), [0.025, 0.975])
+    resampled = ((weights @ wins) * weights).sum(1) / n**2
+    low, high = np.quantile(resampled.numpy(), [0.025, 0.975])
     return float(wins.mean()), float(low), float(high)
 
 
-def _stability(again: _Refit, splits: int, seed: int) -> dict[str, float]:
+def _stability(refit: _Refit, splits: int, seed: int) -> dict[str, float]:
     """Cosine between the vectors of two halves of the topics, over random splits."""
-    if again.looks_at_none:
+    if refit.reads_no_pair:
         return dict.fromkeys(("stability", "stability_low", "stability_high"), float("nan"))
-    found = []
+    cosines = []
     for split in range(splits):
-        order, half = again.shuffled(f"{seed}-{split}")
-        first, second = again(order[:half]), again(order[half:])
-        found.append(float(torch.cosine_similarity(first, second, dim=0)))
-    low, high = np.quantile(found, [0.025, 0.975])
-    return {"stability": float(np.mean(found)), "stability_low": float(low), "stability_high": float(high)}
+        order, half = refit.shuffled(f"{seed}-{split}")
+        first, second = refit(order[:half]), refit(order[half:])
+        cosines.append(float(torch.cosine_similarity(first, second, dim=0)))
+    low, high = np.quantile(cosines, [0.025, 0.975])
+    return {"stability": float(np.mean(cosines)), "stability_low": float(low), "stability_high": float(high)}
 
 
-def _learning(again: _Refit, whole: Float[Tensor, "d_model"], unseen: Sides, splits: int, seed: int) -> pd.DataFrame:
-    """Accuracy and cosine to the whole against the number of pairs, 2, 4, 8 ... and all."""
-    differences = unseen.positive[again.name] - unseen.negative[again.name]
-    sizes = sorted({*(2**power for power in range(1, 20) if 2**power < again.n), again.n})
+def _learning(refit: _Refit, whole: Float[Tensor, "d_model"], unseen: Sides, splits: int, seed: int) -> pd.DataFrame:
+    """Accuracy, and cosine to the vector of all pairs, against the number of pairs: 2, 4, 8 ... and all."""
+    differences = unseen.positive[refit.name] - unseen.negative[refit.name]
+    sizes = sorted({*(2**power for power in range(1, 20) if 2**power < refit.n), refit.n})
     rows = []
     for size in sizes:
         accuracies, cosines = [], []
-        for draw in range(splits if size < again.n else 1):
-            vector = again(again.shuffled(f"{seed}-{size}-{draw}")[0][:size])
+        for draw in range(splits if size < refit.n else 1):
+            vector = refit(refit.shuffled(f"{seed}-{size}-{draw}")[0][:size])
             accuracies.append(float((differences @ vector > 0).float().mean()))
             cosines.append(float(torch.cosine_similarity(vector, whole, dim=0)))
-        row: dict[str, float] = {"layer": layer_of(again.name), "n_pairs": size, "n": len(differences), "seed": seed}
+        row: dict[str, float] = {"layer": layer_of(refit.name), "n_pairs": size, "n": len(differences), "seed": seed}
         for name, values in (("accuracy", accuracies), ("cosine", cosines)):
             low, high = np.quantile(values, [0.025, 0.975])
             row |= {name: float(np.mean(values)), f"{name}_low": float(low), f"{name}_high": float(high)}

@@ -120,7 +120,7 @@ def sweep(
     from rt_lens.arms.sweeping import sweep as sweep_layers
     from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.run import check_writable
-    from rt_lens.experiment.validation import validation_metric
+    from rt_lens.experiment.validation import validation_task
     from rt_lens.results.schema import checked_file
     from rt_lens.vectors.interop.tensors import import_vectors
 
@@ -131,10 +131,9 @@ def sweep(
     directions, chosen, doses = import_vectors(checked_file(file)), layers_of(layers), multipliers_of(multipliers)
     check_writable(out.parent)
     loaded = model_for(experiment, dtype, directions)
-    prompts, metric = validation_metric(experiment, loaded, max_new_tokens)
+    task = validation_task(experiment, loaded, max_new_tokens, n_prompts)
     found = sweep_layers(
-        loaded, directions, prompts[:n_prompts], layers=chosen, multipliers=doses, metric=metric,
-        hook=directions.kind, path=out,
+        loaded, directions, task, layers=chosen, multipliers=doses, hook=directions.kind, path=out
     )  # fmt: skip
     table = found.summary()
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -25,7 +24,7 @@ from rt_lens.apps.dashboard.compared import (
 )
 from rt_lens.apps.dashboard.panel import Work, choice, field, slider, workplace
 from rt_lens.apps.dashboard.panel import connect as connect_work
-from rt_lens.apps.dashboard.session import Session, made
+from rt_lens.apps.dashboard.session import Session, made, tuned_label
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.apps.report.labels import of_first_scorer
 from rt_lens.arms.comparison import ArmEvaluator, EvalTask
@@ -34,6 +33,7 @@ from rt_lens.common.parsing import whole_number
 from rt_lens.common.progress import Bar
 from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.experiment.protocols import protocol_of
+from rt_lens.plots.style import with_minus_sign
 from rt_lens.results.schema import choices_of
 from rt_lens.results.writing import plain, tables_of
 from rt_lens.steering.binding import add
@@ -81,7 +81,7 @@ def plan(
         ValueError: names the control that is empty or out of range.
     """
     if multiplier is None:
-        raise ValueError("multiplier: nothing came; a number is wanted.")
+        raise ValueError("multiplier must be a number, got nothing. Type one.")
     compared = Comparing(
         bench, behaviour, arms or [], whole_number("layer", layer, 0, bench.n_layers - 1), float(multiplier), prompts,
         whole_number("new tokens", length, 1, MOST_TOKENS), harm == HARM,
@@ -112,11 +112,16 @@ class Comparing:
     ) -> None:  # fmt: skip
         experiment = bench.experiment(behaviour)
         if not arms:
-            raise ValueError("arms: none came beside the untuned model. Choose at least one.")
+            raise ValueError("arms must name at least one arm besides the untuned model, got none. Choose one.")
         if gone := [name for name in arms if name not in (STEERED, *bench.deltas())]:
-            raise ValueError(f"arms: {', '.join(gone)} is not here any more. Tune it again, on the page Tuning.")
+            raise ValueError(
+                f"arms must be among {', '.join((STEERED, *bench.deltas()))}, got {', '.join(gone)}. Tune it again on "
+                "the page Tuning."
+            )
         if STEERED in arms and multiplier == 0:
-            raise ValueError("multiplier: 0 came, which steers nowhere. Move it, or leave steered out.")
+            raise ValueError(
+                "multiplier must not be 0, which steers nothing, got 0. Move the slider, or remove the arm steered."
+            )
         self.bench, self.behaviour, self.layer, self.multiplier, self.harm = bench, behaviour, layer, multiplier, harm
         self.names, self.experiment, self.length = list(dict.fromkeys(arms)), experiment, length
         self.n_prompts = whole_number("prompts", prompts, FEWEST, MOST_PROMPTS)
@@ -148,8 +153,8 @@ class Comparing:
             topics = self.bench.pairs(self.behaviour)[1].topics[: self.n_prompts]
             if len(topics) < FEWEST:
                 raise ValueError(
-                    f"prompts: {self.behaviour} has {len(topics)} validation topics; at least {FEWEST} are wanted. "
-                    "Give its file more topics."
+                    f"{self.behaviour} must have at least {FEWEST} validation topics, got {len(topics)}. Add topics to "
+                    "its file."
                 )
             return _with_repetition(EvalTask(topics, (experiment.made_scorer,), self.length))
         choose = replace(experiment.choose, n_prompts=self.n_prompts, max_new_tokens=self.length)
@@ -166,17 +171,17 @@ class Comparing:
         delta = self.bench.delta(name)
         seed = delta.config.get("seed", 0)
         of = {own.get("behaviour") for own in delta.config.get("vectors", ())}
-        named = re.fullmatch(r"(.+)_(toward|away|out)(| .+)", name)
-        if named is None or (of and self.behaviour not in of):  # its direction is another behaviour's
+        label = tuned_label(name)
+        if label.direction == "none" or (of and self.behaviour not in of):  # its direction is another behaviour's
             return name, "none", seed, delta
-        return named[1] + named[3], named[2], seed, delta
+        return label.arm, label.direction, seed, delta
 
     def _show_scores(self, job: Job, board: ArmEvaluator, compared: list[dict[str, Any]]) -> None:
         found = board.scoreboard()
         rows = [_without_seed(row, row["arm"]) for row in plain(tables_of(found, exams=[SET], writing=SET)["summary"])]
         title, about = f"{self.behaviour}: {rows[0]['n']} validation prompts, bootstrap seed {found.seed}", ""
         if self.vectors is not None:
-            steered = f"steered at layer {self.layer} by {self.multiplier:g}".replace("-", "−")
+            steered = f"steered at layer {self.layer} by {with_minus_sign(f'{self.multiplier:g}')}"
             about = f" ({steered}; {made(self.vectors)})"
         job.show("scores", arms_figure(rows, compared, title + about, f"{PAGE}-scores-graph"))
         if compared:

@@ -10,7 +10,9 @@ from dash.development.base_component import Component
 
 from rt_lens import plots
 from rt_lens.apps.dashboard.panel import graph, table
-from rt_lens.apps.report.labels import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value, sample
+from rt_lens.apps.report.labels import Row, arm, grouped, harm_of, of_first_scorer, sample
+from rt_lens.common.formatting import number, p_value
+from rt_lens.plots.style import row_estimate, with_minus_sign
 from rt_lens.results.tables import efficient
 
 # Who looks often enough finds something, and who chose on these topics finds it sooner.
@@ -53,7 +55,7 @@ def answers_to(responses: Sequence[Row], name: str, prompt: str | None) -> Compo
             [
                 html.H4(arm(own[0]), style={"margin": "0 0 .3rem"}),
                 html.P(own[0]["response"], className="answer"),
-                html.P(f"score {_signed(number(own[0]['score']))}, seed {own[0]['seed']}", className="note"),
+                html.P(f"score {with_minus_sign(number(own[0]['score']))}, seed {own[0]['seed']}", className="note"),
             ]
         )
         for own in grouped(asked, "arm", "direction").values()
@@ -72,7 +74,8 @@ def differences(rows: Sequence[Row], n_compared: int, *, live: bool = False) -> 
     told = [
         {
             "a": arm(row, "a"), "b": arm(row, "b"), "scorer": row["scorer"],
-            "a minus b [95 %]": _signed(estimate(row, "difference")), "p": _p(row["p"]), "p, Holm": _p(row["p_holm"]),
+            "a minus b [95 %]": with_minus_sign(row_estimate(row, "difference")),
+            "p": _p(row["p"]), "p, Holm": _p(row["p_holm"]),
             "n": row["n"], "seeds": row["seeds"],
         }
         for row in rows
@@ -90,7 +93,7 @@ def costs(rows: Sequence[Row], n_written: int | None) -> Component:
     told = [
         {
             "arm": arm(own[0]),
-            **{f"{head} [95 %]": estimate(own[0], key) for key, head in shown.items()},
+            **{f"{head} [95 %]": row_estimate(own[0], key) for key, head in shown.items()},
             "seeds": own[0]["seeds"],
         }
         for own in grouped(rows, "arm", "direction").values()
@@ -107,7 +110,10 @@ def other_sets(rows: Sequence[Row]) -> list[Component]:
         return []
     tables = []
     for (name, scorer), own in grouped(rows, "set", "scorer").items():
-        told = [{"arm": arm(row), "score [95 %]": _signed(estimate(row)), "n and seeds": sample(row)} for row in own]
+        told = [
+            {"arm": arm(row), "score [95 %]": with_minus_sign(row_estimate(row)), "n and seeds": sample(row)}
+            for row in own
+        ]
         tables.append(table(told, f"{name}, {scorer}"))
     return [html.Details([html.Summary("Other sets and scorers"), *tables])]
 
@@ -126,14 +132,10 @@ def answers_table(answers: Sequence[Row], seed: int) -> Component:
     labels = list(dict.fromkeys(arm(row) for row in answers))
     told = [
         {"prompt": prompt, **dict.fromkeys(labels, "–"),
-         **{arm(row): f"{row['response']} ({_signed(number(row['score'], 2))})" for row in own}}
+         **{arm(row): f"{row['response']} ({with_minus_sign(number(row['score'], 2))})" for row in own}}
         for (prompt,), own in grouped(answers, "prompt").items()
     ]  # fmt: skip
     return table(told, f"Answers and their scores: {len(told)} prompts, bootstrap seed {seed}.")
-
-
-def _signed(written: str) -> str:
-    return written.replace("-", "−")
 
 
 def _p(value: float | None) -> str:

@@ -17,6 +17,7 @@ from rt_lens.apps.dashboard.panel import connect as connect_work
 from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.arms.intervention import applied
+from rt_lens.common.arm_labels import ArmLabel
 from rt_lens.models.generation import NewToken, as_chat, generate
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
@@ -104,9 +105,11 @@ def connect(app: Dash, bench: Session) -> None:
     ) -> tuple[str, Work]:
         text = (prompt or "").strip()
         if not text:
-            raise ValueError("prompt: nothing came. Type what the user says, such as “How was your day?”.")
+            raise ValueError("prompt must not be empty. Type what the user says, such as “How was your day?”.")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # which no tokenizer can read
-            raise ValueError("prompt: half of a character came, as a cut emoji leaves it. Delete it, or type it anew.")
+            raise ValueError(
+                "prompt must hold whole characters, got half of one, such as a cut emoji. Delete it, or type it again."
+            )
         look = _Look(bench, text, behaviour, operator, int(layer), float(multiplier), arm, int(length))
         return "answering", look.run
 
@@ -147,9 +150,7 @@ class _Look:
         (text,) = as_chat(model, [self.prompt])
         n = len(encode(model, text))
         if n > LONGEST:
-            raise ValueError(
-                f"prompt: {n} tokens came with the chat template; at most {LONGEST} are wanted. Shorten it."
-            )
+            raise ValueError(f"prompt must have at most {LONGEST} tokens with the chat template, got {n}. Shorten it.")
         job.watch(None)
         arms: dict[str, Any] = {
             "untuned": None,
@@ -167,7 +168,7 @@ class _Look:
         for name, worn in arms.items():
             with applied(model, worn):
                 tokens, values = token_projections(model, vectors, text)
-            found[_said(name)] = values.numpy()
+            found[str(ArmLabel.parse(name))] = values.numpy()
         layers = [layer_of(name) for name in vectors.hook_names]
         title = f"Projection of the prompt's tokens ({self.about})"
         job.show("map", graph(plots.projection_heatmap(found, tokens, layers, title=title), "explore-map-graph"))
@@ -181,7 +182,7 @@ class _Look:
         job.show("curves", graph(drawn, "explore-curves-graph"))
 
     def _show_answers(self, job: Job, model: Model, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:
-        names = [_said(name) for name in arms]
+        names = [str(ArmLabel.parse(name)) for name in arms]
         title = f"Each new token's projection at layer {self.layer}, as it is written ({self.about})"
         answers = _Answers(model, job, names, title)
         trace = vectors.select([self.layer], vectors.kind)
@@ -218,11 +219,6 @@ def _of_one_kind(vectors: SteeringVectors) -> SteeringVectors:
     """One vector for each layer, to be a row of the map."""
     layers = [layer_of(name) for name in vectors.at_layers(None, vectors.kind)]
     return vectors.select(layers, vectors.kind)
-
-
-def _said(name: str) -> str:
-    """An arm's name as figures have it: the arm, then its direction."""
-    return " ".join(name.rsplit("_", 1)) if name.endswith(("_toward", "_away")) else name
 
 
 class _Answers:

@@ -58,7 +58,7 @@ def dashboard(
         import dash  # noqa: F401
     except ImportError:
         raise ImportError(
-            "dash is not installed, and the dashboard needs it: pip install 'rt_lens[dashboard]'"
+            "The dashboard needs dash, which is not installed. Run pip install 'rt_lens[dashboard]'."
         ) from None
     from rt_lens.apps.dashboard.app import make_app
     from rt_lens.apps.dashboard.serving import Dashboard
@@ -66,7 +66,9 @@ def dashboard(
     from rt_lens.results.schema import load_results
 
     if model is None and run is None:
-        raise ValueError("model, run: neither came. Give a model, the folder of a finished run, or both.")
+        raise ValueError(
+            "model or run must be given, got neither. Give a model, the folder of a finished run, or both."
+        )
     bench = Session(model, _named(vectors), load_results(run) if run is not None else None, behaviours)
     try:
         return Dashboard(make_app(bench), bench.jobs, port, height)

@@ -14,6 +14,8 @@ from dash.exceptions import PreventUpdate
 
 from rt_lens.apps.dashboard.session import Session
 from rt_lens.apps.dashboard.work import Job, told
+from rt_lens.common.formatting import number
+from rt_lens.plots.style import with_minus_sign
 
 TICK = 100  # milliseconds between two looks at a job
 # A look that is still on its way is dropped for the next one, so a busy machine must not be asked again too soon; and
@@ -21,7 +23,7 @@ TICK = 100  # milliseconds between two looks at a job
 _PATIENCE = 5000
 # Plotly's toolbar could send a chart to its maker's cloud; the pages keep to themselves.
 _CONFIG: Any = {"displaylogo": False, "showSendToCloud": False, "typesetMath": False, "responsive": True}
-_RESTARTED = "The dashboard was started anew, and this piece of work is gone with it. Press the button again."
+_RESTARTED = "The dashboard was restarted, which ended this job. Press the button again."
 
 Work = Callable[[Job], Any]
 
@@ -71,7 +73,7 @@ def table(rows: pd.DataFrame | Sequence[Mapping[str, Any]], caption: str, digits
 
 def _cell(value: Any, digits: int) -> str:
     if isinstance(value, float):
-        return "–" if pd.isna(value) else f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+        return with_minus_sign(number(value, digits))
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "–" if value is None else str(value)
@@ -148,7 +150,7 @@ def connect(
             return {"job": no_update, "error": no_update}
         empty = [name.removeprefix(f"{page}-") for name, value in zip(again, changed, strict=True) if value is None]
         if empty:  # a slider's number that is being typed anew
-            return {"job": no_update, "error": f"{empty[0]}: nothing came, a value is wanted."}
+            return {"job": no_update, "error": f"{empty[0]} must be a number, got nothing. Type one."}
         try:
             name, work = plan(*values)
         except ValueError as refusal:

@@ -64,7 +64,7 @@ class Dashboard:
 def _bound(app: Dash, port: int | None) -> BaseWSGIServer:
     """A server on this port; on any free one if none was asked for and the usual is taken."""
     if port is not None and not 0 <= port <= 65535:
-        raise ValueError(f"port: {port} came; a number from 1024 to 65535 is wanted, or none for any that is free.")
+        raise ValueError(f"port must be a number from 1024 to 65535, or None for any free port, got {port}.")
     refused = ""
     for number in [port] if port is not None else [PORT, 0]:
         with socket.socket() as place:  # bound here, since Werkzeug ends the program where a port is taken
@@ -78,4 +78,4 @@ def _bound(app: Dash, port: int | None) -> BaseWSGIServer:
             return make_server(
                 HOST, number, app.server, threaded=True, request_handler=_Quiet, fd=place.fileno()
             )  # fmt: skip
-    raise ValueError(f"port: {port} cannot be had ({refused}). Give another, or none for any that is free.")
+    raise ValueError(f"port {port} is not available ({refused}). Give another, or None for any free port.")

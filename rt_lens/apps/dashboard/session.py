@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rt_lens.apps.dashboard.work import Jobs, turn_of
+from rt_lens.common.arm_labels import ArmLabel
 from rt_lens.data.builtin import behaviours
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.experiment.config import Experiment, load_experiment
@@ -73,7 +74,7 @@ class Session:
             ValueError: if it is not at hand.
         """
         if self._model is None:
-            raise ValueError(f"model: {self.name} is not on this machine. Name one that is, with --model.")
+            raise ValueError(f"{self.name} is not on this machine. Name a model that is, with --model.")
         return self._model
 
     @cached_property
@@ -113,8 +114,8 @@ class Session:
         """
         if behaviour not in self.with_pairs():
             raise ValueError(
-                f"behaviour: {behaviour!r} has vectors here, but no pairs or prompts. Choose one of "
-                f"{', '.join(self.with_pairs())}, or open the dashboard with its file as a behaviour."
+                f"behaviour must be one of {', '.join(self.with_pairs())}, which have pairs and prompts, got "
+                f"{behaviour!r}. Open the dashboard with its file in `behaviours` to add it."
             )
         return self._experiments.get(behaviour) or load_experiment(behaviour)
 
@@ -136,7 +137,7 @@ class Session:
         return behaviour in self._kept or behaviour in self._vectors
 
     def set_aside(self, behaviour: str, vectors: SteeringVectors) -> str:
-        """Keeps vectors that no page uses yet; the key under which they are found, as long as few came after."""
+        """Keeps vectors that no page uses yet, and returns their key. Beyond `MOST_ASIDE` the oldest are dropped."""
         key = f"{next(self._numbers)}-{secrets.token_hex(4)}"
         self._aside[key] = (behaviour, vectors)
         for old in list(self._aside)[:-MOST_ASIDE]:
@@ -151,8 +152,8 @@ class Session:
         """
         if key not in self._aside:
             raise ValueError(
-                f"vectors: these are gone, for the dashboard was started anew or {MOST_ASIDE} others were found since. "
-                "Find them again."
+                "These vectors are no longer kept: the dashboard was restarted, or computed "
+                f"{MOST_ASIDE} newer ones. Compute them again."
             )
         return self._aside[key]
 
@@ -180,7 +181,7 @@ class Session:
         if name not in self._deltas:
             files = self._files()
             if name not in files:
-                raise ValueError(f"arm: {name!r} is not here. There are: {', '.join(self.deltas()) or 'none yet'}.")
+                raise ValueError(f"arm must be one of {', '.join(self.deltas()) or 'none yet'}, got {name!r}.")
             assert self.run is not None
             self._deltas[name] = WeightDelta.load(self.run.file(files[name].name))
         return self._deltas[name]
@@ -192,6 +193,18 @@ class Session:
     def _files(self) -> dict[str, Path]:
         folder = self.run.folder if self.run is not None else None
         return {} if folder is None else {file.stem: file for file in sorted(folder.glob("*_tuned_*.safetensors"))}
+
+
+def tuned_label(name: str) -> ArmLabel:
+    """The label of a tuned arm; what the dashboard puts behind its name, `(honesty) 2` say, stays with the arm.
+
+    Example:
+        >>> tuned_label("rep_tuned_away (honesty) 2")
+        ArmLabel(arm='rep_tuned (honesty) 2', direction='away', seed=0)
+    """
+    stem, *suffix = name.split(" ", 1)
+    label = ArmLabel.parse(stem)
+    return label._replace(arm=" ".join([label.arm, *suffix]))
 
 
 def made(vectors: SteeringVectors) -> str:

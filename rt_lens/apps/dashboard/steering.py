@@ -16,11 +16,11 @@ from rt_lens.apps.dashboard.panel import Work, choice, field, graph, table, work
 from rt_lens.apps.dashboard.panel import connect as connect_work
 from rt_lens.apps.dashboard.session import Session, made
 from rt_lens.apps.dashboard.work import Job
-from rt_lens.apps.report.labels import estimate
 from rt_lens.arms.sweeping import DoseResponse, sweep
 from rt_lens.common.parsing import layers_of, multipliers_of, whole_number
 from rt_lens.common.progress import Bar
-from rt_lens.experiment.validation import validation_metric
+from rt_lens.experiment.validation import validation_task
+from rt_lens.plots.style import row_estimate
 from rt_lens.results.schema import Results, choices_of
 
 PAGE = "steering"
@@ -104,11 +104,11 @@ def plan(
     """
     chosen, doses = list(dict.fromkeys(layers_of(layers or ""))), multipliers_of(multipliers or "")
     if max(chosen) >= bench.n_layers:
-        raise ValueError(f"layers: {max(chosen)} is outside this model's blocks 0..{bench.n_layers - 1}.")
+        raise ValueError(f"layers contains {max(chosen)}, but this model has blocks 0..{bench.n_layers - 1}.")
     if 0 not in doses or len(set(doses)) < 3:
         raise ValueError(
-            f"multipliers: {multipliers} came; at least three numbers, and 0 for the unsteered model among them, are "
-            "wanted, such as -2,0,2."
+            "multipliers must be at least three different numbers, and 0, the unsteered model, must be one of them, "
+            f"got {multipliers}. Try -2,0,2."
         )
     n_prompts = whole_number("prompts", prompts, 2, MOST_PROMPTS)
     n_tokens = whole_number("new tokens", length, 1, LONGEST)
@@ -120,14 +120,14 @@ def _steer(
 ) -> None:  # fmt: skip
     model, vectors, experiment = bench.model, bench.vectors(behaviour), bench.experiment(behaviour)
     vectors.at_layers(layers, vectors.kind)  # refuses a layer without a vector before any of the work is done
-    prompts, metric = validation_metric(experiment, model, n_tokens)
+    task = validation_task(experiment, model, n_tokens, n_prompts)
     responses: list[DoseResponse] = []
     with TemporaryDirectory() as folder:
         kept = Path(folder) / "sweep.json"  # so that multiplier 0, which is the same at every layer, runs once
         for layer in Bar(layers, desc="steering", unit="layer", disable=True):
             found = sweep(
-                model, vectors, prompts[:n_prompts], layers=[layer], multipliers=doses, metric=metric,
-                hook=vectors.kind, path=kept, progress=False,
+                model, vectors, task, layers=[layer], multipliers=doses, hook=vectors.kind, path=kept,
+                progress=False,
             )  # fmt: skip
             responses.append(found.dose_response(layer))
             scored = found.metric if experiment.honesty is None else "likelihood share of the right options"
@@ -154,7 +154,7 @@ def _table(summary: pd.DataFrame) -> Component:
         {
             "layer": cell["layer"],
             "multiplier": f"{cell['multiplier']:g}",
-            "mean score [95 %]": estimate(cell),
+            "mean score [95 %]": row_estimate(cell),
             "n": cell["n"],
         }
         for cell in cells

@@ -33,7 +33,7 @@ from rt_lens.experiment.protocols import protocol_of
 from rt_lens.models.forward import check_layers
 from rt_lens.models.generation import as_chat
 from rt_lens.plots.layers import without_first
-from rt_lens.plots.style import LOSS_PARTS
+from rt_lens.plots.style import LOSS_PARTS, with_minus_sign
 from rt_lens.results.schema import choices_of
 from rt_lens.steering.binding import ablate, add
 from rt_lens.steering.edits import FwdHook
@@ -152,7 +152,9 @@ def plan(
     weights = {"cosine weight": cosine, "token weight": token, "KL weight": kl}
     each, learning_rate = [_given(name, value) for name, value in weights.items()], _given("learning rate", rate)
     if not any(each[:2]):
-        raise ValueError("cosine weight, token weight: both are 0, so there is nothing to learn. Raise one.")
+        raise ValueError(
+            "cosine weight or token weight must be above 0, got 0 for both, which leaves nothing to learn. Raise one."
+        )
     n_steps = whole_number("steps", steps, 1, MOST_STEPS)
     config = replace(
         own, direction=direction, layers=layers_of(layers or ""), learning_rate=learning_rate,
@@ -174,7 +176,7 @@ def plan_weights(bench: Session, arm: str | None) -> tuple[str, Work]:
         ValueError: if there is no arm yet.
     """
     if arm is None:
-        raise ValueError("arm: there is none yet. Tune one above first.")
+        raise ValueError("arm must name a tuned arm, and there is none yet. Tune one above first.")
     return f"looking at {arm}", lambda job: _show_weights(job, "found", bench, arm)
 
 
@@ -187,7 +189,7 @@ def _fitting(bench: Session, vectors: SteeringVectors, config: TuneConfig) -> Tu
 
 def _given(name: str, value: float | None) -> float:
     if value is None:
-        raise ValueError(f"{name}: nothing came; a number is wanted.")
+        raise ValueError(f"{name} must be a number, got nothing. Type one.")
     return float(value)
 
 
@@ -273,9 +275,8 @@ class Tuning:
             layer, multiplier = (int(own["layer"]), float(own["multiplier"])) if own else (layer, multiplier)
         if direction == "suppress":
             return ablate(vectors, [layer], hook=vectors.kind), f"steered: ablated at layer {layer}"
-        return add(
-            vectors, [layer], multiplier, hook=vectors.kind
-        ), f"steered: layer {layer}, m = {multiplier:g}".replace("-", "−")
+        hooks = add(vectors, [layer], multiplier, hook=vectors.kind)
+        return hooks, with_minus_sign(f"steered: layer {layer}, m = {multiplier:g}")
 
 
 class _Losses:

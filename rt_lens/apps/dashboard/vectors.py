@@ -16,9 +16,9 @@ from rt_lens.apps.dashboard.panel import Work, choice, field, graph, table, work
 from rt_lens.apps.dashboard.panel import connect as connect_work
 from rt_lens.apps.dashboard.session import N_PAIRS, SEED, Session, made
 from rt_lens.apps.dashboard.work import Job
-from rt_lens.apps.report.labels import estimate
 from rt_lens.common.parsing import whole_number
 from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.plots.style import row_estimate
 from rt_lens.results.schema import Results
 from rt_lens.vectors.geometry import activation_map, cosines, norms
 from rt_lens.vectors.methods import METHODS
@@ -154,7 +154,7 @@ def plan(bench: Session, behaviour: str, method: str, pairs: float | None, seed:
     n_pairs = whole_number("pairs", pairs, 4, MOST_PAIRS)
     drawn = whole_number("seed", seed, 0, LARGEST_SEED)
     if method not in METHODS:
-        raise ValueError(f"method: {method!r} came; one of {', '.join(METHODS)} is wanted.")
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     return "finding vectors", partial(_find, bench, behaviour, method, n_pairs, drawn)
 
 
@@ -248,9 +248,9 @@ def _layers(found: VectorValidation) -> Component:
     rows = [
         {
             "layer": row["layer"],
-            "pair accuracy [95 %]": estimate(row, "accuracy"),
-            "AUC [95 %]": estimate(row, "auc"),
-            "halves agree, cosine [95 %]": estimate(row, "stability"),
+            "pair accuracy [95 %]": row_estimate(row, "accuracy"),
+            "AUC [95 %]": row_estimate(row, "auc"),
+            "halves agree, cosine [95 %]": row_estimate(row, "stability"),
             "n": row["n"],
         }
         for row in measured

@@ -47,12 +47,12 @@ def calibration_curve(probabilities: Values, outcomes: Values, bins: int = 10) -
     Example:
         >>> calibration_curve([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1], bins=2)
     """
-    stated, came = _checked(probabilities, outcomes, bins)
+    stated, observed = _checked(probabilities, outcomes, bins)
     where = _bin_of(stated, bins)
     rows = []
     for number in np.unique(where):
         inside = where == number
-        share = share_interval(int(came[inside].sum()), int(inside.sum()))
+        share = share_interval(int(observed[inside].sum()), int(inside.sum()))
         rows.append(
             {"bin_low": number / bins, "bin_high": (number + 1) / bins, "n": share.n,
              "predicted": float(stated[inside].mean()), "right": share.mean, "low": share.low, "high": share.high}
@@ -81,11 +81,11 @@ def calibration_error(
     Example:
         >>> calibration_error([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1], bins=2).error  # 0.15
     """
-    stated, came = _checked(probabilities, outcomes, bins)
+    stated, observed = _checked(probabilities, outcomes, bins)
     where = _bin_of(stated, bins)
     drawn = (np.random.default_rng(seed).random((draws, stated.size)) < stated).astype(float)
     low, high = np.quantile(_error(drawn, stated, where, bins), [0.025, 0.975])
-    error = float(_error(came[None], stated, where, bins)[0])
+    error = float(_error(observed[None], stated, where, bins)[0])
     return CalibrationError(stated.size, error, float(low), float(high), seed)
 
 
@@ -103,8 +103,8 @@ def brier_score(probabilities: Values, outcomes: Values, seed: int = 0) -> Inter
     Example:
         >>> brier_score([0.1, 0.8, 0.9], [0, 1, 1]).mean  # 0.02
     """
-    stated, came = _checked(probabilities, outcomes, 1)
-    return mean_interval((stated - came) ** 2, seed)
+    stated, observed = _checked(probabilities, outcomes, 1)
+    return mean_interval((stated - observed) ** 2, seed)
 
 
 def _error(
@@ -122,13 +122,21 @@ def _bin_of(stated: Float[np.ndarray, " n"], bins: int) -> Int[np.ndarray, " n"]
 def _checked(
     probabilities: Values, outcomes: Values, bins: int
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    stated, came = numbers("probabilities", probabilities), numbers("outcomes", outcomes)
-    if stated.size != came.size:
-        raise ValueError(f"outcomes: {came.size} came for {stated.size} probabilities. One for each is wanted.")
+    stated, observed = numbers("probabilities", probabilities), numbers("outcomes", outcomes)
+    if stated.size != observed.size:
+        raise ValueError(
+            f"outcomes must be as many as the probabilities ({stated.size}), got {observed.size}. Give one for each."
+        )
     if stated.min() < 0 or stated.max() > 1:
-        raise ValueError(f"probabilities: {stated.min():g} to {stated.max():g} came; 0 to 1 is wanted.")
-    if not np.isin(came, (0, 1)).all():
-        raise ValueError("outcomes: others than 0 and 1 came. Give 1 for what came true and 0 for what did not.")
+        raise ValueError(
+            f"probabilities must be between 0 and 1, got {stated.min():g} to {stated.max():g}. Divide percentages by "
+            "100."
+        )
+    if not np.isin(observed, (0, 1)).all():
+        raise ValueError(
+            f"outcomes must be 0 or 1, got {observed[~np.isin(observed, (0, 1))][0]:g}. Give 1 for what happened, "
+            "else 0."
+        )
     if bins < 1:
-        raise ValueError(f"bins: {bins} came; at least 1 is wanted.")
-    return stated, came
+        raise ValueError(f"bins must be at least 1, got {bins}. The default is 10.")
+    return stated, observed

@@ -187,7 +187,7 @@ def holm(p_values: Values) -> Float[np.ndarray, " test"]:
     """
     raw = numbers("p_values", p_values)
     if raw.min() < 0 or raw.max() > 1:
-        raise ValueError(f"p_values: {raw.min():g} to {raw.max():g} came; 0 to 1 is wanted.")
+        raise ValueError(f"p_values must be between 0 and 1, got {raw.min():g} to {raw.max():g}. Give p-values only.")
     return np.asarray(multipletests(raw, method="holm")[1], dtype=float)
 
 
@@ -269,23 +269,28 @@ def _table(a: Shaped[np.ndarray, " prompt"], b: Shaped[np.ndarray, " prompt"]) -
 
 
 def _outcomes(argument: str, values: Values) -> Shaped[np.ndarray, " prompt"]:
-    found = numbers(argument, values)
-    if not np.isin(found, (0, 1)).all():
+    outcomes = numbers(argument, values)
+    if not np.isin(outcomes, (0, 1)).all():
         raise ValueError(
-            f"{argument}: others than 0 and 1 came. Give 0 or 1 for each prompt, or use paired_comparison."
+            f"{argument} must be 0 or 1 for each prompt, got {outcomes[~np.isin(outcomes, (0, 1))][0]:g}. "
+            "For other numbers use paired_comparison."
         )
-    return found.astype(bool)
+    return outcomes.astype(bool)
 
 
 def _differences(first: Any, second: Any, most: int = 1) -> Shaped[np.ndarray, "..."]:
     """First minus second, [prompt] or, if two axes may come, [seed, prompt]."""
     a, b = numbers("first", first, most=most), numbers("second", second, most=most)
     if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"second: {b.shape[-1]} values came for {a.shape[-1]} in first. The comparison is paired.")
+        raise ValueError(
+            f"second must have a value for each prompt of first ({a.shape[-1]}), got {b.shape[-1]}. "
+            "If the prompts differ, use unpaired_comparison."
+        )
     seeds = [len(side) for side in (a, b) if side.ndim == 2]
     if len(set(seeds) - {1}) > 1:
         raise ValueError(
-            f"second: {seeds[1]} seeds came for {seeds[0]} in first. Give as many, or average one side over its seeds."
+            f"second must have as many seeds as first ({seeds[0]}), got {seeds[1]}. Give as many, or average one side "
+            "over its seeds."
         )
     return a - b
 

@@ -51,10 +51,10 @@ def share_interval(hits: int, n: int, method: Literal["wilson", "exact"] = "wils
         >>> share_interval(10, 100)  # 0.10 [0.055, 0.174]
     """
     if not 0 <= hits <= n or n == 0:
-        raise ValueError(f"hits: {hits} of {n} came; a count between 0 and n, with n above 0, is wanted.")
+        raise ValueError(f"hits must be between 0 and n, with n above 0, got hits={hits} and n={n}. Check both counts.")
     methods = {"wilson": "wilson", "exact": "beta"}
     if method not in methods:
-        raise ValueError(f"method: {method!r} came; 'wilson' or 'exact' is wanted.")
+        raise ValueError(f"method must be 'wilson' or 'exact', got {method!r}.")
     low, high = proportion_confint(hits, n, method=methods[method])
     share = hits / n
     return Interval(n, share, min(float(low), share), max(float(high), share))  # Wilson's 0 of n ends at 3e-17
@@ -107,9 +107,14 @@ def ratio_interval(totals: Values | Grid, sizes: Values, seed: int = 0, resample
     """
     above, below = numbers("totals", totals, most=2), numbers("sizes", sizes)
     if above.shape[-1] != below.size:
-        raise ValueError(f"sizes: {below.size} came for {above.shape[-1]} texts. One for each is wanted.")
+        raise ValueError(
+            f"sizes must be one number for each text ({above.shape[-1]}), got {below.size}. Give each text's tokens."
+        )
     if below.min() < 0 or below.max() == 0:
-        raise ValueError("sizes: one is negative, or none is above 0. Give each text's number of tokens.")
+        raise ValueError(
+            f"sizes must be 0 or more, and one of them above 0, got {below.min():g} to {below.max():g}. "
+            "Give each text's number of tokens."
+        )
     above, below = above[..., below > 0], below[below > 0]
     grid = np.atleast_2d(above)
     n, ratio = below.size, float(grid.mean(0).sum() / below.sum())
@@ -212,23 +217,26 @@ def moments(values: Shaped[np.ndarray, "*seed prompt"]) -> Moments:
 
 
 def numbers(argument: str, values: Any, least: int = 1, most: int = 1) -> Shaped[np.ndarray, "..."]:
-    """The values as an array of floats of this many axes, or a message that names the argument."""
+    """The values as an array of floats with `least` to `most` axes, or a ValueError that names the argument."""
     try:
-        found = np.asarray(values, dtype=float)
+        array = np.asarray(values, dtype=float)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{argument}: no array of numbers came ({error}). Give every seed the same prompts.") from None
-    if not least <= found.ndim <= most:
-        wanted = "one number per seed and prompt is" if least == 2 else "one number per prompt is"
-        mend = "" if least == 2 else " Average over seeds first."
-        raise ValueError(f"{argument}: an array of shape {found.shape} came; {wanted} wanted.{mend}")
-    if found.size == 0:
-        raise ValueError(f"{argument}: the list is empty; at least one observation is wanted.")
-    if bad := int((~np.isfinite(found)).sum()):
         raise ValueError(
-            f"{argument}: {bad} of {found.size} are NaN or infinite; finite numbers are wanted. "
-            "Leave those prompts out, in every arm alike."
+            f"{argument} must be numbers in a regular array, got a list that makes none ({error}). "
+            "Give every seed the same prompts."
+        ) from None
+    if not least <= array.ndim <= most:
+        allowed = "one number per seed and prompt" if least == 2 else "one number per prompt"
+        fix = "Put a single seed in a list." if least == 2 else "Average over seeds first."
+        raise ValueError(f"{argument} must be {allowed}, got an array of shape {array.shape}. {fix}")
+    if array.size == 0:
+        raise ValueError(f"{argument} must have at least one observation, got an empty list. Give at least one.")
+    if bad := int((~np.isfinite(array)).sum()):
+        raise ValueError(
+            f"{argument} must be finite numbers, got {bad} of {array.size} that are NaN or infinite. "
+            "Leave those prompts out of every arm."
         )
-    return found
+    return array
 
 
 def all_alike(values: Shaped[np.ndarray, "..."]) -> bool:

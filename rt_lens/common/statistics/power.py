@@ -34,7 +34,10 @@ def prompts_needed(differences: Values, power: float = 0.8, alpha: float = 0.05)
     _check(power, alpha)
     sample = numbers("differences", differences)
     if sample.size < 2 or np.ptp(sample) == 0:
-        raise ValueError("differences: they have no spread to plan by. Give at least two that differ.")
+        raise ValueError(
+            f"differences must be at least two numbers that differ, got {sample.size} without spread. Measure more "
+            "prompts."
+        )
     effect = abs(float(sample.mean())) / float(sample.std(ddof=1))
     if effect == 0:
         return None
@@ -62,7 +65,9 @@ def detectable(n: int, sd: float, power: float = 0.8, alpha: float = 0.05) -> fl
     """
     _check(power, alpha)
     if n < 2 or not sd >= 0:
-        raise ValueError(f"n, sd: {n} and {sd} came; at least 2 prompts and an sd of 0 or more are wanted.")
+        raise ValueError(
+            f"n must be at least 2 and sd at least 0, got n={n} and sd={sd}. Give prompts and their spread."
+        )
     return sd * float(np.ravel(TTestPower().solve_power(nobs=n, power=power, alpha=alpha))[0])  # at times an array
 
 
@@ -75,5 +80,6 @@ def _power(effect: float, n: int, alpha: float) -> float:
 def _check(power: float, alpha: float) -> None:
     if not (0 < alpha < power < 1):
         raise ValueError(
-            f"power, alpha: {power} and {alpha} came; 0 < alpha < power < 1 is wanted, as in 0.8 and 0.05."
+            f"power and alpha must satisfy 0 < alpha < power < 1, got power={power} and alpha={alpha}. "
+            "Usual values are power=0.8 and alpha=0.05."
         )

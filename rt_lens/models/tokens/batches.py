@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rt_lens.common.inputs import text_list
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer, TextModel
 from rt_lens.models.tokens.chats import ChatText, tokenizer_of
 
 
@@ -38,7 +38,7 @@ class TokenBatch:
         return TokenBatch(self.tokens.to(device), self.mask.to(device), self.rows)
 
 
-def encode(model: Model, text: str) -> list[int]:
+def encode(model: HasTokenizer, text: str) -> list[int]:
     """Token ids of a text that a model is to go on from.
 
     A chat's special tokens are taken as written, and plain text gets the start token that the tokenizer adds, once.
@@ -63,7 +63,8 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
     """
     if not sequences or any(len(ids) == 0 for ids in sequences):
         empty = next((i for i, ids in enumerate(sequences) if len(ids) == 0), None)
-        raise ValueError("texts: the list is empty." if empty is None else f"texts: number {empty} has no tokens.")
+        received = "an empty list" if empty is None else f"none in number {empty}"
+        raise ValueError(f"texts must have at least one token each, got {received}. Leave empty texts out.")
     length = max(len(ids) for ids in sequences)
     tokens = torch.full((len(sequences), length), pad_id, dtype=torch.long)
     mask = torch.zeros_like(tokens)
@@ -74,7 +75,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
     return TokenBatch(tokens, mask, tuple(range(len(sequences))))
 
 
-def pad_id_of(model: Model) -> int:
+def pad_id_of(model: HasTokenizer) -> int:
     """The id used for padding: the pad token, else the end-of-text token, else 0; always one that the model has."""
     tokenizer, rows = tokenizer_of(model), getattr(getattr(model, "cfg", None), "d_vocab", math.inf)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -84,7 +85,7 @@ def pad_id_of(model: Model) -> int:
 
 
 def batches(
-    model: Model, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
+    model: TextModel, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
 ) -> Iterator[TokenBatch]:
     """Token batches of like length, longest first (so that a batch too large for the memory fails at once).
 
@@ -92,10 +93,12 @@ def batches(
         ValueError: if `texts` is empty or holds an empty text, or the batch size is below 1.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size} came, a whole number of at least 1 is wanted.")
+        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size}. The default is 32.")
     encoded = [encode(model, text) for text in text_list(texts, "texts", blank=True)]
     if [] in encoded:
-        raise ValueError(f"texts: number {encoded.index([])} has no tokens.")
+        raise ValueError(
+            f"texts must have at least one token each, got none in number {encoded.index([])}. Leave empty texts out."
+        )
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

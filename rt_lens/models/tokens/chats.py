@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer, TextModel
 
 TEMPLATE_DATE = datetime(2024, 7, 26, 12, 0, 0)
 """What templates that write today's date get: else the same seed would give other numbers tomorrow."""
@@ -50,30 +50,30 @@ class ChatText(str):
         return ChatText(str.__add__(self, more), self.messages, self.prefill + more)
 
 
-def tokenizer_of(model: Model) -> Any:
+def tokenizer_of(model: HasTokenizer) -> Any:
     """The model's tokenizer.
 
     Raises:
         ValueError: if the model has none.
     """
     if getattr(model, "tokenizer", None) is None:
-        raise ValueError("model: it has no tokenizer, so text cannot be given to it. Set model.tokenizer first.")
+        raise ValueError("model must have a tokenizer to read text, got none. Set model.tokenizer first.")
     return model.tokenizer
 
 
-def has_chat_template(model: Model) -> bool:
+def has_chat_template(model: HasTokenizer) -> bool:
     """True if the model's tokenizer knows how to write a chat."""
     return bool(getattr(tokenizer_of(model), "chat_template", None))
 
 
-def is_chat(model: Model, text: str) -> bool:
+def is_chat(model: HasTokenizer, text: str) -> bool:
     """Whether a text went through the chat template: here, or elsewhere if it begins with a special token."""
     if isinstance(text, ChatText):
         return True
     return has_chat_template(model) and text.startswith(tuple(map(str, tokenizer_of(model).all_special_tokens)))
 
 
-def chat_text(model: Model, user: str, *, system: str = "", prefill: str = "") -> str:
+def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str = "") -> str:
     """One exchange through the model's chat template, up to the point where the assistant writes.
 
     Templates that refuse a system role, or pass over it, get the system text in front of the user's. The prefill is
@@ -99,7 +99,7 @@ def chat_text(model: Model, user: str, *, system: str = "", prefill: str = "") -
     return _opened(model, messages, prefill)
 
 
-def _opened(model: Model, messages: Sequence[Message], prefill: str) -> ChatText:
+def _opened(model: HasTokenizer, messages: Sequence[Message], prefill: str) -> ChatText:
     """The messages, and the assistant's turn opened with some words."""
     if prefill:
         try:
@@ -110,7 +110,7 @@ def _opened(model: Model, messages: Sequence[Message], prefill: str) -> ChatText
     return ChatText(rendered(model, messages) + prefill, messages, prefill)
 
 
-def answered(model: Model, prompt: str, answer: str) -> str:
+def answered(model: HasTokenizer, prompt: str, answer: str) -> str:
     """A prompt with its answer, as the template writes a whole one: Llama-2's puts a space before it, say.
 
     Args:
@@ -123,7 +123,7 @@ def answered(model: Model, prompt: str, answer: str) -> str:
     return prompt + answer
 
 
-def rendered(model: Model, messages: Sequence[Message], *, open_answer: bool = True) -> str:
+def rendered(model: HasTokenizer, messages: Sequence[Message], *, open_answer: bool = True) -> str:
     """A conversation through the model's chat template.
 
     Args:
@@ -157,7 +157,7 @@ def rendered(model: Model, messages: Sequence[Message], *, open_answer: bool = T
     return through(folded) if passed_over else text
 
 
-def _variables(model: Model) -> dict[str, Any]:
+def _variables(model: HasTokenizer) -> dict[str, Any]:
     return dict(getattr(getattr(model, "cfg", None), "rt_lens_chat_template_kwargs", None) or {})
 
 
@@ -181,7 +181,7 @@ def special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
 
 
-def end_ids(model: Model) -> tuple[int, ...]:
+def end_ids(model: TextModel) -> tuple[int, ...]:
     """Token ids that end an answer.
 
     Those of the model's generation settings, which may be several, as in Hugging Face's `generate`. A model without
@@ -198,13 +198,13 @@ def end_ids(model: Model) -> tuple[int, ...]:
     return tuple(sorted(number for number in ends if number is not None))
 
 
-def end_of_answer(model: Model) -> int | None:
+def end_of_answer(model: TextModel) -> int | None:
     """The token that a whole answer is learnt to end with: the template's, if it ends answers; None if nothing does."""
     ends = end_ids(model)
     return next((number for number in [*_after_an_answer(model), *ends] if number in ends), None)
 
 
-def _after_an_answer(model: Model) -> list[int]:
+def _after_an_answer(model: HasTokenizer) -> list[int]:
     """Special tokens that the chat template writes after an answer, in order."""
     if not has_chat_template(model):
         return []

@@ -10,11 +10,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer
 from rt_lens.models.tokens.chats import tokenizer_of
 
 
-def text_of(model: Model, ids: Sequence[int], *, special: bool = False) -> str:
+def text_of(model: HasTokenizer, ids: Sequence[int], *, special: bool = False) -> str:
     """The text of tokens, as the model wrote it: the `Pieces` of all of them together.
 
     It is what the tokenizer's `decode` gives, without its cleaning up of spaces. The two differ where tokens end within
@@ -33,7 +33,7 @@ def text_of(model: Model, ids: Sequence[int], *, special: bool = False) -> str:
     return "".join([*map(pieces, ids), pieces.rest])
 
 
-def token_texts(model: Model, ids: Sequence[int]) -> list[str]:
+def token_texts(model: HasTokenizer, ids: Sequence[int]) -> list[str]:
     """The text of each token of a sequence, in its context; special tokens as they are written.
 
     Together they are the decoded text, but for letters whose bytes are spread over several tokens: the last of these
@@ -59,7 +59,7 @@ def token_texts(model: Model, ids: Sequence[int]) -> list[str]:
     return texts
 
 
-def token_text(model: Model, token: int) -> str:
+def token_text(model: HasTokenizer, token: int) -> str:
     """The text of a token without context: the space before a word stays, and bytes of no whole letter are `<0xE6>`.
 
     Args:
@@ -92,7 +92,7 @@ class Pieces:
         >>> text = "".join([*map(pieces, ids), pieces.rest])
     """
 
-    def __init__(self, model: Model, *, special: bool = False) -> None:
+    def __init__(self, model: HasTokenizer, *, special: bool = False) -> None:
         """A text that is empty yet.
 
         Args:

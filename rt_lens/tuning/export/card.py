@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from rt_lens.models.forward import model_name
+from rt_lens.models.parameter_names import block_and_modules
 from rt_lens.models.protocol import Model
 from rt_lens.models.registry import BUNDLED_MODELS
 from rt_lens.tuning.delta import WeightDelta
@@ -127,7 +128,7 @@ def changed(model: Model, delta: WeightDelta | None) -> str:
     if delta is None:
         return "Nothing: these are the weights of the base model."
     names = [name for name, change in delta.changes.items() if change.any()]
-    blocks = sorted({int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))})
+    blocks = sorted({block for name in names if (block := block_and_modules(name)[0]) is not None})
     where = f", in blocks {', '.join(map(str, blocks))}" if blocks else ""
     known = BUNDLED_MODELS.get(model_name(model).lower())
     lines = [

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig, PretrainedConfig
 
 from rt_lens.models.forward import model_name
 from rt_lens.models.llama import FAMILIES, NotLlamaStyle, refuse_what_is_not_covered, to_huggingface
+from rt_lens.models.parameter_names import plain_name
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.delta import WeightDelta
 
@@ -104,7 +105,7 @@ def changes_as_huggingface(model: Model, delta: WeightDelta) -> dict[str, Tensor
     for name, change in delta.changes.items():
         if change.any():
             found = None if isinstance(model, TransformerBridge) else to_huggingface(name, change)
-            theirs, tensor = found or (_bare(name), change)
+            theirs, tensor = found or (plain_name(name), change)
             changes[theirs] = tensor
     return changes
 
@@ -182,27 +183,24 @@ def _as_llama(model: Model, config: PretrainedConfig, attention: bool, mlp: bool
     return LlamaConfig.from_dict(kept | wanted)
 
 
-def _bare(name: str) -> str:
-    """A bridge's name without the wrappers that it puts between a module and its owner."""
-    return name.replace("._original_component", "")
-
-
 def _of_bridge(model: TransformerBridge, delta: WeightDelta | None) -> HuggingFaceModel:
     original, config = model.original_model, source_config(model)
     with torch.device("meta"):
         plain = type(original)(copy.deepcopy(config))
     repeated = plain.state_dict().keys() & dict(plain.named_parameters(remove_duplicate=False)).keys()
     wanted = (plain.state_dict().keys() - repeated) | dict(plain.named_parameters()).keys()  # tied ones once
-    joint = {_bare(name): part for name, part in original.named_modules() if isinstance(part, JointQKVAttentionBridge)}
+    joint = {
+        plain_name(name): part for name, part in original.named_modules() if isinstance(part, JointQKVAttentionBridge)
+    }
     with changed_by(model, delta):
-        state = {_bare(name): tensor for name, tensor in original.state_dict().items()}
+        state = {plain_name(name): tensor for name, tensor in original.state_dict().items()}
         for name, attention in joint.items():
             state |= _joined(name, attention)
     for name, change in (delta.changes if delta else {}).items():
-        inside = any(_bare(name).startswith(f"{attention}.") for attention in joint)
-        if change.any() and _bare(name) not in wanted and not inside:
+        inside = any(plain_name(name).startswith(f"{attention}.") for attention in joint)
+        if change.any() and plain_name(name) not in wanted and not inside:
             raise ValueError(
-                f"delta: {_bare(name)} is changed, and {type(original).__name__} has no place for it in its files. "
+                f"delta: {plain_name(name)} is changed, and {type(original).__name__} has no place for it in its files. "
                 "Leave it out of the change, or keep it as a hook."
             )
     weights = {name: state[name] for name in sorted(wanted)}

@@ -52,34 +52,37 @@ def save_gguf(vectors: SteeringVectors, path: str | Path) -> Path:
 
     Example:
         >>> save_gguf(vectors.select(range(1, 30)), "mood.gguf")  # llama-cli --control-vector-scaled mood.gguf:2
+        PosixPath('mood.gguf')
     """
     if vectors.erasers:
         raise ValueError(
-            "vectors: LEACE's erasers came, which a control vector has no place for. Use 1 * vectors to drop them, or "
-            "vectors.save(path) to keep them."
+            "vectors must have no erasers, which a control vector cannot hold, got those of LEACE. Use 1 * vectors to "
+            "drop them, or vectors.save(path) to keep them."
         )
     rows = {}
     for name, vector in vectors.vectors.items():
-        found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name)
-        if not found or vector.ndim != 1:
-            what = name if vector.ndim == 1 else f"{name} of shape {tuple(vector.shape)}"
+        block = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name)
+        if not block or vector.ndim != 1:
+            shape = "" if vector.ndim == 1 else f" of shape {tuple(vector.shape)}"
             raise ValueError(
-                f"vectors: {what} came; a control vector is one row per block, at hook_resid_post. "
+                f"vectors must have one row per block, at hook_resid_post, got {name}{shape}. "
                 "Use vectors.select(layers) to keep those only, or vectors.save(path) to keep all."
             )
         row = vector.detach().cpu().to(torch.float32)
         if not torch.equal(row.to(vector.dtype), vector.detach().cpu()):
             raise ValueError(
-                f"vectors: {name} is {vector.dtype} and loses digits in float32, the only type that llama.cpp reads. "
-                "Round it first: vector.float()."
+                f"vectors must be exact in float32, the only type that llama.cpp reads, got {vector.dtype} with more "
+                f"digits at {name}. Round it first: vector.float()."
             )
-        rows[int(found[1])] = row.numpy()
+        rows[int(block[1])] = row.numpy()
     if 0 in rows:
-        others = sorted(set(rows) - {0})
-        gapless = others == list(range(1, len(others) + 1))
-        kept = f"range(1, {len(others) + 1})" if gapless else str(others)
-        mend = f"Save the other blocks: vectors.select({kept})." if others else "Use a vector of a later block."
-        raise ValueError(f"vectors: block 0 came; llama.cpp cannot steer it and refuses the file. {mend}")
+        later = sorted(set(rows) - {0})
+        gapless = later == list(range(1, len(later) + 1))
+        selected = f"range(1, {len(later) + 1})" if gapless else str(later)
+        fix = f"Save the other blocks: vectors.select({selected})." if later else "Use a vector of a later block."
+        raise ValueError(
+            f"vectors must be of blocks from 1 on, got block 0, which llama.cpp cannot steer: it refuses the file. {fix}"
+        )
     stored = {"schema": _SCHEMA, "kind": "steering_vectors", **vectors.provenance.to_json()}
     with TemporaryDirectory() as folder:  # the writer only knows paths
         written = Path(folder) / "vectors.gguf"
@@ -100,7 +103,7 @@ def save_gguf(vectors: SteeringVectors, path: str | Path) -> Path:
 def load_gguf(path: str | Path) -> SteeringVectors:
     """Reads a GGUF control vector: `direction.N` becomes `blocks.N.hook_resid_post`, in float32 (see `save_gguf`).
 
-    A file that `save_gguf` wrote keeps its provenance. Any other says "unknown" for what it does not tell; its model
+    A file that `save_gguf` wrote keeps its provenance. For any other file what it does not name is "unknown"; its model
     hint becomes `model`.
 
     N is the block that a file's tool steers, which need not be the block that it read: repeng reads its last block
@@ -111,13 +114,18 @@ def load_gguf(path: str | Path) -> SteeringVectors:
         ValueError: if it is truncated, no control vector, or holds anything but finite rows of one width.
 
     Example:
-        >>> with model.hooks(fwd_hooks=add(load_gguf("happy.gguf"), multiplier=1.5)): ...
+        >>> _ = save_gguf(vectors.select([18, 21]), "happy.gguf")
+        >>> loaded = load_gguf("happy.gguf")
+        >>> loaded.hook_names, loaded.provenance == vectors.provenance
+        (['blocks.18.hook_resid_post', 'blocks.21.hook_resid_post'], True)
+        >>> with model.hooks(fwd_hooks=add(loaded, multiplier=1.5)):
+        ...     answers = generate(model, ["How was your day?"], max_new_tokens=4)
     """
     return from_gguf(Path(path), "unknown", "unknown", 0)
 
 
 class _BoundedReader(GGUFReader):
-    """The gguf package's reader, stopped at the file's end: by itself it reads nothing there and counts on."""
+    """The gguf package's reader, stopped at the file's end, where by itself it reads nothing and counts on."""
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
@@ -132,16 +140,16 @@ def from_gguf(path: Path, model: str, behaviour: str, offset: int) -> SteeringVe
         architecture = _text(reader, "general.architecture")
         if architecture not in (None, _ARCHITECTURE):
             raise RefusedError(
-                f"vectors: {path} holds a GGUF of architecture {shown(architecture)}; a control vector is wanted. "
-                "A model is opened with load_model."
+                f"path must be a GGUF control vector, got {path} of architecture {shown(architecture)}. Open a model "
+                "with load_model."
             )
         rows = {}
         for tensor in reader.tensors:
             kind, _, layer = tensor.name.partition(".")
             if kind != "direction" or not LAYER.fullmatch(layer) or tensor.tensor_type not in _GGUF_FLOATS:
                 raise RefusedError(
-                    f"vectors: {path} holds {shown(tensor.name)} of type {tensor.tensor_type.name}; a control vector "
-                    "has direction.1, direction.2, ... of floating numbers only."
+                    f"{path} must hold direction.1, direction.2, ... of floating numbers only, got "
+                    f"{shown(tensor.name)} of type {tensor.tensor_type.name}."
                 )
             rows[int(layer)] = tensor
         ours = _text(reader, _OURS)
@@ -159,7 +167,9 @@ def from_gguf(path: Path, model: str, behaviour: str, offset: int) -> SteeringVe
             raise KeyError("kind")
         provenance = Provenance.from_json(stored)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        raise ValueError(f"vectors: the provenance in {path} is not of schema {_SCHEMA}. Make it again.") from None
+        raise ValueError(
+            f"path must be a file with a provenance of schema {_SCHEMA}, got {path}. Save it again with save_gguf."
+        ) from None
     return SteeringVectors(vectors, provenance)
 
 

@@ -41,15 +41,15 @@ def import_vectors(
     - `.safetensors`: ours, as `SteeringVectors.load` reads it, else tensors named by layer numbers or hook names.
     - `.pt`, `.pth`: a dict from layer number (int or text) or hook name to a tensor, or one tensor `[layer, d_model]`.
     - `.npz`: arrays named so, or a single array `[layer, d_model]` of any other name.
-    - a steering-vectors `SteeringVector`: its layer i is block i, and its layer type says the hook point:
+    - a steering-vectors `SteeringVector`: its layer i is block i, and its layer type decides the hook point:
       `decoder_block` is `hook_resid_post`, `self_attn` is `hook_attn_out`, `mlp` is `hook_mlp_out`. (In models that
       norm a part's output once more, as Gemma 2 does, the last two are before that norm there and after it here.)
 
     Args:
         source: path of a file, or the object.
         hook: kind of hook point that plain layer numbers mean. For `z` each layer's tensor is `[head, d_head]`.
-        model: name of the model, where the file does not tell.
-        behaviour: what the vectors point towards, where the file does not tell.
+        model: name of the model, where the file does not name it.
+        behaviour: what the vectors point towards, where the file does not name it.
         offset: added to layer numbers. 0 where layer 0 is the first block's output. -1 for tools that count as Hugging
             Face's `hidden_states` do, whose 0 is the embedding: that one becomes `blocks.0.hook_resid_pre`. (Their
             last is after the model's final norm.)
@@ -63,11 +63,14 @@ def import_vectors(
             width under layer numbers or hook names.
 
     Example:
-        >>> torch.save(steering_vector.layer_activations, "mood.pt")  # in steering-vectors' environment
-        >>> vectors = import_vectors("mood.pt", model="SmolLM2-135M-Instruct", behaviour="mood")
+        >>> import torch
+        >>> torch.save({18: torch.randn(576), 21: torch.randn(576)}, "mood.pt")  # steering_vector.layer_activations
+        >>> imported = import_vectors("mood.pt", model="SmolLM2-135M-Instruct", behaviour="mood")
+        >>> imported.hook_names, imported.provenance.behaviour, imported.provenance.method
+        (['blocks.18.hook_resid_post', 'blocks.21.hook_resid_post'], 'mood', 'unknown')
     """
     if not HOOK_NAME.fullmatch(hook_names([0], hook)[0]) or hook == "any":
-        raise ValueError(f"hook: {shown(hook)} came; a kind such as resid_post, attn_out, mlp_out or z is wanted.")
+        raise ValueError(f"hook must be a kind such as resid_post, attn_out, mlp_out or z, got {shown(hook)}.")
     provenance = unknown(model, behaviour)
     if not isinstance(source, str | os.PathLike):
         return SteeringVectors(_from_object(source, hook, offset), provenance)
@@ -75,12 +78,14 @@ def import_vectors(
     ending = path.suffix.lower()
     if ending not in {".gguf", ".safetensors", *_READERS}:
         raise ValueError(
-            f"source: {path} ends in {ending!r}; .gguf, .safetensors, .pt, .pth or .npz is wanted. "
-            "Save it as one of these first."
+            f"source must be a file that ends in .gguf, .safetensors, .pt, .pth or .npz, got {path}, which ends in "
+            f"{ending!r}. Save it as one of these first."
         )
     if ending == ".gguf":
         if hook != "resid_post":
-            raise ValueError(f"hook: {hook} came; a GGUF control vector is at resid_post always. Leave hook out.")
+            raise ValueError(
+                f"hook must be resid_post for a GGUF control vector, which is always there, got {hook}. Leave hook out."
+            )
         return from_gguf(path, model, behaviour, offset)
     must_exist(path)
     if ending == ".safetensors" and _is_ours(path):
@@ -102,20 +107,21 @@ def _read_torch(path: Path, naming: Naming) -> dict[str, Tensor]:
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            named = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
-            if not named:
+            pickled = re.search(r"GLOBAL ([\w.]{1,60})", str(error))
+            if not pickled:
                 raise
             raise RefusedError(
-                f"vectors: {path} holds Python objects ({named[1]}), which may run code and are never unpickled here. "
-                "Save a plain dict of tensors instead: torch.save(vector.layer_activations, path)."
+                f"source must hold tensors only, got {path} with Python objects ({pickled[1]}), which may run code and "
+                "are never unpickled here. Save a plain dict of tensors instead: "
+                "torch.save(vector.layer_activations, path)."
             ) from None
         if isinstance(stored, Tensor) and not stored.is_nested and stored.ndim > 1:
             naming.count(len(stored))
             stored = dict(enumerate(stored))
         if not isinstance(stored, dict):
-            came = f"a tensor of shape {tuple(stored.shape)!s:.60}" if isinstance(stored, Tensor) else type(stored)
+            kind = f"a tensor of shape {tuple(stored.shape)!s:.60}" if isinstance(stored, Tensor) else type(stored)
             raise RefusedError(
-                f"vectors: {path} holds {came}; a dict from layer to tensor, or one tensor [layer, d_model], is wanted."
+                f"{path} must hold a dict from layer to tensor, or one tensor [layer, d_model], got {kind}."
             )
         return naming.read_tensors(stored)
 
@@ -125,17 +131,17 @@ def _read_npz(path: Path, naming: Naming) -> dict[str, Tensor]:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         naming.count(len(archive.infolist()))
         if len(members) < len(archive.infolist()):
-            raise RefusedError(f"vectors: {path} holds two entries of one name.")
+            raise RefusedError(f"{path} must hold one entry per name, got two entries of one name.")
         shapes = {}
         for key, info in members.items():
             with archive.open(info) as stream:
                 if np.lib.format.read_magic(stream) != (1, 0):  # later ones allow headers of gigabytes
-                    raise RefusedError(f"vectors: {shown(key)} in {path} is no array of plain numbers.")
+                    raise RefusedError(f"{shown(key)} in {path} must be an array of plain numbers, got another format.")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             if dtype.kind != "f":
                 raise RefusedError(
-                    f"vectors: {shown(key)} in {path} is an array of {dtype}; floating numbers are wanted. "
-                    "Save with array.astype('float32')."
+                    f"{shown(key)} in {path} must be an array of floating numbers, got {dtype}. "
+                    "Save it with array.astype('float32')."
                 )
             shapes[key] = shape
 
@@ -160,20 +166,19 @@ _READERS: dict[str, Callable[[Path, Naming], dict[str, Tensor]]] = {
 
 
 def _from_object(source: Any, hook: str, offset: int) -> dict[str, Tensor]:
-    """The vectors of a steering-vectors SteeringVector, known by its two attributes."""
+    """The vectors of a steering-vectors SteeringVector, recognised by its two attributes."""
     tensors, kind = getattr(source, "layer_activations", None), getattr(source, "layer_type", None)
     if not isinstance(tensors, dict) or not isinstance(kind, str):
         raise ValueError(
-            f"source: a {type(source).__name__} came; the path of a file, or a SteeringVector of steering-vectors, "
-            "is wanted."
+            f"source must be the path of a file or a SteeringVector of steering-vectors, got a {type(source).__name__}."
         )
     if kind not in _LAYER_TYPES:
         raise ValueError(
-            f"source: a vector of layer_type {shown(kind)} came, for which TransformerLens has no hook point (it has "
-            f"none behind a norm's own weights). Train it with one of {', '.join(_LAYER_TYPES)}."
+            f"source must be a vector of layer_type {', '.join(_LAYER_TYPES)}, got {shown(kind)}, for which "
+            "TransformerLens has no hook point (it has none behind a norm's own weights). Train it with one of these."
         )
     if hook not in ("resid_post", _LAYER_TYPES[kind]):
-        raise ValueError(f"hook: {hook} came; layer_type {kind!r} means {_LAYER_TYPES[kind]}. Leave hook out.")
+        raise ValueError(f"hook must be {_LAYER_TYPES[kind]} for layer_type {kind!r}, got {hook}. Leave hook out.")
     return Naming("source", _LAYER_TYPES[kind], offset).read_tensors(tensors)
 
 

@@ -4,7 +4,7 @@
   const named = (control, names) => {
     if (control.getAttribute("aria-labelledby") !== names) control.setAttribute("aria-labelledby", names);
   };
-  const mend = () => {
+  const nameControls = () => {
     for (const label of document.querySelectorAll(".field > label[id]")) {
       const field = label.parentElement;
       for (const part of field.querySelectorAll("[role=slider], .dash-range-slider-input")) named(part, label.id);
@@ -15,6 +15,6 @@
       for (const proxy of field.querySelectorAll(".dash-dropdown-focus-target")) proxy.disabled = true;
     }
   };
-  new MutationObserver(mend).observe(document.documentElement, { childList: true, subtree: true });
-  mend();
+  new MutationObserver(nameControls).observe(document.documentElement, { childList: true, subtree: true });
+  nameControls();
 })();

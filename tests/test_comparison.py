@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import rt_lens as rtl
-from rt_lens.arms.comparison import ArmEvaluator, EvalTask, compare_arms
+from rt_lens.arms.comparison import ArmEvaluator, compare_arms
 from rt_lens.common.statistics.comparisons import paired_comparison
 from rt_lens.common.statistics.intervals import crossed_interval, share_interval
 from rt_lens.data.questions import Question
 from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.choices import likelihoods
+from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.evaluation.texts import perplexity
 from rt_lens.tuning.delta import WeightDelta
 
@@ -34,7 +35,7 @@ def delta(tiny):
 
 
 @pytest.fixture
-def exams():
+def tasks():
     return {
         "talk": EvalTask(PROMPTS, [len, "repetition"], 5),
         "choices": EvalTask(CHOICES, [{"kind": "likelihood", "measure": "accuracy"}, {"kind": "likelihood"}]),
@@ -42,7 +43,7 @@ def exams():
 
 
 @pytest.fixture
-def board(tiny, tiny_vectors, delta, exams):
+def board(tiny, tiny_vectors, delta, tasks):
     steering = rtl.add(tiny_vectors, [0], 4.0)
     arms = {
         "untuned": None,
@@ -50,10 +51,10 @@ def board(tiny, tiny_vectors, delta, exams):
         "tuned": {0: delta(0), 1: delta(1), 2: delta(2)},
         "both": (delta(0), steering),
     }
-    return compare_arms(tiny, arms, exams, texts=TEXTS, progress=False)
+    return compare_arms(tiny, arms, tasks, texts=TEXTS, progress=False)
 
 
-def test_each_score_is_that_of_the_arm_asked_alone(tiny, tiny_vectors, delta, exams, board):
+def test_each_score_is_that_of_the_arm_asked_alone(tiny, tiny_vectors, delta, tasks, board):
     steering = rtl.add(tiny_vectors, [0], 4.0)
     alone = {
         ("untuned", 0): (),
@@ -186,12 +187,12 @@ def test_nothing_stays_on_the_model_also_when_a_scorer_fails(tiny, tiny_vectors,
     assert all(torch.equal(weight, before[name]) for name, weight in tiny.state_dict().items())
 
 
-def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, exams):
+def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, tasks):
     def scores(questions, batch_size):
         exam = {"choices": EvalTask(questions, [{"kind": "likelihood"}])}
         board = ArmEvaluator(tiny, exam, TEXTS[::-1] if questions != CHOICES else TEXTS, batch_size=batch_size)
         board.measure("tuned", delta(0))
-        found = board.scoreboard()
+        found = board.scores()
         return dict(zip([q.category for q in questions], found.scores["score"], strict=True)), found.summary()
 
     (one, table), (other, again) = scores(CHOICES, 64), scores(CHOICES[::-1], 1)
@@ -202,19 +203,22 @@ def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, exams):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda m: compare_arms(m, {}, {"a": EvalTask(PROMPTS)}), "arms: none came"),
-        (lambda m: compare_arms(m, {"x": 3}, {"a": EvalTask(PROMPTS)}, progress=False), "arms: a int came"),
-        (lambda m: compare_arms(m, {"x": None}, {}), "exams: none came"),
-        (lambda m: ArmEvaluator(m, {"a": EvalTask(PROMPTS)}).scoreboard(), "none was measured yet"),
-        (lambda m: EvalTask(PROMPTS, "vader"), "scorers: 'vader' came; a list"),
-        (lambda m: EvalTask(PROMPTS, ["vader", "vader"]), "each wants a name of its own"),
-        (lambda m: EvalTask(PROMPTS, [rtl.evaluation.scorers.OfText("prompt", len)]), "none of arm, direction"),
+        (lambda m: compare_arms(m, {}, {"a": EvalTask(PROMPTS)}), "arms must map at least one name to an intervention"),
+        (
+            lambda m: compare_arms(m, {"x": 3}, {"a": EvalTask(PROMPTS)}, progress=False),
+            "interventions must be a WeightDelta, a list of hooks as `add` gives, or None, got a int",
+        ),
+        (lambda m: compare_arms(m, {"x": None}, {}), "tasks must map at least one name to an EvalTask"),
+        (lambda m: ArmEvaluator(m, {"a": EvalTask(PROMPTS)}).scores(), "scores needs at least one measured arm"),
+        (lambda m: EvalTask(PROMPTS, []), "scorers must be a list of at least one"),
+        (lambda m: EvalTask(PROMPTS, ["vader", "vader"]), "scorers must have different names"),
+        (lambda m: EvalTask(PROMPTS, [rtl.evaluation.scorers.OfText("prompt", len)]), "none of them arm, direction"),
         (lambda m: EvalTask([]), "prompts must be a list of at least one"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")
 def test_bad_input_is_named(tiny, call, says):
-    with pytest.raises(ValueError, match="arms|exams|scorers|prompts") as caught:
+    with pytest.raises(ValueError, match="interventions|arms|tasks|scorers|scores|prompts") as caught:
         call(tiny)
     assert says in str(caught.value)
 
@@ -222,12 +226,12 @@ def test_bad_input_is_named(tiny, call, says):
 def test_an_arm_is_measured_once_and_a_table_without_texts_has_no_damage(tiny):
     board = ArmEvaluator(tiny, {"choices": EvalTask(CHOICES, ["likelihood"])})
     board.measure("untuned")
-    with pytest.raises(ValueError, match="untuned, none, seed 0 was measured already"):
+    with pytest.raises(ValueError, match="arm must be a new one, got untuned, none, seed 0"):
         board.measure("untuned")
-    found = board.scoreboard()
+    found = board.scores()
     assert "kl" not in found.summary()
     assert np.isfinite(found.summary()["mean"]).all()
-    with pytest.raises(ValueError, match="texts: none were measured"):
+    with pytest.raises(ValueError, match="pareto needs the KL of each arm"):
         found.pareto("choices", "likelihood_share")
-    with pytest.raises(ValueError, match="'talk', 'len' came; measured were"):
+    with pytest.raises(ValueError, match=r"name and scorer must be one of .*, got \('talk', 'len'\)"):
         found.pareto("talk", "len")
