@@ -271,14 +271,14 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.parametrize("form", ["letters", "answers"])
+@pytest.mark.parametrize("form", ["multiple_choice", "completion"])
 def test_the_rule_for_options_counts_what_the_model_runs_and_caches(llama, planner, form, monkeypatch):
     counting = Counting(llama, monkeypatch)
     with counting.hooks:
         likelihoods(llama, QUESTIONS, form=form, batch_size=16)
     work = planner._options(QUESTIONS, form, 16)
     assert counting.tokens > 50
-    assert work.tokens == pytest.approx(counting.tokens, rel=0.12 if form == "answers" else 1e-6)
+    assert work.tokens == pytest.approx(counting.tokens, rel=0.12 if form == "completion" else 1e-6)
     assert work.device["key-value cache"] == pytest.approx(counting.cached, rel=0.12)
 
 

@@ -652,7 +652,9 @@ def test_the_headline_names_the_arm_with_the_largest_effect_and_what_was_tested(
     text = "".join(page.texts)
     claim = "Representation tuning raised the mood score most, from 0.31 [0.25, 0.37] (untuned) to 0.71 [0.65, 0.77]"
     assert f"{claim} (test; n = 216, seeds 0, 1, 2). It was not compared with the untuned model in pairs." in text
-    support = "Paired differences: rep_tuned scores 0.090 [0.040, 0.140] higher than steered, p = 0.012; rep_tuned scores"
+    support = (
+        "Paired differences: rep_tuned scores 0.090 [0.040, 0.140] higher than steered, p = 0.012; rep_tuned scores"
+    )
     assert f"{support} 0.23" in text
     lowered = (
         "Representation tuning lowered the mood score most, from 0.31 [0.25, 0.37] (untuned) to -0.27 [-0.33, -0.21]"

@@ -30,8 +30,8 @@ from rt_lens.data.honesty import (
 )
 from rt_lens.data.questions import Question, lettered, load_questions
 from rt_lens.evaluation.answering import ask
-from rt_lens.evaluation.choices import Form, start_of
-from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Likelihood, OffOptionMass
+from rt_lens.evaluation.choices import start_of
+from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Form, Likelihood, OffOptionMass
 from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.models.protocol import Model
@@ -275,9 +275,9 @@ def answers_protocol(experiment: Experiment) -> Protocol:
 
 _ACCURACY, _SHARE, _MARGIN = Likelihood("accuracy"), Likelihood("share"), Likelihood("margin")
 _LETTERS, _LETTER_SHARE, _OFF_OPTION = (
-    Likelihood("accuracy", "letters"),
-    Likelihood("share", "letters"),
-    OffOptionMass("letters"),
+    Likelihood("accuracy", "multiple_choice"),
+    Likelihood("share", "multiple_choice"),
+    OffOptionMass("multiple_choice"),
 )
 
 
@@ -295,8 +295,8 @@ def calibrate(config: HonestyConfig, model: Model, seed: int) -> tuple[list[dict
     """
     facts = _some(seen(load_facts(), config), config.n_calibration, seed)
     questions = _some(seen(questions_of(config), config), config.n_calibration, seed)
-    judged = _LETTERS(ask(model, judged_statements(facts), {"letters"}))
-    preferred = _ACCURACY(ask(model, questions, {"answers"}))
+    judged = _LETTERS(ask(model, judged_statements(facts), {"multiple_choice"}))
+    preferred = _ACCURACY(ask(model, questions, {"completion"}))
     chance = sum(len(question.right) / len(question.options) for question in questions) / len(questions)
     rows = [
         {"task": "judges statements", **_share(judged)._asdict(), "chance": 0.5, "seed": seed},
@@ -459,7 +459,7 @@ def _answered_as_asked(model: Model, pairs: ContrastPairs) -> ContrastPairs:
             letter = prefill[-1]
             other = "B" if letter == "A" else "A"
             questions.append(Question(user, (letter,), (other,), letter_side, system=persona, prefill=PREFILL))
-        right.append(_ACCURACY(ask(model, questions, {"answers"})))
+        right.append(_ACCURACY(ask(model, questions, {"completion"})))
     filtered = [pair for pair, a, b in zip(pairs.pairs, *right, strict=True) if a == b == 1.0]
     if not filtered:
         share = share_interval(0, len(pairs))

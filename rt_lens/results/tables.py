@@ -19,8 +19,14 @@ Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 Pair: TypeAlias = tuple[str, str]
 """Arm and direction, or set and scorer."""
 
-_LESS_IS_BETTER = {"perplexity", "KL", "repetition", "loop", "off_option_mass", "off_option_mass_letters"}
-_LESS_IS_BETTER |= {"other", "other_letters"}  # TODO-RENAME
+_LESS_IS_BETTER = {
+    "perplexity",
+    "KL",
+    "repetition",
+    "loop",
+    "off_option_mass",
+    "off_option_mass_multiple_choice",
+}
 _NEITHER = {"length"}
 _PER_PANEL = 4  # columns such as "0.52 [0.43, 0.61]" that fit the width of a page
 _IN_LATEX = {
