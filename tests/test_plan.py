@@ -400,7 +400,7 @@ def test_a_plan_makes_no_scorer(tmp_path, folder, monkeypatch, table):
     (protocol,) = protocols_of(experiment, reader_of(None))
     assert {scorer.reads for scorer in protocol.choosing.made} == {"text"}
     assert "scored" in str(plan_of(experiment))
-    with pytest.raises(RuntimeError, match="was not made, so it cannot score"):
+    with pytest.raises(RuntimeError, match="must be built before it can score"):
         protocol.choosing.made[0]([])
     with pytest.raises(AssertionError, match="a scorer was made"):
         experiment.made_scorer  # noqa: B018

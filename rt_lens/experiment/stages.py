@@ -13,7 +13,7 @@ from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.costs import Costs, Work, steps_of, summed
 from rt_lens.experiment.protocols import Protocol, family_of
 from rt_lens.experiment.shape import Shape
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.losses import Direction
@@ -22,7 +22,7 @@ from rt_lens.tuning.targets import Choice, TokenTarget
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def protocols_of(experiment: Experiment, model: Model) -> list[Protocol]:
+def protocols_of(experiment: Experiment, model: HasTokenizer) -> list[Protocol]:
     """The protocols that can run, without making a scorer. Pairs that the model would filter are all counted."""
     return family_of(experiment).candidates(model)
 
@@ -30,7 +30,9 @@ def protocols_of(experiment: Experiment, model: Model) -> list[Protocol]:
 class Planner:
     """The work of each stage of `run_experiment` for one protocol."""
 
-    def __init__(self, experiment: Experiment, shape: Shape, model: Model, protocol: Protocol, local: bool) -> None:
+    def __init__(
+        self, experiment: Experiment, shape: Shape, model: HasTokenizer, protocol: Protocol, local: bool
+    ) -> None:
         self.experiment, self.model, self.protocol, self.local = experiment, model, protocol, local
         self.family = family_of(experiment)
         self.shape, self.costs = shape, Costs(shape, BYTES[experiment.dtype])

@@ -222,7 +222,7 @@ def load_results(path: str | Path) -> Results:
         ('mood', -2.0)
         >>> scores = run.scores()
         >>> list(scores), len(scores)
-        (['arm', 'direction', 'seed', 'set', 'item', 'category', 'scorer', 'score', 'prompt'], 960)
+        (['arm', 'direction', 'seed', 'set', 'item', 'category', 'scorer', 'score', 'prompt'], 1440)
     """
     path = Path(path).expanduser()
     file = path if path.suffix == ".json" else path / "results.json"
