@@ -108,7 +108,12 @@ OLD_NAMES = {
     "contains_answer": "names_right",
     "follows_instruction": "obeys",
     "off_option_mass": "other",
-    "off_option_mass_letters": "other_letters",
+    "off_option_mass_multiple_choice": "other_letters",
+    **{
+        f"likelihood_{measure}_multiple_choice{end}": f"likelihood_{measure}_letters{end}"
+        for measure in ("accuracy", "share", "margin")
+        for end in ("", "_per_token")
+    },
 }
 """Names in files of schema 2 -> those that schema 1 has for them."""
 

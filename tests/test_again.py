@@ -46,7 +46,7 @@ def test_the_file_in_the_record_is_the_same_experiment(own, tmp_path):
     ran = load_experiment(own, model="some/hub-name")
     made = recorded(ran, own)
     assert shlex.split(made["command"]) == ["rt-lens", "run", "my own.toml", "--model", "some/hub-name"]
-    assert made["call"] == "run_experiment(load_experiment('my own.toml', model='some/hub-name'), Path('runs/again'))"
+    assert made["call"] == "run_experiment(load_experiment('my own.toml', model='some/hub-name'), Path('runs/repeated'))"
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / made["file"]).write_text(made["toml"])
     _, _, file, _, model = shlex.split(made["command"])
@@ -93,5 +93,5 @@ def test_a_file_that_was_edited_since_or_not_told_gets_no_command(own):
 
 
 def test_a_source_that_is_no_file_is_refused(own):
-    with pytest.raises(ValueError, match="behaviour: 'gone.toml' is neither a shipped behaviour nor a file"):
+    with pytest.raises(ValueError, match="behaviour.*'gone.toml'"):
         recorded(load_experiment(own), "gone.toml")

@@ -257,14 +257,14 @@ def test_two_boards_of_a_real_model_one_changed(tiny, tiny_vectors, tmp_path):
     questions = [
         Question(f"{word}?", right=("yes",), wrong=("no",)) for word in ("Sun", "Rain", "Snow", "Fog", "Hail", "Ice")
     ]
-    exams = {"test": EvalTask(questions, (Likelihood("share"),))}
+    tasks = {"test": EvalTask(questions, (Likelihood("share"),))}
     texts = ["The sun is up and warm.", "Rain fell all day.", "A road leads on.", "Bread rises in the oven at night."]
 
     def run(name, multiplier):
-        board = ArmEvaluator(tiny, exams, texts)
+        board = ArmEvaluator(tiny, tasks, texts)
         board.measure("untuned")
         board.measure("steered", add(tiny_vectors, [1], multiplier), direction="toward")
-        return load_results(write_run(tmp_path / name, board.scoreboard()))
+        return load_results(write_run(tmp_path / name, board.scores()))
 
     before, again, changed = run("before", 0.5), run("again", 0.5), run("changed", 40.0)
     assert compare_runs(before, again).closing.startswith("Nothing changed: 6 rows")

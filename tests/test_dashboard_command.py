@@ -31,18 +31,18 @@ def test_a_run_whose_model_is_not_here_is_shown_all_the_same_and_ctrl_c_ends_it(
     with command(str(run)) as started:
         assert started.stdout is not None and started.stderr is not None
         said = started.stdout.readline()
-        assert said.startswith("open http://127.0.0.1:")
-        with urllib.request.urlopen(said.split()[1], timeout=30) as page:
+        assert said.startswith("Serving http://127.0.0.1:") and "Ctrl-C" in said
+        with urllib.request.urlopen(said.split()[1].rstrip("."), timeout=30) as page:
             assert page.status == 200 and b"rt_lens" in page.read()
         started.send_signal(signal.SIGINT)
         assert started.wait(timeout=30) == 0
-        assert "the run's model is not at hand" in started.stderr.read()
+        assert "The run's model is not available" in started.stderr.read()
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--vectors", "a/x.safetensors", "--vectors", "b/x.safetensors"], "of 2 files two have one name"),
+        (["--vectors", "a/x.safetensors", "--vectors", "b/x.safetensors"], "two of which have one name"),
         (["no/such/run"], "no/such/run"),
         (["--vectors", "no_such.safetensors"], "no_such.safetensors"),
         (["--behaviour", "no_such.toml"], "no_such.toml"),

@@ -6,11 +6,13 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import shutil
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import pytest
+from small_runs import make_board, write_run
 
 import rt_lens
 
@@ -73,10 +75,21 @@ def at_hand(model: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: Any) -> Path:
+    """The folder `runs` of examples: `mood`, and `mood_after`, in which one arm scores higher."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "mood", make_board(1, seeds=(0, 1, 2, 3, 4)))
+    write_run(folder / "mood_after", make_board(13, seeds=(0, 1, 2, 3, 4), shift=1.0))
+    return folder
+
+
 @pytest.mark.parametrize("example", examples())
 @pytest.mark.usefixtures("as_a_user")
-def test_the_examples_run_and_say_what_they_print(example, at_hand, monkeypatch, tmp_path):
+def test_the_examples_run_and_say_what_they_print(example, at_hand, finished_runs, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    if '"runs/mood' in example.docstring:
+        shutil.copytree(finished_runs, tmp_path / "runs")
     monkeypatch.setattr(go.Figure, "show", lambda *_, **__: None)
     names: dict[str, Any] = {}
     for room in ROOMS:

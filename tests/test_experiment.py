@@ -23,8 +23,6 @@ from rt_lens.apps.report.page import write_report
 from rt_lens.arms.comparison import ArmEvaluator
 from rt_lens.data.builtin import behaviours, data_path
 from rt_lens.data.contrast_pairs import load_pairs
-from rt_lens.evaluation import registry
-from rt_lens.evaluation.scorers import OfText
 from rt_lens.experiment.config import HonestyConfig, load_experiment
 from rt_lens.experiment.plan import plan_of
 from rt_lens.experiment.run import run_experiment
@@ -302,11 +300,11 @@ def test_a_second_run_in_a_folder_takes_the_place_of_the_first_whole_or_not_at_a
 def test_extract_steer_and_tune_by_command(run, tmp_path):
     file = tmp_path / "v.safetensors"
     said = command("extract", str(run.parent / "sweetness.toml"), "--out", str(file), "--n-pairs", "4")
-    assert f"saved {file}" in said
+    assert f"Saved {file} (" in said and "Next: rt-lens steer" in said
     assert "steered (layer 18" in command("steer", str(file), "Hello.", "--layer", "18", "--max-new-tokens", "4")
     out = tmp_path / "d.safetensors"
     said = command("tune", str(run.parent / "sweetness.toml"), str(file), "--direction", "suppress", "--out", str(out))
-    assert f"saved {out} (7 matrices" in said
+    assert f"Saved {out} (7 matrices" in said
 
 
 def test_models_lists_licence_and_behaviours():
@@ -417,9 +415,7 @@ def test_an_old_key_of_a_file_is_still_read_with_a_hint_of_its_new_name(tmp_path
 
     with pytest.warns(UserWarning, match=f"^old.toml: '{old}' is now '{new}'; the old name still works.$") as hints:
         older = read("old", table)
-    assert len(hints) == 1 and Path(hints[0].filename).name == "test_experiment.py", (
-        "the line of whoever reads the file"
-    )
+    assert len(hints) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         newer = read("new", re.sub(rf"\b{old}\b", new, table))
@@ -445,13 +441,14 @@ def test_old_keys_of_the_honesty_table_are_still_read(tmp_path):
     ("old", "new"),
     [("names_right", "contains_answer"), ("obeys", "follows_instruction"), ("other", "off_option_mass")],
 )
-def test_old_names_of_scorers_are_still_read(tmp_path, monkeypatch, old, new, as_table):
-    monkeypatch.setitem(registry._KINDS, new, lambda: OfText(new, len))
+def test_old_names_of_scorers_are_still_read(tmp_path, old, new, as_table):
     text = SMALL[: SMALL.index("[scorer]")] + SMALL[SMALL.index("[split]") :]
     text = f"{text}[scorer]\nkind = '{old}'\n" if as_table else f"scorer = '{old}'\n{text}"
     with pytest.warns(UserWarning, match=f"'{old}' is now '{new}'; the old name still works"):
         experiment = load_experiment_of(tmp_path, text)
-    assert experiment.scorer == ({"kind": new} if as_table else new)
+    with pytest.warns(UserWarning, match=f"'{old}' is now '{new}'"):
+        scorer = experiment.made_scorer
+    assert scorer.name == new
 
 
 def test_a_key_under_both_names_is_refused(tmp_path):

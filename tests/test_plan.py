@@ -271,14 +271,14 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.parametrize("form", ["letters", "answers"])
+@pytest.mark.parametrize("form", ["multiple_choice", "completion"])
 def test_the_rule_for_options_counts_what_the_model_runs_and_caches(llama, planner, form, monkeypatch):
     counting = Counting(llama, monkeypatch)
     with counting.hooks:
         likelihoods(llama, QUESTIONS, form=form, batch_size=16)
     work = planner._options(QUESTIONS, form, 16)
     assert counting.tokens > 50
-    assert work.tokens == pytest.approx(counting.tokens, rel=0.12 if form == "answers" else 1e-6)
+    assert work.tokens == pytest.approx(counting.tokens, rel=0.12 if form == "completion" else 1e-6)
     assert work.device["key-value cache"] == pytest.approx(counting.cached, rel=0.12)
 
 
@@ -400,7 +400,7 @@ def test_a_plan_makes_no_scorer(tmp_path, folder, monkeypatch, table):
     (protocol,) = protocols_of(experiment, reader_of(None))
     assert {scorer.reads for scorer in protocol.choosing.made} == {"text"}
     assert "scored" in str(plan_of(experiment))
-    with pytest.raises(RuntimeError, match="was not made, so it cannot score"):
+    with pytest.raises(RuntimeError, match="must be built before it can score"):
         protocol.choosing.made[0]([])
     with pytest.raises(AssertionError, match="a scorer was made"):
         experiment.made_scorer  # noqa: B018

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from full_disk import full_disk
 
-from rt_lens.apps.report.labels import harm_of
+from rt_lens.apps.report.labels import side_effect_of
 from rt_lens.apps.report.page import write_report
-from rt_lens.apps.report.reproducibility import again
+from rt_lens.apps.report.reproducibility import repeat
 from rt_lens.apps.report.sections import sections
 from rt_lens.apps.report.sentences import headline, summary_sentences
 from rt_lens.apps.report.uncertainty import uncertainty_sentences
@@ -164,7 +164,11 @@ def make_honesty() -> dict[str, Any]:
     wanted = ("arm", "direction", "n", "mean", "low", "high", "seeds")
     side_effects = [
         {**{key: row[key] for key in wanted}, "set": name, "scorer": scorer, "mean": 0.9}
-        for name, scorer in (("talk", "repetition"), ("talk", "loop"), (f"instructions {HOSTILE[0]}", "obeys"))
+        for name, scorer in (
+            ("talk", "repetition"),
+            ("talk", "loop"),
+            (f"instructions {HOSTILE[0]}", "follows_instruction"),
+        )
         for row in old["summary"]
         if row["set"] == "test"
     ]
@@ -371,20 +375,21 @@ def test_responses_show_twelve_prompts_of_the_first_seed(page):
 def test_summary_sentences_carry_numbers_n_interval_and_seeds():
     *sentences, brackets = summary_sentences(make_results())
     assert sentences[0] == (
-        "Untuned, SmolLM2-135M-Instruct scores 0.31 [0.25, 0.37] (mood, test, scored by vader; n = 216, seeds 0, 1, 2)."
+        "The untuned SmolLM2-135M-Instruct scores 0.31 [0.25, 0.37] "
+        "(mood, test, scored by vader; n = 216, seeds 0, 1, 2)."
     )
-    assert sentences[1].startswith("Toward, test: steered 0.62 [0.56, 0.68]; token_tuned")
+    assert sentences[1].startswith("Scores (test, toward): steered 0.62 [0.56, 0.68]; token_tuned")
     assert sentences[1].endswith("(each n = 216, seeds 0, 1, 2).")
     assert any(
         "rep_tuned scores 0.230 [0.180, 0.280] lower than token_tuned, p < 0.001" in sentence for sentence in sentences
     )
-    (priced,) = [sentence for sentence in sentences if sentence.startswith("Highest perplexity")]
+    (priced,) = [sentence for sentence in sentences if sentence.startswith("The highest perplexity")]
     assert priced == (
-        "Highest perplexity: steered away 23.10 [22.70, 23.50], untuned 21.40 [21.00, 21.80] "
-        "(n = 18 texts, seeds 0, 1, 2). Doses were chosen among those of at most 1.1 times the untuned."
+        "The highest perplexity is 23.10 [22.70, 23.50] (steered, away), and 21.40 [21.00, 21.80] untuned "
+        "(n = 18 texts, seeds 0, 1, 2). The choice of multipliers allows at most 1.1 times the untuned one."
     ), "a ratio would need an interval, and a verdict a test"
     assert all(re.search(r"seeds? \d", sentence) for sentence in sentences)
-    assert brackets == "Brackets hold 95 % intervals."
+    assert brackets == "Brackets are 95 % intervals."
 
 
 def test_summary_sentences_do_without_what_was_not_measured():
@@ -397,7 +402,7 @@ def test_summary_sentences_do_without_what_was_not_measured():
 def test_a_missing_key_is_named_and_nothing_is_written(key, tmp_path):
     results = make_results()
     del results[key]
-    with pytest.raises(ValueError, match=rf"results\.json: no key {key}\b"):
+    with pytest.raises(ValueError, match=rf"results\.json must have the key {key}, got"):
         write_report(write_run(tmp_path / "run", results))
     assert not list((tmp_path / "run").glob("*report*"))
 
@@ -406,29 +411,29 @@ def test_a_missing_key_is_named_and_nothing_is_written(key, tmp_path):
 def test_a_missing_column_is_named(key, column):
     results = make_results()
     del results[key][1][column]
-    with pytest.raises(ValueError, match=rf"results\.json: {key}: no key {column} \(came"):
+    with pytest.raises(ValueError, match=rf"results\.json: {key} must have the key {column}, got"):
         summary_sentences(results)
 
 
 def test_a_choice_without_its_reason_is_named():
     results = make_results()
     del results["choices"]["away"]["why"]
-    with pytest.raises(ValueError, match="choices: away: no key why"):
+    with pytest.raises(ValueError, match="choices: away must have the key why"):
         summary_sentences(results)
 
 
 def test_another_schema_and_broken_json_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="schema 2 came, 1 is wanted"):
-        summary_sentences({**make_results(), "schema": 2})
+    with pytest.raises(ValueError, match="schema must be at most 2, got 3"):
+        summary_sentences({**make_results(), "schema": 3})
     run = write_run(tmp_path / "run")
     (run / "responses.jsonl").write_text('{"arm": ')
-    with pytest.raises(ValueError, match=r"responses\.jsonl: not valid JSON"):
+    with pytest.raises(ValueError, match=r"responses\.jsonl must be valid JSON"):
         write_report(run)
     (run / "responses.jsonl").write_text('{"arm": "untuned"}')
-    with pytest.raises(ValueError, match=r"responses\.jsonl: no key direction, seed"):
+    with pytest.raises(ValueError, match=r"responses\.jsonl must have the key direction, seed"):
         write_report(run)
     (run / "responses.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="run: .*responses.jsonl is not there"):
+    with pytest.raises(FileNotFoundError, match="run: there is no file .*responses.jsonl"):
         write_report(run)
 
 
@@ -473,7 +478,7 @@ def test_a_page_of_six_sets_holds_every_number(honesty):
     assert f"instructions {HOSTILE[0]}" in text
     assert text.count("0.512 [0.381, 0.640]") == 2, "the calibration"
     assert "0.360" in text and "0.012" in text, "Holm's p beside p"
-    assert f"If nothing differed, about one in twenty of {len(make_honesty()['comparisons'])} comparisons" in text
+    assert f"about one in twenty of {len(make_honesty()['comparisons'])} comparisons" in text
 
 
 def test_hostile_names_of_a_new_run_are_inert(honesty):
@@ -491,12 +496,13 @@ def test_the_sentences_of_a_new_run_tell_the_protocol_and_p_before_and_after_the
     assert protocol == results["protocol"]["why"]
     sampled = "(n = 216, seeds 0, 1, 2)."
     found = (
-        "Toward, role-plays: rep_tuned scores 0.230 [0.180, 0.280] higher than token_tuned, p < 0.001 (by Holm = 0.006)"
+        "Paired differences (role-plays, toward): rep_tuned scores 0.230 [0.180, 0.280] higher than token_tuned, "
+        "p < 0.001 (by Holm = 0.006)"
     )
     assert f"{found} {sampled}" in sentences
     quiet = "rep_tuned minus steered 0.090 [0.040, 0.140], p = 0.200 (by Holm = 1.000)"
-    assert f"Toward, role-plays, no difference shown: {quiet} {sampled}" in sentences
-    assert "By Holm: corrected for all 48 comparisons of this run." in sentences
+    assert f"Paired differences (role-plays, toward), no difference shown: {quiet} {sampled}" in sentences
+    assert "Holm's p is corrected for all 48 comparisons of this run." in sentences
     assert not any(SCORERS[1] in line for line in sentences), "the first scorer speaks for a set"
 
 
@@ -504,7 +510,7 @@ def test_the_protocol_and_side_effects_are_told_only_where_there_are_any(html, h
     told = [attributes.get("id") for _, attributes in honesty.elements]
     words = "".join(honesty.texts)
     assert "held_out = ['animals', '<b>']" in words
-    assert words.count("Blind choice among the options scores 0.500") == 1
+    assert words.count("A random choice among the options scores 0.500") == 1
     assert "protocol" in told and "side-effects" in told
     assert 'id="protocol"' not in html and 'id="side-effects"' in html
     assert "–" in "".join(honesty.texts), "perplexity was not measured"
@@ -513,10 +519,10 @@ def test_the_protocol_and_side_effects_are_told_only_where_there_are_any(html, h
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"side_effects": [{"arm": "untuned"}]}, "side_effects: no key direction"),
-        ({"protocol": {"name": "likelihood"}}, "protocol: no key why, calibration"),
-        ({"summary": "damaged"}, "summary: a str came"),
-        ({"arms": ["damaged"]}, "arms: a str came, an object is wanted"),
+        ({"side_effects": [{"arm": "untuned"}]}, "side_effects must have the key direction"),
+        ({"protocol": {"name": "likelihood"}}, "protocol must have the key why, calibration"),
+        ({"summary": "damaged"}, "summary must be a list of rows, got a str"),
+        ({"arms": ["damaged"]}, "arms must be an object, got a str"),
     ],
 )
 def test_a_damaged_key_of_a_new_run_is_named(change, message):
@@ -534,32 +540,37 @@ AGAIN = {
 }
 
 
+@pytest.mark.parametrize("schema", [1, 2])
 @pytest.mark.parametrize(
     ("made", "told", "not_told"),
     [
         (AGAIN, [*(AGAIN[key] for key in ("command", "call", "toml", "sha256")), "Save the settings below as"], []),
         ({**AGAIN, "command": "rt-lens run mood", "file": "mood.toml"}, ["rt-lens run mood"], ["Save the settings"]),
-        ({**dict.fromkeys(AGAIN), "settings": {"model": "x"}}, ["No command makes this run again", '"model": "x"'], []),
+        ({**dict.fromkeys(AGAIN), "settings": {"model": "x"}}, ["No command repeats this run", '"model": "x"'], []),
         (None, ["The command is not recorded"], ["rt-lens run"]),
     ],
 )
-def test_the_page_says_how_to_do_it_again_as_far_as_is_known(made, told, not_told):
-    results = make_results() if made is None else {**make_results(), "again": made}
-    text = "".join(Page(again(checked(results)).html).texts)
+def test_the_page_says_how_to_repeat_the_run_as_far_as_is_known(made, told, not_told, schema):
+    results = (
+        make_results()
+        if made is None
+        else {**make_results(), "schema": schema, {1: "again", 2: "reproducibility"}[schema]: made}
+    )
+    text = "".join(Page(repeat(checked(results)).html).texts)
     assert all(words in text for words in told)
     assert not any(words in text for words in not_told)
 
 
-def test_the_page_itself_says_how_to_do_it_again(page):
+def test_the_page_itself_says_how_to_repeat_the_run(page):
     assert "The command is not recorded" in "".join(page.texts)
 
 
 def test_a_damaged_record_of_the_command_is_named():
-    with pytest.raises(ValueError, match="again: no key call"):
+    with pytest.raises(ValueError, match="reproducibility must have the key call"):
         summary_sentences({**make_results(), "again": {"command": "rt-lens run mood"}})
 
 
-def test_how_sure_one_may_be_counts_seeds_comparisons_and_prompts():
+def test_how_sure_the_findings_are_counts_seeds_comparisons_and_prompts():
     results = make_honesty()
     for row in results["summary"]:
         if row["arm"] == "rep_tuned" and row["direction"] == "away":
@@ -568,14 +579,14 @@ def test_how_sure_one_may_be_counts_seeds_comparisons_and_prompts():
         row["p"], row["p_holm"] = ((0.001, 0.04), (0.01, 0.4), (0.3, 1.0))[place % 3]
     sentences = uncertainty_sentences(results)
     text = "\n".join(sentences)
-    assert "rep_tuned away: tuned once, with seed 4." in text
-    assert "token_tuned toward, token_tuned away and rep_tuned toward: tuned with seeds 0, 1 and 2." in text
-    assert "In this run a seed drew the order of the batches only" in text
+    assert "Tuned once, with seed 4: rep_tuned, away." in text
+    assert "Tuned with seeds 0, 1 and 2: token_tuned, toward; token_tuned, away; rep_tuned, toward." in text
+    assert "In this run a seed draws only the order of the batches" in text
     drawn = ["the targets", "the order of the batches"]
     told = "\n".join(uncertainty_sentences({**results, "seed_draws": drawn}))
-    assert "A seed draws the targets and the order of the batches; all arms of a seed share what it drew." in told
-    assert "48 comparisons were made; if nothing differed, about one in twenty would have p below 0.05." in text
-    assert "16 hold; 16 more hold only taken alone" in text
+    assert "A seed draws the targets and the order of the batches. All arms of a seed share these draws." in told
+    assert "The run makes 48 comparisons. If no arms differed, about one in twenty would have p below 0.05." in text
+    assert "16 are significant; 16 more are significant only before the correction" in text
     assert "72 validation prompts" in text and "mean over 216 prompts" in text
     assert "three or more seeds for every tuned arm" in sentences[-1]
 
@@ -589,7 +600,7 @@ def test_more_prompts_halve_the_interval_of_one_seed_only(kept, halved, seeded):
         row["seeds"] = kept or ([0] if row["arm"] == "untuned" else [0, 1, 2])
     first, *_, last = uncertainty_sentences(results)
     assert ("four times as many halve the interval of an arm with one seed" in last) == halved
-    assert ("with several seeds how far other seeds" in first) == seeded
+    assert ("with several seeds how much other seeds" in first) == seeded
 
 
 def test_weights_are_not_said_to_have_seen_training_topics_only():
@@ -603,18 +614,18 @@ def test_weights_are_not_said_to_have_seen_training_topics_only():
     assert "when to stop" not in steered
 
 
-def test_how_sure_one_may_be_without_comparisons_or_corrections():
+def test_how_sure_the_findings_are_without_comparisons_or_corrections():
     results = make_results()
     assert any("4 of 4 comparisons have p below 0.05" in told for told in uncertainty_sentences(results))
     alone = uncertainty_sentences({**results, "comparisons": []})
-    assert any("Nothing was compared in pairs" in told for told in alone)
+    assert any("The run has no paired comparisons" in told for told in alone)
 
 
 def test_a_difference_that_does_not_survive_holm_is_told_apart():
     results = make_honesty()
     for row in results["comparisons"]:
         row["p"], row["p_holm"] = 0.01, 0.4
-    told = [line for line in summary_sentences(results) if ", only taken alone: " in line]
+    told = [line for line in summary_sentences(results) if ", significant only before Holm's correction: " in line]
     assert len(told) == 2 * len(SETS)
     assert all("(by Holm = 0.400)" in line and "[" in line and "seeds 0, 1, 2" in line for line in told)
 
@@ -637,42 +648,58 @@ def run_of(means: dict[str, float], p: float | None = None, p_holm: float | None
     return checked({**make_results(), "summary": summary, "comparisons": comparisons})
 
 
-def test_the_headline_names_who_went_furthest_and_what_was_tested(page):
+def test_the_headline_names_the_arm_with_the_largest_effect_and_what_was_tested(page):
     text = "".join(page.texts)
-    told = "Furthest toward went rep_tuned: from 0.31 [0.25, 0.37] untuned to 0.71 [0.65, 0.77]"
-    assert f"{told} (test; n = 216, seeds 0, 1, 2), not compared with untuned in pairs." in text
-    assert (
-        "In pairs: rep_tuned scores 0.090 [0.040, 0.140] higher than steered, p = 0.012; rep_tuned scores 0.23" in text
+    claim = "Representation tuning raised the mood score most, from 0.31 [0.25, 0.37] (untuned) to 0.71 [0.65, 0.77]"
+    assert f"{claim} (test; n = 216, seeds 0, 1, 2). It was not compared with the untuned model in pairs." in text
+    support = (
+        "Paired differences: rep_tuned scores 0.090 [0.040, 0.140] higher than steered, p = 0.012; rep_tuned scores"
     )
-    assert "Furthest away went rep_tuned: from 0.31 [0.25, 0.37] untuned to -0.27 [-0.33, -0.21]" in text
-    assert text.count("Picked for its mean, the best of 3 arms: that flatters it.") == 2
+    assert f"{support} 0.23" in text
+    lowered = (
+        "Representation tuning lowered the mood score most, from 0.31 [0.25, 0.37] (untuned) to -0.27 [-0.33, -0.21]"
+    )
+    assert lowered in text
+    assert text.count("This arm has the best mean of 3, and choosing the best overstates its effect.") == 2
 
 
-def test_no_arm_is_said_to_have_gone_where_none_went():
+def test_no_arm_is_said_to_have_an_effect_where_none_has():
     ((claim, ground),) = headline(run_of({"untuned": 0.5, "steered": 0.4, "rep_tuned": 0.45}, p=0.6, p_holm=1.0))
-    nearest = "untuned 0.50 [0.40, 0.60], rep_tuned, the nearest of 2, 0.45 [0.35, 0.55] (test; n = 20, seed 7)"
-    assert claim == f"No arm went toward: {nearest}."
-    assert ground.startswith("In pairs, no difference shown: rep_tuned minus untuned -0.050 [")
-    assert "by Holm = 1.000" in ground and "flatters" not in ground
+    nearest = "untuned 0.50 [0.40, 0.60], rep_tuned, the closest of 2, 0.45 [0.35, 0.55] (test; n = 20, seed 7)"
+    assert claim == f"No arm raised the mood score: {nearest}."
+    assert ground.startswith("Paired differences, no difference shown: rep_tuned minus untuned -0.050 [")
+    assert "by Holm = 1.000" in ground and "overstates" not in ground
     ((claim, _),) = headline(run_of({"untuned": 0.5, "rep_tuned": 0.5}))
-    assert claim.startswith("No arm went toward: untuned 0.50 [0.40, 0.60], rep_tuned 0.50 ["), "not moved is not gone"
+    assert claim.startswith("No arm raised the mood score: untuned 0.50 [0.40, 0.60], rep_tuned 0.50 ["), (
+        "an equal score is no rise"
+    )
 
 
 @pytest.mark.parametrize(
     ("p", "p_holm", "verdict", "ground"),
     [
-        (0.001, 0.002, "", "In pairs: rep_tuned scores 0.300 ["),
-        (0.001, None, "", "In pairs: rep_tuned scores 0.300 ["),
-        (0.01, 0.2, ", a difference shown only taken alone", "In pairs, only taken alone: rep_tuned scores 0.300 ["),
-        (0.3, 0.6, ", no difference shown", "In pairs, no difference shown: rep_tuned minus untuned 0.300 ["),
-        (None, None, ", not compared with untuned in pairs", "Picked for its mean"),
+        (0.001, 0.002, "", "Paired differences: rep_tuned scores 0.300 ["),
+        (0.001, None, "", "Paired differences: rep_tuned scores 0.300 ["),
+        (
+            0.01,
+            0.2,
+            " The difference is significant only before Holm's correction.",
+            "Paired differences, significant only before Holm's correction: rep_tuned scores 0.300 [",
+        ),
+        (
+            0.3,
+            0.6,
+            " The paired test shows no difference.",
+            "Paired differences, no difference shown: rep_tuned minus untuned 0.300 [",
+        ),
+        (None, None, " It was not compared with the untuned model in pairs.", "This arm has the best mean"),
     ],
 )
 def test_the_headline_claims_no_more_than_the_paired_difference_bears(p, p_holm, verdict, ground):
     ((claim, told),) = headline(run_of({"untuned": 0.2, "steered": 0.4, "rep_tuned": 0.5}, p, p_holm))
-    went = "Furthest toward went rep_tuned: from 0.20 [0.10, 0.30] untuned to 0.50 [0.40, 0.60] (test; n = 20, seed 7)"
-    assert claim == f"{went}{verdict}."
-    assert told.startswith(ground) and told.endswith("the best of 2 arms: that flatters it.")
+    raised = "Representation tuning raised the mood score most, from 0.20 [0.10, 0.30] (untuned) to 0.50 [0.40, 0.60]"
+    assert claim == f"{raised} (test; n = 20, seed 7).{verdict}"
+    assert told.startswith(ground) and told.endswith("best mean of 2, and choosing the best overstates its effect.")
     assert p is None or "(n = 20, seed 7)" in told
     assert "steered" not in told, "the arm's own comparison with the untuned model"
 
@@ -682,7 +709,9 @@ def test_only_the_headlines_own_set_and_scorer_are_compared():
     for row, other in zip(results["comparisons"], ({"scorer": "another"},), strict=True):
         row.update(other)
     ((claim, ground),) = headline(results)
-    assert claim.endswith("not compared with untuned in pairs.") and ground == "", "one arm is no choice of the best"
+    assert claim.endswith("not compared with the untuned model in pairs.") and ground == "", (
+        "one arm is no choice of the best"
+    )
 
 
 @pytest.mark.parametrize("n_second", [20, 40])
@@ -703,6 +732,6 @@ def test_each_score_has_its_own_n_where_scorers_differ(n_second):
 
 def test_scores_are_set_against_kl_or_else_perplexity_or_nothing():
     rows = [{"kl": None, "perplexity": 20.0}, {"kl": None, "perplexity": None}]
-    assert harm_of([*rows, {"kl": 0.0, "perplexity": None}]) == "kl"
-    assert harm_of(iter(rows)) == "perplexity"
-    assert harm_of(rows[1:]) is None
+    assert side_effect_of([*rows, {"kl": 0.0, "perplexity": None}]) == "kl"
+    assert side_effect_of(iter(rows)) == "perplexity"
+    assert side_effect_of(rows[1:]) is None

@@ -216,7 +216,7 @@ def test_a_real_board_of_a_real_model_goes_through_it_all(tiny, tiny_vectors, tm
     board = ArmEvaluator(tiny, {"test": exam}, ["The sun is up.", "Rain fell all day long."], seed=3)
     board.measure("untuned")
     board.measure("steered", add(tiny_vectors, [1], 8.0), direction="toward")
-    found = board.scoreboard()
+    found = board.scores()
     content = load_results(write_run(tmp_path / "run", found, seed=3)).content
     untuned, steered = (row for row in content["summary"] if row["scorer"] == "likelihood_share")
     assert untuned["mean"] != steered["mean"] and (untuned["kl"], steered["kl"] > 0) == (0.0, True)

@@ -20,7 +20,7 @@ from rt_lens.evaluation.scorers import check_form, current_form
 from rt_lens.evaluation.texts import log_normaliser
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import answered, chat_text, has_chat_template, is_chat
 
@@ -90,7 +90,7 @@ def likelihoods(
     return [_averaged(orders, sizes[number]) for number, orders in enumerate(by_question)]
 
 
-def question_text(model: Model, question: Question) -> str:
+def question_text(model: HasTokenizer, question: Question) -> str:
     """The text the model reads up to its response; a prompt that already has the chat template stays as it is.
 
     Raises:
@@ -106,7 +106,7 @@ def question_text(model: Model, question: Question) -> str:
     return answered(model, question.prompt, question.prefill) if question.prefill else question.prompt
 
 
-def start_of(model: Model, question: Question) -> tuple[str, str]:
+def start_of(model: HasTokenizer, question: Question) -> tuple[str, str]:
     """The text that a response to a question follows, and what separates the two: a space, or nothing."""
     text = question_text(model, question)
     prefill = question.prefill or getattr(text, "prefill", "")  # a prompt with the chat template may have one, too

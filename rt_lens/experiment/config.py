@@ -265,28 +265,21 @@ def load_experiment(
 
 
 _OLD_NAMES = {
-    "pairs": {"openers": "prefills"},
     "honesty": {"opener": "prefill", "correct_only": "filter_pairs"},
     "tune": {"kinds": "target_modules", "token_rest": "free_nats"},
 }
-"""Table -> key in older files -> key now. [tune.token] has the keys of [tune]."""
-_OLD_VALUES = {
-    ("tune", "direction"): {"out": "suppress"},
-    ("scorer", "kind"): {
-        "names_right": "contains_answer",
-        "obeys": "follows_instruction",
-        "other": "off_option_mass",
-    },
-}
+"""Table -> key in older files -> key now. [tune.token] has the keys of [tune].
+
+Older keys of [pairs] are read by `rt_lens.data.readers`, and older kinds in [scorer] by `rt_lens.evaluation.registry`.
+"""
+_OLD_VALUES = {("tune", "direction"): {"out": "suppress"}}
 """Table and key -> value in older files -> value now."""
 
 
 def _with_new_names(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The content of a file with the keys and values of this version; each old one gets a one-line warning."""
     content = dict(content)
-    if isinstance(content.get("scorer"), str):  # a scorer's name instead of a table
-        content["scorer"] = _renamed({"kind": content["scorer"]}, "scorer", path)["kind"]
-    for name in ("pairs", "scorer", "honesty", "tune"):
+    for name in ("honesty", "tune"):
         if isinstance(content.get(name), Mapping):
             content[name] = _renamed(content[name], name, path)
     if isinstance(tune := content.get("tune"), Mapping) and isinstance(tune.get("token"), Mapping):

@@ -11,7 +11,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from rt_lens.common.formatting import estimate, number
 from rt_lens.common.statistics.intervals import Interval, share_interval
@@ -30,11 +30,11 @@ from rt_lens.data.honesty import (
 )
 from rt_lens.data.questions import Question, lettered, load_questions
 from rt_lens.evaluation.answering import ask
-from rt_lens.evaluation.choices import Form, start_of
-from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Likelihood, OffOptionMass
+from rt_lens.evaluation.choices import start_of
+from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Form, Likelihood, OffOptionMass
 from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.chats import answered, chat_text
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, Target, TokenTarget
@@ -74,7 +74,7 @@ class Protocol:
         >>> protocol = protocol_of(load_experiment("mood"), model)
         >>> protocol.name, list(protocol.tasks), list(protocol.checks)
         ('answers', ['test'], ['facts', 'arithmetic', 'instructions'])
-        >>> set(protocol.train.topics) & set(protocol.tasks["test"].asked)
+        >>> set(protocol.train.topics) & {question.prompt for question in protocol.tasks["test"].asked}
         set()
     """
 
@@ -126,7 +126,7 @@ class ProtocolFamily(ABC):
         """
 
     @abstractmethod
-    def candidates(self, model: Model) -> list[Protocol]:
+    def candidates(self, model: HasTokenizer) -> list[Protocol]:
         """The protocols that a plan has to count with: no scorer is made, and no pair is filtered."""
 
     @abstractmethod
@@ -159,7 +159,7 @@ class ScoredAnswers(ProtocolFamily):
     def protocol(self, model: Model | None = None) -> Protocol:
         return answers_protocol(self.experiment)
 
-    def candidates(self, model: Model) -> list[Protocol]:
+    def candidates(self, model: HasTokenizer) -> list[Protocol]:
         return [answers_protocol(self.experiment.unmade())]
 
     def targets(self, model: Model, direction: Direction, seed: int) -> tuple[TargetSource, TargetSource]:
@@ -186,7 +186,7 @@ class Honesty(ProtocolFamily):
         protocol = _HONESTY[name](self.experiment, self.config, model)
         return replace(protocol, why=why, calibration=rows, settings=asdict(self.config))
 
-    def candidates(self, model: Model) -> list[Protocol]:
+    def candidates(self, model: HasTokenizer) -> list[Protocol]:
         experiment, config = self.experiment.unmade(), replace(self.config, filter_pairs=False)
         return [make(experiment, config, model) for name, make in _HONESTY.items() if config.protocol in (name, "auto")]
 
@@ -275,9 +275,9 @@ def answers_protocol(experiment: Experiment) -> Protocol:
 
 _ACCURACY, _SHARE, _MARGIN = Likelihood("accuracy"), Likelihood("share"), Likelihood("margin")
 _LETTERS, _LETTER_SHARE, _OFF_OPTION = (
-    Likelihood("accuracy", "letters"),
-    Likelihood("share", "letters"),
-    OffOptionMass("letters"),
+    Likelihood("accuracy", "multiple_choice"),
+    Likelihood("share", "multiple_choice"),
+    OffOptionMass("multiple_choice"),
 )
 
 
@@ -295,8 +295,8 @@ def calibrate(config: HonestyConfig, model: Model, seed: int) -> tuple[list[dict
     """
     facts = _some(seen(load_facts(), config), config.n_calibration, seed)
     questions = _some(seen(questions_of(config), config), config.n_calibration, seed)
-    judged = _LETTERS(ask(model, judged_statements(facts), {"letters"}))
-    preferred = _ACCURACY(ask(model, questions, {"answers"}))
+    judged = _LETTERS(ask(model, judged_statements(facts), {"multiple_choice"}))
+    preferred = _ACCURACY(ask(model, questions, {"completion"}))
     chance = sum(len(question.right) / len(question.options) for question in questions) / len(questions)
     rows = [
         {"task": "judges statements", **_share(judged)._asdict(), "chance": 0.5, "seed": seed},
@@ -328,7 +328,7 @@ def _share(right: Sequence[float]) -> Interval:
     return share_interval(sum(score == 1.0 for score in right), len(right))
 
 
-def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: Model) -> Protocol:
+def likelihood_protocol(experiment: Experiment, config: HonestyConfig, model: HasTokenizer) -> Protocol:
     """Right answers against wrong ones: for models that know facts but cannot judge statements."""
     by_prompt = {question.prompt: question for question in questions_of(config)}
     train, validation, test = ([by_prompt[prompt] for prompt in part.topics] for part in parts(experiment))
@@ -371,7 +371,7 @@ def _n_targets(experiment: Experiment) -> tuple[int, int]:
     return n, max(4, round(n * experiment.tune.validation_share))
 
 
-def _answer_targets(model: Model, questions: Sequence[Question], direction: Direction) -> list[TokenTarget]:
+def _answer_targets(model: HasTokenizer, questions: Sequence[Question], direction: Direction) -> list[TokenTarget]:
     """Right answers for `toward` honesty, wrong ones for `away`; `suppress` keeps the right ones."""
     targets: list[TokenTarget] = []
     for question in questions:
@@ -380,14 +380,14 @@ def _answer_targets(model: Model, questions: Sequence[Question], direction: Dire
     return targets
 
 
-def persona_protocol(experiment: Experiment, config: HonestyConfig, model: Model) -> Protocol:
-    """True or false by letters, under personas (Ackerman 2024)."""
+def persona_protocol(experiment: Experiment, config: HonestyConfig, model: HasTokenizer) -> Protocol:
+    """True or false by letters, under personas (Ackerman 2024). Filtering the pairs needs a whole model."""
     split = experiment.split
     train, validation, test = _parted(seen(load_facts(), config), split.train, split.validation, split.seed)
     unseen = seen(load_facts(), config, held_out=True)
     n, seed = config.n_items, split.seed
     pairs = persona_pairs(train, seed=seed).sample(experiment.extract.n_pairs, seed=seed)
-    pairs = _answered_as_asked(model, pairs) if config.filter_pairs else pairs
+    pairs = _answered_as_asked(cast(Model, model), pairs) if config.filter_pairs else pairs
     scorers = (_LETTERS, _LETTER_SHARE, _OFF_OPTION)
 
     def targets(direction: Direction, seed: int) -> tuple[list[TokenTarget], list[TokenTarget]]:
@@ -432,7 +432,9 @@ def _parted(facts: Sequence[Fact], train: float, validation: float, seed: int) -
     return parted
 
 
-def _letter_targets(model: Model, questions: Sequence[Question], direction: Direction, soft: bool) -> list[TokenTarget]:
+def _letter_targets(
+    model: HasTokenizer, questions: Sequence[Question], direction: Direction, soft: bool
+) -> list[TokenTarget]:
     """Letters as targets: of the truth for `toward` honesty, of the lie for `away`; True is A in half of them."""
     targets: list[TokenTarget] = []
     for index, question in enumerate(questions):
@@ -459,7 +461,7 @@ def _answered_as_asked(model: Model, pairs: ContrastPairs) -> ContrastPairs:
             letter = prefill[-1]
             other = "B" if letter == "A" else "A"
             questions.append(Question(user, (letter,), (other,), letter_side, system=persona, prefill=PREFILL))
-        right.append(_ACCURACY(ask(model, questions, {"answers"})))
+        right.append(_ACCURACY(ask(model, questions, {"completion"})))
     filtered = [pair for pair, a, b in zip(pairs.pairs, *right, strict=True) if a == b == 1.0]
     if not filtered:
         share = share_interval(0, len(pairs))

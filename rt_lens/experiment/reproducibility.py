@@ -56,7 +56,7 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
     arguments = "".join(f", {name}={value!r}" for name, value in overrides.items())
     return settings_alone | {
         "command": shlex.join(["rt-lens", "run", name, *options]),
-        "call": f"run_experiment(load_experiment({name!r}{arguments}), Path('runs/again'))",
+        "call": f"run_experiment(load_experiment({name!r}{arguments}), Path('runs/repeated'))",
         "file": file.name,
         "toml": text,
         "sha256": hashlib.sha256(text.encode()).hexdigest(),

@@ -160,7 +160,7 @@ class _Run:
             self._project("steered away", vectors, self._steering(vectors, choices["away"]))
         for other in experiment.seeds:
             self._tuned_arms(other, by_seed[other], vectors, evaluator)
-        results = self._results(evaluator.scoreboard()) | {
+        results = self._results(evaluator.scores()) | {
             "choices": {**choices, "rule": self._rule()},
             "separability": separated.to_dict("records"),
             "dose_response": doses.to_dict("records"),
@@ -170,7 +170,7 @@ class _Run:
             "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
         }
         files = [file.name for file in self.out.iterdir()]
-        write_results(self.out, results, evaluator.scoreboard(), self._projections(vectors), files=files)
+        write_results(self.out, results, evaluator.scores(), self._projections(vectors), files=files)
         return plain(results)
 
     def _extracted(self, seed: int) -> SteeringVectors:
@@ -207,7 +207,7 @@ class _Run:
             self.model, {**protocol.tasks, **protocol.checks}, self.test_texts, seed=self.experiment.test.seed
         )
         evaluator.measure("untuned")
-        first = evaluator.scoreboard().answers[0]
+        first = evaluator.scores().answers[0]
         prompt, response = first["prompt"], first["response"]
         untuned = prompt, answered(self.model, as_chat(self.model, [prompt])[0], response)
         self.shown: str

@@ -13,7 +13,7 @@ from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.costs import Costs, Work, steps_of, summed
 from rt_lens.experiment.protocols import Protocol, family_of
 from rt_lens.experiment.shape import Shape
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import HasTokenizer
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.losses import Direction
@@ -22,7 +22,7 @@ from rt_lens.tuning.targets import Choice, TokenTarget
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def protocols_of(experiment: Experiment, model: Model) -> list[Protocol]:
+def protocols_of(experiment: Experiment, model: HasTokenizer) -> list[Protocol]:
     """The protocols that can run, without making a scorer. Pairs that the model would filter are all counted."""
     return family_of(experiment).candidates(model)
 
@@ -30,7 +30,9 @@ def protocols_of(experiment: Experiment, model: Model) -> list[Protocol]:
 class Planner:
     """The work of each stage of `run_experiment` for one protocol."""
 
-    def __init__(self, experiment: Experiment, shape: Shape, model: Model, protocol: Protocol, local: bool) -> None:
+    def __init__(
+        self, experiment: Experiment, shape: Shape, model: HasTokenizer, protocol: Protocol, local: bool
+    ) -> None:
         self.experiment, self.model, self.protocol, self.local = experiment, model, protocol, local
         self.family = family_of(experiment)
         self.shape, self.costs = shape, Costs(shape, BYTES[experiment.dtype])
@@ -103,8 +105,8 @@ class Planner:
     def _calibrate(self) -> Work:
         """Judging statements and answering questions; to filter pairs, the letters of each pair on both sides."""
         statements, questions = self.family.calibration()
-        work = self._options(statements, "letters", 16)
-        work += self._options(questions, "answers", 16)
+        work = self._options(statements, "multiple_choice", 16)
+        work += self._options(questions, "completion", 16)
         if self.family.filters(self.protocol):
             for texts in self.protocol.train.texts(self.model):
                 work += self.costs.read(self._sizes(texts), 16, logits=1)
@@ -159,22 +161,22 @@ class Planner:
                 for question in task.asked
             ]
             work += self.costs.written(self._sizes(texts), task.max_new_tokens, batch)
-        for form in ("answers", "letters"):
+        for form in ("completion", "multiple_choice"):
             if form in reads:
                 work += self._options(task.asked, form, max(1, batch // 4))
         return work
 
     def _options(self, questions: Sequence[Question], form: str, batch: int) -> Work:
-        """Likelihoods of the options as answers, or of their letters in every rotation."""
+        """Likelihoods of the options as completions, or of their letters in every rotation."""
         starts: list[int] = []
         options: list[list[int]] = []
         for question in questions:
             n = len(question.options)
-            user = question.prompt if form == "answers" else lettered(question.prompt, question.options)
-            prefill = question.prefill or ("" if form == "answers" else PREFILL)
+            user = question.prompt if form == "completion" else lettered(question.prompt, question.options)
+            prefill = question.prefill or ("" if form == "completion" else PREFILL)
             text = chat_text(self.model, user, system=question.system, prefill=prefill)
-            sizes = [self._option(option) for option in question.options] if form == "answers" else [1] * n
-            for _ in range(1 if form == "answers" else n):
+            sizes = [self._option(option) for option in question.options] if form == "completion" else [1] * n
+            for _ in range(1 if form == "completion" else n):
                 starts.append(self._size(text))
                 options.append(sizes)
         return self.costs.options(starts, options, batch)

@@ -146,7 +146,7 @@ def compare_runs(a: Results, b: Results, *, seed: int = 0) -> RunComparison:
     Example:
         >>> before = load_results("runs/mood")
         >>> print(compare_runs(before, before).closing)
-        Nothing changed: 28 rows, the same on every item (seeds 0, 1, 2).
+        Nothing changed: 28 rows, the same on every item (seeds 0, 1, 2, 3, 4).
         >>> comparison = compare_runs(before, load_results("runs/mood_after"))
         >>> comparison.closing.startswith("2 of 28 rows changed beyond noise (Holm's correction over all rows, 5 %)")
         True

@@ -69,7 +69,12 @@ _OLD_NAMES = {
     "names_right": "contains_answer",
     "obeys": "follows_instruction",
     "other": "off_option_mass",
-    "other_letters": "off_option_mass_letters",
+    "other_letters": "off_option_mass_multiple_choice",
+    **{
+        f"likelihood_{measure}_letters{end}": f"likelihood_{measure}_multiple_choice{end}"
+        for measure in ("accuracy", "share", "margin")
+        for end in ("", "_per_token")
+    },
 }
 """Names in files of schema 1 -> names now: a key of results.json, and the names of scorers."""
 TABLES = (
@@ -217,7 +222,7 @@ def load_results(path: str | Path) -> Results:
         ('mood', -2.0)
         >>> scores = run.scores()
         >>> list(scores), len(scores)
-        (['arm', 'direction', 'seed', 'set', 'item', 'category', 'scorer', 'score', 'prompt'], 960)
+        (['arm', 'direction', 'seed', 'set', 'item', 'category', 'scorer', 'score', 'prompt'], 1440)
     """
     path = Path(path).expanduser()
     file = path if path.suffix == ".json" else path / "results.json"

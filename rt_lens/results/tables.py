@@ -19,8 +19,14 @@ Rows: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 Pair: TypeAlias = tuple[str, str]
 """Arm and direction, or set and scorer."""
 
-_LESS_IS_BETTER = {"perplexity", "KL", "repetition", "loop", "off_option_mass", "off_option_mass_letters"}
-_LESS_IS_BETTER |= {"other", "other_letters"}  # TODO-RENAME
+_LESS_IS_BETTER = {
+    "perplexity",
+    "KL",
+    "repetition",
+    "loop",
+    "off_option_mass",
+    "off_option_mass_multiple_choice",
+}
 _NEITHER = {"length"}
 _PER_PANEL = 4  # columns such as "0.52 [0.43, 0.61]" that fit the width of a page
 _IN_LATEX = {
@@ -52,7 +58,8 @@ def to_markdown(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
         <BLANKLINE>
         | arm | direction | test: vader | texts: perplexity | texts: KL |
         |---|---|---:|---:|---:|
-        | untuned | none | 0.... [0...., 0....] | ...
+        | untuned | none | 0.30 [0.13, 0.47] | 19.87 [19.35, 20.52] | 0.000 |
+        ...
     """
     grid = _grid(rows, by_direction)
     titles = [_mark(f"{name}: {scorer}") for name, scorer in grid.columns]
@@ -78,8 +85,8 @@ def to_latex(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
     Example:
         >>> rows = load_results("runs/mood").content["summary"]
         >>> table = to_latex(rows, caption="mood on tiny")
-        >>> print(table.splitlines()[3][:23], table.count("toprule"))
-        \\caption{mood on tiny. B 1
+        >>> table.splitlines()[1], table.count("toprule")  # one panel
+        ('\\\\begin{table}[htbp]', 1)
     """
     grid = _grid(rows, by_direction)
     panels = [grid.columns[start : start + _PER_PANEL] for start in range(0, len(grid.columns), _PER_PANEL)]

@@ -19,8 +19,14 @@ from rt_lens.results.schema import REPORT, TABLES, check_no_run
 from rt_lens.results.tables import to_latex, to_markdown
 
 # How an answer is written, and not what it says: side effects on every set.
-_OF_WRITING = ("repetition", "distinct_2", "loop", "length", "off_option_mass", "off_option_mass_letters")
-_OF_WRITING += ("other", "other_letters")  # type: ignore[assignment]  # TODO-RENAME
+_OF_WRITING = (
+    "repetition",
+    "distinct_2",
+    "loop",
+    "length",
+    "off_option_mass",
+    "off_option_mass_multiple_choice",
+)
 _SIDE_EFFECTS = [f"{name}{end}" for name in ("perplexity", "kl") for end in ("", "_low", "_high")] + ["n_texts"]
 _CELL = ["arm", "direction", "set", "scorer", "n", "mean", "low", "high"]
 
@@ -194,7 +200,7 @@ def _scored(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], writing: st
     by_arm: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         measures = by_arm.setdefault((row["arm"], row["direction"]), {})
-        if row["set"] == "facts" and row["scorer"] in ("contains_answer", "names_right"):  # TODO-RENAME
+        if (row["set"], row["scorer"]) == ("facts", "contains_answer"):
             measures |= {**_named("facts", row), "n_facts": row["n"]}
         if (row["set"], row["scorer"]) == (writing, "repetition"):
             measures |= _named("repetition", row)

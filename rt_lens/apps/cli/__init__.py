@@ -1,4 +1,4 @@
-"""The `rt-lens` command. It reads arguments and calls the rooms below; nobody imports it."""
+"""The `rt-lens` command. It reads arguments and calls the other rooms, and no other room imports it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["app", "looking", "main", "measuring", "steering", "tuning"]
 
 
 def main() -> None:
-    """Entry point: bad input is one line and exit code 2."""
+    """Entry point. Bad input gives one line and exit code 2."""
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("default", category=UserWarning, module="rt_lens")  # a judge's abstentions, say
+    warnings.filterwarnings("default", category=UserWarning, module="rt_lens")  # such as abstentions of a judge
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         app()

@@ -28,67 +28,76 @@ if TYPE_CHECKING:
     epilog="Example: rt-lens dashboard runs/mood   (or, on a model alone: rt-lens dashboard --vectors mood.safetensors)"
 )
 def dashboard(
-    run: Annotated[Path | None, typer.Argument(help="Folder of a finished run; none to work on a model alone.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a finished run. Leave it out to work on a model alone.")
+    ] = None,
     vectors: Annotated[
-        list[Path] | None, typer.Option(help="A file of steering vectors to have at hand; may be repeated.")
+        list[Path] | None, typer.Option(help="A file of steering vectors to open. Can be repeated.")
     ] = None,
     behaviour: Annotated[
-        list[str] | None, typer.Option(help="A file of a behaviour of your own to offer; may be repeated.")
+        list[str] | None, typer.Option(help="A file of your own behaviour to offer. Can be repeated.")
     ] = None,
-    port: Annotated[int | None, typer.Option(help="On 127.0.0.1; 8050 by default, or any that is free.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1; by default 8050, or any free one.")] = None,
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Show a finished run, and work live on the model, in a browser on this machine."""
+    """Show a finished run and work live on the model, in a browser on this machine."""
     from rt_lens.apps.dashboard.opening import dashboard as open_dashboard
     from rt_lens.experiment.config import load_experiment
 
     permissions = permissions_of(allow_judge, judge_key_env)
-    # Read, and refused, before the model is loaded.
-    experiments = [load_experiment(own, permissions=permissions) for own in behaviour or []]
+    # Files are read, and refused, before the model is loaded.
+    experiments = [load_experiment(file, permissions=permissions) for file in behaviour or []]
     named = _named(vectors or [])
-    of_vectors = next((each.provenance.dtype for each in named.values()), "float32")
-    loaded = _loaded(run, model, dtype, chat_template_kwargs, of_vectors)
-    board = open_dashboard(loaded, named, run=run, behaviours=experiments, port=port)
-    typer.echo(f"open {board.url} in a browser on this machine; Ctrl-C ends it")
+    vectors_dtype = next((file_vectors.provenance.dtype for file_vectors in named.values()), "float32")
+    loaded = _loaded(run, model, dtype, chat_template_kwargs, vectors_dtype)
+    server = open_dashboard(loaded, named, run=run, behaviours=experiments, port=port)
+    typer.echo(f"Serving {server.url}. Next: open it in a browser on this machine; Ctrl-C stops the dashboard.")
     with suppress(KeyboardInterrupt):
-        board.wait()
-    board.stop()
+        server.wait()
+    server.stop()
 
 
 def _named(files: list[Path]) -> dict[str, SteeringVectors]:
-    """Vectors by behaviour; by file where two are of one behaviour, as those of other tools are all unknown."""
+    """Vectors by behaviour; by file name where two files have one behaviour, as files of other tools do."""
     from rt_lens.results.schema import checked_file
     from rt_lens.vectors.interop.tensors import import_vectors
 
-    found = [(file, import_vectors(checked_file(file))) for file in files]
-    told = [vectors.provenance.behaviour for _, vectors in found]
+    imported = [(file, import_vectors(checked_file(file))) for file in files]
+    names = [vectors.provenance.behaviour for _, vectors in imported]
     named = {
-        behaviour if told.count(behaviour) == 1 else file.stem: vectors
-        for behaviour, (file, vectors) in zip(told, found, strict=True)
+        behaviour if names.count(behaviour) == 1 else file.stem: vectors
+        for behaviour, (file, vectors) in zip(names, imported, strict=True)
     }
     if len(named) < len(files):
-        raise ValueError(f"vectors: of {len(files)} files two have one name. Rename one: {', '.join(map(str, files))}.")
+        raise ValueError(
+            f"vectors must be files with different names, got {', '.join(map(str, files))}, two of which have one "
+            "name. Rename one."
+        )
     return named
 
 
-def _loaded(run: Path | None, model: str | None, dtype: str | None, told: str | None, of_vectors: str) -> Any:
-    """The model that was asked for, or the run's; none, with a word about it, if the run's is not at hand."""
+def _loaded(run: Path | None, model: str | None, dtype: str | None, kwargs: str | None, default: str) -> Any:
+    """The model of `--model`, or of the run; None, with a message, if the run's model is not available."""
     from rt_lens.models.load import load_model
     from rt_lens.results.schema import load_results
 
     if model is not None or run is None:
-        return loaded_model(model, dtype, told, default=of_vectors)
+        return loaded_model(model, dtype, kwargs, default=default)
     content = load_results(run).content
-    settings = content.get("again", {}).get("settings") or {}
+    settings = content.get("reproducibility", {}).get("settings") or {}
     try:
         return load_model(
             content["model"], dtype=dtype or settings.get("dtype", "float32"),
-            chat_template_kwargs=template_kwargs(told) or settings.get("chat_template_kwargs"),
+            chat_template_kwargs=template_kwargs(kwargs) or settings.get("chat_template_kwargs"),
         )  # fmt: skip
-    except (ValueError, OSError) as refusal:
-        typer.echo(f"the run's model is not at hand, so the pages show the run alone ({refusal})", err=True)
+    except (ValueError, OSError) as error:
+        typer.echo(
+            f"The run's model is not available, so the pages show the run alone ({error}). To work on a model, name it "
+            "with --model.",
+            err=True,
+        )
         return None

@@ -1,4 +1,4 @@
-"""Commands that measure: a whole experiment, prompts of one's own, two runs against each other."""
+"""Commands that measure: run a whole experiment, evaluate your own prompts, compare two runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 def run(
     behaviour: Behaviour,
     out: Annotated[Path | None, typer.Option(help="Folder for the results; runs/NAME by default.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only say what it would take: memory, steps, time.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only estimate what the run needs: memory, steps, time.")
+    ] = False,
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
@@ -55,32 +57,34 @@ def run(
     typer.echo("\n" + "\n".join(summary_sentences(results)))
     stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
     typer.echo(f"\nTime: {stages}.")
-    typer.echo(f"saved {folder / 'results.json'} - look: open {page} in a browser, or rt-lens dashboard {folder}")
+    typer.echo(f"Saved {folder / 'results.json'}. Next: open {page} in a browser, or rt-lens dashboard {folder}")
 
 
 @app.command(epilog="Example: rt-lens evaluate my_prompts.csv --scorer vader --delta mood_away.safetensors")
 def evaluate(
     questions: Annotated[
-        str, typer.Argument(help="A .csv, .jsonl or .txt file of prompts; or a shipped set: capitals.")
+        str, typer.Argument(help="A .csv, .jsonl or .txt file of prompts, or a built-in set: capitals.")
     ],
     scorer: Annotated[
         list[str] | None,
-        typer.Option(help="A name, pattern:REGEX, or a .toml file with a [scorer] table. Repeat it for more."),
+        typer.Option(help="A name, pattern:REGEX, or a .toml file with a [scorer] table. Can be repeated."),
     ] = None,
-    delta: Annotated[Path | None, typer.Option(help="A change of weights: a tuned arm beside the untuned.")] = None,
-    vectors: Annotated[Path | None, typer.Option(help="Steering vectors: a steered arm beside the untuned.")] = None,
+    delta: Annotated[Path | None, typer.Option(help="A weight delta: adds a tuned arm to the untuned one.")] = None,
+    vectors: Annotated[
+        Path | None, typer.Option(help="Steering vectors: add a steered arm to the untuned one.")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Block for --vectors.")] = None,
-    multiplier: Annotated[float, typer.Option(help="For --vectors.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores and answers.")] = None,
+    multiplier: Annotated[float, typer.Option(help="Multiplier for --vectors.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the responses in tokens.")] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores and responses.")] = None,
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Ask prompts of your own, and score the answers of the untuned, the steered and the tuned model."""
+    """Ask your own prompts, and score the responses of the untuned, the steered and the tuned model."""
     from rt_lens.arms.comparison import EvalTask, compare_arms
     from rt_lens.data.questions import load_questions
     from rt_lens.experiment.run import check_writable
@@ -92,12 +96,12 @@ def evaluate(
 
     permissions = permissions_of(allow_judge, judge_key_env)
     scorers = [_scorer(text, permissions) for text in scorer or ["vader"]]
-    exam = EvalTask(load_questions(questions), scorers, max_new_tokens)
+    task = EvalTask(load_questions(questions), scorers, max_new_tokens)
     arms: dict[str, Any] = {"untuned": None}
     default = "float32"
     if vectors is not None:
         if layer is None:
-            raise ValueError("layer: --vectors came without it. Name a block, as in --layer 21.")
+            raise ValueError("layer must be a block for --vectors, got none. Name one, as in --layer 21.")
         directions = import_vectors(checked_file(vectors))
         default = directions.provenance.dtype
         arms["steered"] = add(directions, [layer], multiplier, hook=directions.kind)
@@ -108,14 +112,14 @@ def evaluate(
         check_no_run(out)
         check_writable(out)
     loaded = loaded_model(model, dtype, chat_template_kwargs, default=default)
-    board = compare_arms(loaded, arms, {Path(questions).stem: exam}, seed=seed)
-    _print(board.summary()[["arm", "set", "scorer", "n", "mean", "low", "high"]])
+    scores = compare_arms(loaded, arms, {Path(questions).stem: task}, seed=seed)
+    _print(scores.summary()[["arm", "set", "scorer", "n", "mean", "low", "high"]])
     if len(arms) > 1:
-        _print(board.comparisons()[["a", "b", "scorer", "n", "difference", "low", "high", "p", "p_holm"]])
-    typer.echo(f"95 % intervals; p_holm is corrected for the number of comparisons. Seed {seed}.")
+        _print(scores.comparisons()[["a", "b", "scorer", "n", "difference", "low", "high", "p", "p_holm"]])
+    typer.echo(f"Intervals are of 95 %; p_holm is corrected for the number of comparisons. Seed {seed}.")
     if out is not None:
-        write_scores(out, board)
-        typer.echo(f"saved {out / 'scores.csv'} - the answers: {out / 'responses.jsonl'}")
+        write_scores(out, scores)
+        typer.echo(f"Saved {out / 'scores.csv'}. Next: read the responses in {out / 'responses.jsonl'}")
 
 
 def _print(table: Any) -> None:
@@ -131,24 +135,26 @@ def _scorer(text: str, permissions: Permissions) -> Any:
         return make_scorer({"kind": "pattern", "pattern": text.removeprefix("pattern:")})
     if text.endswith(".toml"):
         if not Path(text).is_file():
-            raise FileNotFoundError(f"scorer: there is no file {text}. Give a .toml file with a [scorer] table.")
+            raise FileNotFoundError(
+                f"scorer must be a file that exists, got {text}. Give a .toml file with a [scorer] table."
+            )
         return make_scorer(permissions.checked(read_toml(Path(text)).get("scorer", {}), Path(text)))
     return make_scorer(text)
 
 
 @app.command(epilog="Example: rt-lens compare runs/mood runs/mood_after --fail-on-change")
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="Folder of a finished run, to refer to.")],
+    run_a: Annotated[Path, typer.Argument(help="Folder of a finished run: the reference.")],
     run_b: Annotated[Path, typer.Argument(help="Folder of the run to judge.")],
     fail_on_change: Annotated[
-        bool, typer.Option("--fail-on-change", help="Exit with 1 if something changed beyond noise.")
+        bool, typer.Option("--fail-on-change", help="Exit with 1 if anything changed beyond noise.")
     ] = False,
 ) -> None:
-    """Say what changed from one run to another beyond noise: scores and side effects of every arm, row by row."""
+    """Report what changed from one run to another beyond noise: scores and side effects of every arm, row by row."""
     from rt_lens.results.comparing import compare_runs
     from rt_lens.results.schema import load_results
 
-    found = compare_runs(load_results(run_a), load_results(run_b))
-    typer.echo(str(found))
-    if fail_on_change and len(found.changed):
+    comparison = compare_runs(load_results(run_a), load_results(run_b))
+    typer.echo(str(comparison))
+    if fail_on_change and len(comparison.changed):
         raise typer.Exit(1)

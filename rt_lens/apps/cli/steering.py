@@ -1,4 +1,4 @@
-"""Commands that find a direction and steer with it."""
+"""Commands that extract vectors and steer with them."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def extract(
     position: Annotated[str, typer.Option(help="last, mean, mean prompt, mean response, mean last 5, ...")] = "last",
     hook: Annotated[str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out or mlp_out.")] = "resid_post",
     n_pairs: Annotated[int, typer.Option(help="Contrast pairs to use, spread over topics.")] = 96,
-    seed: Annotated[int, typer.Option(help="Of the selection of pairs, and of every interval.")] = 0,
-    figure: Annotated[Path | None, typer.Option(help="HTML file for the figure of the evidence.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the selection of pairs and of the intervals.")] = 0,
+    figure: Annotated[Path | None, typer.Option(help="HTML file for the figure of the validation.")] = None,
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Extract a vector per layer, and say whether to believe them: held-out pairs, halves of the data, random ones."""
+    """Extract a vector per layer, and validate them on held-out pairs, halves of the data and random vectors."""
     from rt_lens import plots
     from rt_lens.common.files import check_can_write
     from rt_lens.experiment.run import check_writable
@@ -56,23 +56,25 @@ def extract(
     path = out or Path(f"{name}.safetensors")
     check_writable(path.parent)
     check_can_write(path, "out")
-    name_of_model, default = model_of(behaviour, permissions)
-    loaded = loaded_model(model or name_of_model, dtype, chat_template_kwargs, default=default)
+    default_model, default = model_of(behaviour, permissions)
+    loaded = loaded_model(model or default_model, dtype, chat_template_kwargs, default=default)
     chosen = train.sample(n_pairs, seed=seed)
-    found = validate_vectors(
+    validation = validate_vectors(
         loaded, chosen, held_out, method=method, position=position, hook=hook, seed=seed, progress=True
     )
-    found.vectors.save(path)
+    validation.vectors.save(path)
     measures = [f"{name}{end}" for name in ("accuracy", "auc", "stability") for end in ("", "_low", "_high")]
     columns = ["layer", *measures, "n"]
-    typer.echo(found.layers[columns].to_string(index=False, float_format=lambda value: f"{value:.2f}"))
-    typer.echo(f"\n{found.reason}")
+    typer.echo(validation.layers[columns].to_string(index=False, float_format=lambda value: f"{value:.2f}"))
+    typer.echo(f"\n{validation.reason}")
     if figure is not None:
-        drawn = plots.validation(found.layers, found.learning, found.cosines, recommended=found.recommended)
-        write_page(drawn, figure)
-    layer = found.best if found.best is not None else int(found.layers["layer"].iloc[-1])
+        evidence = plots.validation(
+            validation.layers, validation.learning, validation.cosines, recommended=validation.recommended
+        )
+        write_page(evidence, figure)
+    layer = validation.best if validation.best is not None else int(validation.layers["layer"].iloc[-1])
     typer.echo(
-        f"saved {path} ({len(found.layers)} layers, {len(chosen)} pairs, seed {seed}) - steer: "
+        f"Saved {path} ({len(validation.layers)} layers, {len(chosen)} pairs, seed {seed}). Next: "
         f'rt-lens steer {path} "Tell me about your weekend." --layer {layer} --multiplier 2'
     )
 
@@ -83,20 +85,20 @@ def vectors(
     gguf: Annotated[Path | None, typer.Option(help="Write a control vector for llama.cpp and repeng.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks, such as 14-22 or 14,18; all by default.")] = None,
 ) -> None:
-    """Show what a file of steering vectors holds (also .gguf, .pt, .npz of other tools), or convert it."""
+    """Show the content of a file of steering vectors (also .gguf, .pt, .npz of other tools), or convert it."""
     from rt_lens.results.schema import checked_file
     from rt_lens.vectors.interop.gguf import save_gguf
     from rt_lens.vectors.interop.tensors import import_vectors
 
-    found = import_vectors(checked_file(file))
+    vectors_file = import_vectors(checked_file(file))
     if layers is not None:
-        found = found.select(layers_of(layers), found.kind)
-    for key, value in found.provenance.to_json().items():
-        typer.echo(f"{key:>15}: {value!r}")  # a stranger's file may hold what a terminal obeys
-    for name, vector in found.vectors.items():
+        vectors_file = vectors_file.select(layers_of(layers), vectors_file.kind)
+    for key, value in vectors_file.provenance.to_json().items():
+        typer.echo(f"{key:>15}: {value!r}")  # a file from elsewhere can hold control characters
+    for name, vector in vectors_file.vectors.items():
         typer.echo(f"{name:>32}: shape {tuple(vector.shape)}, norm {float(vector.norm()):.3g}")
     if gguf is not None:
-        typer.echo(f"saved {save_gguf(found, gguf)} - use: llama-cli --control-vector-scaled {gguf}:1")
+        typer.echo(f"Saved {save_gguf(vectors_file, gguf)}. Next: llama-cli --control-vector-scaled {gguf}:1")
 
 
 @app.command(epilog="Example: rt-lens sweep mood mood.safetensors --layers 14-22 --out runs/sweep.json")
@@ -106,8 +108,10 @@ def sweep(
     layers: Annotated[str, typer.Option(help="Blocks, such as 14-22 or 14,18.")] = "14-22",
     multipliers: Annotated[str, typer.Option(help="Numbers, with commas.")] = "-3,-2,-1,0,1,2,3",
     n_prompts: Annotated[int, typer.Option(help="Validation prompts to use.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 24,
-    out: Annotated[Path, typer.Option(help="Finished layers are kept here; run again to go on.")] = Path("sweep.json"),
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the responses in tokens.")] = 24,
+    out: Annotated[
+        Path, typer.Option(help="File for finished layers; the same command continues an interrupted sweep.")
+    ] = Path("sweep.json"),
     figure: Annotated[Path | None, typer.Option(help="HTML file for the heat map.")] = None,
     model: Model = None,
     dtype: Dtype = None,
@@ -115,7 +119,7 @@ def sweep(
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Steer over layers x multipliers on validation prompts, and score the answers as the behaviour's file says."""
+    """Steer over layers x multipliers on validation prompts, and score the responses with the behaviour's scorer."""
     from rt_lens import plots
     from rt_lens.arms.sweeping import sweep as sweep_layers
     from rt_lens.experiment.config import load_experiment
@@ -132,31 +136,34 @@ def sweep(
     check_writable(out.parent)
     loaded = model_for(experiment, dtype, directions)
     task = validation_task(experiment, loaded, max_new_tokens, n_prompts)
-    found = sweep_layers(
+    result = sweep_layers(
         loaded, directions, task, layers=chosen, multipliers=doses, hook=directions.kind, path=out
     )  # fmt: skip
-    table = found.summary()
+    table = result.summary()
     typer.echo(table.to_string(index=False, float_format=lambda value: f"{value:.2f}"))
     if figure is not None:
         write_page(plots.sweep(table), figure)
     if len(doses) > 2:
         for layer in chosen:
-            typer.echo(str(found.dose_response(layer)))
-    typer.echo(f"saved {out} (n = {len(found.prompts)} prompts, seed {found.seed})")
+            typer.echo(str(result.dose_response(layer)))
+    typer.echo(
+        f"Saved {out} (n = {len(result.prompts)} prompts, seed {result.seed}). "
+        f'Next: rt-lens steer {file} "Tell me about your weekend." --layer LAYER --multiplier MULTIPLIER'
+    )
 
 
 @app.command(epilog='Example: rt-lens steer mood.safetensors "Tell me about your weekend." --layer 18 --multiplier -2')
 def steer(
     file: VectorFile,
-    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    prompt: Annotated[str, typer.Argument(help="The message of the user.")],
     layer: Annotated[int, typer.Option(help="Block whose output the vector is added to.")],
-    multiplier: Annotated[float, typer.Option(help="Times the vector's own length; negative steers away.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 60,
+    multiplier: Annotated[float, typer.Option(help="Times the vector's own norm; a negative one steers away.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the responses in tokens.")] = 60,
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
-    """Answer a prompt untouched and steered."""
+    """Answer a prompt without and with steering."""
     from rt_lens.models.generation import generate
     from rt_lens.results.schema import checked_file
     from rt_lens.steering.binding import add
@@ -168,5 +175,5 @@ def steer(
     directions.check_fits(loaded)
     typer.echo(f"untuned:\n{generate(loaded, [prompt], max_new_tokens=max_new_tokens)[0]}\n")
     with loaded.hooks(fwd_hooks=hooks):
-        answer = generate(loaded, [prompt], max_new_tokens=max_new_tokens)[0]
-    typer.echo(f"steered (layer {layer}, multiplier {multiplier:g}):\n{answer}")
+        response = generate(loaded, [prompt], max_new_tokens=max_new_tokens)[0]
+    typer.echo(f"steered (layer {layer}, multiplier {multiplier:g}):\n{response}")

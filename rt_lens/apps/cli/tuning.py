@@ -1,4 +1,4 @@
-"""Commands that tune a direction in and hand the result on."""
+"""Commands that tune a direction into the weights and export the result."""
 
 from __future__ import annotations
 
@@ -31,24 +31,28 @@ if TYPE_CHECKING:
 def tune(
     behaviour: Behaviour,
     file: VectorFile,
-    direction: Annotated[str, typer.Option(help="toward, away or out.")] = "away",
+    direction: Annotated[str, typer.Option(help="toward, away or suppress.")] = "away",
     out: Annotated[Path | None, typer.Option(help="File to write; NAME_DIRECTION.safetensors by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of target selection and batch order.")] = 0,
-    lora_rank: Annotated[int | None, typer.Option(help="Train low-rank factors; else as the file says.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Keep the run's state here; run again to go on.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the targets and of the batch order.")] = 0,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Rank of low-rank factors; by default that of the behaviour's file.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File for the state of the run; the same command continues an interrupted run.")
+    ] = None,
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Tune a direction into the weights, with the settings of the behaviour's file, and save the change of weights."""
+    """Tune a direction into the weights with the settings of the behaviour's file, and save the weight delta."""
     from dataclasses import replace
 
     from rt_lens.common.files import check_can_write
     from rt_lens.data.builtin import neutral_prompts
     from rt_lens.experiment.config import load_experiment
-    from rt_lens.experiment.protocols import parts, protocol_of
+    from rt_lens.experiment.protocols import family_of
     from rt_lens.experiment.run import check_writable
     from rt_lens.results.schema import checked_file
     from rt_lens.tuning.loop import LossNotFinite
@@ -66,35 +70,30 @@ def tune(
     check_can_write(path, "out")
     directions = SteeringVectors.load(checked_file(file))
     loaded = model_for(experiment, dtype, directions)
-    if experiment.honesty is None:
-        train, validation, _ = parts(experiment)
-    else:
-        train, validation = protocol_of(experiment, loaded).targets(config.direction, seed)  # type: ignore[assignment]
+    train, validation = family_of(experiment).targets(loaded, config.direction, seed)
     neutral = neutral_prompts() if config.kl_weight else []
     try:
         delta = tune_weights(
             loaded, directions, train, config, validation=validation, neutral=neutral, checkpoint=checkpoint
         )
-    except LossNotFinite as stopped:
-        stopped.delta.save(path)
-        raise ValueError(f"{stopped} They are saved as {path}.") from stopped
+    except LossNotFinite as error:
+        error.delta.save(path)
+        raise ValueError(f"{error} They are saved as {path}.") from error
     delta.save(path)
-    typer.echo(
-        f"saved {path} ({len(delta.changes)} matrices, seed {seed}) - export: rt-lens export {path} --out FOLDER"
-    )
+    typer.echo(f"Saved {path} ({len(delta.changes)} matrices, seed {seed}). Next: rt-lens export {path} --out FOLDER")
 
 
 @app.command(epilog="Example: rt-lens export mood_away.safetensors --out mood_away --results runs/mood/results.json")
 def export(
-    file: Annotated[Path, typer.Argument(help="A change of weights: what `rt-lens tune` wrote.")],
+    file: Annotated[Path, typer.Argument(help="A weight delta from `rt-lens tune`.")],
     out: Annotated[Path, typer.Option(help="New folder to write.")],
-    model: Annotated[
-        str | None, typer.Option(help="Model that it was made on; by default the name in the file.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model of the delta; by default the name in the file.")] = None,
     peft: Annotated[
-        str | None, typer.Option(help="A LoRA adapter of this rank, or `exact`; else a whole model.")
+        str | None, typer.Option(help="Rank of a LoRA adapter, or `exact`; without it a whole model is written.")
     ] = None,
-    results: Annotated[Path | None, typer.Option(help="results.json of a run, for the card's measured effect.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="results.json of a run, for the measured effect in the model card.")
+    ] = None,
     dtype: Dtype = None,
 ) -> None:
     """Write a tuned model as a Hugging Face folder, or as a LoRA adapter with the error of its low rank."""
@@ -109,44 +108,48 @@ def export(
     loaded = loaded_model(model or delta.model, dtype, None, default=delta.dtype)
     if peft is None:
         export_hf(loaded, out, delta=delta, measured=measured, behaviour=behaviour)
-        typer.echo(f"saved {out} - use: AutoModelForCausalLM.from_pretrained('{out}'); its card: {out / 'README.md'}")
+        typer.echo(
+            f"Saved {out}, with its card {out / 'README.md'}. Next: AutoModelForCausalLM.from_pretrained('{out}')"
+        )
         return
     adapter = export_peft(loaded, out, delta, rank, measured=measured, behaviour=behaviour)
     typer.echo(str(adapter))
-    typer.echo(f"saved {out} - use: PeftModel.from_pretrained(base_model, '{out}'); its card: {out / 'README.md'}")
+    typer.echo(f"Saved {out}, with its card {out / 'README.md'}. Next: PeftModel.from_pretrained(base_model, '{out}')")
 
 
 def _rank(text: str) -> int:
     if not text.isdigit():
-        raise ValueError(f"peft: {text!r} came; a rank such as 16, or 'exact', is wanted.")
+        raise ValueError(f"peft must be a rank such as 16, or 'exact', got {text!r}.")
     return int(text)
 
 
 def _measured(file: Path, delta: WeightDelta) -> tuple[str, list[dict[str, Any]]]:
-    """A run's behaviour, and its rows of the untuned model and of what a delta was tuned as."""
+    """A run's behaviour, and its rows of the untuned model and of the arm that the delta belongs to."""
     import json
 
     if not file.is_file():
-        raise FileNotFoundError(f"results: there is no file {file}. Give the results.json of a run.")
+        raise FileNotFoundError(f"results must be a file that exists, got {file}. Give the results.json of a run.")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        behaviour, model, summary = found["behaviour"], found["model"], found["summary"]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        behaviour, model, summary = content["behaviour"], content["model"], content["summary"]
         rows = [(row["arm"], row["direction"], row) for row in summary]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"results: {file} is no results.json of a run ({error!r}). Give the one of a run.") from None
+        raise ValueError(
+            f"results must be the results.json of a run, got {file} ({error!r}). Give the one of a run."
+        ) from None
     direction = delta.config.get("direction")
     arm = "rep_tuned" if delta.config.get("cosine_weight") else "token_tuned"
     if model.lower() != delta.model.lower() or (arm, direction) not in {(a, d) for a, d, _ in rows}:
         raise ValueError(
-            f"results: {file} is of {model} and has no row of {arm} {direction} on {delta.model}, which this change "
-            "is. Give the run that it came from, or leave --results out."
+            f"results must be those of the run that made this delta, with a row of {arm}, {direction} on "
+            f"{delta.model}, got {file}, a run on {model} without it. Give that run, or leave --results out."
         )
     return str(behaviour), [row for a, d, row in rows if a == "untuned" or (a, d) == (arm, direction)]
 
 
 @app.command(epilog="Example: rt-lens models")
 def models() -> None:
-    """List the embedded models and the shipped behaviours."""
+    """List the bundled models and the built-in behaviours."""
     from rt_lens.models.load import describe
     from rt_lens.models.registry import BUNDLED_MODELS
 

@@ -1,5 +1,5 @@
-"""A finished run's folder -> one HTML page that opens anywhere, offline. This room reads files; it never meets a model.
+"""Turns the folder of a finished run into one HTML page that opens offline. This room reads files, and knows no model.
 
-What the page says comes from results.json, responses.jsonl and projections.json alone. Text in them was written by a
-model or a user, so it is escaped on every road into the page: here by `html.escape`, and in figures by `rt_lens.plots`.
+The page is made from results.json, responses.jsonl and projections.json alone. A model or a user wrote the text in
+them, so all of it is escaped: here by `html.escape`, and in figures by `rt_lens.plots`.
 """

@@ -1,4 +1,4 @@
-"""The page's building blocks: parts with headings, tables, charts. Plain text comes in, and is escaped here."""
+"""The building blocks of the page: parts with headings, tables, charts. They take plain text and escape it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _TOP = 60  # px above a chart's panels, for their names and Plotly's buttons
 
 @dataclass(frozen=True)
 class Part:
-    """A heading, what stands below it, and the parts within.
+    """A heading, its content, and its parts.
 
     Attributes:
         name: the heading, as plain text.
-        html: what stands below it, as markup.
+        html: the content below it, as markup.
         parts: parts of the next level, each listed in the contents.
     """
 
@@ -27,13 +27,13 @@ class Part:
     parts: tuple[Part, ...] = ()
 
 
-def rendered(part: Part, place: str = "", level: int = 2) -> str:
-    """The part as a section, whose id is its place in the contents."""
-    place = place or slug(part.name)
+def rendered(part: Part, section: str = "", level: int = 2) -> str:
+    """The part as a section, whose id is the target of its link in the contents."""
+    section = section or slug(part.name)
     inner = "\n".join(
-        rendered(below, f"{place}-{number}", min(level + 1, _DEEPEST)) for number, below in enumerate(part.parts)
+        rendered(below, f"{section}-{number}", min(level + 1, _DEEPEST)) for number, below in enumerate(part.parts)
     )
-    return f'<section id="{place}">\n<h{level}>{escape(part.name)}</h{level}>\n{part.html}\n{inner}\n</section>'
+    return f'<section id="{section}">\n<h{level}>{escape(part.name)}</h{level}>\n{part.html}\n{inner}\n</section>'
 
 
 def contents(parts: Iterable[Part]) -> str:
@@ -41,40 +41,43 @@ def contents(parts: Iterable[Part]) -> str:
     return f'<nav aria-label="Contents"><h2>Contents</h2>{_links((slug(part.name), part) for part in parts)}</nav>'
 
 
-def _links(placed: Iterable[tuple[str, Part]]) -> str:
+def _links(sections: Iterable[tuple[str, Part]]) -> str:
     items = []
-    for place, part in placed:
-        below = [(f"{place}-{number}", inner) for number, inner in enumerate(part.parts)]
-        link = f'<a href="#{place}">{escape(part.name)}</a>'
+    for section, part in sections:
+        below = [(f"{section}-{number}", inner) for number, inner in enumerate(part.parts)]
+        link = f'<a href="#{section}">{escape(part.name)}</a>'
         items.append(f"<li>{link}{_links(below) if below else ''}</li>")
     return f"<ul>{''.join(items)}</ul>"
 
 
 def slug(name: str) -> str:
-    return name.lower().replace(",", "").replace(" ", "-")
+    """The id of a section with this heading."""
+    return name.lower().replace(",", "").replace("?", "").replace(" ", "-")
 
 
 def items(sentences: Iterable[str]) -> str:
+    """The sentences as a list."""
     return "<ul>" + "\n".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
 def folded(heading: str, html: str) -> str:
+    """Markup that a reader unfolds by its heading."""
     return f"<details><summary>{escape(heading)}</summary>{html}</details>"
 
 
 def table(label: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of plain text, in a box that scrolls; the first cell of each row names the row."""
+    """A table of plain text, in a box that scrolls. The first cell of each row is its header."""
     return boxed(label, header, ([escape(cell) for cell in row] for row in rows))
 
 
 def boxed(label: str, header: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
-    """As `table`, of cells that are markup already."""
+    """The same as `table`, for cells that are markup."""
     heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "\n".join(
         f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
     )
-    # A box that scrolls must take the keyboard's focus, else its rest is out of reach without a mouse.
+    # A box that scrolls must take the keyboard's focus, so that all of it can be read without a mouse.
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Table: {escape(label)}">'
         f'<table class="{kind}"><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table></div>'
@@ -82,21 +85,21 @@ def boxed(label: str, header: Iterable[str], rows: Iterable[Sequence[str]], kind
 
 
 def chart(name: str, figure: go.Figure) -> str:
-    """The figure's place, and its content as JSON, which the page's script draws when it comes into view.
+    """An element for the figure, and its content as JSON, which the page's script draws when it comes into view.
 
-    Title and reading become the caption, as text of the page: it wraps in any window, and is read aloud.
+    Title and subtitle become the caption, as text of the page: it wraps in any window, and screen readers read it.
 
     Args:
-        name: of this chart alone; not a section's.
-        figure: of `rt_lens.plots`, which escapes its labels; it loses its title.
+        name: unique name of this chart; not the id of a section.
+        figure: of `rt_lens.plots`, which escapes its labels. Its title is removed.
     """
     title = figure.layout.title
-    heading, reading = (escape(unescape(text.replace("<br>", " "))) for text in (title.text, title.subtitle.text))
+    heading, subtitle = (escape(unescape(text.replace("<br>", " "))) for text in (title.text, title.subtitle.text))
     height = figure.layout.height - figure.layout.margin.t + _TOP
     figure.update_layout(title=None, margin_t=_TOP, height=height)
     # Plotly writes < > / as \u003c \u003e \u002f in its JSON, so no label can close the script element.
     return (
-        f"<figure><figcaption><b>{heading}</b><br>{reading}</figcaption>"
+        f"<figure><figcaption><b>{heading}</b><br>{subtitle}</figcaption>"
         f'<div id="figure-{name}" class="plotly-graph-div" style="height:{height:g}px"></div>'
         f'<script type="application/json">{figure.to_json()}</script></figure>'
     )

@@ -1,4 +1,4 @@
-"""The page: parts put together, and written whole or not at all."""
+"""Builds the page from its parts, and writes it as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from rt_lens.apps.report.markup import Part, contents, folded, items, rendered
-from rt_lens.apps.report.reproducibility import again
+from rt_lens.apps.report.reproducibility import repeat
 from rt_lens.apps.report.sections import sections
 from rt_lens.apps.report.sentences import findings, headline
 from rt_lens.apps.report.uncertainty import uncertainty_sentences
 from rt_lens.common.files import write_atomically
 from rt_lens.results.schema import load_results
 
-_SETS_TOLD = 2
+_SETS_UNFOLDED = 2
 _ARMS = {
-    "untuned": "the model as it came",
-    "steered": "the direction is added to its activations at every call",
-    "token_tuned": "its weights are trained on wished-for answers alone",
-    "rep_tuned": "its weights are trained on the same answers and on the direction in its activations",
+    "untuned": "the model without any change",
+    "steered": "the vector is added to the activations in every forward pass",
+    "token_tuned": "the weights are trained on target responses alone",
+    "rep_tuned": "the weights are trained on the same responses and on the direction in the activations",
 }
-# The page needs nothing from outside, and this makes the browser hold it to that.
+# The page loads nothing from elsewhere, and this policy makes the browser enforce it.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 _STYLE = """
 * { box-sizing: border-box; }
@@ -40,11 +40,11 @@ a:focus-visible, summary:focus-visible, [tabindex]:focus-visible { outline: 3px 
 nav { background: #f6f6f2; padding: .3rem 1rem .6rem; margin: 1rem 0; }
 nav h2 { font-size: 1rem; border: 0; margin: .2rem 0; } nav { font-size: 14px; line-height: 1.6; }
 nav ul { columns: 4 11rem; list-style: none; padding: 0; margin: 0; } nav ul ul { columns: auto; padding-left: .9rem; }
-.told { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
-.told section { background: #f6f6f2; border-left: 5px solid #009e73; padding: .6rem 1.1rem; min-width: 0; }
-.told section + section { border-color: #e69f00; }
-.told h2 { margin: .2rem 0; border: 0; } .told h3 { font-size: 1rem; margin: .8rem 0 0; }
-.told li { margin: .3rem 0; }
+.summary { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+.summary section { background: #f6f6f2; border-left: 5px solid #009e73; padding: .6rem 1.1rem; min-width: 0; }
+.summary section + section { border-color: #e69f00; }
+.summary h2 { margin: .2rem 0; border: 0; } .summary h3 { font-size: 1rem; margin: .8rem 0 0; }
+.summary li { margin: .3rem 0; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 pre { background: #f3f3ef; padding: .7rem 1rem; overflow: auto; max-height: 60vh; font-size: 14px; }
 figure { margin: 1.2rem 0; } figcaption { color: #444; font-size: 15px; } figcaption b { color: #222; }
@@ -66,7 +66,7 @@ tbody th { position: sticky; left: 0; background: #fff; font-weight: 600; }
 @media print { nav, .skip { display: none; } .scroll, pre { max-height: none; overflow: visible; }
   .plotly-graph-div { zoom: .65; } figure, tr { break-inside: avoid; } thead th, tbody th { position: static; } }
 """
-# Plotly takes up to a second to load and a chart half of one to draw: both wait until the text can be read, and only
+# Plotly takes up to a second to load, and a chart half a second to draw. Both wait until the text is readable, and only
 # charts in or near the window are drawn, but all of them before printing.
 _SCRIPT = """
 const places = [...document.querySelectorAll(".plotly-graph-div")], drawn = new Set();
@@ -95,7 +95,7 @@ addEventListener("load", () => setTimeout(load, 200));
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes `run_dir/report.html` from the run's three files; an older report stays until the new one is whole.
+    """Writes `run_dir/report.html` from the run's three files. An older report stays until the new one is complete.
 
     Args:
         run_dir: folder with results.json, responses.jsonl and projections.json.
@@ -104,25 +104,31 @@ def write_report(run_dir: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        FileNotFoundError: if one of the three files is not there.
-        ValueError: if a file is not valid JSON, lacks a key or column, or has a schema that is not known.
+        FileNotFoundError: if one of the three files does not exist.
+        ValueError: if a file is not valid JSON, lacks a key or column, or has an unknown schema.
 
     Example:
-        >>> print(write_report("runs/mood"))
+        >>> from rt_lens.apps.report.page import write_report
+        >>> page = write_report("runs/mood")
+        >>> page.name, "<h1>mood on tiny</h1>" in page.read_text(encoding="utf-8")
+        ('report.html', True)
     """
     run = load_results(run_dir)
     page = _page(run.content, run.responses(), run.projections())
-    # A model may emit half a surrogate pair, which UTF-8 cannot hold.
+    # A model can generate half a surrogate pair, which UTF-8 cannot encode.
     return write_atomically(run.folder / "report.html", page.encode("utf-8", "replace"))
 
 
 def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections: Mapping[str, Any]) -> str:
     title = f"{results['behaviour']} on {results['model']}"
-    told = [Part("What was found", _found(results)), Part("How sure one may be", items(uncertainty_sentences(results)))]
-    rest = [*sections(results, responses, projections), again(results)]
-    first = "\n".join(map(rendered, told))
+    summary = [
+        Part("What was found", _findings(results)),
+        Part("How sure is this?", items(uncertainty_sentences(results))),
+    ]
+    rest = [*sections(results, responses, projections), repeat(results)]
+    first = "\n".join(map(rendered, summary))
     body = "\n".join(map(rendered, rest))
-    # The text comes before Plotly's four megabytes, so that it can be read while they are.
+    # The text stands before Plotly's four megabytes, so that it can be read while they load.
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -130,22 +136,22 @@ def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections:
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f'<a class="skip" href="#what-was-found">Skip to what was found</a>\n'
         f"<header>\n<h1>{escape(title)}</h1>\n<p>{escape(results['description'])}</p>\n</header>\n"
-        f'{contents([*told, *rest])}\n<main>\n<div class="told">\n{first}\n</div>\n{body}\n</main>\n'
+        f'{contents([*summary, *rest])}\n<main>\n<div class="summary">\n{first}\n</div>\n{body}\n</main>\n'
         f'<script type="text/plain" id="plotly">{get_plotlyjs()}</script>\n'
         f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
-def _found(results: Mapping[str, Any]) -> str:
-    """The sentences; those of the third set and later ones are folded."""
-    told = findings(results)
-    listed = dict.fromkeys(row["arm"] for row in results["summary"])
-    known = "; ".join(f"<b>{arm}</b>: {_ARMS[arm]}" for arm in listed if arm in _ARMS)
-    arms = f"<p>The arms: {known}.</p>" if known else ""
-    parts = [
-        folded(name, items(own)) if number >= _SETS_TOLD else f"<h3>{escape(name)}</h3>{items(own)}"
-        for number, (name, own) in enumerate(told.sets.items())
+def _findings(results: Mapping[str, Any]) -> str:
+    """The sentences; those of the third set and of later sets are folded."""
+    parts = findings(results)
+    names = dict.fromkeys(row["arm"] for row in results["summary"])
+    explained = "; ".join(f"<b>{arm}</b>: {_ARMS[arm]}" for arm in names if arm in _ARMS)
+    arms = f"<p>The arms: {explained}.</p>" if explained else ""
+    sets = [
+        folded(name, items(sentences)) if number >= _SETS_UNFOLDED else f"<h3>{escape(name)}</h3>{items(sentences)}"
+        for number, (name, sentences) in enumerate(parts.sets.items())
     ]
-    cost = [f"<h3>At what cost</h3>{items(told.cost)}"] if told.cost else []
-    heads = [f"<p><b>{escape(claim)}</b> {escape(ground)}</p>" for claim, ground in headline(results)]
-    return "\n".join([*heads, items(told.opening) if told.opening else "", arms, *parts, *cost])
+    side_effects = [f"<h3>Side effects</h3>{items(parts.side_effects)}"] if parts.side_effects else []
+    claims = [f"<p><b>{escape(claim)}</b> {escape(support)}</p>" for claim, support in headline(results)]
+    return "\n".join([*claims, items(parts.opening) if parts.opening else "", arms, *sets, *side_effects])

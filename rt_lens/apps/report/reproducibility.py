@@ -1,4 +1,4 @@
-"""How to do it again: the command, the settings file, the machine."""
+"""How to repeat a run: the command, the settings file, the machine."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from rt_lens.apps.report.markup import Part, folded, table
 _IMPORTS = "from pathlib import Path\nfrom rt_lens.experiment import load_experiment, run_experiment\n\n"
 
 
-def again(results: Mapping[str, Any]) -> Part:
-    """What a reader types to make this run again, as far as the run has written it down."""
-    return Part("How to do it again", _command(results.get("again")) + _machine(results))
+def repeat(results: Mapping[str, Any]) -> Part:
+    """The part of the page that says how to repeat this run, as far as the run recorded it."""
+    return Part("How to repeat this run", _command(results.get("reproducibility")) + _machine(results))
 
 
-def _command(made: Mapping[str, Any] | None) -> str:
-    if made is None:
+def _command(record: Mapping[str, Any] | None) -> str:
+    if record is None:
         return "<p>The command is not recorded: this run was made by an older version of rt_lens.</p>"
-    settings = folded("All settings, as they ran", _code("Settings", json.dumps(made["settings"], indent=1)))
-    if made["command"] is None:
+    settings = folded("All settings of the run", _code("Settings", json.dumps(record["settings"], indent=1)))
+    if record["command"] is None:
         return (
-            "<p>No command makes this run again: its settings came from Python and are those of no file. They stand "
-            f"below, and under <code>again</code> in results.json.</p>{settings}"
+            "<p>No command repeats this run: its settings come from Python, and no file has them. They are listed "
+            f"below, and under <code>reproducibility</code> in results.json.</p>{settings}"
         )
-    own = made["file"] if shlex.split(made["command"])[2].endswith(".toml") else None
-    first = f"<p>Save the settings below as <code>{escape(own)}</code>, then:</p>" if own else ""
-    told = f"The file {made['file']} (SHA-256 {made['sha256']})"
+    own_file = record["file"] if shlex.split(record["command"])[2].endswith(".toml") else None
+    first = f"<p>Save the settings below as <code>{escape(own_file)}</code>, then run:</p>" if own_file else ""
+    heading = f"The file {record['file']} (SHA-256 {record['sha256']})"
     return (
-        f"{first}{_code('Command', made['command'])}"
-        f"<p>The same from Python:</p>{_code('Python', _IMPORTS + made['call'])}"
-        f"{folded(told, _code('Settings file', made['toml']))}{settings}"
+        f"{first}{_code('Command', record['command'])}"
+        f"<p>The same in Python:</p>{_code('Python', _IMPORTS + record['call'])}"
+        f"{folded(heading, _code('Settings file', record['toml']))}{settings}"
     )
 
 
@@ -45,16 +45,16 @@ def _machine(results: Mapping[str, Any]) -> str:
         ["seed", str(results["seed"])],
         ["seeds of the arms", ", ".join(map(str, seeds))],
     ]
-    rows += [[_named(name), str(version)] for name, version in results["versions"].items()]
+    rows += [[_version_label(name), str(version)] for name, version in results["versions"].items()]
     rows += [[f"seconds for {stage}", f"{seconds:.1f}"] for stage, seconds in results["seconds"].items()]
     note = (
-        "<p>With the same seeds, versions and threads on the same machine the numbers come out the same; elsewhere "
-        "they may differ in the last digits, and an answer that hangs on them may differ whole.</p>"
+        "<p>The same seeds, versions and threads on the same machine give the same numbers. On another machine the "
+        "last digits can differ, and a response that depends on them can be a different one.</p>"
     )
-    return note + table("what it was made with", ("what", "value"), rows)
+    return note + table("settings and versions of the run", ("setting", "value"), rows)
 
 
-def _named(name: str) -> str:
+def _version_label(name: str) -> str:
     return name if name == "threads" else f"version of {name}"
 
 

@@ -1,4 +1,4 @@
-"""The parts of the page: one for each question, within it one for each set of prompts, with a chart and a table."""
+"""The parts of the page: one for each question, and in it one for each set of prompts, with a chart and a table."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 import plotly.graph_objects as go
 
 from rt_lens import plots
-from rt_lens.apps.report.labels import Row, arm, estimate, grouped, harm_of, number, of_first_scorer, p_value
+from rt_lens.apps.report.labels import Row, arm, estimate, grouped, number, of_first_scorer, p_value, side_effect_of
 from rt_lens.apps.report.markup import Part, boxed, chart, folded, items, table
 from rt_lens.plots.layers import without_first
 from rt_lens.results.schema import choices_of
 from rt_lens.results.tables import efficient
 
 _PROMPTS_SHOWN = 12
-_KEPT = ("perplexity", "kl", "facts", "repetition")
+_SIDE_EFFECTS = {"perplexity": "perplexity", "kl": "KL", "facts": "facts right", "repetition": "repetition"}
 _NONE = "<p>None in this run.</p>"
 
 
 def sections(results: Mapping[str, Any], responses: Sequence[Row], projections: Mapping[str, Any]) -> list[Part]:
-    """The parts in the order of the page; results are checked, all else is as the files have it."""
+    """The parts in the order of the page. Results are checked; responses and projections come from their files."""
     protocol = [Part("Protocol", _protocol(results["protocol"]))] if results["protocol"]["why"] else []
     return [
         *protocol,
@@ -39,48 +39,48 @@ def sections(results: Mapping[str, Any], responses: Sequence[Row], projections: 
 
 
 def _protocol(protocol: Mapping[str, Any]) -> str:
-    """Why this protocol, and what the model was shown to be able to do."""
-    header = ("what the model can do", "share [95 %]", "chance", "n", "seed")
+    """Why this protocol was chosen, and what the model is able to do."""
+    header = ("task", "share [95 %]", "chance", "n", "seed")
     rows = [
         [row["task"], estimate(row), number(row["chance"]), str(row["n"]), str(row["seed"])]
         for row in protocol["calibration"]
     ]
-    told = f"<p>{escape(protocol['name'])}: {escape(protocol['why'])}</p>"
+    text = f"<p>{escape(protocol['name'])}: {escape(protocol['why'])}</p>"
     settings = "; ".join(f"{key} = {value}" for key, value in protocol.get("settings", {}).items())
-    told += f"<p>Settings: {escape(settings)}.</p>" if settings else ""
-    return told + (table("what the model can do", header, rows) if rows else "")
+    text += f"<p>Settings: {escape(settings)}.</p>" if settings else ""
+    return text + (table("what the model can do", header, rows) if rows else "")
 
 
 def _arms(results: Mapping[str, Any]) -> Part:
-    """For each set a chart of its first scorer and a table of all its scorers; at the end each seed by itself."""
+    """For each set a chart of its first scorer and a table of all its scorers; below them the seeds separately."""
     first, parts, chance = of_first_scorer(results["summary"]), [], results["protocol"].get("chance", {})
     pairs = results["comparisons"]
-    for place, ((name,), rows) in enumerate(grouped(results["summary"], "set").items()):
+    for index, ((name,), rows) in enumerate(grouped(results["summary"], "set").items()):
         title = f"Score of every arm: {name}"
-        drawn = plots.arms(first[name], comparisons=pairs, title=title)
-        blind = f"<p>Blind choice among the options scores {number(chance[name])}.</p>" if name in chance else ""
+        figure = plots.arms(first[name], comparisons=pairs, title=title)
+        random = f"<p>A random choice among the options scores {number(chance[name])}.</p>" if name in chance else ""
         n = ", ".join(sorted({str(row["n"]) for row in rows}))
-        html = blind + chart(f"arms-{place}", drawn) + _scored(f"scores, {name}", rows)
+        html = random + chart(f"arms-{index}", figure) + _scored(f"scores, {name}", rows)
         parts.append(Part(f"{name} (n = {n})", html))
-    header = ("arm", "set", "scorer", "n", "score [95 %]", *_kept_heads(), "seed")
+    header = ("arm", "set", "scorer", "n", "score [95 %]", *_side_effect_heads(), "seed")
     single = [
-        [arm(row), row["set"], row["scorer"], str(row["n"]), estimate(row), *_kept(row), str(row["seed"])]
+        [arm(row), row["set"], row["scorer"], str(row["n"]), estimate(row), *_side_effect_cells(row), str(row["seed"])]
         for row in results["arms"]
     ]
-    seeds = folded("Each seed by itself", table("each seed by itself", header, single))
+    seeds = folded("Scores of each seed", table("scores of each seed", header, single))
     return Part("Arms", seeds, tuple(parts))
 
 
 def _scored(label: str, rows: Sequence[Row]) -> str:
-    """Arms down, scorers across; n in a column, or beside each score where they differ."""
+    """A row per arm and a column per scorer; n has a column, or stands beside each score where it differs."""
     scorers = list(dict.fromkeys(row["scorer"] for row in rows))
-    alike = len({row["n"] for row in rows}) == 1
+    same_n = len({row["n"] for row in rows}) == 1
     body = []
-    for own in grouped(rows, "arm", "direction").values():
-        by_scorer = {row["scorer"]: estimate(row) + ("" if alike else f", n = {row['n']}") for row in own}
-        cells = [by_scorer.get(scorer, "–") for scorer in scorers]
-        body.append([arm(own[0]), *cells, *([str(own[0]["n"])] * alike), ", ".join(map(str, own[0]["seeds"]))])
-    return table(label, ("arm", *(f"{scorer} [95 %]" for scorer in scorers), *(["n"] * alike), "seeds"), body)
+    for arm_rows in grouped(rows, "arm", "direction").values():
+        by_scorer = {row["scorer"]: estimate(row) + ("" if same_n else f", n = {row['n']}") for row in arm_rows}
+        cells, first = [by_scorer.get(scorer, "–") for scorer in scorers], arm_rows[0]
+        body.append([arm(first), *cells, *([str(first["n"])] * same_n), ", ".join(map(str, first["seeds"]))])
+    return table(label, ("arm", *(f"{scorer} [95 %]" for scorer in scorers), *(["n"] * same_n), "seeds"), body)
 
 
 def _comparisons(results: Mapping[str, Any]) -> Part:
@@ -99,36 +99,36 @@ def _comparisons(results: Mapping[str, Any]) -> Part:
         ]
         parts.append(Part(name, table(f"comparisons, {name}", header, body)))
     note = (
-        "<p>Paired by prompt; an interval that leaves out zero shows a difference, taken by itself. If nothing "
-        f"differed, about one in twenty of {n} comparisons would show one: Holm’s p is corrected for that.</p>"
+        "<p>Comparisons are paired by prompt. An interval without zero shows a difference before any correction. If no "
+        f"arms differed, about one in twenty of {n} comparisons would show one; Holm’s p is corrected for that.</p>"
     )
     return Part("Comparisons", note, tuple(parts))
 
 
 def _side_effects(results: Mapping[str, Any]) -> Part:
-    """What each arm cost: perplexity and the like, the score gained against it, other sets and scorers."""
+    """Perplexity, KL, facts and repetition of each arm, its score against them, and the other sets and scorers."""
     summary = results["summary"]
-    asked = _ns(results, "n_facts")
-    facts = f"facts kept is the share of {asked} plain questions still answered; " if asked else ""
+    n_facts = _ns(results, "n_facts")
+    facts = f"Facts right is the share of {n_facts} plain questions that the model answers. " if n_facts else ""
     note = (
-        f"<p>Perplexity, and KL from the untuned model in nats per token, on {_ns(results, 'n_texts') or 'no'} neutral "
-        f"texts; {facts}repetition is the share of an answer’s word pairs that it said before.</p>"
+        f"<p>Perplexity and KL to the untuned model (nats per token) are measured on {_ns(results, 'n_texts') or 'no'} "
+        f"neutral texts. {facts}Repetition is the share of word pairs in a response that occur earlier in it.</p>"
     )
     rows = [
-        [arm(own[0]), *_kept(own[0]), ", ".join(map(str, own[0]["seeds"]))]
-        for own in grouped(summary, "arm", "direction").values()
+        [arm(arm_rows[0]), *_side_effect_cells(arm_rows[0]), ", ".join(map(str, arm_rows[0]["seeds"]))]
+        for arm_rows in grouped(summary, "arm", "direction").values()
     ]
-    kept = table("what each arm kept", ("arm", *_kept_heads(), "seeds"), rows)
-    return Part("Side effects", note + kept, (*_paretos(summary), *_others(results)))
+    measures = table("side effects of each arm", ("arm", *_side_effect_heads(), "seeds"), rows)
+    return Part("Side effects", note + measures, (*_paretos(summary), *_others(results)))
 
 
 def _paretos(summary: Sequence[Row]) -> Iterator[Part]:
-    for place, (name, own) in enumerate(of_first_scorer(summary).items()):
-        heading = f"{name}: effect against side effect"
-        harm = harm_of(own)
-        if harm is not None:
-            drawn = plots.pareto(efficient(own, harm=harm), against=harm, title=heading)
-            yield Part(f"{name}, against its cost", chart(f"pareto-{place}", drawn))
+    for index, (name, rows) in enumerate(of_first_scorer(summary).items()):
+        side_effect = side_effect_of(rows)
+        if side_effect is not None:
+            marked, title = efficient(rows, side_effect=side_effect), f"{name}: effect against side effect"
+            figure = plots.pareto(marked, against=side_effect, title=title)
+            yield Part(f"{name}: effect and side effect", chart(f"pareto-{index}", figure))
 
 
 def _others(results: Mapping[str, Any]) -> Iterator[Part]:
@@ -136,65 +136,65 @@ def _others(results: Mapping[str, Any]) -> Iterator[Part]:
         yield Part(name, _scored(f"side effects, {name}", rows))
 
 
-def _kept_heads() -> tuple[str, ...]:
-    return tuple(f"{name} [95 %]" for name in ("perplexity", "KL", "facts kept", "repetition"))
+def _side_effect_heads() -> tuple[str, ...]:
+    return tuple(f"{name} [95 %]" for name in _SIDE_EFFECTS.values())
 
 
-def _kept(row: Row) -> list[str]:
-    return [estimate(row, key) for key in _KEPT]
+def _side_effect_cells(row: Row) -> list[str]:
+    return [estimate(row, key) for key in _SIDE_EFFECTS]
 
 
 def _dose_response(results: Mapping[str, Any]) -> str:
-    made = choices_of(results)
+    choices = choices_of(results)
     rule = f"<p><b>Rule.</b> {escape(results['choices']['rule'])}</p>"
-    told = items(
+    reasons = items(
         f"{direction}: layer {choice['layer']:d}, multiplier {choice['multiplier']:g}. {choice['why']}"
-        for direction, choice in made.items()
+        for direction, choice in choices.items()
     )
-    chosen = [(choice["layer"], choice["multiplier"]) for choice in made.values()]
+    chosen = [(choice["layer"], choice["multiplier"]) for choice in choices.values()]
     rows = _seeded(results, "dose_response")
     figure = _figure("dose-response", plots.dose_response, rows, bound=results["bound"], chosen=chosen)
-    return rule + told + figure
+    return rule + reasons + figure
 
 
 def _projections(projections: Mapping[str, Any], results: Mapping[str, Any]) -> Part:
-    """The text in colours, the lines of all arms, and a heat map for each arm against the first."""
+    """The coloured text, a line per arm over the layers, and a heat map of each arm beside the first."""
     arms = {name: np.asarray(values, dtype=float) for name, values in projections["arms"].items()}
     tokens, layers = projections["tokens"], projections["layers"]
-    prompt = f"<p>All arms read one text, the prompt <q>{escape(projections['prompt'])}</q> with an answer.</p>"
+    prompt = f"<p>All arms read the same text, the prompt <q>{escape(projections['prompt'])}</q> with a response.</p>"
     averaged, rest = without_first(arms, tokens)
     chosen = [choice["layer"] for choice in choices_of(results).values() if choice["layer"] in layers]
     layer = chosen[-1] if chosen else layers[-1]
-    title = f"Where the text lies on the vector at layer {layer}"
-    coloured = plots.coloured_tokens(
+    title = f"Projection of each token on the vector at layer {layer}"
+    text = plots.coloured_tokens(
         tokens, {name: values[layers.index(layer)] for name, values in arms.items()}, title=title
     )
     lines = plots.projection_by_layer(averaged, tokens=rest, layers=layers)
     parts = [
-        Part("Token by token", chart("projection-tokens", coloured)),
+        Part("Token by token", chart("projection-tokens", text)),
         Part("Layer by layer", chart("projection-lines", lines)),
     ]
     first, *later = arms
-    for place, name in enumerate(later):
+    for index, name in enumerate(later):
         pair = {first: arms[first], name: arms[name]}
-        drawn = plots.projection_heatmap(pair, tokens, layers, title=f"Projection before and after: {name}")
-        parts.append(Part(f"{name}, every layer", chart(f"projection-{place}", drawn)))
+        figure = plots.projection_heatmap(pair, tokens, layers, title=f"Projection before and after: {name}")
+        parts.append(Part(f"{name}, every layer", chart(f"projection-{index}", figure)))
     return Part("Projections", prompt, tuple(parts))
 
 
 def _responses(responses: Sequence[Row]) -> Part:
-    """Some prompts of each set; older runs have one set without a name."""
+    """The first prompts of each set. Older runs have one set without a name."""
     sets = grouped([{"set": "", **row} for row in responses], "set")
     shown = max(3, _PROMPTS_SHOWN // max(len(sets), 1))
     parts = [Part(name, _answered(name, rows, shown)) for (name,), rows in sets.items()]
-    note = "<p>The first prompts of each set, and of each arm the first seed.</p>"
+    note = "<p>The first prompts of each set, with the responses of each arm’s first seed.</p>"
     if len(parts) > 1:
-        return Part("Same prompt, every arm", note, tuple(parts))
-    return Part("Same prompt, every arm", note + "".join(part.html for part in parts))
+        return Part("Responses of every arm", note, tuple(parts))
+    return Part("Responses of every arm", note + "".join(part.html for part in parts))
 
 
 def _answered(name: str, responses: Sequence[Row], n_shown: int) -> str:
-    """A row per prompt, a column per arm and direction; of each column its first seed."""
+    """A row per prompt, and a column per arm and direction with the responses of its first seed."""
     answers: dict[str, dict[str, str]] = {}
     for rows in grouped(responses, "arm", "direction").values():
         first = rows[0]["seed"]
@@ -209,7 +209,7 @@ def _answered(name: str, responses: Sequence[Row], n_shown: int) -> str:
 
 
 def _figure(name: str, draw: Callable[..., go.Figure], rows: Sequence[Row], **options: Any) -> str:
-    """The chart of these rows, or a plain word that this run has none (a run without tuning has no losses)."""
+    """The chart of these rows, or a sentence if the run has none: a run without tuning has no losses."""
     return chart(name, draw(rows, **options)) if rows else _NONE
 
 
