@@ -64,7 +64,7 @@ class LogitJudge:
     criterion: str
     opposite: str = ""
     pairs: bool = False
-    form: Form = "completion"
+    form: Any = "completion"  # TODO-RENAME: form: Form
     batch_size: int = 16
     name: str = ""
 

@@ -244,7 +244,7 @@ class Likelihood:
     """
 
     measure: Literal["accuracy", "share", "margin"] = "share"
-    form: Form = "completion"
+    form: Any = "completion"  # TODO-RENAME: form: Form
     per_token: bool = False
 
     def __post_init__(self) -> None:
@@ -310,7 +310,7 @@ class OffOptionMass:
         'off_option_mass_multiple_choice'
     """
 
-    form: Form = "completion"
+    form: Any = "completion"  # TODO-RENAME: form: Form
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "form", current_form(self.form))  # TODO-RENAME
