@@ -329,7 +329,10 @@ def test_bad_settings_are_named(settings, says):
         ({"layers": [7]}, "layers contains 7, but these vectors are of blocks 0..1"),
         ({"trained_layers": [5]}, "layers.*5.*blocks 0..1"),
         ({"kl_weight": 1.0}, "neutral must be at least one prompt for the KL term"),
-        ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 1.0}, "or steer given, .*so there is nothing to tune"),
+        (
+            {"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 1.0},
+            "or steer given, .*so there is nothing to tune",
+        ),
     ],
 )
 def test_bad_requests_are_named_before_any_work(tiny, tiny_vectors, settings, says):

@@ -113,7 +113,8 @@ def test_a_fused_matrix_is_trained_whole_or_not_at_all():
     }
     for kinds in (["q"], ["q", "v"]):
         with pytest.raises(
-            ValueError, match=r"target_modules must name all or none of q, k, v, which .*h\.0\.attn\.c_attn\.weight holds in one matrix"
+            ValueError,
+            match=r"target_modules must name all or none of q, k, v, which .*h\.0\.attn\.c_attn\.weight holds in one matrix",
         ):
             trained_by(model, replace(config, target_modules=kinds))
 
