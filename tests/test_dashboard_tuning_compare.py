@@ -548,7 +548,7 @@ def test_compare_on_the_real_model_asks_under_steering(model, glad):
     session = Session(model, {}, experiments=[glad])
     job = done(compare.plan(session, BEHAVIOUR, ["steered"], 21, 3.0, 4, 6, "none")[1])
     _, *rows = cells(job.shown["answers"])
-    with rtl.steering.steered(model, rtl.add(session.vectors(BEHAVIOUR), [21], 3.0)):
+    with rtl.applied(model, rtl.add(session.vectors(BEHAVIOUR), [21], 3.0)):
         said = rtl.generate(model, [row[0] for row in rows], max_new_tokens=6)
     assert [row[2].rsplit(" (", 1)[0] for row in rows] == said
     assert any(row[1] != row[2] for row in rows)

@@ -312,7 +312,7 @@ def test_of_tied_embeddings_only_the_named_one_changes(model):
 def test_half_a_baked_vector_steers_half_as_far(tiny, tiny_vectors):
     tokens = torch.arange(6)[None]
     delta = rtl.bake(tiny, rtl.add(tiny_vectors, [1], 3.0))
-    with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [1], 1.5)), torch.no_grad():
+    with rtl.applied(tiny, rtl.add(tiny_vectors, [1], 1.5)), torch.no_grad():
         steered = tiny(tokens)
     with (0.5 * delta).applied(tiny), torch.no_grad():
         assert torch.allclose(tiny(tokens), steered, atol=1e-5)

@@ -313,7 +313,7 @@ def test_the_change_is_the_mean_over_all_tokens_but_the_first_of_each_text(tiny,
     expected = []
     for text in TEXTS:
         _, before = token_projections(tiny, tiny_vectors, text)
-        with rtl.steering.steered(tiny, steer):
+        with rtl.applied(tiny, steer):
             _, after = token_projections(tiny, tiny_vectors, text)
         expected.append((after - before)[:, 1:].mean(1))
     table = projection_changes(tiny, tiny_vectors, TEXTS, {"steered": steer})
@@ -387,7 +387,7 @@ def test_shifts_are_read_at_the_last_token_of_the_chat(tiny, tiny_vectors):
     steer, chats = rtl.add(tiny_vectors, [0], 5.0), as_chat(tiny, TEXTS)
     assert chats != TEXTS
     before = last_token_activations(tiny, chats, [L1])[L1]
-    with rtl.steering.steered(tiny, steer):
+    with rtl.applied(tiny, steer):
         after = last_token_activations(tiny, chats, [L1])[L1]
     row = at(residual_shifts(tiny, {"s": steer}, TEXTS, tiny_vectors, layers=[1]).along, layer=1)
     shift = after - before

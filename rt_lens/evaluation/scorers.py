@@ -24,13 +24,6 @@ Form: TypeAlias = Literal["completion", "multiple_choice"]
 Reads: TypeAlias = Literal["text", "completion", "multiple_choice"]
 """What a scorer reads of an answer: the generated text, or the likelihoods of the options in one of the two forms."""
 
-_OLD_FORMS = {"answers": "completion", "letters": "multiple_choice"}  # TODO-RENAME
-
-
-def current_form(form: str) -> Any:  # TODO-RENAME
-    """Today's word for a form (or for what a scorer reads); any other word stays as it is."""
-    return _OLD_FORMS.get(form, form)
-
 
 @runtime_checkable
 class Scorer(Protocol):
@@ -244,11 +237,10 @@ class Likelihood:
     """
 
     measure: Literal["accuracy", "share", "margin"] = "share"
-    form: Any = "completion"  # TODO-RENAME: form: Form
+    form: Form = "completion"
     per_token: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "form", current_form(self.form))  # TODO-RENAME
         if self.measure not in _MEASURES:
             known = ", ".join(map(repr, _MEASURES))
             raise ValueError(f"scorer 'likelihood' must have a measure out of {known}, got measure {self.measure!r}.")
@@ -310,10 +302,9 @@ class OffOptionMass:
         'off_option_mass_multiple_choice'
     """
 
-    form: Any = "completion"  # TODO-RENAME: form: Form
+    form: Form = "completion"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "form", current_form(self.form))  # TODO-RENAME
         check_form(self.form)
 
     @property
@@ -328,7 +319,7 @@ class OffOptionMass:
         return [answer.options[self.form].other for answer in answers]
 
 
-def calibration(answers: Sequence[Answer], form: str = "completion") -> pd.DataFrame:  # TODO-RENAME: form: Form
+def calibration(answers: Sequence[Answer], form: Form = "completion") -> pd.DataFrame:
     """How often the likeliest option is right, by the share of likelihood that it has.
 
     Args:
@@ -346,7 +337,6 @@ def calibration(answers: Sequence[Answer], form: str = "completion") -> pd.DataF
         >>> int(table["n"].sum())
         4
     """
-    form = current_form(form)  # TODO-RENAME
     highest, right = [], []
     for answer in answers:
         shares = option_shares(answer.options[form])

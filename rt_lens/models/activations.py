@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -41,7 +41,6 @@ def read_activations(
     *,
     batch_size: int = 32,
     progress: bool = False,
-    padding: Literal["left", "right"] = "left",  # TODO-RENAME: goes with extract_vectors' padding
 ) -> dict[str, Float[Tensor, "text read *heads d"]]:
     """Mean activations over chosen tokens of each text, one or more means per text.
 
@@ -74,7 +73,7 @@ def read_activations(
     texts = text_list(texts, "texts", blank=True)
     activations: dict[str, Tensor] = {}
     with quick(model), Bar(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
-        for batch in batches(model, texts, batch_size, padding):
+        for batch in batches(model, texts, batch_size):
             weights = _weights(batch, [reads[row] for row in batch.rows])
             cache = _run(model, batch, hook_names, len(texts))
             for name in hook_names:

@@ -36,10 +36,6 @@ class TokenContext:
     n_rows: int | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    @property
-    def places(self) -> Int[Tensor, "batch pos"]:  # TODO-RENAME
-        return self.positions
-
 
 _CURRENT: ContextVar[TokenContext | None] = ContextVar("token_context", default=None)
 

@@ -114,10 +114,6 @@ class NewToken:
     text: str
     projections: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def place(self) -> int:  # TODO-RENAME
-        return self.index
-
 
 def as_chat(model: HasTokenizer, prompts: Sequence[str], *, system: str = "") -> list[str]:
     """User messages with the chat template applied; chats, and all texts without a template, stay as they are."""

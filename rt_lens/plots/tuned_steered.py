@@ -140,7 +140,7 @@ def effect_against_side_effect(
     Example:
         >>> row = {"arm": "steered", "effect": 0.3, "effect_low": 0.2, "effect_high": 0.4, "n": 40, "seed": 0}
         >>> row |= {"side_effect": 0.1, "side_effect_low": 0.08, "side_effect_high": 0.12, "n_side_effect": 30}
-        >>> figure = effect_against_damage([row | {"multiplier": m, "effect": 0.1 * m} for m in (-2, 0, 2)])
+        >>> figure = effect_against_side_effect([row | {"multiplier": m, "effect": 0.1 * m} for m in (-2, 0, 2)])
     """
     measured = [f"{name}{end}" for name in ("effect", "side_effect") for end in ("", "_low", "_high")]
     numbers = ("multiplier", *measured, "n", "n_side_effect")
@@ -184,13 +184,6 @@ def effect_against_side_effect(
     size = sample(frame[["n_side_effect"]].rename(columns={"n_side_effect": "n"}))
     facts = f"Effect: {sample(frame[['n']])} Side effect: {size} {sample(frame[['seed']])}"
     return apply_style(figure, title, reading, facts, height=560, legend_traceorder="normal")
-
-
-def effect_against_damage(table: Table, **texts: str) -> go.Figure:  # TODO-RENAME
-    return effect_against_side_effect(table, **{_OLD_NAMES.get(name, name): text for name, text in texts.items()})
-
-
-effect_against_damage.__doc__ = effect_against_side_effect.__doc__  # TODO-RENAME
 
 
 def _corners(rows: pd.DataFrame, side: str) -> list[str]:

@@ -90,7 +90,7 @@ class Gate:
             self._open = verdict[:, None].expand(*scores.shape)
 
     def _of_prompts(self, scores: Float[Tensor, "batch pos"], context: TokenContext) -> Bool[Tensor, "batch"]:
-        lengths, numbers = context.lengths[:, None], context.places
+        lengths, numbers = context.lengths[:, None], context.positions
         last = numbers == lengths - 1
         read = last if self.condition.position == "last" else (numbers >= 0) & (numbers < lengths)
         if not read.any(1).all():

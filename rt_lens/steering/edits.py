@@ -158,7 +158,7 @@ def _chosen(positions: Positions, context: TokenContext | None, batch: int, pos:
                 "it. Use rt_lens's generate, or `with token_context(mask, lengths=...)`."
             )
         context = default_context(batch, pos, device)
-    numbers, lengths = context.places, context.lengths[:, None]
+    numbers, lengths = context.positions, context.lengths[:, None]
     if isinstance(positions, str):
         prompt = (numbers >= 0) & (numbers < lengths)
         acts = {"prompt": prompt, "generated": numbers >= lengths, "last": numbers == lengths - 1}[positions]
@@ -200,7 +200,7 @@ def _scheduled(schedule: Schedule, context: TokenContext | None) -> Float[Tensor
             "schedule needs to know which tokens were generated, and this forward pass does not declare it. Use "
             "rt_lens's generate, or `with token_context(mask, lengths=...)`."
         )
-    numbers = context.places - context.lengths[:, None]  # of generated tokens; negative in the prompt
+    numbers = context.positions - context.lengths[:, None]  # of generated tokens; negative in the prompt
     factor_by_number = {number: float(schedule(number)) for number in numbers.unique().tolist() if number >= 0}
     factors = torch.ones_like(numbers, dtype=torch.float32)
     for number, factor in factor_by_number.items():

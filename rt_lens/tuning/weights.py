@@ -14,8 +14,6 @@ from rt_lens.models.parameter_names import as_matrix, block_and_modules, from_ma
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
 
-parts_of = block_and_modules  # TODO-RENAME
-
 
 def trained_by(model: Model, config: TuneConfig) -> dict[str, dict[str, nn.Parameter]]:
     """Loss -> parameter name -> parameter, for the losses that have weight.

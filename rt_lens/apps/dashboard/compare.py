@@ -143,7 +143,7 @@ class Comparing:
                 label, direction, tuning_seed, intervention = self._arm(name)
                 evaluator.measure(label, intervention, direction=direction, seed=tuning_seed)
                 self._show_scores(job, evaluator, [])
-        compared = evaluator.scoreboard().comparisons(_pairs(evaluator), [(SET, task.made[0].name)])
+        compared = evaluator.scores().comparisons(_pairs(evaluator), [(SET, task.made[0].name)])
         rows = plain(compared.to_dict("records"))
         self._show_scores(job, evaluator, [_without_seed(row, row["a"], row["b"]) for row in rows])
 
@@ -178,8 +178,8 @@ class Comparing:
         return label.arm, label.direction, seed, delta
 
     def _show_scores(self, job: Job, evaluator: ArmEvaluator, compared: list[dict[str, Any]]) -> None:
-        scores = evaluator.scoreboard()
-        rows = [_without_seed(row, row["arm"]) for row in plain(tables_of(scores, exams=[SET], writing=SET)["summary"])]
+        scores = evaluator.scores()
+        rows = [_without_seed(row, row["arm"]) for row in plain(tables_of(scores, tasks=[SET], writing=SET)["summary"])]
         title, steering = f"{self.behaviour}: {rows[0]['n']} validation prompts, bootstrap seed {scores.seed}", ""
         if self.vectors is not None:
             dose = f"steered at layer {self.layer} by {with_minus_sign(f'{self.multiplier:g}')}"
@@ -213,7 +213,7 @@ def _dashed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pairs(evaluator: ArmEvaluator) -> list[tuple[tuple[str, str], tuple[str, str]]]:
     """The pairs to compare: every arm with the untuned model, and the arms of one direction with each other."""
-    labels = evaluator.scoreboard().scores[["arm", "direction"]].drop_duplicates().itertuples(index=False, name=None)
+    labels = evaluator.scores().scores[["arm", "direction"]].drop_duplicates().itertuples(index=False, name=None)
     untuned, *others = labels
     same_direction = [(b, a) for a, b in itertools.combinations(others, 2) if a[1] == b[1]]
     return [*same_direction, *((other, untuned) for other in others)]

@@ -10,7 +10,7 @@ from dash.development.base_component import Component
 
 from rt_lens import plots
 from rt_lens.apps.dashboard.panel import graph, table
-from rt_lens.apps.report.labels import Row, arm, grouped, harm_of, of_first_scorer, sample
+from rt_lens.apps.report.labels import Row, arm, grouped, of_first_scorer, sample, side_effect_of
 from rt_lens.common.formatting import number, p_value
 from rt_lens.plots.style import row_estimate, with_minus_sign
 from rt_lens.results.tables import efficient
@@ -121,11 +121,11 @@ def other_sets(rows: Sequence[Row]) -> list[Component]:
 
 def effect_against_side_effect(rows: Sequence[Row], subject: str, name: str) -> Component:
     """Scores against KL, or perplexity where KL was not measured; `name` is the id of the figure."""
-    side_effect = harm_of(rows)
+    side_effect = side_effect_of(rows)
     if side_effect is None:
         return html.P("No side effect was measured, so there is no figure of effect against side effect.")
     title = f"{subject}: effect against side effect"
-    return graph(plots.pareto(efficient(rows, harm=side_effect), against=side_effect, title=title), name)
+    return graph(plots.pareto(efficient(rows, side_effect=side_effect), against=side_effect, title=title), name)
 
 
 def responses_table(responses: Sequence[Row], seed: int) -> Component:

@@ -237,7 +237,7 @@ class _Responses:
             self.job.watch(None)
             self.tokens[names[new.row]].append(new.token)
             for projection in new.projections.values():
-                self.rows.append({"arm": names[new.row], "index": new.place, "projection": projection})
+                self.rows.append({"arm": names[new.row], "index": new.index, "projection": projection})
             if time.monotonic() - self.shown_at > _BETWEEN:
                 self.show()
 
