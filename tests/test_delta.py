@@ -318,3 +318,12 @@ def test_half_a_baked_vector_steers_half_as_far(tiny, tiny_vectors):
         assert torch.allclose(tiny(tokens), steered, atol=1e-5)
     with delta.applied(tiny), torch.no_grad():
         assert not torch.allclose(tiny(tokens), steered, atol=1e-2)
+
+
+def test_a_file_with_the_names_of_before_is_read_with_a_hint(tmp_path):
+    """Deltas were written with `kinds`, `token_rest` and the direction `out`."""
+    old = {"direction": "out", "kinds": ["v", "o"], "token_rest": 0.3, "layers": [20]}
+    path = WeightDelta({"blocks.0.attn.W_V": torch.ones(2)}, "tiny", old, []).save(tmp_path / "old.safetensors")
+    with pytest.warns(UserWarning, match="'kinds' is now 'target_modules'; the old name still works"):
+        delta = WeightDelta.load(path)
+    assert delta.config == {"direction": "suppress", "target_modules": ["v", "o"], "free_nats": 0.3, "layers": [20]}

@@ -1,4 +1,23 @@
-"""Positions at which activations are read: names such as `last` or `mean response` -> token indices. Runs no model."""
+"""Positions at which activations are read: names such as `last` or `mean response` -> token indices. Runs no model.
+
+One vocabulary serves vectors (`position=`), edits (`positions=`) and losses (`positions=` of TuneConfig and
+DirectionTarget). A model is *given* a text (the chat prompt, and a prefill of the response where there is one) and then
+*writes* what follows. Each word has one meaning:
+
+- `last`: the last token of the text that the model is given, which predicts the first token that it writes. For vectors
+  the given text is the chat prompt with the pair's prefill, for edits the prompt as `generate` passes it on, for losses
+  the target's prompt.
+- `first`: the first token of the given text (vectors, losses).
+- `mean`: all tokens of the text, given or, in a loss, given and to be learnt.
+- `mean prompt`: the tokens of the chat prompt, without a prefill (vectors, losses).
+- `mean response`: the tokens of the response themselves: the prefill of a pair, the answer of a target.
+- `mean last 5`, `mean "some words"`, a token number: the last tokens of the given text, the last occurrence of some
+  words in it, one of its tokens (vectors, losses; edits take lists of numbers).
+- `all`, `prompt`, `generated`: every token, every token given, every token written (edits). A generated token is edited
+  as the model reads it; it was chosen at the token before, the first one at `last`.
+- `response`: the tokens that predict the response, one before each of its tokens, `last` among them (losses).
+- `vector`: whichever of these the vectors were read at (losses).
+"""
 
 from __future__ import annotations
 
