@@ -471,9 +471,7 @@ def test_an_empty_list_is_refused(tiny):
 )
 def test_models_whose_blocks_do_not_write_what_their_weights_give_are_refused(make_tiny, vectors, changes):
     other = make_tiny(**changes)
-    message = (
-        r"model must write the output of its weights .*but tiny has a norm or a parallel path.*Keep the hooks\."
-    )
+    message = r"model must write the output of its weights .*but tiny has a norm or a parallel path.*Keep the hooks\."
     refused(other, add(vectors("resid_post"), [1]), message)
 
 

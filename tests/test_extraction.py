@@ -165,8 +165,7 @@ def test_vectors_do_not_depend_on_padding_or_batch_size(tiny, ragged, position):
     lengths = [len(encode(tiny, text)) for side in ragged.texts(tiny) for text in side]
     assert max(lengths) - min(lengths) > 12
     found = [
-        rtl.extract_vectors(tiny, ragged, position=position, batch_size=batch_size)
-        for batch_size in (1, 2, 3, 7, 32)
+        rtl.extract_vectors(tiny, ragged, position=position, batch_size=batch_size) for batch_size in (1, 2, 3, 7, 32)
     ]
     for name in POST:
         assert found[0][name].norm() > 1e-3

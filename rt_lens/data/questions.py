@@ -75,12 +75,12 @@ class Likelihoods:
     Attributes:
         totals: natural log-likelihood of each option, summed over its tokens; averaged over the orders of the options.
         sizes: number of tokens of each option.
-        other: probability of everything but the options, averaged over the orders.
+        off_options: probability of everything but the options, averaged over the orders.
     """
 
     totals: tuple[float, ...]
     sizes: tuple[int, ...]
-    other: float
+    off_options: float
 
 
 @dataclass(frozen=True)

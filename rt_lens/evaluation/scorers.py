@@ -316,7 +316,7 @@ class OffOptionMass:
         return self.form
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        return [answer.options[self.form].other for answer in answers]
+        return [answer.options[self.form].off_options for answer in answers]
 
 
 def calibration(answers: Sequence[Answer], form: Form = "completion") -> pd.DataFrame:

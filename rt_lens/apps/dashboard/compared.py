@@ -29,7 +29,9 @@ def of_set(content: Mapping[str, Any], name: str) -> list[Component]:
     rows = of_first_scorer(content["summary"])[name]
     compared = [row for row in content["comparisons"] if row["set"] == name]
     title = f"{content['behaviour']}, {name}: score of every arm"
-    comparison_part = differences(compared, len(content["comparisons"])) if compared else html.P("No arms were compared.")
+    comparison_part = (
+        differences(compared, len(content["comparisons"])) if compared else html.P("No arms were compared.")
+    )
     figure = arms_figure(rows, compared, title, "compare-run-scores")
     return [figure, comparison_part, effect_against_side_effect(rows, name, "compare-run-pareto")]
 
