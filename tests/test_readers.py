@@ -172,7 +172,7 @@ def unencoded(source: str) -> list[int]:
         binary = any(isinstance(each, ast.Constant) and "b" in str(each.value) for each in mode)
         opens = call[-1] in ("open", "fdopen", "NamedTemporaryFile", "TextIOWrapper") and not binary
         texts = call[-1] in ("read_text", "write_text") or (call[0] == "subprocess" and {"text"} & set(named))
-        if (opens or texts) and "encoding" not in named and not set(call) & {"archive", "webbrowser", "build_prefill"}:
+        if (opens or texts) and "encoding" not in named and not set(call) & {"archive", "webbrowser", "build_opener"}:
             positional = len(node.args) > (1 if call[-1] == "write_text" else 0) and call[-1] in (
                 "read_text",
                 "write_text",
