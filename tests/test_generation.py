@@ -9,7 +9,7 @@ import torch
 from llama_folder import spelling_tokenizer
 
 from rt_lens.models import generation
-from rt_lens.models.context import said
+from rt_lens.models.context import current_context
 from rt_lens.models.generation import NewToken, Sampling, as_chat, generate, generate_tokens, stream
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
@@ -437,7 +437,7 @@ def test_streaming_ends_at_the_end_of_text_and_runs_under_the_hooks(tiny, tiny_v
 def test_a_stream_that_is_left_half_way_leaves_nothing(tiny, hooks_on):
     pieces = stream(tiny, PROMPTS[0], max_new_tokens=40)
     next(pieces)
-    assert said() is None
+    assert current_context() is None
     assert not hooks_on(tiny)
     assert not any("forward" in vars(block.attn) for block in tiny.blocks)
     other = generate(tiny, PROMPTS[1:2], max_new_tokens=3)
@@ -514,7 +514,7 @@ def test_a_callback_that_fails_leaves_nothing(tiny, tiny_vectors, hooks_on):
     with pytest.raises(RuntimeError, match="mine"):
         generate(tiny, PROMPTS, trace=tiny_vectors, on_token=fail)
     assert not hooks_on(tiny)
-    assert said() is None
+    assert current_context() is None
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

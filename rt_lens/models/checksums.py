@@ -59,7 +59,7 @@ def parameters_sha256(model: Model | nn.Module) -> str:
 
 
 def buffers_sha256(model: Model | nn.Module) -> str:
-    """Checksum of all buffers; rotary tables, which TransformerLens extends for longer texts, count with their start."""
+    """Checksum of all buffers; rotary tables, which TransformerLens extends, count with their start."""
     return tensors_sha256(
         (name, buffer[:_SETTLED] if name.rsplit(".", 1)[-1] in _TABLES else buffer)
         for name, buffer in model.named_buffers()
