@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rt_lens.models.context import said, token_context
+from rt_lens.models.context import current_context, token_context
 from rt_lens.models.generation import Sampling, generate, generate_tokens
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, scale
@@ -255,32 +255,32 @@ def test_masks_and_multipliers_by_row_mean_the_prompts_number_in_every_batch(tin
 
 def test_what_was_said_ends_with_its_block_and_with_an_exception():
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
-    assert said() is None
+    assert current_context() is None
     with token_context(mask) as outer:
-        assert said() is outer
+        assert current_context() is outer
         assert outer.positions.tolist() == [[-1, 0, 1], [0, 1, 2]]
         assert outer.lengths.tolist() == [2, 3]
         with token_context(mask, new=1, lengths=torch.tensor([1, 2]), rows=[4, 5]) as inner:
-            assert said() is inner
+            assert current_context() is inner
             assert inner.positions.tolist() == [[1], [2]]
             assert (inner.lengths.tolist(), inner.rows) == ([1, 2], (4, 5))
-        assert said() is outer
+        assert current_context() is outer
         with pytest.raises(RuntimeError, match="mine"), token_context(mask):
             raise RuntimeError("mine")
-        assert said() is outer
-    assert said() is None
+        assert current_context() is outer
+    assert current_context() is None
 
 
 def test_generating_says_where_each_pass_is_and_nothing_afterwards(tiny, prompts):
     heard = []
-    with tiny.hooks(fwd_hooks=[("hook_embed", lambda h, hook: heard.append(said()))]):
+    with tiny.hooks(fwd_hooks=[("hook_embed", lambda h, hook: heard.append(current_context()))]):
         generate_tokens(tiny, prompts, 3, rows=[7, 8, 9])
     lengths = [len(ids) for ids in prompts]
     assert [here.lengths.tolist() for here in heard] == [lengths] * 3
     assert [here.positions[:, -1].tolist() for here in heard] == [[n - 1 + step for n in lengths] for step in range(3)]
     assert {here.rows for here in heard} == {(7, 8, 9)}
     assert len({id(here.memory) for here in heard}) == 1
-    assert said() is None
+    assert current_context() is None
 
 
 def test_nothing_said_means_whole_prompts_without_padding(tiny, tiny_vectors, prompts):

@@ -9,7 +9,7 @@ import torch
 from llama_folder import spelling_tokenizer
 
 from rt_lens.models import generation
-from rt_lens.models.context import said
+from rt_lens.models.context import current_context
 from rt_lens.models.generation import NewToken, Sampling, as_chat, generate, generate_tokens, stream
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
@@ -264,7 +264,7 @@ def test_one_string_and_an_empty_list_are_refused_with_the_mend(tiny, prompts):
 )
 def test_a_number_out_of_range_is_refused_by_name(tiny, wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"{name}.* must be at least .*got .*{name}={value}"):
+    with pytest.raises(ValueError, match=rf"must be at least .*got .*{name}={value}"):
         generate(tiny, PROMPTS, **wrong)
 
 
@@ -437,7 +437,7 @@ def test_streaming_ends_at_the_end_of_text_and_runs_under_the_hooks(tiny, tiny_v
 def test_a_stream_that_is_left_half_way_leaves_nothing(tiny, hooks_on):
     pieces = stream(tiny, PROMPTS[0], max_new_tokens=40)
     next(pieces)
-    assert said() is None
+    assert current_context() is None
     assert not hooks_on(tiny)
     assert not any("forward" in vars(block.attn) for block in tiny.blocks)
     other = generate(tiny, PROMPTS[1:2], max_new_tokens=3)
@@ -448,8 +448,8 @@ def test_a_stream_that_is_left_half_way_leaves_nothing(tiny, hooks_on):
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 2.0}, {"top_k": -1}])
 def test_a_stream_refuses_numbers_out_of_range(tiny, wrong):
-    ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=rf"{name}.* must be .*got .*{value}"):
+    ((_, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"must be at least .*got .*{value}"):
         next(stream(tiny, PROMPTS[0], **wrong))
 
 
@@ -514,7 +514,7 @@ def test_a_callback_that_fails_leaves_nothing(tiny, tiny_vectors, hooks_on):
     with pytest.raises(RuntimeError, match="mine"):
         generate(tiny, PROMPTS, trace=tiny_vectors, on_token=fail)
     assert not hooks_on(tiny)
-    assert said() is None
+    assert current_context() is None
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

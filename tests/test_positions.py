@@ -93,7 +93,7 @@ def test_a_row_holds_the_ids_the_model_gets_and_the_characters_of_each(stand_in)
     ],
 )
 def test_each_position_names_the_tokens_meant_and_says_so_in_words(stand_in, position, words, named):
-    assert position_of(position).words == words
+    assert position_of(position).meaning == words
     assert labels(row_of(stand_in), position) == named
 
 
@@ -106,13 +106,13 @@ def test_each_position_names_the_tokens_meant_and_says_so_in_words(stand_in, pos
     ],
 )  # fmt: skip
 def test_a_positions_words_bring_back_its_name(position):
-    assert position_named(position_of(position).words) == position
+    assert position_named(position_of(position).meaning) == position
 
 
 def test_a_number_comes_back_as_a_name_of_the_same_token(stand_in):
     row = row_of(stand_in)
     for number in (0, 4, -1, -3, -25):
-        name = position_named(position_of(number).words)
+        name = position_named(position_of(number).meaning)
         assert numbers_in(row, position_of(name), "it") == numbers_in(row, position_of(number), "it") == [number % 25]
 
 

@@ -1,4 +1,4 @@
-"""Models: loading them, running them fast, their tokens, activations and answers. The only room that builds one."""
+"""Models: loading and running them; tokens, positions, activations and generation. The only room that builds one."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
-"""Hugging Face folders as TransformerBridges, whose logits are compared with transformers' own before they are used.
+"""Hugging Face folders as TransformerBridges, whose logits are compared with transformers' before use.
 
-A bridge computes attention and norms with code of its own, family by family. What it cannot do is refused here.
+A bridge has its own code for attention and norms, family by family. A model that it computes wrongly is refused here.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from rt_lens.models.forward import allowed_error, unknown_hook
 
 
 class CheckedBridge(TransformerBridge):
-    """A TransformerBridge that refuses hooks at points that it has not, as a HookedTransformer does.
+    """A TransformerBridge that refuses hooks at unknown points, as a HookedTransformer does.
 
-    TransformerBridge itself passes over them without a word: an edit would do nothing.
+    TransformerBridge itself ignores them silently, so an edit would do nothing.
     """
 
     def hooks(self, fwd_hooks: Sequence[Any] = (), bwd_hooks: Sequence[Any] = (), *args: Any, **kwargs: Any) -> Any:
         self._check_known([*fwd_hooks, *bwd_hooks])
-        found: AbstractContextManager[Any] = super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **kwargs)
-        return found
+        hooked: AbstractContextManager[Any] = super().hooks(list(fwd_hooks), list(bwd_hooks), *args, **kwargs)
+        return hooked
 
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         self._check_known([*kwargs.get("fwd_hooks", ()), *kwargs.get("bwd_hooks", ())])
@@ -48,18 +48,18 @@ class CheckedBridge(TransformerBridge):
 def bridge_from_folder(
     folder: Path, name: str, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> TransformerBridge:
-    """The TransformerBridge of a Hugging Face folder; it gets its tokenizer elsewhere.
+    """The TransformerBridge of a Hugging Face folder, without its tokenizer (see `give_tokenizer`).
 
     Args:
         folder: with a `config.json` and weights.
-        name: what messages call it.
+        name: its name in messages.
         device: torch device.
         dtype: type of the weights.
         trust_remote_code: run the folder's own Python code.
 
     Raises:
-        ValueError: no bridge has its architecture, it needs code of its own, or the bridge's logits are not those of
-            transformers.
+        ValueError: no bridge covers its architecture, it needs its own Python code, or the bridge's logits differ from
+            transformers'.
     """
     loader = _Loader(device)
     try:
@@ -69,10 +69,10 @@ def bridge_from_folder(
         )  # fmt: skip
     except ValueError as error:
         if "Could not determine supported architecture" in str(error):
-            asked = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+            architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
             raise ValueError(
                 f"model: {name} must be of an architecture that HookedTransformer or TransformerBridge covers, got "
-                f"{' or '.join(asked or ['none'])}. Use a model of another family."
+                f"{' or '.join(architectures or ['none'])}. Use a model of another family."
             ) from None
         if "trust_remote_code" not in str(error):
             raise
@@ -86,11 +86,11 @@ def bridge_from_folder(
 
 
 class _Loader:
-    """Stands where the bridge wants transformers' class: loads the model, and keeps its logits before it is wrapped.
+    """Takes the place of transformers' model class: loads the model, and keeps its logits before the bridge wraps it.
 
     Attributes:
         expected: the logits of each probe.
-        failure: why there are none.
+        failure: the exception, if the model gave none.
     """
 
     def __init__(self, device: str) -> None:
@@ -102,8 +102,8 @@ class _Loader:
         from transformer_lens.model_bridge.sources import transformers as sources
 
         architecture = sources.determine_architecture_from_hf_config(settings["config"])
-        found: Any = sources.get_hf_model_class_for_architecture(architecture)
-        model = found.from_pretrained(folder, **settings).to(self.device).eval()
+        model_class: Any = sources.get_hf_model_class_for_architecture(architecture)
+        model = model_class.from_pretrained(folder, **settings).to(self.device).eval()
         parameters = inspect.signature(model.forward).parameters
         try:
             for tokens, mask in _probes(model.get_input_embeddings().num_embeddings, self.device):
@@ -111,13 +111,13 @@ class _Loader:
                 with torch.no_grad():
                     logits = model(tokens, attention_mask=mask, use_cache=False, **positions).logits
                 self.expected.append(logits[mask.bool()])
-        except Exception as failure:  # whatever a stranger's forward pass raises: the numbers are then unverified
+        except Exception as failure:  # any error of unknown code: the numbers are then unverified
             self.failure = failure
         return model
 
 
 def _probes(d_vocab: int, device: Any) -> list[tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]]:
-    """Tokens spread over the vocabulary, with masks: a row by itself, and two of unlike lengths padded on the left."""
+    """Tokens spread over the vocabulary, with masks: a single row, and two rows of which one is padded on the left."""
     tokens = torch.linspace(0, d_vocab - 1, 48).long().view(2, 24).to(device)
     mask = torch.ones_like(tokens)
     mask[1, :11] = 0
@@ -126,13 +126,13 @@ def _probes(d_vocab: int, device: Any) -> list[tuple[Int[Tensor, "batch pos"], I
 
 @torch.no_grad()
 def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
-    """Refuses a bridge whose logits are not those that transformers gave for the same weights."""
+    """Raises a ValueError for a bridge whose logits differ from transformers' logits of the same weights."""
     family = type(bridge.original_model).__name__
     try:
         if loader.failure is not None:
             raise loader.failure
         d_vocab = bridge.original_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        found = [bridge(tokens, attention_mask=mask)[mask.bool()] for tokens, mask in _probes(d_vocab, loader.device)]
+        logits = [bridge(tokens, attention_mask=mask)[mask.bool()] for tokens, mask in _probes(d_vocab, loader.device)]
     except Exception as failure:
         warnings.warn(
             f"model: {name} ({family}) cannot be compared with transformers ({type(failure).__name__}: "
@@ -140,7 +140,7 @@ def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
             stacklevel=2,
         )
         return
-    for where, ours, theirs in zip(("", " of a batch padded on the left"), found, loader.expected, strict=True):
+    for where, ours, theirs in zip(("", " of a batch padded on the left"), logits, loader.expected, strict=True):
         error = _relative_error(ours, theirs)
         if not error < allowed_error(theirs.dtype):
             raise ValueError(
@@ -151,15 +151,15 @@ def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
 
 
 def _relative_error(ours: Float[Tensor, "n d"], theirs: Float[Tensor, "n d"]) -> float:
-    """Norm of the difference over the norm, where transformers' numbers are finite."""
+    """Norm of the difference over the norm of transformers' logits, where these are finite."""
     finite: Bool[Tensor, "n d"] = theirs.isfinite()
     ours, theirs = ours[finite].double(), theirs[finite].double()
     return float((ours - theirs).norm() / theirs.norm())
 
 
 def _stand_in() -> Any:
-    """A tokenizer for the bridge to try while it is built, which any vocabulary need not stand."""
+    """A small tokenizer for the bridge to test while it is built, since not every tokenizer passes its tests."""
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="b", pad_token="b", unk_token="a")
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="b", pad_token="b", unk_token="a")

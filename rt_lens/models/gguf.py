@@ -1,8 +1,8 @@
-"""What a GGUF file says and transformers' reader passes over: read here, or refused by name. Nothing is converted here.
+"""Settings of a GGUF file that transformers' reader ignores: read here, or refused by name. Converts no weights.
 
-llama.cpp bakes Llama 3's scaling of rotary angles into a tensor of factors, `rope_freqs.weight`, and writes other kinds
-as `*.rope.scaling.*`. transformers reads neither, drops tensors that its model has no place for, and fills weights that
-the file lacks with random numbers.
+llama.cpp stores Llama 3's scaling of rotary angles in a tensor of factors, `rope_freqs.weight`, and other scalings as
+`*.rope.scaling.*`. transformers reads neither, drops tensors that its model has no parameter for, and fills weights
+that the file lacks with random numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _SCALING = "rope.scaling."
-# Settings of the maths that transformers' reader passes over for some architectures, and the fields that hold them.
+# Settings of the maths that transformers' reader ignores for some architectures -> the configuration's field.
 _MATHS = {
     "attention.sliding_window": "sliding_window",
     "attn_logit_softcapping": "attn_logit_softcapping",
@@ -32,7 +32,7 @@ _DEFAULTS = {"attn_factor": 1.0, "yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0
 
 
 def check_maths(reader: Any, config: Any) -> None:
-    """Refuses a file with a setting that its configuration does not have.
+    """Raises a ValueError for a file with a setting that its configuration lacks.
 
     Raises:
         ValueError: names the field.
@@ -50,25 +50,25 @@ def check_maths(reader: Any, config: Any) -> None:
 
 
 def scaled_rope(reader: Any, config: Any) -> dict[str, Any] | None:
-    """The rotary parameters of a file that scales its angles, as Hugging Face writes them; None where none does.
+    """Hugging Face's rotary parameters of a file that scales rotary angles; None for a file that does not.
 
     Raises:
-        ValueError: names the field that has no form in Hugging Face's parameters.
+        ValueError: names the field that Hugging Face's parameters cannot express.
     """
     plain = getattr(config, "rope_parameters", None) or {}
-    told = {key.split(_SCALING, 1)[1]: _field(reader, key) for key in reader.fields if _SCALING in key}
+    scaling = {key.split(_SCALING, 1)[1]: _field(reader, key) for key in reader.fields if _SCALING in key}
     if (old := _value(reader, "rope.scale_linear")) not in (None, 1.0):
-        told |= {"type": "linear", "factor": old}
-    kind = told.pop("type", "none")
+        scaling |= {"type": "linear", "factor": old}
+    kind = scaling.pop("type", "none")
     tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name.startswith("rope_f")}
     scaled: dict[str, Any] | None = None
     if kind in ("linear", "yarn") and not tensors:
-        scaled = _by_metadata(reader, kind, told, config)
+        scaled = _by_metadata(reader, kind, scaling, config)
     elif kind == "none" and tensors.keys() <= {"rope_freqs.weight"}:
         for tensor in tensors.values():
             scaled = _by_factors(torch.tensor(tensor.data.astype("float64")).flatten(), config)
     elif kind in ("none", "longrope") and tensors.keys() == {"rope_factors_long.weight", "rope_factors_short.weight"}:
-        scaled = _long(reader, told, tensors, config)
+        scaled = _long(reader, scaling, tensors, config)
     else:
         _refuse(reader, f"{_SCALING}type", f"{kind!r} with {', '.join(sorted(tensors)) or 'no tensor of factors'}")
     if scaled is not None and not isinstance(plain.get("rope_theta"), int | float):
@@ -77,27 +77,29 @@ def scaled_rope(reader: Any, config: Any) -> dict[str, Any] | None:
 
 
 def refuse_what_has_no_place(reader: Any, model: Any, loading: Mapping[str, Any]) -> None:
-    """Refuses a file with tensors that found no place in the model, or a model with weights that the file lacks.
+    """Raises a ValueError for a file with tensors that are no parameters of the model, or without some of its weights.
 
     Args:
         reader: of the file.
-        model: what transformers made of it.
-        loading: what transformers says of its loading: `missing_keys` and the like.
+        model: transformers' model of it.
+        loading: transformers' report of the loading: `missing_keys` and others.
 
     Raises:
         ValueError: names the first of them.
     """
-    from transformers import modeling_gguf_pytorch_utils as theirs
+    from transformers import modeling_gguf_pytorch_utils as conversion
 
     architecture = _architecture(reader)
-    processor = theirs.TENSOR_PROCESSORS.get(architecture, theirs.TensorProcessor)(config=model.config.to_dict())
-    placed = theirs.get_gguf_hf_weights_map(model, processor)
+    processor = conversion.TENSOR_PROCESSORS.get(architecture, conversion.TensorProcessor)(
+        config=model.config.to_dict()
+    )
+    placed = conversion.get_gguf_hf_weights_map(model, processor)
     joined = [pattern for pattern in vars(type(processor)).values() if isinstance(pattern, re.Pattern)]
     left = [
         tensor.name
         for tensor in reader.tensors
         if tensor.name not in placed
-        and not tensor.name.startswith(("rope_freqs.", "rope_factors_"))  # read, or refused, as rotary parameters
+        and not tensor.name.startswith(("rope_freqs.", "rope_factors_"))  # handled as rotary parameters
         and not any(pattern.match(tensor.name) for pattern in joined)
     ]
     if left:
@@ -115,7 +117,7 @@ def refuse_what_has_no_place(reader: Any, model: Any, loading: Mapping[str, Any]
 
 
 def _tied(model: Any) -> set[str]:
-    """Weights that are another's memory, which no file need hold."""
+    """Weights that share another's memory, so a file may lack them."""
     return {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
 
 
@@ -123,84 +125,85 @@ def _partial(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {"partial_rotary_factor": plain["partial_rotary_factor"]} if "partial_rotary_factor" in plain else {}
 
 
-def _by_metadata(reader: Any, kind: str, told: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Position interpolation or YaRN, as `rope.scaling.*` says it."""
-    if "factor" not in told:
+def _by_metadata(reader: Any, kind: str, scaling: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Position interpolation or YaRN, from the settings `rope.scaling.*`."""
+    if "factor" not in scaling:
         _refuse(reader, f"{_SCALING}factor", "none")
-    found = {"rope_type": kind, "factor": float(told.pop("factor"))}
-    length = told.pop("original_context_length", None)
+    parameters = {"rope_type": kind, "factor": float(scaling.pop("factor"))}
+    length = scaling.pop("original_context_length", None)
     if kind == "yarn":
-        found["original_max_position_embeddings"] = int(length or config.max_position_embeddings / found["factor"])
-        for theirs in ("beta_fast", "beta_slow"):
-            if (beta := told.pop(f"yarn_{theirs}", None)) is not None:
-                found[theirs] = float(beta)
-    _refuse_rest(reader, told)
-    return found
+        original = int(length or config.max_position_embeddings / parameters["factor"])
+        parameters["original_max_position_embeddings"] = original
+        for name in ("beta_fast", "beta_slow"):
+            if (beta := scaling.pop(f"yarn_{name}", None)) is not None:
+                parameters[name] = float(beta)
+    _refuse_rest(reader, scaling)
+    return parameters
 
 
-def _long(reader: Any, told: dict[str, Any], tensors: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def _long(reader: Any, scaling: dict[str, Any], tensors: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """Phi-3's two sets of factors, for texts up to the original length and beyond."""
-    length, attention = told.pop("original_context_length", None), told.pop("attn_factor", None)
+    length, attention = scaling.pop("original_context_length", None), scaling.pop("attn_factor", None)
     if length is None:
         _refuse(reader, f"{_SCALING}original_context_length", "none")
-    _refuse_rest(reader, told)
+    _refuse_rest(reader, scaling)
     short, long = (
         torch.tensor(tensors[f"rope_factors_{kind}.weight"].data.astype("float64")).flatten().tolist()
         for kind in ("short", "long")
     )
-    found: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "rope_type": "longrope", "short_factor": short, "long_factor": long,
         "factor": config.max_position_embeddings / int(length), "original_max_position_embeddings": int(length),
     }  # fmt: skip
-    return found if attention is None else found | {"attention_factor": float(attention)}
+    return parameters if attention is None else parameters | {"attention_factor": float(attention)}
 
 
 def _by_factors(factors: Float[Tensor, "frequency"], config: Any) -> dict[str, Any] | None:
-    """What the frequencies are divided by, as Llama 3's parameters where they give these factors, else one by one."""
+    """Rotary parameters from the divisors of the frequencies: Llama 3's if they give these factors, else one by one."""
     if torch.allclose(factors, torch.ones_like(factors)):
         return None
     base = config.rope_parameters["rope_theta"]
     turns = base ** -(torch.arange(len(factors), dtype=torch.float64) / len(factors)) / (2 * math.pi)
     for high, length in _lengths(factors, turns):
-        kept = {
+        parameters = {
             "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": high,
             "original_max_position_embeddings": length,
         }  # fmt: skip
-        if torch.allclose(_llama3_factors(kept, turns), factors, rtol=1e-4):
-            return kept
-    each = factors.tolist()
+        if torch.allclose(_llama3_factors(parameters, turns), factors, rtol=1e-4):
+            return parameters
+    listed = factors.tolist()
     return {
-        "rope_type": "longrope", "short_factor": each, "long_factor": each, "factor": 1.0, "attention_factor": 1.0,
+        "rope_type": "longrope", "short_factor": listed, "long_factor": listed, "factor": 1.0, "attention_factor": 1.0,
         "original_max_position_embeddings": config.max_position_embeddings,
     }  # fmt: skip
 
 
 def _lengths(factors: Float[Tensor, "frequency"], turns: Float[Tensor, "frequency"]) -> list[tuple[float, int]]:
-    """High factors and original lengths that may have given these factors; only ratios to the low factor, 1, count."""
+    """High factors and original lengths that may have produced these factors; the low factor is 1 by convention."""
     most = factors.max()
     smooth = (1 / factors - 1 / most) / (1 - 1 / most)
     between = (smooth > 1e-4) & (smooth < 1 - 1e-4)
-    found = [(4.0, 8192)]
+    candidates = [(4.0, 8192)]
     if between.any():
-        found += [(4.0, round(float(((3 * smooth + 1) / turns)[between].mean())))]
+        candidates += [(4.0, round(float(((3 * smooth + 1) / turns)[between].mean())))]
     if int(between.sum()) > 1:  # a line through them: smooth = (length * turns - 1) / (high - 1)
         x, y = turns[between], smooth[between]
         slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
         offset = float(slope * x.mean() - y.mean())
         if offset > 0:
-            found += [(round(1 + 1 / offset, 3), round(float(slope) / offset))]
-    return found
+            candidates += [(round(1 + 1 / offset, 3), round(float(slope) / offset))]
+    return candidates
 
 
-def _llama3_factors(kept: Mapping[str, Any], turns: Float[Tensor, "frequency"]) -> Float[Tensor, "frequency"]:
-    """What Llama 3 divides each frequency by: 1 for fast ones, all of the factor for slow ones, and between."""
-    factor, high = kept["factor"], kept["high_freq_factor"]
-    smooth = ((kept["original_max_position_embeddings"] * turns - 1) / (high - 1)).clamp(0, 1)
+def _llama3_factors(parameters: Mapping[str, Any], turns: Float[Tensor, "frequency"]) -> Float[Tensor, "frequency"]:
+    """Llama 3's divisor of each frequency: 1 for high frequencies, the factor for low ones, interpolated between."""
+    factor, high = parameters["factor"], parameters["high_freq_factor"]
+    smooth = ((parameters["original_max_position_embeddings"] * turns - 1) / (high - 1)).clamp(0, 1)
     return 1 / ((1 - smooth) / factor + smooth)
 
 
-def _refuse_rest(reader: Any, told: Mapping[str, Any]) -> None:
-    for name, value in told.items():
+def _refuse_rest(reader: Any, scaling: Mapping[str, Any]) -> None:
+    for name, value in scaling.items():
         if name not in _WITHOUT_EFFECT and value != _DEFAULTS.get(name):
             _refuse(reader, f"{_SCALING}{name}", value)
 
@@ -217,7 +220,7 @@ def _architecture(reader: Any) -> str:
 
 
 def _value(reader: Any, key: str) -> Any:
-    """A setting of the file's architecture; None if it has none."""
+    """A setting of the file's architecture; None if the file lacks it."""
     key = f"{_architecture(reader)}.{key}"
     return _field(reader, key) if key in reader.fields else None
 

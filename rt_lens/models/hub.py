@@ -1,4 +1,4 @@
-"""Names on the model hub: looked up, fetched (or found in the local cache) as folders. Nothing here builds a model."""
+"""Names on the model hub: looked up and fetched (or found in the local cache) as folders. Builds no model."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 def official_name(name: str) -> str:
-    """The name on the model hub that TransformerLens's short names (`gpt2-small`) stand for; others as they are."""
+    """The hub's name for TransformerLens's short name (`gpt2-small`); any other name unchanged."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
-    wanted = name.lower()
-    known = (official for official, aliases in MODEL_ALIASES.items() if wanted in {alias.lower() for alias in aliases})
+    short = name.lower()
+    known = (official for official, aliases in MODEL_ALIASES.items() if short in {alias.lower() for alias in aliases})
     return next(known, name)
 
 
 def hub_folder(name: str, *, with_code: bool = False) -> Path:
-    """The folder of a model of the hub: its newest snapshot, or while offline the one in the local cache.
+    """The folder of a model on the hub: its newest snapshot, or offline the one in the local cache.
 
     Args:
-        name: as the hub, or TransformerLens, has it.
+        name: the hub's or TransformerLens's.
         with_code: fetch the repository's own Python code too.
 
     Raises:
-        ValueError: the hub does not give it, or it has no safetensors.
+        ValueError: the hub does not give the model, or the model has no safetensors.
     """
     from huggingface_hub import snapshot_download
 
@@ -47,7 +47,7 @@ def hub_folder(name: str, *, with_code: bool = False) -> Path:
 
 
 def hub_token() -> str | None:
-    """The user's own token, for models that ask for one."""
+    """The user's token, for models that need one."""
     return os.environ.get("HF_TOKEN") or None
 
 

@@ -1,7 +1,7 @@
-"""Llama-style Hugging Face folders as HookedTransformers, with the Hugging Face numbers and memory layout, and back.
+"""Llama-style Hugging Face folders to HookedTransformers with Hugging Face's numbers and memory layout, and back.
 
-A configuration field that the maths of HookedTransformer does not cover makes `hooked_config` refuse, with the field's
-name, rather than load something that is nearly right.
+If HookedTransformer's maths does not cover a configuration field, `hooked_config` raises an error that names the field
+instead of loading a model that is nearly right.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from transformer_lens.config import HookedTransformerConfig
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _BUFFERS = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 _INDEX = "model.safetensors.index.json"
-# Each parameter of ours: its name in Hugging Face's, and the way back to its shape there. `b_in` has none: here it is
-# added after the gate, there before it.
+# TransformerLens's parameter -> Hugging Face's name, and the rearrangement to its shape there. `b_in` is missing, since
+# TransformerLens adds it after the gate and Hugging Face before it.
 _OUTSIDE = {
     "embed.W_E": "model.embed_tokens.weight",
     "unembed.W_U": "lm_head.weight",
@@ -45,19 +45,19 @@ _INSIDE = {
 
 
 class NotLlamaStyle(ValueError):
-    """The configuration has something that this mapping does not cover; the message names it."""
+    """The configuration has a field that this mapping does not cover; the message names it."""
 
 
 def hooked_config(config: dict[str, Any], *, device: str, dtype: torch.dtype) -> HookedTransformerConfig:
     """The HookedTransformer configuration of a Llama-style Hugging Face configuration.
 
     Args:
-        config: Hugging Face's configuration as a dictionary, its class's defaults filled in (`read_config`).
+        config: Hugging Face's configuration as a dictionary, with the defaults of its class (`read_config`).
         device: torch device.
         dtype: type of the weights.
 
     Raises:
-        NotLlamaStyle: if a field asks for maths that is not covered.
+        NotLlamaStyle: if a field needs maths that is not covered.
     """
     family = config["model_type"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -102,7 +102,7 @@ def hooked_config(config: dict[str, Any], *, device: str, dtype: torch.dtype) ->
 
 
 def refuse_what_is_not_covered(config: dict[str, Any]) -> None:
-    """Raises NotLlamaStyle, with the field's name, if a configuration asks for maths that is not covered."""
+    """Raises NotLlamaStyle, with the field's name, if a configuration needs maths that is not covered."""
     rope, window, length = config["rope_parameters"], config.get("sliding_window"), config["max_position_embeddings"]
     may_slide = config["model_type"] != "qwen2" or config["use_sliding_window"]
     uncovered = {
@@ -120,7 +120,7 @@ def refuse_what_is_not_covered(config: dict[str, Any]) -> None:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """A folder's configuration as Hugging Face reads it: missing fields and older spellings become today's.
+    """A folder's configuration as Hugging Face reads it, with missing fields filled in and older spellings replaced.
 
     Args:
         folder: with a `config.json`.
@@ -142,13 +142,13 @@ def hooked_from_folder(
 ) -> HookedTransformer:
     """Builds the HookedTransformer of a Llama-style folder (`config.json` and safetensors), unprocessed.
 
-    The parameters keep the memory layout of Hugging Face's matrices, transposed as views: TransformerLens's own forward
-    pass then copies no weight. Each weight is read straight to the device, and the device holds the weights once.
+    The parameters keep the memory layout of Hugging Face's matrices, transposed as views, so TransformerLens's forward
+    pass copies no weight. Each weight is read directly to the device, which holds the weights once.
 
     Raises:
         NotLlamaStyle: if the configuration is not covered, the MLPs have biases before their product, or the folder
             has no safetensors.
-        ValueError: if weights are missing, left over or of another shape.
+        ValueError: if weights are missing, superfluous or of another shape.
     """
     config = read_config(folder, trust_remote_code=trust_remote_code)
     cfg = hooked_config(config, device=device, dtype=dtype)
@@ -166,7 +166,7 @@ def hooked_from_folder(
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Parameters that are made inside have shapes and no memory; what is computed (rotary angles) stays real."""
+    """Mode in which new parameters have shapes and no memory; computed tensors (rotary angles) stay real."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -178,7 +178,7 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def _assembled(cfg: HookedTransformerConfig, state: dict[str, Tensor]) -> HookedTransformer:
-    """A HookedTransformer whose parameters are the tensors of `state`: nothing of their size is allocated besides."""
+    """A HookedTransformer whose parameters are the tensors of `state`; it allocates no further memory of their size."""
     device, cfg.device = cfg.device, "cpu"
     with _WithoutMemory():
         model = HookedTransformer(cfg, move_to_device=False)
@@ -193,7 +193,7 @@ def _assembled(cfg: HookedTransformerConfig, state: dict[str, Tensor]) -> Hooked
 
 
 def _read_weights(folder: Path, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Hugging Face's choice of files: model.safetensors, else the shards of its index; no other file in the folder."""
+    """Weights from the files that Hugging Face reads: model.safetensors, else the shards of its index."""
     files = [folder / "model.safetensors"]
     if not files[0].is_file() and (folder / _INDEX).is_file():
         shards = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
@@ -215,7 +215,7 @@ def _read_weights(folder: Path, device: str, dtype: torch.dtype) -> dict[str, Te
 def _to_transformer_lens(
     weights: dict[str, Tensor], cfg: HookedTransformerConfig, biased: str, folder: str
 ) -> dict[str, Tensor]:
-    """TransformerLens's parameters as views of Hugging Face's; takes what it uses out of `weights`.
+    """TransformerLens's parameters as views of Hugging Face's; removes those that it uses from `weights`.
 
     Args:
         biased: which of the attention's matrices Q, K, V and O have a bias, and M if those of the MLP do.
@@ -279,7 +279,7 @@ def _to_transformer_lens(
 def _unembedding(
     embedding: Tensor, weights: dict[str, Tensor], cfg: HookedTransformerConfig, take: Callable[..., Tensor]
 ) -> Tensor:
-    """As Hugging Face decides: a tied one that is stored with other numbers all the same is not tied."""
+    """The unembedding as Hugging Face reads it: a tied one that is stored with other numbers is not tied."""
     if cfg.tie_word_embeddings and "lm_head.weight" not in weights:
         return embedding
     stored = take("lm_head.weight", cfg.d_vocab, cfg.d_model)
@@ -288,16 +288,16 @@ def _unembedding(
 
 
 def to_huggingface(name: str, parameter: Float[Tensor, "..."]) -> tuple[str, Float[Tensor, "..."]] | None:
-    """One of TransformerLens's parameters in Hugging Face's name and layout: the way back of `hooked_from_folder`.
+    """A TransformerLens parameter under Hugging Face's name and in its layout: the inverse of `hooked_from_folder`.
 
-    A linear map of the parameter, a view of its memory where the strides allow; a difference goes the same way.
+    A linear map of the parameter, and a view of its memory where strides allow; it also maps differences of weights.
 
     Args:
         name: as `named_parameters` gives it.
-        parameter: of the shape it has in a HookedTransformer.
+        parameter: in the shape that it has in a HookedTransformer.
 
     Returns:
-        Name and tensor, matrices as [out, in]; None for what Llama-style models have no place for.
+        Name and tensor, matrices as [out, in]; None for a parameter that Llama-style models lack.
 
     Example:
         >>> name, matrix = to_huggingface("blocks.0.mlp.W_in", model.blocks[0].mlp.W_in)
@@ -306,6 +306,9 @@ def to_huggingface(name: str, parameter: Float[Tensor, "..."]) -> tuple[str, Flo
     """
     if name in _OUTSIDE:
         return _OUTSIDE[name], parameter.T if name == "unembed.W_U" else parameter
-    place, _, inside = name.removeprefix("blocks.").partition(".")
-    found = _INSIDE.get(inside.replace("._", ".", 1))
-    return None if found is None else (f"model.layers.{place}.{found[0]}", rearrange(parameter, found[1]))
+    layer, _, inside = name.removeprefix("blocks.").partition(".")
+    counterpart = _INSIDE.get(inside.replace("._", ".", 1))
+    if counterpart is None:
+        return None
+    theirs, layout = counterpart
+    return f"model.layers.{layer}.{theirs}", rearrange(parameter, layout)

