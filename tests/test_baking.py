@@ -309,7 +309,9 @@ def test_an_edit_is_baked_on_top_of_another_as_the_refusal_of_both_in_one_list_s
     first = add(vectors("resid_post"), [0], 2.0) + clamp(vectors("mlp_out"), [1], 2.0, hook="mlp_out")
     second = ablate(everywhere(tiny, vectors), hook="any")
     both, plain = logits(tiny, first + second), logits(tiny)
-    with pytest.raises(ValueError, match=r"other edits are in the same list\. Bake those first, and this one on the changed model"):
+    with pytest.raises(
+        ValueError, match=r"other edits are in the same list\. Bake those first, and this one on the changed model"
+    ):
         rtl.bake(tiny, first + second)
     with (others := rtl.bake(tiny, first)).applied(tiny):
         delta = rtl.bake(tiny, second)
@@ -357,7 +359,11 @@ def test_edits_that_do_not_act_on_every_token_alike_are_refused(tiny, vectors, l
 def test_conditions_are_refused_with_and_without_their_reader(tiny, vectors):
     condition = Condition("blocks.0.hook_resid_post", torch.ones(32), 0.0)
     hooks = conditional(add(vectors("resid_post"), [1]), condition)
-    refused(tiny, hooks, r"hooks must be edits of rt_lens, got a condition or another function at blocks\.0\.hook_resid_post.*Keep the hook\.")
+    refused(
+        tiny,
+        hooks,
+        r"hooks must be edits of rt_lens, got a condition .* at blocks\.0\.hook_resid_post.*Keep the hook\.",
+    )
     refused(tiny, hooks[1:], r"hooks: Add at blocks\.1.* every token alike\. .* no condition, or keep the hook\.")
 
 
@@ -434,8 +440,16 @@ def test_vectors_and_heads_of_another_model_are_refused_as_the_hooks_would(tiny,
         for name in (post, "blocks.0.hook_mlp_out"):
             message = r"d_model 48; these activations have 32\. Extract vectors on this model first\."
             refused(tiny, [(name, Edit(operator))], message)
-    refused(tiny, [("blocks.0.hook_mlp_out", Edit(Scale(torch.ones(4, 1))))], r"alpha must fit activations of 32, got shape \(4, 1\)")
-    refused(tiny, [(post, Edit(Add(torch.ones(32)), heads=(0,)))], r"heads must be None where activations have no heads, .*Use hook='z'")
+    refused(
+        tiny,
+        [("blocks.0.hook_mlp_out", Edit(Scale(torch.ones(4, 1))))],
+        r"alpha must fit activations of 32, got shape \(4, 1\)",
+    )
+    refused(
+        tiny,
+        [(post, Edit(Add(torch.ones(32)), heads=(0,)))],
+        r"heads must be None where activations have no heads, .*Use hook='z'",
+    )
     for heads in ([4], [-1]):
         refused(tiny, add(vectors("z"), hook="z", heads=heads), r"heads must be in 0\.\.3, got \[")
 
@@ -457,9 +471,7 @@ def test_an_empty_list_is_refused(tiny):
 )
 def test_models_whose_blocks_do_not_write_what_their_weights_give_are_refused(make_tiny, vectors, changes):
     other = make_tiny(**changes)
-    message = (
-        r"model must write the output of its weights .*but tiny has a norm or a parallel path.*Keep the hooks\."
-    )
+    message = r"model must write the output of its weights .*but tiny has a norm or a parallel path.*Keep the hooks\."
     refused(other, add(vectors("resid_post"), [1]), message)
 
 
@@ -472,7 +484,10 @@ def test_a_mixture_of_experts_has_no_bias_to_fold_into(make_tiny, vectors):
 
 def test_a_bridge_is_refused_with_the_backend_that_works(bridge, provenance):
     vectors = SteeringVectors({"blocks.18.hook_resid_post": torch.ones(576)}, provenance)
-    with pytest.raises(ValueError, match=r"model must be a HookedTransformer, got a TransformerBridge.*biases.*Load it with backend='hooked'\."):
+    with pytest.raises(
+        ValueError,
+        match=r"model must be a HookedTransformer, got a TransformerBridge.*biases.*Load it with backend='hooked'\.",
+    ):
         rtl.bake(bridge, add(vectors))
 
 

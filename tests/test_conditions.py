@@ -151,10 +151,16 @@ def test_whole_prompts_need_nobody_to_say_so(tiny, tiny_vectors, prompts, direct
 
 
 def test_an_edit_before_the_condition_is_read_is_refused(tiny_vectors, direction):
-    with pytest.raises(ValueError, match=rf"condition must be read before its edits, got {POST}, which is after the edit at {PRE}\. Read it at"):
+    with pytest.raises(
+        ValueError,
+        match=rf"condition must be read before its edits, got {POST}, which is after the edit at {PRE}\. Read it at",
+    ):
         conditional(add(tiny_vectors), Condition(POST, direction, 0.0))
     mlp = SteeringVectors({"blocks.1.hook_mlp_out": direction}, tiny_vectors.provenance)
-    with pytest.raises(ValueError, match=r"condition must be read before its edits, got blocks\.1\.hook_resid_post, which is after the edit"):
+    with pytest.raises(
+        ValueError,
+        match=r"condition must be read before its edits, got blocks\.1\.hook_resid_post, which is after the edit",
+    ):
         conditional(add(mlp, hook="mlp_out"), Condition(POST, direction, 0.0))
     assert len(conditional(add(mlp, hook="mlp_out"), Condition(PRE, direction, 0.0))) == 2
 
@@ -173,7 +179,10 @@ def test_foreign_hooks_and_edits_that_have_a_condition_are_refused(tiny_vectors,
 def test_edits_without_their_reader_are_refused(tiny, tiny_vectors, direction, hooks_on):
     hooks = conditional(add(tiny_vectors, [1]), Condition(PRE, direction, 0.0))
     with (
-        pytest.raises(ValueError, match=rf"condition must be read .*{PRE} was not read in this forward pass\. Attach the whole list"),
+        pytest.raises(
+            ValueError,
+            match=rf"condition must be read .*{PRE} was not read in this forward pass\. Attach the whole list",
+        ),
         steered(tiny, hooks[1:]),
     ):
         tiny(torch.tensor([[5, 6]]))
@@ -183,7 +192,12 @@ def test_edits_without_their_reader_are_refused(tiny, tiny_vectors, direction, h
 @torch.no_grad()
 def test_a_pass_that_may_be_in_the_middle_of_an_answer_is_refused(tiny, tiny_vectors, direction):
     hooks = conditional(add(tiny_vectors, [1]), Condition(PRE, direction, 0.0))
-    with pytest.raises(ValueError, match=r"condition must be read on whole prompts, but this forward pass has one token"), steered(tiny, hooks):
+    with (
+        pytest.raises(
+            ValueError, match=r"condition must be read on whole prompts, but this forward pass has one token"
+        ),
+        steered(tiny, hooks),
+    ):
         tiny(torch.tensor([[5]]))
     mask = torch.ones(1, 6, dtype=torch.long)
     with (
@@ -197,9 +211,15 @@ def test_a_pass_that_may_be_in_the_middle_of_an_answer_is_refused(tiny, tiny_vec
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"by": "row"}, r"by must be 'example' or 'token' and position 'last' or 'mean', got by='row' and position='last'"),
+        (
+            {"by": "row"},
+            r"by must be 'example' or 'token' and position 'last' or 'mean', got by='row' and position='last'",
+        ),
         ({"position": "first"}, r"got by='example' and position='first'"),
-        ({"direction": torch.zeros(32)}, r"condition must have a direction other than zero .*length 0 and threshold 0\.5"),
+        (
+            {"direction": torch.zeros(32)},
+            r"condition must have a direction other than zero .*length 0 and threshold 0\.5",
+        ),
         ({"threshold": float("nan")}, r"condition must have .*got a direction of length .* and threshold nan"),
     ],
 )
@@ -258,7 +278,9 @@ def test_small_talk_is_told_from_arithmetic_on_prompts_that_were_not_fitted(smal
 
 
 def test_two_kinds_of_prompt_that_do_not_differ_are_not_told_apart(model, topics):
-    fits = [fit_condition(model, positive=topics[0][:12], negative=topics[0][12:], layer=12, seed=seed) for seed in range(4)]
+    fits = [
+        fit_condition(model, positive=topics[0][:12], negative=topics[0][12:], layer=12, seed=seed) for seed in range(4)
+    ]
     assert sum(found.misses.mean + found.false_alarms.mean for found in fits) / 4 > 0.5
 
 
@@ -345,7 +367,10 @@ def test_mood_moves_in_small_talk_and_arithmetic_in_the_same_batch_stays_token_f
         ({"position": "first"}, r"got by='example' and position='first'"),
         ({"layer": 2}, r"layers.*2.*blocks 0\.\.1"),
         ({"hook": "resid_pots"}, r"hook.*blocks\.1\.hook_resid_pots.*hook_resid_post"),
-        ({"hook": "z"}, r"hook must be a point with one activation per token, .*got blocks\.1\.attn\.hook_z.*Use hook='attn_out'"),
+        (
+            {"hook": "z"},
+            r"hook must be a point with one activation per token, .*got blocks\.1\.attn\.hook_z.*Use hook='attn_out'",
+        ),
     ],
 )
 def test_a_fit_that_cannot_be_is_refused_by_name(tiny, changes, message, as_a_user):

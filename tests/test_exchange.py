@@ -146,7 +146,9 @@ def test_other_precisions_are_saved_where_float32_holds_them(tmp_path, provenanc
 
 def test_a_vector_that_float32_would_round_is_refused(tmp_path, provenance):
     vectors = SteeringVectors({POST.format(1): torch.tensor([0.1], dtype=torch.float64)}, provenance)
-    with pytest.raises(ValueError, match=r"vectors must be exact in float32.*torch\.float64.*blocks\.1.*vector\.float\(\)"):
+    with pytest.raises(
+        ValueError, match=r"vectors must be exact in float32.*torch\.float64.*blocks\.1.*vector\.float\(\)"
+    ):
         save_gguf(vectors, tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())
 
@@ -163,7 +165,9 @@ def test_a_vector_with_gradients_and_a_slice_can_be_saved(tmp_path, provenance):
 )
 def test_block_0_is_refused_with_a_fix(tmp_path, provenance, layers, fix):
     vectors = SteeringVectors({POST.format(layer): ones() for layer in layers}, provenance)
-    with pytest.raises(ValueError, match=rf"vectors must be of blocks from 1 on, got block 0, which llama\.cpp cannot steer.*{fix}"):
+    with pytest.raises(
+        ValueError, match=rf"vectors must be of blocks from 1 on, got block 0, which llama\.cpp cannot steer.*{fix}"
+    ):
         save_gguf(vectors, tmp_path / "v.gguf")
     assert not list(tmp_path.iterdir())
 
@@ -172,7 +176,8 @@ def test_block_0_is_refused_with_a_fix(tmp_path, provenance, layers, fix):
 def test_another_hook_point_is_refused_with_a_fix(tmp_path, provenance, name):
     vectors = SteeringVectors({POST.format(1): ones(), name: ones()}, provenance)
     with pytest.raises(
-        ValueError, match=rf"vectors must have one row per block, at hook_resid_post, got {name}\. Use vectors\.select\(layers\)"
+        ValueError,
+        match=rf"vectors must have one row per block, at hook_resid_post, got {name}\. Use vectors\.select\(layers\)",
     ):
         save_gguf(vectors, tmp_path / "v.gguf")
 
@@ -222,7 +227,9 @@ def test_a_foreign_gguf_in_another_float_type_is_read_as_float32(tmp_path):
 
 def test_our_own_gguf_and_hook_names_take_no_offset_and_gguf_no_hook(tmp_path, later_vectors):
     path = save_gguf(later_vectors, tmp_path / "v.gguf")
-    with pytest.raises(ValueError, match=r"offset must be 0 for .*v\.gguf, which names hook points and not layers, got 1"):
+    with pytest.raises(
+        ValueError, match=r"offset must be 0 for .*v\.gguf, which names hook points and not layers, got 1"
+    ):
         import_vectors(path, offset=1)
     with pytest.raises(ValueError, match=r"hook must be resid_post for a GGUF control vector, .*got mlp_out"):
         import_vectors(path, hook="mlp_out")
@@ -238,7 +245,9 @@ def test_a_truncated_gguf_is_refused_by_name(tmp_path, later_vectors, share):
     path = save_gguf(later_vectors, tmp_path / "v.gguf")
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"source must be a whole GGUF file, got .*v\.gguf, which is truncated.*Save it again"):
+    with pytest.raises(
+        ValueError, match=r"source must be a whole GGUF file, got .*v\.gguf, which is truncated.*Save it again"
+    ):
         load_gguf(path)
 
 
@@ -250,7 +259,9 @@ def test_a_gguf_is_refused_or_read_whole_at_whatever_byte_it_is_cut(tmp_path, pr
         if len(content) - length <= 16:  # the padding behind the last row
             assert load_gguf(path)[POST.format(1)].tolist() == [1.0] * 4
         else:
-            with pytest.raises(ValueError, match=r"v\.gguf, which is truncated or of another kind \((ValueError|IndexError)"):
+            with pytest.raises(
+                ValueError, match=r"v\.gguf, which is truncated or of another kind \((ValueError|IndexError)"
+            ):
                 load_gguf(path)
 
 
@@ -265,7 +276,10 @@ def test_a_gguf_is_refused_or_read_whole_at_whatever_byte_it_is_cut(tmp_path, pr
         ({"direction.-1": row()}, r"number its layers from 0, got -1, which counts from the end"),
         ({"direction.999999999": row()}, r"999999999 .* must be a block in 0\.\.1023, got block 999999999"),
         ({"direction.1": np.ones((2, 3), np.float32)}, r"1 in .* must have shape \[d_model\], got \(3, 2\)"),
-        ({"direction.1": row(), "direction.2": row(width=5)}, r"must hold vectors of one width, .*got \(4,\) for 1 and \(5,\) for 2"),
+        (
+            {"direction.1": row(), "direction.2": row(width=5)},
+            r"must hold vectors of one width, .*got \(4,\) for 1 and \(5,\) for 2",
+        ),
         ({"direction.1": row(float("nan"))}, r"1 in .* must be finite"),
         ({"direction.1": row(float("inf"))}, r"1 in .* must be finite"),
         ({"direction.1": np.full(4, 1e300)}, r"1 in .* must be finite"),
@@ -485,7 +499,9 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, ending, share):
     path = save_as(tmp_path / f"v.{ending}", {layer: row(width=64) for layer in range(5)})
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=rf"source must be a whole \w+ file, got .*v\.{ending}, which is truncated .*Save it again"):
+    with pytest.raises(
+        ValueError, match=rf"source must be a whole \w+ file, got .*v\.{ending}, which is truncated .*Save it again"
+    ):
         import_vectors(path)
 
 
@@ -504,7 +520,10 @@ def test_a_file_of_another_kind_and_an_absent_one_are_refused_by_name(tmp_path, 
 @pytest.mark.parametrize("name", ["v.bin", "v", "v.pkl", "v.npy", "gguf"])
 def test_an_unknown_ending_is_refused_with_the_known_ones(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"source must be a file that ends in \.gguf, \.safetensors, \.pt, \.pth or \.npz, got .* ends in '.*'"):
+    with pytest.raises(
+        ValueError,
+        match=r"source must be a file that ends in \.gguf, \.safetensors, \.pt, \.pth or \.npz, got .* ends in '.*'",
+    ):
         import_vectors(tmp_path / name)
 
 
@@ -540,7 +559,8 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not(tmp_path, wrapped)
     mark = tmp_path / "mark"
     torch.save(wrapped(Touches(mark)), tmp_path / "v.pt")
     with pytest.raises(
-        ValueError, match=r"source must hold tensors only, got .*v\.pt with Python objects \(\S+\).*torch\.save\(vector\.layer_act"
+        ValueError,
+        match=r"source must hold tensors only, got .*v\.pt with Python objects \(\S+\).*torch\.save\(vector\.layer_act",
     ):
         import_vectors(tmp_path / "v.pt")
     (tmp_path / "w.pt").write_bytes(pickle.dumps(wrapped(Touches(mark))))
@@ -570,7 +590,10 @@ def test_object_arrays_are_refused_and_not_unpickled(tmp_path):
 @pytest.mark.parametrize(
     ("stored", "message"),
     [
-        (ones(), r"must hold a dict from layer to tensor, or one tensor \[layer, d_model\], got a tensor of shape \(4,\)"),
+        (
+            ones(),
+            r"must hold a dict from layer to tensor, or one tensor \[layer, d_model\], got a tensor of shape \(4,\)",
+        ),
         (torch.ones(2, 2, 2), r"0 in .* must have shape \[d_model\], got \(2, 2\)"),
         (torch.ones(5000, 1), r"got 5000"),
         (torch.ones(1, 1).expand(10**12, 1), r"got 1000000000000"),
@@ -622,12 +645,18 @@ def npy(header, version=(1, 0), content=b""):
     [
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}"), "must hold at most"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-4,)}"), "a whole npz file, .*truncated"),
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}", content=bytes(3)), "a whole npz file, .*truncated"),
+        (
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}", content=bytes(3)),
+            "a whole npz file, .*truncated",
+        ),
         (
             npy("{'descr': '<f4', 'fortran_order': False, 'shape': (4,)}", (2, 0), bytes(16)),
             "must be an array of plain numbers",
         ),
-        (npy("{'descr': '|O', 'fortran_order': False, 'shape': (4,)}"), "must be an array of floating numbers, got object"),
+        (
+            npy("{'descr': '|O', 'fortran_order': False, 'shape': (4,)}"),
+            "must be an array of floating numbers, got object",
+        ),
         (npy("__import__('os').abort()"), "a whole npz file, .*truncated"),
         (b"no array", "a whole npz file, .*truncated"),
         (b"", "a whole npz file, .*truncated"),
@@ -676,7 +705,9 @@ def test_an_archive_without_arrays_or_with_two_of_one_name_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["input_layernorm", "post_attention_layernorm", "other"])
 def test_a_layer_type_without_a_hook_point_is_refused(kind):
     vector = SimpleNamespace(layer_activations={1: ones()}, layer_type=kind)
-    with pytest.raises(ValueError, match=rf"source must be a vector of layer_type decoder_block, .*got '{kind}'.*no hook point"):
+    with pytest.raises(
+        ValueError, match=rf"source must be a vector of layer_type decoder_block, .*got '{kind}'.*no hook point"
+    ):
         import_vectors(vector)
 
 
@@ -691,7 +722,9 @@ def test_an_objects_layer_type_and_a_hook_that_contradicts_it_are_refused():
     "source", [None, 3, {1: torch.ones(4)}, SimpleNamespace(layer_activations=3, layer_type="mlp")]
 )
 def test_an_object_of_another_kind_is_refused(source):
-    with pytest.raises(ValueError, match=r"source must be the path of a file or a SteeringVector of steering-vectors, got a \w+"):
+    with pytest.raises(
+        ValueError, match=r"source must be the path of a file or a SteeringVector of steering-vectors, got a \w+"
+    ):
         import_vectors(source)
     with pytest.raises(ValueError, match=r"source must number its layers from 0, got -1"):
         import_vectors(SimpleNamespace(layer_activations={-1: ones()}, layer_type="mlp"))

@@ -321,11 +321,16 @@ def test_a_model_that_did_not_come_from_a_folder_is_refused_with_the_way(tiny, t
 
 def test_what_has_no_place_in_the_files_is_refused_by_name(plain, tmp_path):
     delta = WeightDelta({"unembed.b_U": torch.ones(49152)}, "plain", {}, [])
-    with pytest.raises(ValueError, match=r"delta must change only what LlamaForCausalLM has in its files, got unembed.b_U, which is not"):
+    with pytest.raises(
+        ValueError,
+        match=r"delta must change only what LlamaForCausalLM has in its files, got unembed.b_U, which is not",
+    ):
         export_hf(plain, tmp_path / "out", delta=delta)
     bridge = load_model(tmp_path / "plain", backend="bridge")
     delta = WeightDelta({"lm_head._original_component.bias": torch.ones(49152)}, "plain", {}, [])
-    with pytest.raises(ValueError, match=r"delta must change only what LlamaForCausalLM has in its files, got lm_head.bias"):
+    with pytest.raises(
+        ValueError, match=r"delta must change only what LlamaForCausalLM has in its files, got lm_head.bias"
+    ):
         export_hf(bridge, tmp_path / "out", delta=delta)
     with pytest.raises(ValueError, match=r"delta must fit the model, got \(2, 2\) for blocks.0.mlp.W_in"):
         export_hf(plain, tmp_path / "out", delta=WeightDelta({"blocks.0.mlp.W_in": torch.ones(2, 2)}, "m", {}, []))
@@ -341,7 +346,10 @@ def test_a_sliding_window_is_never_lost_on_the_way_to_a_llama(source, tmp_path):
 
 def test_a_folder_that_computes_something_else_gets_no_name(plain, tmp_path):
     plain.cfg.rt_lens_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 3.0}
-    with pytest.raises(ValueError, match=r"model must compute the same logits when .*reads it back.*\(relative error [\d.e-]+\), so nothing was"):
+    with pytest.raises(
+        ValueError,
+        match=r"model must compute the same logits when .*reads it back.*\(relative error [\d.e-]+\), so nothing was",
+    ):
         export_hf(plain, tmp_path / "out")
     assert [entry.name for entry in tmp_path.iterdir()] == ["plain"]
 
@@ -360,7 +368,9 @@ def test_what_is_there_already_is_kept(plain, tmp_path, write):
     export(tmp_path / "out")  # an empty folder is no loss
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     for there in (tmp_path / "out", tmp_path / "plain" / "config.json"):
-        with pytest.raises(ValueError, match=r"path must be a new or empty folder, got .*\. Name a new folder, or delete"):
+        with pytest.raises(
+            ValueError, match=r"path must be a new or empty folder, got .*\. Name a new folder, or delete"
+        ):
             export(there)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
@@ -429,7 +439,10 @@ def test_without_rows_the_card_says_that_nothing_was_measured(plain, tmp_path):
     ("rows", "message"),
     [
         ([], r"measured must be at least one row"),
-        ([{key: value for key, value in ROW.items() if key != "low"}], r"measured must have the columns low in every row"),
+        (
+            [{key: value for key, value in ROW.items() if key != "low"}],
+            r"measured must have the columns low in every row",
+        ),
         ([{**ROW, "seeds": []}], r"measured must have the columns seeds in every row"),
     ],
 )

@@ -414,11 +414,15 @@ def test_a_nuisance_however_short_beside_another_is_projected_out(tiny, ragged):
 
 def test_without_refuses_to_leave_nothing_and_to_miss_a_hook_point(tiny, ragged):
     vectors = rtl.extract_vectors(tiny, ragged)
-    with pytest.raises(ValueError, match=r"leave something of ragged, but nothing is left at blocks\.0\.hook_resid_post without 2 \* "):
+    with pytest.raises(
+        ValueError, match=r"leave something of ragged, but nothing is left at blocks\.0\.hook_resid_post without 2 \* "
+    ):
         vectors.without(2 * vectors)
     with pytest.raises(ValueError, match="nuisances must be at least one set"):
         vectors.without()
-    with pytest.raises(ValueError, match=r"nuisances must have a vector at blocks\.0\.hook_resid_post, but ragged has none"):
+    with pytest.raises(
+        ValueError, match=r"nuisances must have a vector at blocks\.0\.hook_resid_post, but ragged has none"
+    ):
         vectors.without(vectors.select([1]))
 
 
@@ -529,14 +533,18 @@ def test_one_pair_is_enough_for_a_mean_difference(tiny, ragged):
     positive, negative = plain_sides(tiny, one, "last", POST[0])
     found = rtl.extract_vectors(tiny, one)
     torch.testing.assert_close(found[POST[0]], (positive - negative)[0], atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"pairs 'one', last token .*, at blocks\.0.*must be at least 2 pairs for logistic, got 1"):
+    with pytest.raises(
+        ValueError, match=r"pairs 'one', last token .*, at blocks\.0.*must be at least 2 pairs for logistic, got 1"
+    ):
         rtl.extract_vectors(tiny, one, method="logistic")
 
 
 def test_sides_that_are_the_same_are_refused_by_the_pairs_name(tiny, ragged):
     same = ContrastPairs("same", tuple(dataclasses.replace(pair, negative=pair.positive) for pair in ragged.pairs))
     for batch_size in (1, 3, 32):
-        with pytest.raises(ValueError, match=r"in 'same' the two sides are the same, token by token, up to the last token"):
+        with pytest.raises(
+            ValueError, match=r"in 'same' the two sides are the same, token by token, up to the last token"
+        ):
             rtl.extract_vectors(tiny, same, batch_size=batch_size)
 
 
@@ -583,7 +591,9 @@ def test_files_of_another_model_or_schema_or_with_strange_names_are_refused(tmp_
     path = rtl.extract_vectors(tiny, ragged, method="leace").save(tmp_path / "v.safetensors")
     with pytest.raises(ValueError, match=r"d_model 32 .*this model has 48"):
         separability(make_tiny(d_model=48, n_heads=6), SteeringVectors.load(path), ragged)
-    with pytest.raises(ValueError, match=r"vectors must be at hook points of this model.*blocks\.1\.hook_resid_post.*\(1 blocks\)"):
+    with pytest.raises(
+        ValueError, match=r"vectors must be at hook points of this model.*blocks\.1\.hook_resid_post.*\(1 blocks\)"
+    ):
         separability(make_tiny(n_layers=1), SteeringVectors.load(path), ragged)
     tensors = load_file(path)
     known = {"schema": 1, "kind": "steering_vectors", **dataclasses.asdict(SteeringVectors.load(path).provenance)}
@@ -597,7 +607,9 @@ def test_files_of_another_model_or_schema_or_with_strange_names_are_refused(tmp_
         with pytest.raises(ValueError, match="must be a file of steering vectors of schema 1"):
             SteeringVectors.load(rewritten(header))
     for name in ("../../passwd", "blocks.0.hook_resid_post\n", "blocks.99999.hook_resid_post", "__class__", ""):
-        with pytest.raises(ValueError, match=r"must name its tensors after hook points|must be a file of steering vectors"):
+        with pytest.raises(
+            ValueError, match=r"must name its tensors after hook points|must be a file of steering vectors"
+        ):
             SteeringVectors.load(rewritten(known, **{name: torch.ones(32)}))
     for name in (
         "eraser/",

@@ -156,7 +156,7 @@ def test_gradients_of_activations_and_strength_are_those_of_finite_differences(k
 def test_another_width_is_refused_with_both_widths_and_a_fix(kind, shape, made_for, width):
     _, operator = made(kind, shape)
     has = " x ".join(map(str, width))
-    message = rf"vectors were extracted from a model with d_model {made_for}; these activations have {has}\. Extract vectors on this model"
+    message = rf"extracted from a model with d_model {made_for}; these activations have {has}\. Extract vectors on this"
     with pytest.raises(ValueError, match=message):
         operator(torch.ones(2, POS, *width))
 
@@ -166,7 +166,9 @@ def test_another_width_is_refused_with_both_widths_and_a_fix(kind, shape, made_f
 @pytest.mark.parametrize("strength", [torch.ones(BATCH + 1), torch.ones(BATCH, POS + 1), torch.ones(POS, BATCH)])
 def test_strengths_of_another_shape_than_the_rows_and_tokens_are_refused(kind, shape, strength):
     h, operator = made(kind, shape)
-    with pytest.raises(ValueError, match=r"strength must fit activations of shape \(3, 5, .*, got shape \(.*\)\. Give one number, or"):
+    with pytest.raises(
+        ValueError, match=r"strength must fit activations of shape \(3, 5, .*, got shape \(.*\)\. Give one number, or"
+    ):
         operator(h, strength)
 
 
@@ -175,7 +177,9 @@ def test_strengths_of_another_shape_than_the_rows_and_tokens_are_refused(kind, s
 def test_a_strength_for_each_dimension_is_refused(kind, shape):
     h, operator = made(kind, shape)
     for strength in (torch.ones_like(h), torch.ones(1, *h.shape)):
-        with pytest.raises(ValueError, match=r"strength must fit .*Give one number, or one for each row, token or head"):
+        with pytest.raises(
+            ValueError, match=r"strength must fit .*Give one number, or one for each row, token or head"
+        ):
             operator(h, strength)
 
 
@@ -420,7 +424,9 @@ def test_factors_that_fit_no_head_or_dimension_are_refused_even_where_they_fit_t
     h, operator = torch.ones(BATCH, POS, *width), Scale(torch.ones(alpha))
     has = " x ".join(map(str, width))
     for refused in (lambda: operator(h), lambda: operator.affine(1.0, width)):
-        with pytest.raises(ValueError, match=rf"alpha must fit activations of {has}, got shape \(.*\)\. Give one number"):
+        with pytest.raises(
+            ValueError, match=rf"alpha must fit activations of {has}, got shape \(.*\)\. Give one number"
+        ):
             refused()
 
 

@@ -80,7 +80,9 @@ def test_one_multiplier_for_each_row_equals_separate_runs(tiny, tiny_vectors):
 
 def test_multipliers_of_another_number_than_the_rows_are_refused(tiny, tiny_vectors, hooks_on):
     for rows in (1, 2):
-        with pytest.raises(ValueError, match=rf"multiplier must be one number, or one for each of the {rows} rows of the batch, got 3"):
+        with pytest.raises(
+            ValueError, match=rf"multiplier must be one number, or one for each of the {rows} rows of the batch, got 3"
+        ):
             logits(tiny, add(tiny_vectors, [0], torch.ones(3)), rows=rows)
     assert not hooks_on(tiny)
 
@@ -114,7 +116,9 @@ def test_a_multiplier_that_is_no_number_is_refused(tiny_vectors, multiplier):
 
 
 def test_a_layer_without_a_vector_is_refused_with_the_mend(tiny_vectors):
-    with pytest.raises(ValueError, match=r"layers contains 18, but these vectors are of blocks 0\.\.1 .*Try layers=\[1\]"):
+    with pytest.raises(
+        ValueError, match=r"layers contains 18, but these vectors are of blocks 0\.\.1 .*Try layers=\[1\]"
+    ):
         add(tiny_vectors, [18])
     with pytest.raises(ValueError, match=r"hook must be .*, got hook_mlp_out"):
         add(tiny_vectors, [0], hook="mlp_out")
@@ -204,7 +208,9 @@ def test_an_edit_that_fails_leaves_no_hook(tiny, tiny_vectors, hooks_on):
 @pytest.mark.parametrize(("word", "near"), [("promt", "prompt"), ("generate", "generated"), ("lst", "last")])
 def test_an_unknown_word_for_positions_is_refused_with_the_nearest(tiny_vectors, word, near, as_a_user):
     for bound in (add, add_preserving_norm, ablate, clamp):
-        with pytest.raises(ValueError, match=rf"positions must be one of 'all', .*got '{word}'\. Did you mean '{near}'\?"):
+        with pytest.raises(
+            ValueError, match=rf"positions must be one of 'all', .*got '{word}'\. Did you mean '{near}'\?"
+        ):
             bound(tiny_vectors, [0], positions=word)
     with pytest.raises(ValueError, match=rf"positions must be one of .*got '{word}'"):
         scale({POST[0]: 0.5}, positions=word)
@@ -212,7 +218,9 @@ def test_an_unknown_word_for_positions_is_refused_with_the_nearest(tiny_vectors,
 
 @pytest.mark.parametrize("mask", [torch.tensor([1.0, 0.0]), torch.tensor([0, 1])])
 def test_a_mask_that_is_not_boolean_is_refused(tiny_vectors, mask, as_a_user):
-    with pytest.raises(ValueError, match=r"positions must be a boolean mask .*got a tensor of torch\.\w+ and shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"positions must be a boolean mask .*got a tensor of torch\.\w+ and shape \(2,\)"
+    ):
         add(tiny_vectors, [0], positions=mask)
 
 
@@ -281,7 +289,9 @@ def test_what_cannot_be_told_apart_is_refused_outside_rt_lenss_own_loops(tiny, t
 def test_zero_vectors_have_no_direction_to_remove_or_set(provenance, tiny_vectors):
     zero = SteeringVectors({POST[0]: torch.zeros(32)}, provenance)
     for bind in (lambda: ablate(zero), lambda: ablate([tiny_vectors, zero], [0]), lambda: clamp(zero, value=1.0)):
-        with pytest.raises(ValueError, match=rf"vectors must have a direction to remove or set, got all zeros at {POST[0]}"):
+        with pytest.raises(
+            ValueError, match=rf"vectors must have a direction to remove or set, got all zeros at {POST[0]}"
+        ):
             bind()
     assert len(add(zero)) == 1  # adding nothing is no mistake
 

@@ -319,7 +319,9 @@ def test_mood_is_believed_on_the_real_model_and_with_shuffled_sides_it_is_not(mo
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_too_few_pairs_are_refused(tiny, pairs, n):
-    with pytest.raises(ValueError, match=rf"train must be at least 4 pairs, so that two halves can be compared, got {n}"):
+    with pytest.raises(
+        ValueError, match=rf"train must be at least 4 pairs, so that two halves can be compared, got {n}"
+    ):
         rtl.validate_vectors(tiny, pairs.sample(n), pairs.sample(4, seed=1))
 
 

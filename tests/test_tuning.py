@@ -329,7 +329,10 @@ def test_bad_settings_are_named(settings, says):
         ({"layers": [7]}, "layers contains 7, but these vectors are of blocks 0..1"),
         ({"trained_layers": [5]}, "layers.*5.*blocks 0..1"),
         ({"kl_weight": 1.0}, "neutral must be at least one prompt for the KL term"),
-        ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 1.0}, "or steer given, .*so there is nothing to tune"),
+        (
+            {"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 1.0},
+            "or steer given, .*so there is nothing to tune",
+        ),
     ],
 )
 def test_bad_requests_are_named_before_any_work(tiny, tiny_vectors, settings, says):
@@ -427,7 +430,7 @@ def test_held_out_targets_share_no_prompt_with_the_others(tiny, tiny_vectors):
 def test_old_names_and_values_of_a_file_are_read_with_a_hint():
     old = {"direction": "out", "kinds": {"cosine": ["v"]}, "token_rest": 0.3, "layers": [20]}
     kept = dict(old)
-    with pytest.warns(UserWarning) as hints:
+    with pytest.warns(UserWarning, match="the old name still works") as hints:
         found = modern(old)
     assert found == {"direction": "suppress", "target_modules": {"cosine": ["v"]}, "free_nats": 0.3, "layers": [20]}
     assert [str(hint.message) for hint in hints] == [

@@ -420,7 +420,9 @@ def broken_off(run, tiny) -> None:
 def test_another_runs_checkpoint_is_refused_by_name_and_kept(run, tiny, tiny_vectors, tmp_path):
     before = (tmp_path / "run.safetensors").read_bytes()
     for name, other in OTHERS.items():
-        with pytest.raises(ValueError, match=f"checkpoint must be of this run, .*belongs to a run with other {name}[.,] "):
+        with pytest.raises(
+            ValueError, match=f"checkpoint must be of this run, .*belongs to a run with other {name}[.,] "
+        ):
             run(**other(tiny_vectors))
     assert (tmp_path / "run.safetensors").read_bytes() == before
     assert run().changes  # and its own is not

@@ -36,7 +36,10 @@ def test_numbers_that_are_not_finite_are_refused_by_hook_name(provenance, strang
 def test_no_vector_and_unlike_widths_are_refused(provenance):
     with pytest.raises(ValueError, match=r"vectors must have at least one hook point, got none"):
         SteeringVectors({}, provenance)
-    with pytest.raises(ValueError, match=r"vectors must have one shape at one kind of hook point, got .*blocks\.0.*\(4,\).*blocks\.1.*\(5,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"vectors must have one shape at one kind of hook point, got .*blocks\.0.*\(4,\).*blocks\.1.*\(5,\)",
+    ):
         SteeringVectors({POST.format(0): torch.ones(4), POST.format(1): torch.ones(5)}, provenance)
 
 
@@ -88,7 +91,8 @@ def test_only_the_kind_of_hook_asked_for_is_given(provenance):
 @pytest.mark.parametrize("layer", [2, -1, 31])
 def test_a_layer_outside_is_refused_with_the_blocks_and_a_fix(tiny_vectors, layer):
     with pytest.raises(
-        ValueError, match=rf"layers contains {layer}, but these vectors are of blocks 0\.\.1 \(tiny\)\. Try layers=\[1\]"
+        ValueError,
+        match=rf"layers contains {layer}, but these vectors are of blocks 0\.\.1 \(tiny\)\. Try layers=\[1\]",
     ):
         tiny_vectors.at_layers([0, layer])
 
@@ -114,14 +118,18 @@ def test_the_model_they_were_made_for_fits(tiny, tiny_vectors):
 
 def test_a_model_of_another_width_is_refused_with_both_widths(tiny, provenance):
     vectors = SteeringVectors({POST.format(0): torch.ones(48)}, provenance)
-    with pytest.raises(ValueError, match=r"vectors were extracted from a model with d_model 48 \(tiny\); this model has 32\. Extract vectors"):
+    with pytest.raises(
+        ValueError,
+        match=r"vectors were extracted from a model with d_model 48 \(tiny\); this model has 32\. Extract vectors",
+    ):
         vectors.check_fits(tiny)
 
 
 def test_a_model_without_the_hook_point_is_refused_with_the_nearest(tiny, provenance):
     vectors = SteeringVectors({POST.format(7): torch.ones(32)}, provenance)
     with pytest.raises(
-        ValueError, match=r"vectors must be at hook points .*blocks\.7\.hook_resid_post.*2 blocks.*Near.*blocks\..*Extract vectors"
+        ValueError,
+        match=r"vectors must be at hook points .*blocks\.7\.hook_resid_post.*2 blocks.*Near.*blocks\..*Extract vectors",
     ):
         vectors.check_fits(tiny)
 
