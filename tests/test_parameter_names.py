@@ -23,6 +23,7 @@ from rt_lens.models.parameter_names import (
     written_by_read,
 )
 from rt_lens.tuning.delta import WeightDelta
+from rt_lens.vectors.steering_vectors import SteeringVectors
 
 HOOKED = [
     ("blocks.11.attn.W_Q", 11, ("q",)),
@@ -153,8 +154,6 @@ def test_the_table_of_weight_changes_calls_the_weights_what_tune_calls_them(smal
 
 def test_a_change_along_the_vector_is_aligned_whichever_way_round_the_weight_is_stored(small_bridge, provenance):
     """GPT-2's Conv1D keeps [in, out], where NeoX's linear layers keep [out, in]."""
-    from rt_lens.vectors.steering_vectors import SteeringVectors
-
     vectors = SteeringVectors({"blocks.1.hook_resid_post": torch.randn(16)}, provenance)
     unit = vectors["blocks.1.hook_resid_post"] / vectors["blocks.1.hook_resid_post"].norm()
     for name, weight in small_bridge.named_parameters():

@@ -152,7 +152,7 @@ def test_what_a_bridge_cannot_do_at_resid_mid_is_refused_and_not_done_otherwise(
         with (
             pytest.raises(
                 ValueError,
-                match=r"hook must be a point on the residual stream, got resid_mid of a TransformerBridge, which is only what the MLP reads",
+                match=r"hook must be a point on the residual stream, got resid_mid of a TransformerBridge",
             ),
             steered(backends["bridge"], hooks),
         ):

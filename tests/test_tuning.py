@@ -430,7 +430,7 @@ def test_held_out_targets_share_no_prompt_with_the_others(tiny, tiny_vectors):
 def test_old_names_and_values_of_a_file_are_read_with_a_hint():
     old = {"direction": "out", "kinds": {"cosine": ["v"]}, "token_rest": 0.3, "layers": [20]}
     kept = dict(old)
-    with pytest.warns(UserWarning) as hints:
+    with pytest.warns(UserWarning, match="the old name still works") as hints:
         found = modern(old)
     assert found == {"direction": "suppress", "target_modules": {"cosine": ["v"]}, "free_nats": 0.3, "layers": [20]}
     assert [str(hint.message) for hint in hints] == [

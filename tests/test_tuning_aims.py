@@ -185,7 +185,7 @@ def test_a_cosine_is_read_at_a_choices_last_token(tiny, tiny_vectors):
     assert response["cosine"] == last["cosine"]
     with pytest.raises(
         ValueError,
-        match=r"positions must name a token of every target, but 'mean response' names none in the one with prompt 'Is wat",
+        match=r"positions must name a token .*'mean response' names none in the one with prompt 'Is wat",
     ):
         prepare_data(tiny, tiny_vectors, CHOICES, replace(config, positions="mean response"), validation=TARGETS)
 
@@ -208,7 +208,7 @@ def test_an_option_of_several_tokens_is_refused_by_name(tiny, tiny_vectors):
     choice = Choice("Which?", (" A", " quintessential whales"), (0.5, 0.5))
     with pytest.raises(
         ValueError,
-        match=r"options must be one token each, got ' quintessential whales', which is \d tokens of this model after 'Which\?'",
+        match=r"options must be one token each, got ' quintessential whales', which is \d tokens .*'Which\?'",
     ):
         tune(tiny, tiny_vectors, [choice], CONFIG, validation=TARGETS, progress=False)
 
@@ -358,7 +358,8 @@ def test_directions_from_pairs_are_taken_again_from_the_model_as_it_is_by_then(m
     steer = KLThenSteer([pairs], layers=[29], share=1.0, strength=1.0, n_pairs=2)
     vectors = rtl.extract_vectors(model, pairs.sample(2), layers=[29])
     before = model.blocks[29].mlp.W_out.detach().clone()
-    config = replace(STEERED, layers=[29], trained_layers=[29], target_modules=["down"], neutral_batch_size=1, max_steps=2,
+    config = replace(STEERED, layers=[29], trained_layers=[29], target_modules=["down"],
+                     neutral_batch_size=1, max_steps=2,
                      validate_every=1)  # fmt: skip
     tune(model, vectors, TARGETS[:2], config, validation=TARGETS[:1], neutral=NEUTRAL[:1], steer=steer, progress=False)
     assert [n for n, _ in taken] == [2] * 6  # in each of two steps once, and both ways in each of two validations

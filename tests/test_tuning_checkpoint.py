@@ -428,6 +428,25 @@ def test_another_runs_checkpoint_is_refused_by_name_and_kept(run, tiny, tiny_vec
     assert run().changes  # and its own is not
 
 
+def test_a_checkpoint_with_the_names_of_before_resumes_to_the_same_bits(run, tiny, tmp_path):
+    """Checkpoints were written with `kinds`, `token_rest` and the direction `out`."""
+    config, path = replace(CONFIG, direction="suppress", free_nats=0.1), tmp_path / "run.safetensors"
+    unbroken = run(config, checkpoint=None)
+    Counting(tiny, at=8)
+    with pytest.raises(Stop):
+        run(config)
+    tiny.reset_hooks(including_permanent=True)
+    with safe_open(path, framework="pt") as stored:
+        content = json.loads(stored.metadata()["rt_lens"])
+    settings = content["run"]
+    settings["direction"] = "out"
+    settings["kinds"], settings["token_rest"] = settings.pop("target_modules"), settings.pop("free_nats")
+    save_file(load_file(path), path, metadata={"rt_lens": json.dumps(content)})
+    with pytest.warns(UserWarning, match="'token_rest' is now 'free_nats'; the old name still works"):
+        resumed = run(config)
+    assert same(resumed, unbroken)
+
+
 @pytest.mark.usefixtures("broken_off")
 def test_another_answer_to_a_held_out_prompt_is_refused(run, tiny, tiny_vectors):
     held = prepare_data(tiny, tiny_vectors, TARGETS, CONFIG, neutral=NEUTRAL).held_out[0].prompt
@@ -475,7 +494,7 @@ def test_damaged_and_foreign_files_are_refused_and_kept(run, tiny, tmp_path):
     fewer = {name: tensor for name, tensor in tensors.items() if name != first}
     cases = {
         "truncated or no safetensors file": [b"", b"text", whole[:100], whole[:-4], whole + b"x"],
-        "is no checkpoint of schema 1": [
+        "must be a checkpoint of schema 1": [
             foreign(None), foreign({"rt_lens": "{"}), foreign({"rt_lens": "[]"}), foreign({"rt_lens": "3"}),
             foreign({"rt_lens": json.dumps({**content, "kind": "weight_delta"})}),
             foreign({"rt_lens": json.dumps({**content, "schema": 2})}),

@@ -90,7 +90,7 @@ def test_the_default_kinds_take_what_a_model_has_and_others_are_refused(make_tin
         ({"target_modules": []}, r"target_modules must be some of q, k, .*got an empty list"),
         ({"target_modules": {"cosines": ["q"]}}, r"target_modules must have the keys cosine, token, kl, got cosines"),
         ({"target_modules": {"cosine": "v", "token": ["q"]}}, r"target_modules\['cosine'\] must be a list, got 'v'"),
-        ({"target_modules": {"cosine": ["v"]}}, r"target_modules must have an entry for the token loss, .*Add it, or set"),
+        ({"target_modules": {"cosine": ["v"]}}, r"target_modules must have an entry for the token loss, .*or set"),
         ({"trained_layers": {"token": [1]}}, r"trained_layers must have an entry for the cosine loss"),
         ({"trained_layers": {"cosine": [1]}, "token_weight": 0.0, "cosine_weight": 0.0, "kl_weight": 1.0},
          r"trained_layers must have an entry for the kl loss"),
@@ -114,7 +114,7 @@ def test_a_fused_matrix_is_trained_whole_or_not_at_all():
     for kinds in (["q"], ["q", "v"]):
         with pytest.raises(
             ValueError,
-            match=r"target_modules must name all or none of q, k, v, which .*h\.0\.attn\.c_attn\.weight holds in one matrix",
+            match=r"target_modules must name all or none of q, k, v, which .*h\.0\.attn\.c_attn\.weight holds",
         ):
             trained_by(model, replace(config, target_modules=kinds))
 
@@ -278,7 +278,8 @@ def test_low_rank_factors_of_separate_losses_get_only_their_own(tiny, tiny_vecto
     """The same as whole matrices: one loss's factors do not change with the other's weight."""
     kinds = {"cosine": ["v", "o"], "token": ["down"]}
     light, heavy = (
-        changed(tiny, tiny_vectors, lora_rank=2, target_modules=kinds, token_weight=weight, max_steps=1, max_grad_norm=1e9,
+        changed(tiny, tiny_vectors, lora_rank=2, target_modules=kinds, token_weight=weight, max_steps=1,
+                max_grad_norm=1e9,
                 weight_decay=0.0)
         for weight in (0.1, 10.0)
     )  # fmt: skip

@@ -13,6 +13,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from rt_lens.models.protocol import Model
+
 # `_original_component` is what a TransformerBridge puts between a module and its owner.
 _WRAPPER = "._original_component"
 # Blocks are `blocks` in TransformerLens, `layers` or, in GPT-2, `h` on Hugging Face.
@@ -138,7 +140,7 @@ def from_matrix(name: str, matrix: Float[Tensor, "out into"], shape: tuple[int, 
     return matrix.reshape(shape[0], shape[2], shape[1]).movedim(2, 1)
 
 
-def stored_input_first(model: Any, name: str) -> bool:
+def stored_input_first(model: Model, name: str) -> bool:
     """Whether a weight belongs to a Conv1D of transformers (GPT-2), stored as [in, out] and not [out, in].
 
     Names do not tell: a bridge calls GPT-2's output projection `attn.o`, as it calls other models' linear ones.
@@ -147,7 +149,8 @@ def stored_input_first(model: Any, name: str) -> bool:
         >>> stored_input_first(model, "blocks.0.attn.W_Q")
         False
     """
-    return type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+    return type(owner).__name__ == "Conv1D"
 
 
 def written_by_read(name: str, weight: Tensor, *, input_first: bool = False) -> Float[Tensor, "write read"]:

@@ -87,7 +87,7 @@ class Checkpoint:
         try:
             content = json.loads(header.get("rt_lens", "{}"))
             known = content["kind"] == "tuning_checkpoint" and content["schema"] == _SCHEMA
-            run, state = modern(content["run"]), dict(content["state"])
+            run, state = modern(dict(content["run"])), dict(content["state"])
         except (ValueError, KeyError, TypeError):  # some other program's header
             known = False
         if not known:

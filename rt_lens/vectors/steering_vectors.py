@@ -41,7 +41,13 @@ class Provenance:
         version: of rt_lens.
         position_tokens: the tokens read in the first pair's positive side, as the model's tokenizer writes them.
         prompts_sha256: checksum of the texts as the model read them, through its chat template.
-        dtype: of the model's weights; files from before it was kept are of float32.
+        dtype: of the model's weights; float32 for files that do not name it.
+
+    Example:
+        >>> vectors.provenance.behaviour, vectors.provenance.n_pairs
+        ('mood', 16)
+        >>> Provenance.from_json(vectors.provenance.to_json()) == vectors.provenance
+        True
     """
 
     model: str
@@ -115,10 +121,14 @@ class SteeringVectors:
         ValueError: if there is none, one is not finite, or widths at one kind of hook point differ.
 
     Example:
-        >>> vectors = SteeringVectors.load("mood.safetensors")
         >>> vectors["blocks.18.hook_resid_post"].shape
         torch.Size([576])
-        >>> happier_and_casual = vectors - 0.5 * SteeringVectors.load("formality.safetensors")
+        >>> path = vectors.save("mood.safetensors")
+        >>> mood = SteeringVectors.load(path)
+        >>> (mood - 0.5 * mood).provenance.behaviour
+        'mood - (0.5 * (mood))'
+        >>> round(mood.cosine(-mood)["blocks.18.hook_resid_post"], 4)
+        -1.0
     """
 
     vectors: dict[str, Float[Tensor, "*heads d"]] = field(repr=False)
@@ -385,6 +395,12 @@ def orthogonalised(sets: Sequence[SteeringVectors]) -> list[SteeringVectors]:
 
     Raises:
         ValueError: if a set lacks a hook point of an earlier one, or nothing is left of it.
+
+    Example:
+        >>> formality = extract_vectors(model, load_pairs("formality").sample(8), layers=[21])
+        >>> mood, rest = orthogonalised([vectors, formality])
+        >>> abs(mood.cosine(rest)["blocks.21.hook_resid_post"]) < 1e-4
+        True
     """
     done: list[SteeringVectors] = []
     for vectors in sets:
@@ -400,12 +416,22 @@ def _kind(hook: str) -> str:
 
 
 def hook_names(layers: Sequence[int], hook: str = "resid_post") -> list[str]:
-    """Hook names of blocks: `hook_names([18])` is `["blocks.18.hook_resid_post"]`."""
+    """Hook names of blocks at one kind of hook point.
+
+    Example:
+        >>> hook_names([18, 21]), hook_names([18], "z")
+        (['blocks.18.hook_resid_post', 'blocks.21.hook_resid_post'], ['blocks.18.attn.hook_z'])
+    """
     return [f"blocks.{layer}.{_kind(hook)}" for layer in layers]
 
 
 def layer_of(hook_name: str) -> int:
-    """The block of a hook name."""
+    """The block of a hook name.
+
+    Example:
+        >>> layer_of("blocks.18.hook_resid_post")
+        18
+    """
     return int(hook_name.split(".")[1])
 
 
