@@ -16,10 +16,11 @@ from typing import Any
 import rt_lens as rtl
 from rt_lens.common.files import write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
-from rt_lens.data.builtin import behaviours, neutral_paragraphs
+from rt_lens.data.builtin import neutral_paragraphs
 from rt_lens.experiment.config import load_experiment
 from rt_lens.vectors.methods import METHODS
 
+BEHAVIOURS = ["mood", "formality", "language", "refusal"]  # `honesty` scores options, not responses
 DOSE = 2.0
 
 
@@ -86,7 +87,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("behaviours", nargs="*", default=behaviours())
+    parser.add_argument("behaviours", nargs="*", default=BEHAVIOURS)
     parser.add_argument("--n-pairs", type=int, default=96)
     parser.add_argument("--n-prompts", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

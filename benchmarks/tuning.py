@@ -322,11 +322,11 @@ def kl_then_steer(session: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
             scores[arm, dose], kls[arm, dose] = np.array(of_dose), result.kl
             effect = mean_interval(of_dose)
             kl = result.mean_kl
-            rows.append({"arm": arm, "multiplier": dose, **_spread("effect", effect), **_spread("damage", kl),
-                         "n": effect.n, "n_damage": kl.n, "seed": config.seed})  # fmt: skip
+            rows.append({"arm": arm, "multiplier": dose, **_spread("effect", effect), **_spread("side_effect", kl),
+                         "n": effect.n, "n_side_effect": kl.n, "seed": config.seed})  # fmt: skip
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
-    yield "kl_then_steer", table, rtl.plots.effect_against_damage(table)
+    yield "kl_then_steer", table, rtl.plots.effect_against_side_effect(table)
     yield "kl_then_steer_at_equal_effect", _at_equal_effect(scores, kls, reference.sizes), None
 
 

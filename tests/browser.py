@@ -19,15 +19,13 @@ HERE = re.compile(r"(http://127\.0\.0\.1:\d+/|file://|data:|blob:|about:)")
 @contextmanager
 def opened() -> Iterator[Browser]:
     """A headless browser of the system."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        raise RuntimeError(
-            f"none of {', '.join(BROWSERS)} is installed, and these tests need one: apt-get install chromium"
-        )
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        raise RuntimeError(f"These tests need one of {', '.join(BROWSERS)}. Run apt-get install chromium.")
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         # Under root, as in containers, Chromium starts without its sandbox only.
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -44,7 +42,7 @@ class Watch:
         context.set_default_timeout(PATIENCE)
         context.on("request", lambda request: None if HERE.match(request.url) else self.outside.append(request.url))
         # A breach of the content security policy is an error of the console as well.
-        context.on("console", lambda said: self.faults.append(said.text) if said.type == "error" else None)
+        context.on("console", lambda message: self.faults.append(message.text) if message.type == "error" else None)
         context.on("weberror", lambda fault: self.faults.append(str(fault.error)))
         context.on("dialog", self._dialog)
         return context
@@ -77,8 +75,8 @@ def done(page: Page) -> None:
 
 def answers(page: Page) -> dict[str, str]:
     """Arm -> its answer, as the page shows it."""
-    found = part(page, "answers").locator("article").all()
-    return {article.locator("h3").inner_text(): article.locator("p").text_content() or "" for article in found}
+    articles = part(page, "answers").locator("article").all()
+    return {article.locator("h3").inner_text(): article.locator("p").text_content() or "" for article in articles}
 
 
 def look(page: Page, prompt: str) -> dict[str, str]:

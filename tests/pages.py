@@ -9,8 +9,8 @@ from dash.development.base_component import Component
 
 def parts(content: Any) -> list[Any]:
     """A component, or several, with all that is inside, from the outside in."""
-    each = content if isinstance(content, list) else [content]
-    return [part for one in each for part in ([one, *one._traverse()] if isinstance(one, Component) else [one])]
+    components = content if isinstance(content, list) else [content]
+    return [part for one in components for part in ([one, *one._traverse()] if isinstance(one, Component) else [one])]
 
 
 def figures(content: Any) -> dict[str, Any]:

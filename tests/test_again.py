@@ -46,7 +46,9 @@ def test_the_file_in_the_record_is_the_same_experiment(own, tmp_path):
     ran = load_experiment(own, model="some/hub-name")
     made = recorded(ran, own)
     assert shlex.split(made["command"]) == ["rt-lens", "run", "my own.toml", "--model", "some/hub-name"]
-    assert made["call"] == "run_experiment(load_experiment('my own.toml', model='some/hub-name'), Path('runs/repeated'))"
+    assert (
+        made["call"] == "run_experiment(load_experiment('my own.toml', model='some/hub-name'), Path('runs/repeated'))"
+    )
     (tmp_path / "again").mkdir()
     (tmp_path / "again" / made["file"]).write_text(made["toml"])
     _, _, file, _, model = shlex.split(made["command"])

@@ -177,7 +177,7 @@ def test_a_slider_s_number_is_typed_and_an_empty_one_is_refused(page, model, vec
     number = part(page, "multiplier").get_by_role("spinbutton")
     number.fill("")
     number.blur()
-    expect(part(page, "error")).to_contain_text("multiplier: nothing came")
+    expect(part(page, "error")).to_contain_text("multiplier must be a number, got nothing")
     mark = started(page)
     number.fill("-40")  # below the slider's end
     number.blur()
@@ -250,7 +250,7 @@ def test_an_emoji_is_read_and_half_of_one_is_refused(page, model, vectors):
         }"""
     )
     part(page, "start").click()
-    expect(part(page, "error")).to_contain_text("prompt: half of a character came")
+    expect(part(page, "error")).to_contain_text("prompt must hold whole characters")
 
 
 def test_a_tab_outlives_a_restart_and_says_what_was_lost(chromium, model, vectors):
@@ -264,7 +264,7 @@ def test_a_tab_outlives_a_restart_and_says_what_was_lost(chromium, model, vector
     port = int(first.url.rsplit(":", 1)[1].strip("/"))
     first.stop()
     second = rtl.dashboard(model, vectors, port=port)
-    expect(part(page, "error")).to_contain_text("this piece of work is gone")
+    expect(part(page, "error")).to_contain_text("which ended this job")
     slide(page, "length", "Home")
     assert look(page, "How was your day?") == replies(model, vectors, "How was your day?")
     expect(part(page, "error")).to_be_empty()

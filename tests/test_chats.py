@@ -101,7 +101,7 @@ def test_what_went_through_a_template_does_not_go_through_it_again(tokenizer, ti
     )  # a string of one's own is a message
     assert rtl.generate(tiny, [once], max_new_tokens=4) == rtl.generate(tiny, ["Who are you?"], max_new_tokens=4)
     asked = [Question(once, ("Bob",), ("Eve",)), Question("Who are you?", ("Bob",), ("Eve",))]
-    (first,), (second,) = (tuple(_asks(tiny, 0, question, "answers")) for question in asked)
+    (first,), (second,) = (tuple(_asks(tiny, 0, question, "completion")) for question in asked)
     assert first == second  # the same tokens
     assert likelihoods(tiny, asked)[0].totals == pytest.approx(likelihoods(tiny, asked)[1].totals, abs=1e-5)
 

@@ -38,7 +38,7 @@ def test_totals_are_those_of_plain_passes(model):
         for option, total, size in zip(question.options, found.totals, found.sizes, strict=True):
             assert total == pytest.approx(directly(model, text, gap + option), abs=2e-4)
             assert size == len(model.tokenizer.encode(gap + option, add_special_tokens=False))
-        assert found.other == pytest.approx(1 - sum(math.exp(total) for total in found.totals), abs=1e-4)
+        assert found.off_options == pytest.approx(1 - sum(math.exp(total) for total in found.totals), abs=1e-4)
 
 
 def test_multiple_choice_asks_in_every_rotation_and_averages(model):

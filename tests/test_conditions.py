@@ -151,21 +151,27 @@ def test_whole_prompts_need_nobody_to_say_so(tiny, tiny_vectors, prompts, direct
 
 
 def test_an_edit_before_the_condition_is_read_is_refused(tiny_vectors, direction):
-    with pytest.raises(ValueError, match=rf"condition: it is read at {POST}, after the edit at {PRE}\. Read it at"):
+    with pytest.raises(
+        ValueError,
+        match=rf"condition must be read before its edits, got {POST}, which is after the edit at {PRE}\. Read it at",
+    ):
         conditional(add(tiny_vectors), Condition(POST, direction, 0.0))
     mlp = SteeringVectors({"blocks.1.hook_mlp_out": direction}, tiny_vectors.provenance)
-    with pytest.raises(ValueError, match=r"condition: it is read at blocks\.1\.hook_resid_post, after the edit"):
+    with pytest.raises(
+        ValueError,
+        match=r"condition must be read before its edits, got blocks\.1\.hook_resid_post, which is after the edit",
+    ):
         conditional(add(mlp, hook="mlp_out"), Condition(POST, direction, 0.0))
     assert len(conditional(add(mlp, hook="mlp_out"), Condition(PRE, direction, 0.0))) == 2
 
 
 def test_foreign_hooks_and_edits_that_have_a_condition_are_refused(tiny_vectors, direction):
     condition = Condition(PRE, direction, 0.0)
-    with pytest.raises(ValueError, match=rf"hooks: the one at {POST} is no edit of rt_lens, or has a condition"):
+    with pytest.raises(ValueError, match=rf"hooks must be edits of rt_lens without a condition, got .* at {POST}"):
         conditional([(POST, lambda h, hook: h)], condition)
     guarded = conditional(add(tiny_vectors, [1]), condition)
     for hooks in (guarded, guarded[1:]):
-        with pytest.raises(ValueError, match=r"hooks: .* is no edit of rt_lens, or has a condition already"):
+        with pytest.raises(ValueError, match=r"hooks must be edits of rt_lens without a condition, got "):
             conditional(hooks, condition)
 
 
@@ -173,7 +179,10 @@ def test_foreign_hooks_and_edits_that_have_a_condition_are_refused(tiny_vectors,
 def test_edits_without_their_reader_are_refused(tiny, tiny_vectors, direction, hooks_on):
     hooks = conditional(add(tiny_vectors, [1]), Condition(PRE, direction, 0.0))
     with (
-        pytest.raises(ValueError, match=rf"condition: {PRE} was not read in this forward pass\. Attach the whole list"),
+        pytest.raises(
+            ValueError,
+            match=rf"condition must be read .*{PRE} was not read in this forward pass\. Attach the whole list",
+        ),
         steered(tiny, hooks[1:]),
     ):
         tiny(torch.tensor([[5, 6]]))
@@ -183,11 +192,16 @@ def test_edits_without_their_reader_are_refused(tiny, tiny_vectors, direction, h
 @torch.no_grad()
 def test_a_pass_that_may_be_in_the_middle_of_an_answer_is_refused(tiny, tiny_vectors, direction):
     hooks = conditional(add(tiny_vectors, [1]), Condition(PRE, direction, 0.0))
-    with pytest.raises(ValueError, match=r"condition: this forward pass has one token"), steered(tiny, hooks):
+    with (
+        pytest.raises(
+            ValueError, match=r"condition must be read on whole prompts, but this forward pass has one token"
+        ),
+        steered(tiny, hooks),
+    ):
         tiny(torch.tensor([[5]]))
     mask = torch.ones(1, 6, dtype=torch.long)
     with (
-        pytest.raises(ValueError, match=r"condition: a row's prompt is not in this forward pass\. Run prompts whole"),
+        pytest.raises(ValueError, match=r"a row's prompt is not in this forward pass\. Run prompts whole"),
         steered(tiny, hooks),
         token_context(mask, new=2, lengths=torch.tensor([4])),
     ):
@@ -197,10 +211,16 @@ def test_a_pass_that_may_be_in_the_middle_of_an_answer_is_refused(tiny, tiny_vec
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"by": "row"}, r"by: 'row' and position 'last' came; 'example' or 'token', and 'last' or 'mean', are wanted"),
-        ({"position": "first"}, r"by: 'example' and position 'first' came"),
-        ({"direction": torch.zeros(32)}, r"condition: a direction of length 0 and threshold 0\.5 came"),
-        ({"threshold": float("nan")}, r"condition: a direction of length .* and threshold nan came"),
+        (
+            {"by": "row"},
+            r"by must be 'example' or 'token' and position 'last' or 'mean', got by='row' and position='last'",
+        ),
+        ({"position": "first"}, r"got by='example' and position='first'"),
+        (
+            {"direction": torch.zeros(32)},
+            r"condition must have a direction other than zero .*length 0 and threshold 0\.5",
+        ),
+        ({"threshold": float("nan")}, r"condition must have .*got a direction of length .* and threshold nan"),
     ],
 )
 def test_a_condition_that_can_never_be_decided_is_refused(changes, message, direction, as_a_user):
@@ -245,7 +265,7 @@ def topics(pairs) -> tuple[list[str], list[str]]:
 
 @pytest.fixture(scope="module")
 def small_talk(model, topics) -> FittedCondition:
-    return fit_condition(model, holds=topics[0], fails=SUMS, layer=12)
+    return fit_condition(model, positive=topics[0], negative=SUMS, layer=12)
 
 
 def test_small_talk_is_told_from_arithmetic_on_prompts_that_were_not_fitted(small_talk):
@@ -258,7 +278,9 @@ def test_small_talk_is_told_from_arithmetic_on_prompts_that_were_not_fitted(smal
 
 
 def test_two_kinds_of_prompt_that_do_not_differ_are_not_told_apart(model, topics):
-    fits = [fit_condition(model, holds=topics[0][:12], fails=topics[0][12:], layer=12, seed=seed) for seed in range(4)]
+    fits = [
+        fit_condition(model, positive=topics[0][:12], negative=topics[0][12:], layer=12, seed=seed) for seed in range(4)
+    ]
     assert sum(found.misses.mean + found.false_alarms.mean for found in fits) / 4 > 0.5
 
 
@@ -337,28 +359,31 @@ def test_mood_moves_in_small_talk_and_arithmetic_in_the_same_batch_stays_token_f
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"holds": TEXTS[:3]}, r"holds: 3 different prompts came; at least 4 are wanted"),
-        ({"fails": []}, r"fails must be a list of at least one text, got an empty one"),
-        ({"holds": "How was your day?"}, r"holds must be .*got one string"),
-        ({"holds": [*TEXTS, None]}, r"holds must be a list of texts, got None"),
-        ({"by": "row"}, r"by: 'row' and position 'last' came"),
-        ({"position": "first"}, r"by: 'example' and position 'first' came"),
-        ({"layer": 2}, r"layers: 2 is outside this model's blocks 0\.\.1"),
-        ({"hook": "resid_pots"}, r"hook: 'blocks\.1\.hook_resid_pots' is not in this model .*hook_resid_post"),
-        ({"hook": "z"}, r"hook: 'z' is each head's own; a condition reads one direction\. Use hook='attn_out'"),
+        ({"positive": TEXTS[:3]}, r"positive must be at least 4 different prompts, .*got 3"),
+        ({"negative": []}, r"negative must be a list of at least one text, got an empty one"),
+        ({"positive": "How was your day?"}, r"positive must be .*got one string"),
+        ({"positive": [*TEXTS, None]}, r"positive must be a list of texts, got None"),
+        ({"by": "row"}, r"got by='row' and position='last'"),
+        ({"position": "first"}, r"got by='example' and position='first'"),
+        ({"layer": 2}, r"layers.*2.*blocks 0\.\.1"),
+        ({"hook": "resid_pots"}, r"hook.*blocks\.1\.hook_resid_pots.*hook_resid_post"),
+        (
+            {"hook": "z"},
+            r"hook must be a point with one activation per token, .*got blocks\.1\.attn\.hook_z.*Use hook='attn_out'",
+        ),
     ],
 )
 def test_a_fit_that_cannot_be_is_refused_by_name(tiny, changes, message, as_a_user):
-    given = {"holds": TEXTS, "fails": SUMS[:4], "layer": 1, **changes}
+    given = {"positive": TEXTS, "negative": SUMS[:4], "layer": 1, **changes}
     with pytest.raises(ValueError, match=message):
         fit_condition(tiny, **given)
 
 
 def test_a_fit_on_vectors_of_another_model_or_block_is_refused(tiny, tiny_vectors, provenance):
     wide = SteeringVectors({POST: torch.ones(48)}, provenance)
-    with pytest.raises(ValueError, match=r"vectors: made for d_model 48 .*this model has 32"):
+    with pytest.raises(ValueError, match=r"d_model 48 .*this model has 32"):
         fit_condition(tiny, TEXTS, SUMS[:4], layer=1, vectors=wide)
-    with pytest.raises(ValueError, match=r"layers: 0 is outside these vectors' blocks 1\.\.1"):
+    with pytest.raises(ValueError, match=r"layers contains 0, but these vectors are of blocks 1\.\.1"):
         fit_condition(tiny, TEXTS, SUMS[:4], layer=0, vectors=wide)
     zero = SteeringVectors({POST: torch.zeros(32)}, provenance)
     with pytest.raises(ValueError, match=r"zero"):

@@ -19,10 +19,10 @@ from small_runs import make_board, write_run
 
 import rt_lens as rtl
 from rt_lens.apps.dashboard.app import make_app
-from rt_lens.apps.dashboard.explore import OPERATORS, SLOTS, _Look, layout, steering
+from rt_lens.apps.dashboard.explore import OPERATORS, SLOTS, _PromptJob, layout, steering
 from rt_lens.apps.dashboard.serving import Dashboard
 from rt_lens.apps.dashboard.session import Session
-from rt_lens.apps.dashboard.work import Job, Jobs, told, turn_of
+from rt_lens.apps.dashboard.work import Job, Jobs, progress_text, turn_of
 from rt_lens.common.progress import Bar, watched
 from rt_lens.models.generation import as_chat
 from rt_lens.models.tokens.batches import encode
@@ -69,11 +69,11 @@ def test_jobs_run_one_after_the_other_and_show_what_they_find(jobs):
     first = jobs.start("first", gate)
     after = jobs.start("second", second)
     assert gate.begun.wait(20)
-    assert order == [] and told(jobs.get(after), jobs.before(jobs.get(after))) == "Waiting for 1 before it."
-    assert re.fullmatch(r"First … waiting at the gate: \d+ of 100000 looks", told(jobs.get(first), []))
+    assert order == [] and progress_text(jobs.get(after), jobs.before(jobs.get(after))) == "Waiting for 1 job."
+    assert re.fullmatch(r"First … waiting at the gate: \d+ of 100000 looks", progress_text(jobs.get(first), []))
     gate.open.set()
     job = ended(jobs, after)
-    assert jobs.get(first).state == job.state == "done" and told(job, []) == "Done."
+    assert jobs.get(first).state == job.state == "done" and progress_text(job, []) == "Done."
     assert job.shown == {"answer": 2} and job.versions == {"answer": 2}
 
 
@@ -84,7 +84,7 @@ def test_a_stopped_job_ends_and_one_that_waits_never_begins(jobs):
     jobs.stop(waiting)
     jobs.stop(running)
     assert ended(jobs, running).state == jobs.get(waiting).state == "stopped"
-    assert begun == [] and told(jobs.get(running), []) == "Stopped."
+    assert begun == [] and progress_text(jobs.get(running), []) == "Stopped."
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_a_stopped_job_ends_and_one_that_waits_never_begins(jobs):
     [
         (ValueError("layer must be 0 to 29, got 31."), "layer must be 0 to 29, got 31."),
         (MemoryError("Lower batch_size."), "Lower batch_size."),
-        (SystemExit("bye"), "SystemExit: bye (unexpected; the terminal of the dashboard says more)"),
-        (RuntimeError("odd"), "RuntimeError: odd (unexpected; the terminal of the dashboard says more)"),
+        (SystemExit("bye"), "SystemExit: bye (unexpected; see the terminal of the dashboard)"),
+        (RuntimeError("odd"), "RuntimeError: odd (unexpected; see the terminal of the dashboard)"),
     ],
 )
 def test_a_fault_is_told_and_the_queue_goes_on(jobs, fault, said):
@@ -233,7 +233,7 @@ def test_a_notebook_shows_it_in_a_frame(board):
 def test_what_cannot_be_opened_is_refused_before_anything_is(tiny_vectors, model, tmp_path):
     with pytest.raises(ValueError, match="model or run must be given, got neither. Give a model"):
         rtl.dashboard()
-    with pytest.raises(ValueError, match="made for d_model 32"):
+    with pytest.raises(ValueError, match="d_model 32"):
         rtl.dashboard(model, tiny_vectors)
     with pytest.raises(FileNotFoundError, match="no_run"):
         rtl.dashboard(run=tmp_path / "no_run")
@@ -253,11 +253,11 @@ def explored(tiny: Any, tiny_vectors: rtl.SteeringVectors) -> Callable[..., Job]
     """Runs what the button of Explore starts, in this thread."""
 
     def run(
-        prompt: str = "Hello there.", operator: str = "add", arm: str = "none", bench: Session | None = None
+        prompt: str = "Hello there.", operator: str = "add", arm: str = "none", session: Session | None = None
     ) -> Job:
-        own = bench or Session(tiny, {"mood": tiny_vectors})
+        own = session or Session(tiny, {"mood": tiny_vectors})
         job = Job("answering", "key", lambda job: None)
-        _Look(own, prompt, "mood", operator, 1, 2.0, arm, 6).run(job)
+        _PromptJob(own, prompt, "mood", operator, 1, 2.0, arm, 6).run(job)
         return job
 
     return run
@@ -310,17 +310,17 @@ def test_the_operators_of_the_page_are_those_of_the_api(tiny, tiny_vectors):
 
 
 def test_a_tuned_arm_answers_as_well(explored, tiny, tiny_vectors):
-    bench, noise = Session(tiny, {"mood": tiny_vectors}), np.random.default_rng(0)
+    session, noise = Session(tiny, {"mood": tiny_vectors}), np.random.default_rng(0)
     name, weight = next((name, own) for name, own in tiny.named_parameters() if name.endswith("mlp.W_out"))
     change = weight.new_tensor(noise.normal(0, 0.5, weight.shape))
     delta = rtl.WeightDelta({name: change}, "tiny", {}, [])
-    bench.keep_delta("rep_tuned_away", delta)
-    job = explored(arm="rep_tuned_away", bench=bench)
+    session.keep_delta("rep_tuned_away", delta)
+    job = explored(arm="rep_tuned_away", session=session)
     with delta.applied(tiny):
         (reply,) = rtl.generate(tiny, ["Hello there."], max_new_tokens=6)
     assert [article.children[0].children for article in job.shown["answers"].children][2] == "rep_tuned, away"
     assert texts(job)[2] == reply
-    assert "rep_tuned_away" in [option["value"] for option in ids(layout(bench))["explore-arm"].options]
+    assert "rep_tuned_away" in [option["value"] for option in ids(layout(session))["explore-arm"].options]
 
 
 def test_a_prompt_too_long_to_draw_is_refused(explored, tiny):
@@ -331,7 +331,7 @@ def test_a_prompt_too_long_to_draw_is_refused(explored, tiny):
 
 def test_stopping_leaves_no_hook(tiny, tiny_vectors, hooks_on, jobs):
     before, looks = hooks_on(tiny), list[int]()
-    look = _Look(Session(tiny, {"mood": tiny_vectors}), "Hello there.", "mood", "add", 1, 2.0, "none", 120)
+    look = _PromptJob(Session(tiny, {"mood": tiny_vectors}), "Hello there.", "mood", "add", 1, 2.0, "none", 120)
 
     def run(job: Job) -> None:
         def watch(step: Any) -> None:
@@ -349,10 +349,10 @@ def test_stopping_leaves_no_hook(tiny, tiny_vectors, hooks_on, jobs):
 
 
 def test_explore_without_the_model_shows_the_run_and_says_why(tmp_path):
-    bench = Session(None, {}, rtl.load_results(write_run(tmp_path / "run", make_board(0))))
-    page = layout(bench)
+    session = Session(None, {}, rtl.load_results(write_run(tmp_path / "run", make_board(0))))
+    page = layout(session)
     assert "explore-start" not in ids(page)
-    assert "Nothing can be typed here: tiny is not on this machine." in str(page)
+    assert "tiny is not on this machine, so you cannot type a prompt here." in str(page)
     held = page.children[-1]
     np.testing.assert_allclose(held.children.figure.data[0].z, [[0.1, 0.2]])
 

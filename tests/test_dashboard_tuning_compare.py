@@ -18,7 +18,7 @@ from small_runs import make_board, write_run
 import rt_lens as rtl
 from rt_lens.apps.dashboard import compare, explore, tuning
 from rt_lens.apps.dashboard.app import make_app
-from rt_lens.apps.dashboard.compared import answers_to, prompts_of
+from rt_lens.apps.dashboard.compared import prompts_of, responses_to
 from rt_lens.apps.dashboard.session import Session
 from rt_lens.apps.dashboard.work import Job, Stopped
 from rt_lens.arms.comparison import EvalTask, compare_arms
@@ -62,11 +62,11 @@ def glad(tmp_path: Path) -> Experiment:
 
 
 @pytest.fixture
-def bench(make_tiny: Callable[..., Any], once: dict[str, Any], glad: Experiment) -> Session:
+def session(make_tiny: Callable[..., Any], once: dict[str, Any], glad: Experiment) -> Session:
     if "model" not in once:
         once["model"] = make_tiny()
         once["weights"] = weights(once["model"])
-    return Session(once["model"], once.get("vectors", {}), own=[glad])
+    return Session(once["model"], once.get("vectors", {}), experiments=[glad])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-class FilteredPairs(Job):
+class RecordedJob(Job):
     """A job that remembers all that it showed, and can be stopped at some showing."""
 
     def __init__(self, work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> None:
@@ -96,8 +96,8 @@ class FilteredPairs(Job):
             self.stop.set()
 
 
-def done(work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> FilteredPairs:
-    job = FilteredPairs(work, stop_at)
+def done(work: Callable[[Job], Any], stop_at: tuple[str, int] = ("", 0)) -> RecordedJob:
+    job = RecordedJob(work, stop_at)
     with watched(job.watch):
         work(job)
     return job
@@ -127,29 +127,29 @@ def drawn_losses(figure: Any, split: str, n_parts: int = 4) -> list[list[float]]
 
 
 @pytest.fixture
-def tuned(bench: Session, once: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> FilteredPairs:
+def tuned(session: Session, once: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> RecordedJob:
     monkeypatch.setattr(tuning, "_BETWEEN", 0.0)
     if "tuned" not in once:
-        name, work = tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
+        name, work = tuning.plan(session, BEHAVIOUR, "away", *SETTINGS)
         assert name == "tuning away"
-        once["tuned"], once["vectors"] = done(work), {BEHAVIOUR: bench.vectors(BEHAVIOUR)}
-        (once["name"],) = bench.deltas()
-        once["delta"] = bench.delta(once["name"])
-    bench.keep_delta(once["name"], once["delta"])
+        once["tuned"], once["vectors"] = done(work), {BEHAVIOUR: session.vectors(BEHAVIOUR)}
+        (once["name"],) = session.deltas()
+        once["delta"] = session.delta(once["name"])
+    session.keep_delta(once["name"], once["delta"])
     return once["tuned"]
 
 
-def test_tuning_keeps_and_draws_what_tune_gives_and_leaves_the_model_as_it_was(bench, tuned, once):
-    model = bench.model
+def test_tuning_keeps_and_draws_what_tune_gives_and_leaves_the_model_as_it_was(session, tuned, once):
+    model = session.model
     assert same(once["weights"], model)
-    config = replace(bench.experiment(BEHAVIOUR).tune, seed=5, learning_rate=3e-3, epochs=4)
-    train, validation = bench.pairs(BEHAVIOUR)
+    config = replace(session.experiment(BEHAVIOUR).tune, seed=5, learning_rate=3e-3, epochs=4)
+    train, validation = session.pairs(BEHAVIOUR)
     wanted = rtl.tune(
-        model, bench.vectors(BEHAVIOUR), train, config, validation=validation, neutral=neutral_prompts()[:4],
+        model, session.vectors(BEHAVIOUR), train, config, validation=validation, neutral=neutral_prompts()[:4],
         progress=False,
     )  # fmt: skip
-    (name,) = bench.deltas()
-    kept = bench.delta(name)
+    (name,) = session.deltas()
+    kept = session.delta(name)
     assert name == f"rep_tuned_away ({BEHAVIOUR})" and kept.history == wanted.history
     assert all(torch.equal(change, wanted.changes[key]) for key, change in kept.changes.items())
     assert any(change.abs().max() > 0 for change in kept.changes.values())
@@ -169,15 +169,15 @@ def test_the_losses_are_drawn_step_by_step_while_it_tunes(tuned):
             assert line == pytest.approx(whole[: len(line)], abs=5.1e-4)  # the bar's three decimals
 
 
-def test_what_tuning_did_inside_is_what_the_inspection_says(bench, tuned):
-    model, vectors = bench.model, bench.vectors(BEHAVIOUR)
-    (name,) = bench.deltas()
-    delta = bench.delta(name)
+def test_what_tuning_did_inside_is_what_the_inspection_says(session, tuned):
+    model, vectors = session.model, session.vectors(BEHAVIOUR)
+    (name,) = session.deltas()
+    delta = session.delta(name)
     changed = weight_changes(model, delta, vectors)
     heat, *_ = figures(tuned.shown["weights"])["tuning-weights-weights-graph"].data
     drawn = sorted(value for row in heat.z for value in row if value is not None and not np.isnan(value))
     assert drawn == pytest.approx(sorted(100 * changed["relative"].dropna()))
-    prompts = bench.pairs(BEHAVIOUR)[1].topics[: tuning.N_PROMPTS]
+    prompts = session.pairs(BEHAVIOUR)[1].topics[: tuning.N_PROMPTS]
     arms = {"steered": rtl.add(vectors, [1], -2.0), "rep_tuned": delta}
     moved = projection_changes(model, vectors, as_chat(model, prompts), arms, seed=5)
     lines = {
@@ -196,30 +196,30 @@ def test_what_tuning_did_inside_is_what_the_inspection_says(bench, tuned):
         (figure,) = figures(tuned.shown[slot]).values()
         title = figure.layout.title
         assert (
-            f"(steered: layer 1, m = −2; {said(bench)})" in title.text
+            f"(steered: layer 1, m = −2; {said(session)})" in title.text
             and "n = 4" in title.subtitle.text
             and "seed 5" in title.subtitle.text
         )
         assert "<b>" not in title.text
-    assert figures(tuned.shown["losses"])["tuning-losses-graph"].layout.title.text.endswith(f"seed 5 ({said(bench)})")
+    assert figures(tuned.shown["losses"])["tuning-losses-graph"].layout.title.text.endswith(f"seed 5 ({said(session)})")
     title = figures(tuned.shown["weights"])["tuning-weights-weights-graph"].layout.title.text
-    assert title.endswith(f"(along {said(bench)})")
+    assert title.endswith(f"(along {said(session)})")
 
 
-def said(bench: Session) -> str:
+def said(session: Session) -> str:
     """The vectors in use, as titles have them."""
-    made = bench.vectors(BEHAVIOUR).provenance
+    made = session.vectors(BEHAVIOUR).provenance
     return f"&lt;b&gt;glad&lt;/b&gt;: mean_diff, {made.n_pairs} pairs, seed 0"
 
 
-def test_vectors_of_another_hook_point_are_tuned_along_where_they_are(bench, once):
-    train, _ = bench.pairs(BEHAVIOUR)
-    bench.keep_vectors(BEHAVIOUR, rtl.extract_vectors(bench.model, train.sample(6, 0), hook="attn_out", seed=0))
-    assert bench.experiment(BEHAVIOUR).tune.hook == "resid_post"
-    job = done(tuning.plan(bench, BEHAVIOUR, "away", "1", 1, 1e-3, 14.0, 0.0, 0.0, 0)[1])
-    (name,) = bench.deltas()
-    assert bench.delta(name).config["hook"] == "hook_attn_out"
-    changed = weight_changes(bench.model, bench.delta(name), bench.vectors(BEHAVIOUR), hook="attn_out")
+def test_vectors_of_another_hook_point_are_tuned_along_where_they_are(session, once):
+    train, _ = session.pairs(BEHAVIOUR)
+    session.keep_vectors(BEHAVIOUR, rtl.extract_vectors(session.model, train.sample(6, 0), hook="attn_out", seed=0))
+    assert session.experiment(BEHAVIOUR).tune.hook == "resid_post"
+    job = done(tuning.plan(session, BEHAVIOUR, "away", "1", 1, 1e-3, 14.0, 0.0, 0.0, 0)[1])
+    (name,) = session.deltas()
+    assert session.delta(name).config["hook"] == "hook_attn_out"
+    changed = weight_changes(session.model, session.delta(name), session.vectors(BEHAVIOUR), hook="attn_out")
     _, along, *_ = [
         trace for trace in figures(job.shown["weights"])["tuning-weights-weights-graph"].data if trace.type == "heatmap"
     ]
@@ -229,41 +229,41 @@ def test_vectors_of_another_hook_point_are_tuned_along_where_they_are(bench, onc
     assert any(trace.y is not None and not np.isnan(np.asarray(trace.y, float)).all() for trace in shifts)
 
 
-def test_tuning_where_there_is_no_vector_is_refused_before_any_work(bench, tiny_vectors):
-    bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
+def test_tuning_where_there_is_no_vector_is_refused_before_any_work(session, tiny_vectors):
+    session.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
     with pytest.raises(ValueError, match=r"layers.* 1.*\b0\.\.0"):
-        tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
-    bench.forget_kept(BEHAVIOUR)
-    _, work = tuning.plan(bench, BEHAVIOUR, "away", *SETTINGS)
-    bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))  # while it waits
-    job = FilteredPairs(work)
+        tuning.plan(session, BEHAVIOUR, "away", *SETTINGS)
+    session.forget_kept(BEHAVIOUR)
+    _, work = tuning.plan(session, BEHAVIOUR, "away", *SETTINGS)
+    session.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))  # while it waits
+    job = RecordedJob(work)
     with pytest.raises(ValueError, match="layers.* 1"):
         job.work(job)
     assert not job.shown  # what stood there is not wiped away
 
 
-def test_a_second_arm_gets_a_name_of_its_own_and_all_pages_offer_it(bench, tuned):
-    done(tuning.plan(bench, BEHAVIOUR, "away", "1", 1, 1e-3, 14.0, 0.0, 0.0, 0)[1])
-    done(tuning.plan(bench, BEHAVIOUR, "suppress", "1", 1, 1e-3, 0.0, 1.0, 0.0, 0)[1])
+def test_a_second_arm_gets_a_name_of_its_own_and_all_pages_offer_it(session, tuned):
+    done(tuning.plan(session, BEHAVIOUR, "away", "1", 1, 1e-3, 14.0, 0.0, 0.0, 0)[1])
+    done(tuning.plan(session, BEHAVIOUR, "suppress", "1", 1, 1e-3, 0.0, 1.0, 0.0, 0)[1])
     names = [f"rep_tuned_away ({BEHAVIOUR})", f"rep_tuned_away ({BEHAVIOUR}) 2", f"token_tuned_suppress ({BEHAVIOUR})"]
-    assert bench.deltas() == names
+    assert session.deltas() == names
     assert names[0] in text(tuned.shown["kept"]) and "seed 5" in text(tuned.shown["kept"])
-    assert [option["value"] for option in compare._offered(bench)] == ["steered", *names]
-    assert list(explore._arms(bench))[1:] == names
-    again = done(tuning.plan_weights(bench, names[2])[1])
-    title = figures(again.shown["found"])["tuning-found-weights-graph"].layout.title.text
-    assert title == f"Changed weights: token_tuned_suppress (&lt;b&gt;glad&lt;/b&gt;) (along {said(bench)})"
+    assert [option["value"] for option in compare._arm_options(session)] == ["steered", *names]
+    assert list(explore._arms(session))[1:] == names
+    again = done(tuning.plan_weights(session, names[2])[1])
+    title = figures(again.shown["changes"])["tuning-changes-weights-graph"].layout.title.text
+    assert title == f"Changed weights: token_tuned_suppress (&lt;b&gt;glad&lt;/b&gt;) (along {said(session)})"
 
 
 @pytest.mark.parametrize("stop_at", [("losses", 3), ("kept", 2)])
-def test_stopping_leaves_the_model_bit_for_bit_as_it_was(bench, hooks_on, monkeypatch, stop_at):
+def test_stopping_leaves_the_model_bit_for_bit_as_it_was(session, hooks_on, monkeypatch, stop_at):
     monkeypatch.setattr(tuning, "_BETWEEN", 0.0)
-    bench.vectors(BEHAVIOUR)
-    before, hooks = weights(bench.model), hooks_on(bench.model)
+    session.vectors(BEHAVIOUR)
+    before, hooks = weights(session.model), hooks_on(session.model)
     with pytest.raises(Stopped):
-        done(tuning.plan(bench, BEHAVIOUR, "toward", *SETTINGS)[1], stop_at)
-    assert same(before, bench.model) and hooks_on(bench.model) == hooks
-    assert len(bench.deltas()) == (stop_at[0] == "kept")  # what was finished is kept
+        done(tuning.plan(session, BEHAVIOUR, "toward", *SETTINGS)[1], stop_at)
+    assert same(before, session.model) and hooks_on(session.model) == hooks
+    assert len(session.deltas()) == (stop_at[0] == "kept")  # what was finished is kept
 
 
 @pytest.mark.parametrize(
@@ -281,41 +281,41 @@ def test_stopping_leaves_the_model_bit_for_bit_as_it_was(bench, hooks_on, monkey
         ({6: -1}, "seed.* -1"),
     ],
 )
-def test_tuning_refuses_by_name_before_any_work(bench, changed, wanted, as_a_user):
+def test_tuning_refuses_by_name_before_any_work(session, changed, wanted, as_a_user):
     settings = [changed.get(place, value) for place, value in enumerate(SETTINGS)]
     with pytest.raises(ValueError, match=f"^(?s:.*){wanted}"):
-        tuning.plan(bench, BEHAVIOUR, "away", *settings)
+        tuning.plan(session, BEHAVIOUR, "away", *settings)
 
 
-def test_the_controls_begin_with_the_behaviours_own_file_and_fit_the_model(bench, make_tiny):
+def test_the_controls_begin_with_the_behaviours_own_file_and_fit_the_model(session, make_tiny):
     own = load_experiment("honesty").tune
     found = tuning.usual(Session(make_tiny(n_layers=20), {}), "honesty")
     assert found == {
         "layers": "12, 14, 16, 18", "steps": own.max_steps, "rate": own.learning_rate, "cosine": own.cosine_weight,
         "token": own.token_weight, "kl": own.kl_weight, "seed": own.seed,
     }  # fmt: skip
-    assert tuning.usual(bench, "honesty")["layers"] == "1"  # two blocks have no layer 12
+    assert tuning.usual(session, "honesty")["layers"] == "1"  # two blocks have no layer 12
 
 
-def test_honesty_learns_what_its_protocol_says(bench, monkeypatch):
+def test_honesty_learns_what_its_protocol_says(session, monkeypatch):
     asked = [[Target("Is water wet?", " Yes.")], [Target("Is fire cold?", " No.")]]
 
     def protocol_of(experiment: Experiment, model: Any) -> Any:  # the real one first asks what the model can do
-        assert experiment.name == "honesty" and model is bench.model
+        assert experiment.name == "honesty" and model is session.model
         return SimpleNamespace(targets=lambda direction, seed: tuple(asked if (direction, seed) == ("away", 0) else []))
 
     monkeypatch.setattr(tuning, "protocol_of", protocol_of)
-    made = tuning.Tuning(bench, "honesty", bench.experiment("honesty").tune)
+    made = tuning.Tuning(session, "honesty", session.experiment("honesty").tune)
     assert list(made._targets()) == asked
 
 
-def test_a_kept_change_can_be_downloaded_and_no_other_file(bench, tuned, tmp_path):
-    client, (name,) = make_app(bench).server.test_client(), bench.deltas()
+def test_a_kept_change_can_be_downloaded_and_no_other_file(session, tuned, tmp_path):
+    client, (name,) = make_app(session).server.test_client(), session.deltas()
     (link,) = [part for part in parts(tuned.shown["kept"]) if type(part).__name__ == "A"]
     assert "<" not in link.href
     file = tmp_path / "down.safetensors"
     file.write_bytes(client.get(link.href, base_url=HOST).data)
-    loaded, kept = WeightDelta.load(file), bench.delta(name)
+    loaded, kept = WeightDelta.load(file), session.delta(name)
     assert loaded.history == kept.history
     assert all(torch.equal(change, kept.changes[key]) for key, change in loaded.changes.items())
     for other in ("rep_tuned_toward", "../../etc/passwd", "..%2Fglad"):
@@ -331,25 +331,25 @@ def bars(figure: Any) -> dict[str, float]:
 
 
 @pytest.fixture
-def compared(bench: Session, tuned: FilteredPairs, once: dict[str, Any]) -> FilteredPairs:
+def compared(session: Session, tuned: RecordedJob, once: dict[str, Any]) -> RecordedJob:
     if "compared" not in once:
-        arms = ["steered", *bench.deltas()]
-        once["compared"] = done(compare.plan(bench, BEHAVIOUR, arms, 1, -4.0, 4, 5, compare.HARM)[1])
+        arms = ["steered", *session.deltas()]
+        once["compared"] = done(compare.plan(session, BEHAVIOUR, arms, 1, -4.0, 4, 5, compare.MEASURED)[1])
     return once["compared"]
 
 
-def test_compare_draws_what_compare_arms_gives(bench, compared):
-    (name,) = bench.deltas()
-    prompts = bench.pairs(BEHAVIOUR)[1].topics[:4]
+def test_compare_draws_what_compare_arms_gives(session, compared):
+    (name,) = session.deltas()
+    prompts = session.pairs(BEHAVIOUR)[1].topics[:4]
     arms = {
         "untuned": None,
-        "steered": rtl.add(bench.vectors(BEHAVIOUR), [1], -4.0),
-        f"rep_tuned ({BEHAVIOUR})": {5: bench.delta(name)},
+        "steered": rtl.add(session.vectors(BEHAVIOUR), [1], -4.0),
+        f"rep_tuned ({BEHAVIOUR})": {5: session.delta(name)},
     }
-    score = bench.experiment(BEHAVIOUR).scorer
+    score = session.experiment(BEHAVIOUR).scorer
     board = compare_arms(
-        bench.model, arms, {"validation": EvalTask(prompts, (score, "repetition"), 5)}, texts=neutral_paragraphs()[:2],
-        progress=False,
+        session.model, arms, {"validation": EvalTask(prompts, (score, "repetition"), 5)},
+        texts=neutral_paragraphs()[:2], progress=False,
     )  # fmt: skip
     wanted = board.summary().query("scorer == 'pattern'").set_index("arm")
     drawn = figures(compared.shown["scores"])["compare-scores-graph"]
@@ -362,7 +362,7 @@ def test_compare_draws_what_compare_arms_gives(bench, compared):
     dots = figures(compared.shown["pareto"])["compare-pareto-graph"].data
     harms = sorted(dot.x[0] for dot in dots if dot.mode == "markers")
     assert harms == pytest.approx(sorted(wanted["kl"]))
-    head, *rows = cells(compared.shown["cost"])
+    head, *rows = cells(compared.shown["side-effects"])
     assert head[:2] == ["arm", "perplexity [95 %]"]
     assert [row[-1] for row in rows] == ["–", "–", "5"]  # nothing was tuned in the first two
     for row, arm in zip(rows, arms, strict=True):
@@ -378,7 +378,7 @@ def test_compare_draws_what_compare_arms_gives(bench, compared):
             assert said == f"{answers[prompt, arm]['response']} ({answers[prompt, arm]['pattern']:.2f})"
 
 
-def test_every_arm_is_compared_with_the_untuned_one_and_with_those_of_its_direction(bench, compared):
+def test_every_arm_is_compared_with_the_untuned_one_and_with_those_of_its_direction(session, compared):
     head, *rows = cells(compared.shown["differences"])
     name = f"rep_tuned ({BEHAVIOUR}), away"
     assert [row[:2] for row in rows] == [[name, "steered, away"], ["steered, away", "untuned"], [name, "untuned"]]
@@ -387,27 +387,27 @@ def test_every_arm_is_compared_with_the_untuned_one_and_with_those_of_its_direct
     assert head[4:6] == ["p", "p, Holm"]
     assert [float(row[5]) >= float(row[4]) for row in rows] == [True] * 3
     told = text(compared.shown["differences"])
-    assert "all 3 comparisons of this press of the button, no others" in told
+    assert "all 3 comparisons of this job, and no others" in told
     assert "may have been chosen on these same validation topics" in told
     assert [row[-1] for row in rows] == ["5", "–", "5"]  # the tuning seeds
 
 
-def test_the_figure_grows_arm_by_arm_and_no_test_topic_is_asked(bench, compared):
+def test_the_figure_grows_arm_by_arm_and_no_test_topic_is_asked(session, compared):
     growing = [figures(shown)["compare-scores-graph"] for shown in compared.all["scores"] if shown]
     assert [sum(bar.type == "bar" and len(bar.x) for bar in figure.data) for figure in growing] == [1, 2, 3, 3]
-    train, validation = bench.pairs(BEHAVIOUR)
+    train, validation = session.pairs(BEHAVIOUR)
     asked = {row[0] for row in cells(compared.shown["answers"])[1:]}
     assert asked <= set(validation.topics) and not asked & set(train.topics)
 
 
-def test_without_harm_none_is_measured_and_another_behaviours_arm_has_no_direction(bench, tuned):
-    (name,) = bench.deltas()
-    made = compare.Comparing(bench, BEHAVIOUR, [name], 1, 0.0, 4, 3, False)
+def test_without_harm_none_is_measured_and_another_behaviours_arm_has_no_direction(session, tuned):
+    (name,) = session.deltas()
+    made = compare.Comparing(session, BEHAVIOUR, [name], 1, 0.0, 4, 3, False)
     assert made._arm(name)[:3] == (f"rep_tuned ({BEHAVIOUR})", "away", 5)
     made.behaviour = "mood"
     assert made._arm(name)[:3] == (name, "none", 5)
-    job = done(compare.plan(bench, BEHAVIOUR, [name], 1, 0.0, 4, 3, "none")[1])
-    assert cells(job.shown["cost"])[0] == ["arm", "repetition [95 %]", "seeds"]
+    job = done(compare.plan(session, BEHAVIOUR, [name], 1, 0.0, 4, 3, "none")[1])
+    assert cells(job.shown["side-effects"])[0] == ["arm", "repetition [95 %]", "seeds"]
     assert "No side effect" in text(job.shown["pareto"])
 
 
@@ -425,39 +425,39 @@ def test_without_harm_none_is_measured_and_another_behaviours_arm_has_no_directi
         (["steered"], 1, 2.0, 4, None, "new tokens.*whole number"),
     ],
 )
-def test_compare_refuses_by_name_before_any_work(bench, arms, layer, multiplier, prompts, length, wanted, as_a_user):
+def test_compare_refuses_by_name_before_any_work(session, arms, layer, multiplier, prompts, length, wanted, as_a_user):
     with pytest.raises(ValueError, match=f"^{wanted}"):
-        compare.plan(bench, BEHAVIOUR, arms, layer, multiplier, prompts, length, compare.HARM)
+        compare.plan(session, BEHAVIOUR, arms, layer, multiplier, prompts, length, compare.MEASURED)
 
 
-def test_a_comparison_splits_the_pairs_in_its_job_and_asks_all_topics_where_they_are_few(bench, once, monkeypatch):
+def test_a_comparison_splits_the_pairs_in_its_job_and_asks_all_topics_where_they_are_few(session, once, monkeypatch):
     seen, whole = [], Session.pairs
     monkeypatch.setattr(Session, "pairs", lambda self, behaviour: seen.append(behaviour) or whole(self, behaviour))
-    _, work = compare.plan(bench, BEHAVIOUR, ["steered"], 1, 2.0, 99, 2, "none")
+    _, work = compare.plan(session, BEHAVIOUR, ["steered"], 1, 2.0, 99, 2, "none")
     assert not seen
     job = done(work)
     assert BEHAVIOUR in seen and len(cells(job.shown["answers"])) == 1 + 4
 
 
-def test_a_comparison_on_too_few_topics_or_without_a_vector_wipes_nothing_away(bench, tiny_vectors):
-    bench.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
-    for few, wanted in ((False, "layers: 1 is outside these vectors"), (True, "prompts: .* has 3 validation topics")):
-        _, work = compare.plan(bench, BEHAVIOUR, ["steered"], 1, 2.0, 4, 2, "none")
+def test_a_comparison_on_too_few_topics_or_without_a_vector_wipes_nothing_away(session, tiny_vectors):
+    session.keep_vectors(BEHAVIOUR, tiny_vectors.select([0]))
+    for few, wanted in ((False, r"layers.* 1"), (True, "must have at least 4 validation topics, got 3")):
+        _, work = compare.plan(session, BEHAVIOUR, ["steered"], 1, 2.0, 4, 2, "none")
         if few:
-            train, validation = bench.pairs(BEHAVIOUR)
-            bench._pairs[BEHAVIOUR] = train, validation.split(0.75, seed=0)[0]
-        job = FilteredPairs(work)
+            train, validation = session.pairs(BEHAVIOUR)
+            session._pairs[BEHAVIOUR] = train, validation.split(0.75, seed=0)[0]
+        job = RecordedJob(work)
         with pytest.raises(ValueError, match=wanted):
             job.work(job)
         assert not job.shown
 
 
-def test_stopping_a_comparison_leaves_the_model_as_it_was(bench, hooks_on):
-    bench.vectors(BEHAVIOUR)
-    before, hooks = weights(bench.model), hooks_on(bench.model)
+def test_stopping_a_comparison_leaves_the_model_as_it_was(session, hooks_on):
+    session.vectors(BEHAVIOUR)
+    before, hooks = weights(session.model), hooks_on(session.model)
     with pytest.raises(Stopped):
-        done(compare.plan(bench, BEHAVIOUR, ["steered"], 1, 2.0, 4, 5, compare.HARM)[1], ("scores", 2))
-    assert same(before, bench.model) and hooks_on(bench.model) == hooks
+        done(compare.plan(session, BEHAVIOUR, ["steered"], 1, 2.0, 4, 5, compare.MEASURED)[1], ("scores", 2))
+    assert same(before, session.model) and hooks_on(session.model) == hooks
 
 
 # A finished run
@@ -511,7 +511,7 @@ def test_what_the_run_compared_is_drawn_and_told_as_it_is(run_folder):
             assert told[6:] == [str(row["n"]), ", ".join(map(str, row["seeds"]))]
     assert f"all {len(run.content['comparisons'])} comparisons." in text(shown)
     assert "these same validation topics" not in text(shown)  # a run is tested on topics of its own
-    assert "3 neutral texts" in text(shown) and "repetition in 8 answers" in text(shown)
+    assert "3 neutral texts" in text(shown) and "repetition in 8 responses" in text(shown)
 
 
 def test_answers_of_a_run_side_by_side_by_prompt_and_by_words():
@@ -525,30 +525,30 @@ def test_answers_of_a_run_side_by_side_by_prompt_and_by_words():
     assert prompts_of(rows, "test", "")["x" * 90] == "x" * 79 + "…"
     assert list(prompts_of(rows, "facts", " SAYS <I>RAIN")) == ["Rain?"]
     assert prompts_of(rows, "test", "snow") == {}
-    shown = answers_to(rows, "test", "Rain?")
+    shown = responses_to(rows, "test", "Rain?")
     told = text(shown)
     assert "untuned says <i>Rain?</i> 0" in told and "rep_tuned says <i>Rain?</i> 3" in told
     assert "rep_tuned, away" in told and "score −2.750, seed 3" in told and "seed 4" not in told
-    assert answers_to(rows, "test", None) is None
+    assert responses_to(rows, "test", None) is None
 
 
 def test_a_run_whose_answers_or_projections_are_gone_says_so(run_folder, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "results.json").write_bytes((run_folder / "results.json").read_bytes())
-    bench = Session(None, {}, load_results(folder))
-    assert "responses.jsonl is not there" in text(compare.layout(bench))
-    assert "projections.json is not there" in text(tuning.layout(bench))
+    session = Session(None, {}, load_results(folder))
+    assert "responses.jsonl is not there" in text(compare.layout(session))
+    assert "projections.json is not there" in text(tuning.layout(session))
 
 
-# On the embedded model
+# On the bundled model
 
 
 def test_compare_on_the_real_model_asks_under_steering(model, glad):
-    bench = Session(model, {}, own=[glad])
-    job = done(compare.plan(bench, BEHAVIOUR, ["steered"], 21, 3.0, 4, 6, "none")[1])
+    session = Session(model, {}, experiments=[glad])
+    job = done(compare.plan(session, BEHAVIOUR, ["steered"], 21, 3.0, 4, 6, "none")[1])
     _, *rows = cells(job.shown["answers"])
-    with rtl.steering.steered(model, rtl.add(bench.vectors(BEHAVIOUR), [21], 3.0)):
+    with rtl.applied(model, rtl.add(session.vectors(BEHAVIOUR), [21], 3.0)):
         said = rtl.generate(model, [row[0] for row in rows], max_new_tokens=6)
     assert [row[2].rsplit(" (", 1)[0] for row in rows] == said
     assert any(row[1] != row[2] for row in rows)

@@ -114,7 +114,7 @@ def test_the_operands_stay_as_they_were(tiny):
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf, "0.5", None, True, torch.tensor(2.0)])
 def test_a_factor_that_is_no_finite_number_is_refused(tiny, as_a_user, factor):
-    with pytest.raises(ValueError, match="factor: .* came, a finite number is wanted"):
+    with pytest.raises(ValueError, match="factor must be a finite number, got "):
         delta_of(tiny) * factor
 
 
@@ -123,18 +123,18 @@ def test_deltas_that_do_not_belong_together_are_refused_by_name(tiny, as_a_user)
     other = WeightDelta(a.changes, "SmolLM2", {}, [])
     narrow = WeightDelta({NAMES[2]: torch.ones(7)}, "tiny", {}, [])
     for join in (lambda x, y: x + y, lambda x, y: x - y):
-        with pytest.raises(ValueError, match="one is of tiny, the other of SmolLM2"):
+        with pytest.raises(ValueError, match="deltas must be of one model, got tiny and SmolLM2"):
             join(a, other)
-        with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.b_out is \(32,\) in one and \(7,\) in the other"):
+        with pytest.raises(ValueError, match=r"got \(32,\) and \(7,\) for blocks\.1\.mlp\.b_out"):
             join(a, narrow)
-        with pytest.raises(ValueError, match="delta: int came"):
+        with pytest.raises(ValueError, match="delta must be a WeightDelta, got int"):
             join(a, 3)
     assert set((a + WeightDelta(a.changes, "Tiny", {}, [])).changes) == set(NAMES)  # capitals are no other model
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_change_that_is_not_finite_is_refused_by_its_parameters_name(wrong):
-    with pytest.raises(ValueError, match=r"the change of b\.w holds NaN or infinite"):
+    with pytest.raises(ValueError, match=r"NaN or infinite values in the change of b\.w"):
         WeightDelta({"a.w": torch.ones(2), "b.w": torch.tensor([1.0, wrong])}, "tiny", {}, [])
     with pytest.raises(ValueError, match=r"the change of a\.w"):
         WeightDelta({"a.w": torch.full((2,), 3e38)}, "tiny", {}, []) * 10
@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tiny, changes):
     before = bits(tiny)
     wrong = {name: torch.ones(shape) for name, shape in changes.items()}
     delta = WeightDelta({NAMES[0]: torch.ones_like(tiny.W_Q[0]), **wrong}, "tiny", {}, [])
-    with pytest.raises(ValueError, match=f"delta: {next(iter(changes))} is "):
+    with pytest.raises(ValueError, match=f"delta must fit the model, got .* for {next(iter(changes))} "):
         delta.apply(tiny)
     with pytest.raises(ValueError, match="this model has"), delta.applied(tiny):
         pytest.fail("the block ran")
@@ -312,9 +312,18 @@ def test_of_tied_embeddings_only_the_named_one_changes(model):
 def test_half_a_baked_vector_steers_half_as_far(tiny, tiny_vectors):
     tokens = torch.arange(6)[None]
     delta = rtl.bake(tiny, rtl.add(tiny_vectors, [1], 3.0))
-    with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [1], 1.5)), torch.no_grad():
+    with rtl.applied(tiny, rtl.add(tiny_vectors, [1], 1.5)), torch.no_grad():
         steered = tiny(tokens)
     with (0.5 * delta).applied(tiny), torch.no_grad():
         assert torch.allclose(tiny(tokens), steered, atol=1e-5)
     with delta.applied(tiny), torch.no_grad():
         assert not torch.allclose(tiny(tokens), steered, atol=1e-2)
+
+
+def test_a_file_with_the_names_of_before_is_read_with_a_hint(tmp_path):
+    """Deltas were written with `kinds`, `token_rest` and the direction `out`."""
+    old = {"direction": "out", "kinds": ["v", "o"], "token_rest": 0.3, "layers": [20]}
+    path = WeightDelta({"blocks.0.attn.W_V": torch.ones(2)}, "tiny", old, []).save(tmp_path / "old.safetensors")
+    with pytest.warns(UserWarning, match="'kinds' is now 'target_modules'; the old name still works"):
+        delta = WeightDelta.load(path)
+    assert delta.config == {"direction": "suppress", "target_modules": ["v", "o"], "free_nats": 0.3, "layers": [20]}

@@ -467,18 +467,18 @@ def test_each_new_token_is_told_with_its_row_its_place_and_its_text(tiny, tiny_v
     assert answers == generate(tiny, PROMPTS, max_new_tokens=5, temperature=0.7)
     for row, answer in enumerate(answers):
         mine = [new for new in told if new.row == row]
-        assert [new.place for new in mine] == list(range(5))
+        assert [new.index for new in mine] == list(range(5))
         assert tiny.tokenizer.decode([new.token for new in mine]) == answer
         assert "".join(new.text for new in mine) == answer
         assert all(list(new.projections) == (POST if traced else []) for new in mine)
     if batch_size == 64:
-        assert [(new.place, new.row) for new in told] == [(place, row) for place in range(5) for row in range(3)]
+        assert [(new.index, new.row) for new in told] == [(place, row) for place in range(5) for row in range(3)]
 
 
 def test_tokens_are_told_as_soon_as_they_are_there(tiny):
     passes, when = [], []
     with tiny.hooks(fwd_hooks=[("hook_embed", lambda h, hook: passes.append(h.shape[1]))]):
-        generate(tiny, PROMPTS[:1], max_new_tokens=4, on_token=lambda new: when.append((new.place, len(passes))))
+        generate(tiny, PROMPTS[:1], max_new_tokens=4, on_token=lambda new: when.append((new.index, len(passes))))
     assert when == [(place, place + 1) for place in range(4)]
 
 
@@ -531,7 +531,7 @@ def test_traced_projections_are_those_of_the_whole_text_under_the_same_hooks(tin
         for token in (token for token in told if token.row == row):
             for name in POST:
                 unit = tiny_vectors[name] / tiny_vectors[name].norm()
-                expected = float(cache[name][0, len(ids) + token.place] @ unit)
+                expected = float(cache[name][0, len(ids) + token.index] @ unit)
                 assert token.projections[name] == pytest.approx(expected, abs=1e-4)
     moved = [token.projections[POST[0]] for token in told]
     assert max(moved) - min(moved) > 20  # the hooks are seen
@@ -626,7 +626,7 @@ def test_texts_that_are_told_are_together_the_answer(tiny, tiny_vectors, kind, c
     new = told["told"]
     assert "".join(each.text for each in new) == answer
     assert [each.token for each in new] == [token for token in ids if token != tokenizer.eos_token_id]
-    assert [each.place for each in new] == list(range(len(new)))
+    assert [each.index for each in new] == list(range(len(new)))
     if cut is None:
         assert answer == "It was  a sunny day 日本🦩" and not any("\ufffd" in each.text for each in new)
         assert new[-1].text == "🦩" and "" in [each.text for each in new[unbroken:]]

@@ -206,7 +206,7 @@ def test_what_is_learnt_is_what_is_scored_token_by_token(model):
     for target in protocol.targets("away", 0)[0]:
         (number,) = (n for n, prompt in enumerate(asked) if prompt in target.prompt)
         question = asked[[*asked][number]]
-        (ask,) = _asks(model, number, question, "answers")
+        (ask,) = _asks(model, number, question, "completion")
         learnt = _row(model, target, []).tokens.tolist()
         end = model.tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert learnt == [*ask.start, *ask.options[1], end]  # the first wrong answer, and that it ends there

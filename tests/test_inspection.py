@@ -257,7 +257,7 @@ def test_it_reads_the_weights_and_changes_none(tiny, tiny_vectors):
 def test_a_delta_or_vectors_of_another_model_are_refused(tiny, tiny_vectors, make_tiny, provenance):
     with pytest.raises(ValueError, match=r"blocks\.9\.mlp\.W_out .* no such parameter"):
         one(tiny, "blocks.9.mlp.W_out", noise((64, 32)))
-    with pytest.raises(ValueError, match="made for d_model 32"):
+    with pytest.raises(ValueError, match="extracted from a model with d_model 32"):
         one(make_tiny(d_model=16), "blocks.0.mlp.W_out", noise((64, 16)), tiny_vectors)
     heads = SteeringVectors({"blocks.0.attn.hook_z": noise((4, 8))}, provenance)
     with pytest.raises(ValueError, match="one for each head"):
@@ -313,7 +313,7 @@ def test_the_change_is_the_mean_over_all_tokens_but_the_first_of_each_text(tiny,
     expected = []
     for text in TEXTS:
         _, before = token_projections(tiny, tiny_vectors, text)
-        with rtl.steering.steered(tiny, steer):
+        with rtl.applied(tiny, steer):
             _, after = token_projections(tiny, tiny_vectors, text)
         expected.append((after - before)[:, 1:].mean(1))
     table = projection_changes(tiny, tiny_vectors, TEXTS, {"steered": steer})
@@ -387,7 +387,7 @@ def test_shifts_are_read_at_the_last_token_of_the_chat(tiny, tiny_vectors):
     steer, chats = rtl.add(tiny_vectors, [0], 5.0), as_chat(tiny, TEXTS)
     assert chats != TEXTS
     before = last_token_activations(tiny, chats, [L1])[L1]
-    with rtl.steering.steered(tiny, steer):
+    with rtl.applied(tiny, steer):
         after = last_token_activations(tiny, chats, [L1])[L1]
     row = at(residual_shifts(tiny, {"s": steer}, TEXTS, tiny_vectors, layers=[1]).along, layer=1)
     shift = after - before
@@ -448,9 +448,9 @@ def test_what_is_wrong_is_named(tiny, tiny_vectors, as_a_user, look, texts, arms
 def test_texts_and_vectors_that_cannot_be_projected_are_named(tiny, tiny_vectors):
     with pytest.raises(ValueError, match="number 1 has fewer than two tokens"):
         projection_changes(tiny, tiny_vectors, ["Two words", "One"], {"untuned": None})
-    with pytest.raises(ValueError, match="layer 0 has several"):
+    with pytest.raises(ValueError, match="one vector per layer, got several at layer 0"):
         projection_changes(tiny, tiny_vectors.everywhere(tiny, 1), TEXTS, {"untuned": None})
-    with pytest.raises(ValueError, match="layers: 5 is outside"):
+    with pytest.raises(ValueError, match="layers.*5"):
         residual_shifts(tiny, {"untuned": None}, TEXTS, tiny_vectors, layers=[5])
 
 

@@ -101,7 +101,7 @@ def test_an_unknown_direction_is_refused_by_name():
     unchecked = cosine_loss
     while hasattr(unchecked, "__wrapped__"):  # without the tests' type checker, as a user runs it
         unchecked = unchecked.__wrapped__
-    with pytest.raises(ValueError, match=r"direction: 'up' came; 'toward', 'away' or 'suppress' is wanted"):
+    with pytest.raises(ValueError, match=r"direction must be 'toward', 'away' or 'suppress', got 'up'"):
         unchecked(random(0, 2, 3), random(1, 3), "up")
 
 

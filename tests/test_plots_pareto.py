@@ -52,7 +52,7 @@ def label_of(row: dict) -> str:
 
 @pytest.mark.parametrize("harm", ["kl", "perplexity"])
 def test_marks_stand_where_the_table_says_with_both_intervals(harm, only_returned):
-    marks = marks_of(pareto(efficient(rows(), harm=harm), against=harm))
+    marks = marks_of(pareto(efficient(rows(), side_effect=harm), against=harm))
     assert len(marks) == len(MEANS)
     for row in rows():
         mark = marks[label_of(row)]
@@ -119,7 +119,7 @@ def overlapping(boxes: list) -> int:
 
 @pytest.mark.parametrize("harm", ["kl", "perplexity"])
 def test_labels_do_not_overlap(harm):
-    figure = pareto(efficient(rows(), harm=harm), against=harm)
+    figure = pareto(efficient(rows(), side_effect=harm), against=harm)
     assert {label.text for label in figure.layout.annotations} == {label_of(row) for row in rows()}
     assert overlapping(boxes_of(figure)) == 0
 

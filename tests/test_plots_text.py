@@ -39,7 +39,7 @@ VALUES = np.r_[-300.0, np.linspace(-4, 6, len(TOKENS) - 1)]
 
 def trace_rows(places: int = 6, arms=("untuned", "steered")) -> list[dict]:
     return [
-        {"arm": arm, "place": place, "token": f" {arm[0]}{place}", "projection": 2.0 * index - 0.5 * place, "seed": 3}
+        {"arm": arm, "index": place, "token": f" {arm[0]}{place}", "projection": 2.0 * index - 0.5 * place, "seed": 3}
         for place in range(places)
         for index, arm in enumerate(arms)
     ]
@@ -108,7 +108,7 @@ def test_what_looks_like_markup_is_drawn_and_measured_as_it_is():
     assert TOKENS[8] == "<script>" and cells.text[8] == "&lt;script&gt;"
     assert cells.x[8] == len("<script>")
     check_drawn_as_it_is(plots.coloured_tokens([HOSTILE], {HOSTILE: np.ones(1)}, title=HOSTILE), least=3)
-    rows = [{"arm": HOSTILE, "place": 0, "token": HOSTILE, "projection": 1.0}]
+    rows = [{"arm": HOSTILE, "index": 0, "token": HOSTILE, "projection": 1.0}]
     check_drawn_as_it_is(plots.trace(rows, title=HOSTILE), least=4)
     (cut,) = plots.trace(rows).layout.xaxis.ticktext
     assert as_drawn(cut) == HOSTILE[:8] + "…"
@@ -165,12 +165,19 @@ def test_coloured_tokens_refuses_what_does_not_fit(tokens, projections, message)
         plots.coloured_tokens(tokens, projections)
 
 
+def test_the_old_name_of_a_column_still_works():
+    old = [{"place" if key == "index" else key: value for key, value in row.items()} for row in trace_rows()]
+    with pytest.warns(UserWarning, match="'place' is now 'index'; the old name still works"):
+        drawn = plots.trace(old)
+    assert drawn.to_json() == plots.trace(trace_rows()).to_json()
+
+
 def test_a_trace_shows_the_table():
     rows = trace_rows()
     figure = plots.trace(rows)
     for line in figure.data:
         own = [row for row in rows if row["arm"] == line.name]
-        assert list(line.x) == [row["place"] for row in own]
+        assert list(line.x) == [row["index"] for row in own]
         assert list(line.y) == [row["projection"] for row in own]
         assert line.line.color == ARM_COLOURS[line.name]
         axis = figure.layout[line.xaxis.replace("x", "xaxis")]

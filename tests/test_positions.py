@@ -197,8 +197,8 @@ def test_unknown_positions_are_refused_with_those_there_are(position):
         (-26, r"the text, which has 25 tokens, got 'token 26 from the end'"),
         ("mean last 26", r"got 'mean over the last 26 tokens'"),
         ('mean "purple"', r"'purple'\" for the text: the text does not contain 'purple'"),
-        (lambda row: [], r"must name at least one token of every text, got .* for the text"),
-        (lambda row: [99], r"must be between -25 and 24 for the text"),
+        (lambda row: [], r"name at least one token of every text, got .* for the text"),
+        (lambda row: [99], r"be between -25 and 24 for the text"),
     ],
 )
 def test_tokens_that_a_text_has_not_are_refused_by_its_name_and_beginning(stand_in, position, says):

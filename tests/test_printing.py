@@ -37,6 +37,12 @@ def test_a_png_has_the_width_on_paper_times_its_scale_and_a_white_ground(figure,
     assert not [name for name in path.parent.iterdir() if name != path]
 
 
+def test_a_background_with_a_meaning_is_kept(figure, tmp_path):
+    figure.update_layout(plot_bgcolor="#D0D0D0", paper_bgcolor="#000000")
+    layout = json.loads(rtl.save_figure(figure, tmp_path / "layers.json").read_text())["layout"]
+    assert (layout["plot_bgcolor"], layout["paper_bgcolor"]) == ("#D0D0D0", "white")
+
+
 def test_a_pdf_is_a_pdf_of_the_width_on_paper(figure, tmp_path):
     content = rtl.save_figure(figure, tmp_path / "layers.pdf", width_mm=127).read_bytes()
     assert content.startswith(b"%PDF-")

@@ -165,7 +165,7 @@ def test_a_scorer_of_ones_own_sees_the_whole_answer(tiny):
     assert evaluate(tiny, asked, Longest()).scores[0] >= 5
     assert isinstance(make_scorer(Longest()), Longest)
     assert OfText("len", len)([Answer(asked[0], "abc")]) == [3.0]
-    assert Likelihoods((0.0,), (1,), 0.0).other == 0
+    assert Likelihoods((0.0,), (1,), 0.0).off_options == 0
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_auto_takes_the_disk_above_the_size(monkeypatch):
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(disk):
-    with full_disk(1_000_000), pytest.raises(OSError, match=r"prefix_cache: .*has no room for 3 MB .*File too large"):
+    with full_disk(1_000_000), pytest.raises(OSError, match=r"prefix_cache needs 3 MB, which .*File too large"):
         ActivationStore([100_000], LIKE, "disk")
     assert not list(disk.iterdir())
     assert ActivationStore([100_000], LIKE, "disk").on_disk  # and there was room without the limit

@@ -80,7 +80,9 @@ def test_one_multiplier_for_each_row_equals_separate_runs(tiny, tiny_vectors):
 
 def test_multipliers_of_another_number_than_the_rows_are_refused(tiny, tiny_vectors, hooks_on):
     for rows in (1, 2):
-        with pytest.raises(ValueError, match=rf"multiplier: 3 numbers came for {rows} rows"):
+        with pytest.raises(
+            ValueError, match=rf"multiplier must be one number, or one for each of the {rows} rows of the batch, got 3"
+        ):
             logits(tiny, add(tiny_vectors, [0], torch.ones(3)), rows=rows)
     assert not hooks_on(tiny)
 
@@ -109,20 +111,22 @@ def test_an_exception_in_the_block_leaves_no_hook_and_keeps_the_users(tiny, tiny
 
 @pytest.mark.parametrize("multiplier", [float("nan"), float("inf"), torch.tensor([1.0, float("nan")])])
 def test_a_multiplier_that_is_no_number_is_refused(tiny_vectors, multiplier):
-    with pytest.raises(ValueError, match=r"multiplier: .*(nan|inf).* came; finite numbers are wanted"):
+    with pytest.raises(ValueError, match=r"multiplier must be a finite number, .*got .*(nan|inf)"):
         add(tiny_vectors, [0], multiplier)
 
 
 def test_a_layer_without_a_vector_is_refused_with_the_mend(tiny_vectors):
-    with pytest.raises(ValueError, match=r"layers: 18 is outside these vectors' blocks 0\.\.1 .*Use layers=\[1\], say"):
+    with pytest.raises(
+        ValueError, match=r"layers contains 18, but these vectors are of blocks 0\.\.1 .*Try layers=\[1\]"
+    ):
         add(tiny_vectors, [18])
-    with pytest.raises(ValueError, match=r"hook: no vector at hook_mlp_out"):
+    with pytest.raises(ValueError, match=r"hook must be .*, got hook_mlp_out"):
         add(tiny_vectors, [0], hook="mlp_out")
 
 
 def test_vectors_of_another_width_are_refused_where_they_are_added(tiny, provenance, hooks_on):
     vectors = SteeringVectors({POST[0]: torch.ones(48)}, provenance)
-    with pytest.raises(ValueError, match=r"vectors: made for d_model 48, these activations have 32\. Extract vectors"):
+    with pytest.raises(ValueError, match=r"d_model 48; these activations have 32\. Extract vectors"):
         logits(tiny, add(vectors))
     assert not hooks_on(tiny)
 
@@ -191,7 +195,7 @@ def test_nested_blocks_take_off_their_own_hooks_only(tiny, tiny_vectors, hooks_o
 
 def test_an_edit_that_fails_leaves_no_hook(tiny, tiny_vectors, hooks_on):
     with (
-        pytest.raises(ValueError, match=r"positions: 'generated' cannot be told apart"),
+        pytest.raises(ValueError, match=r"positions='generated' needs to know where the prompt ends"),
         steered(tiny, add(tiny_vectors, positions="generated")),
     ):
         logits(tiny)
@@ -201,35 +205,39 @@ def test_an_edit_that_fails_leaves_no_hook(tiny, tiny_vectors, hooks_on):
 # What is refused
 
 
-@pytest.mark.parametrize(("came", "near"), [("promt", "prompt"), ("generate", "generated"), ("lst", "last")])
-def test_an_unknown_word_for_positions_is_refused_with_the_nearest(tiny_vectors, came, near, as_a_user):
+@pytest.mark.parametrize(("word", "near"), [("promt", "prompt"), ("generate", "generated"), ("lst", "last")])
+def test_an_unknown_word_for_positions_is_refused_with_the_nearest(tiny_vectors, word, near, as_a_user):
     for bound in (add, add_preserving_norm, ablate, clamp):
-        with pytest.raises(ValueError, match=rf"positions: '{came}' came; one of all, .*Did you mean '{near}'\?"):
-            bound(tiny_vectors, [0], positions=came)
-    with pytest.raises(ValueError, match=rf"positions: '{came}' came"):
-        scale({POST[0]: 0.5}, positions=came)
+        with pytest.raises(
+            ValueError, match=rf"positions must be one of 'all', .*got '{word}'\. Did you mean '{near}'\?"
+        ):
+            bound(tiny_vectors, [0], positions=word)
+    with pytest.raises(ValueError, match=rf"positions must be one of .*got '{word}'"):
+        scale({POST[0]: 0.5}, positions=word)
 
 
-@pytest.mark.parametrize("came", [torch.tensor([1.0, 0.0]), torch.tensor([0, 1])])
-def test_a_mask_that_is_not_boolean_is_refused(tiny_vectors, came, as_a_user):
-    with pytest.raises(ValueError, match=r"positions: a tensor of torch\.\w+ and shape \(2,\) came; a boolean mask"):
-        add(tiny_vectors, [0], positions=came)
+@pytest.mark.parametrize("mask", [torch.tensor([1.0, 0.0]), torch.tensor([0, 1])])
+def test_a_mask_that_is_not_boolean_is_refused(tiny_vectors, mask, as_a_user):
+    with pytest.raises(
+        ValueError, match=r"positions must be a boolean mask .*got a tensor of torch\.\w+ and shape \(2,\)"
+    ):
+        add(tiny_vectors, [0], positions=mask)
 
 
 def test_what_is_no_place_and_no_strength_is_refused_with_the_mend(tiny_vectors, as_a_user):
-    with pytest.raises(ValueError, match=r"positions: 3 came; token numbers are wanted as a list"):
+    with pytest.raises(ValueError, match=r"positions must be token numbers in a list, .*got 3"):
         add(tiny_vectors, [0], positions=3)
-    for came in ([1.0, 2.0], torch.tensor(2.0), torch.ones(2, 3)):
-        with pytest.raises(ValueError, match=r"(?s)multiplier: .* came; finite numbers are wanted: a float"):
-            add(tiny_vectors, [0], came)
+    for multiplier in ([1.0, 2.0], torch.tensor(2.0), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match=r"(?s)multiplier must be a finite number, or a tensor"):
+            add(tiny_vectors, [0], multiplier)
 
 
 def test_a_mask_of_three_axes_and_a_list_of_truths_are_refused_with_the_mend(tiny_vectors):
     with pytest.raises(
-        ValueError, match=r"positions: a tensor of torch.bool and shape \(1, 1, 2\) came; a boolean mask"
+        ValueError, match=r"positions must be a boolean mask .*got a tensor of torch.bool and shape \(1, 1, 2\)"
     ):
         add(tiny_vectors, [0], positions=torch.ones(1, 1, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"positions: \[True, False\] came; .*boolean tensor: torch\.tensor"):
+    with pytest.raises(ValueError, match=r"positions must be .*boolean tensor, got \[True, False\]\. .*torch\.tensor"):
         add(tiny_vectors, [0], positions=[True, False])
 
 
@@ -239,7 +247,7 @@ def test_a_number_past_the_end_names_the_row(tiny, tiny_vectors, number, row, ho
     with (
         pytest.raises(
             ValueError,
-            match=rf"positions: {number} is outside the prompt of row {row}, which has 2 tokens\. .* between -2 and 1",
+            match=rf"positions contains {number}, but the prompt of row {row} has 2 tokens\. .* between -2 and 1",
         ),
         steered(tiny, add(tiny_vectors, positions=[0, number])),
         token_context(batch.mask, rows=[3, row]),
@@ -250,10 +258,10 @@ def test_a_number_past_the_end_names_the_row(tiny, tiny_vectors, number, row, ho
 
 def test_a_mask_of_another_number_of_rows_is_refused(tiny, tiny_vectors):
     hooks = add(tiny_vectors, positions=torch.ones(3, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"positions: a mask of 3 rows came for 2 rows"):
+    with pytest.raises(ValueError, match=r"positions must be a mask .*the 2 rows of the batch, got 3 rows"):
         logits(tiny, hooks, rows=2)
     with (
-        pytest.raises(ValueError, match=r"positions: a mask of 3 rows came for 5 rows"),
+        pytest.raises(ValueError, match=r"positions must be a mask .*the 5 rows of the batch, got 3 rows"),
         token_context(torch.ones(2, 6, dtype=torch.long), rows=[4, 1]),
     ):
         logits(tiny, hooks, rows=2)
@@ -264,12 +272,12 @@ def test_what_cannot_be_told_apart_is_refused_outside_rt_lenss_own_loops(tiny, t
     whole, one = torch.tensor([encode(tiny, TEXT)]), torch.tensor([[5]])
     for positions, tokens in (("generated", whole), ("generated", one), ("last", one), ("prompt", one), ([0], one)):
         with (
-            pytest.raises(ValueError, match=r"positions: .* cannot be told apart in this forward pass\. Use rt_lens's"),
+            pytest.raises(ValueError, match=r"positions=.* needs to know where the prompt ends.*Use rt_lens's"),
             tiny.hooks(fwd_hooks=add(tiny_vectors, positions=positions)),
         ):
             tiny(tokens)
     with (
-        pytest.raises(ValueError, match=r"schedule: this forward pass does not say which tokens were generated"),
+        pytest.raises(ValueError, match=r"schedule needs to know which tokens were generated"),
         tiny.hooks(fwd_hooks=add(tiny_vectors, schedule=Linear(1.0, 0.0, 3))),
     ):
         tiny(whole)
@@ -281,47 +289,49 @@ def test_what_cannot_be_told_apart_is_refused_outside_rt_lenss_own_loops(tiny, t
 def test_zero_vectors_have_no_direction_to_remove_or_set(provenance, tiny_vectors):
     zero = SteeringVectors({POST[0]: torch.zeros(32)}, provenance)
     for bind in (lambda: ablate(zero), lambda: ablate([tiny_vectors, zero], [0]), lambda: clamp(zero, value=1.0)):
-        with pytest.raises(ValueError, match=rf"vectors: {POST[0]} is all zeros, which has no direction"):
+        with pytest.raises(
+            ValueError, match=rf"vectors must have a direction to remove or set, got all zeros at {POST[0]}"
+        ):
             bind()
     assert len(add(zero)) == 1  # adding nothing is no mistake
 
 
 def test_erasing_needs_erasers(tiny_vectors):
-    with pytest.raises(ValueError, match=r"vectors: made by mean_diff, they carry no erasers\. .*method='leace'"):
+    with pytest.raises(ValueError, match=r"vectors must carry erasers, got vectors by mean_diff, .*method='leace'"):
         erase(tiny_vectors)
 
 
 def test_no_vectors_and_no_alphas_are_refused():
-    with pytest.raises(ValueError, match=r"vectors: the list is empty"):
+    with pytest.raises(ValueError, match=r"vectors must be at least one set of steering vectors, got an empty list"):
         ablate([])
-    with pytest.raises(ValueError, match=r"alphas: there is none"):
+    with pytest.raises(ValueError, match=r"alphas must be at least one hook name"):
         scale({})
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_refused_by_name(tiny_vectors, wrong):
-    with pytest.raises(ValueError, match=rf"value: {wrong} came"):
+    with pytest.raises(ValueError, match=rf"value must be a finite number, got {wrong}"):
         clamp(tiny_vectors, [0], wrong)
-    with pytest.raises(ValueError, match=rf"alphas: {POST[0]} has {wrong}"):
+    with pytest.raises(ValueError, match=rf"alphas must be finite, got {wrong} for {POST[0]}"):
         scale({POST[0]: wrong})
-    with pytest.raises(ValueError, match=rf"multiplier: {wrong} came"):
+    with pytest.raises(ValueError, match=rf"multiplier must be a finite number, .*got {wrong}"):
         scale({POST[0]: 1.0}, wrong)
 
 
 def test_heads_of_a_residual_stream_and_heads_that_are_not_are_refused(tiny, tiny_vectors, provenance):
-    with pytest.raises(ValueError, match=r"heads: activations of shape \(1, \d+, 32\) have no heads\. Use hook='z'"):
+    with pytest.raises(ValueError, match=r"heads must be None .*activations of shape \(1, \d+, 32\)\. Use hook='z'"):
         logits(tiny, add(tiny_vectors, heads=[0]))
     z = SteeringVectors({"blocks.1.attn.hook_z": torch.ones(4, 8)}, provenance)
     for heads in ([4], [-1], [0, 9]):
-        with pytest.raises(ValueError, match=r"heads: .* came, this model has heads 0\.\.3"):
+        with pytest.raises(ValueError, match=r"heads must be in 0\.\.3, got "):
             logits(tiny, add(z, hook="z", heads=heads))
     assert not torch.equal(logits(tiny, add(z, hook="z", heads=[3])), logits(tiny))
 
 
 def test_empty_lists_of_positions_and_heads_are_refused(tiny_vectors):
-    with pytest.raises(ValueError, match=r"positions: \[\] came"):
+    with pytest.raises(ValueError, match=r"positions must be token numbers in a list, .*got \[\]"):
         add(tiny_vectors, [0], positions=[])
-    with pytest.raises(ValueError, match=r"heads: the list is empty"):
+    with pytest.raises(ValueError, match=r"heads must name at least one head"):
         add(tiny_vectors, [0], heads=[])
 
 
@@ -341,5 +351,5 @@ def test_part_of_a_component_is_removed_or_set_by_row(tiny, tiny_vectors):
 
 
 def test_floats_as_positions_are_refused(tiny_vectors, as_a_user):
-    with pytest.raises(ValueError, match=r"positions: \[1\.5\] came"):
+    with pytest.raises(ValueError, match=r"positions must be token numbers in a list, .*got \[1\.5\]"):
         add(tiny_vectors, [0], positions=[1.5])

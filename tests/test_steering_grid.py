@@ -150,7 +150,10 @@ def test_what_a_bridge_cannot_do_at_resid_mid_is_refused_and_not_done_otherwise(
         with steered(backends["hooked"], hooks):
             backends["hooked"](tokens)
         with (
-            pytest.raises(ValueError, match=r"hook: a TransformerBridge's resid_mid is only what the MLP reads"),
+            pytest.raises(
+                ValueError,
+                match=r"hook must be a point on the residual stream, got resid_mid of a TransformerBridge, which is only what the MLP reads",
+            ),
             steered(backends["bridge"], hooks),
         ):
             backends["bridge"](tokens)
@@ -165,7 +168,7 @@ def test_an_unknown_hook_point_is_refused_with_the_nearest(backend, backends, pr
     with (
         pytest.raises(
             ValueError,
-            match=r"hooks: 'blocks\.31\.hook_resid_post' is not in this model \(30 blocks\)\. "
+            match=r"'?blocks\.31\.hook_resid_post'?.*30 blocks.*"
             r"Near: .*blocks\.\d+\.hook_resid_post",
         ),
         steered(model, [known], add(vectors)),
@@ -203,7 +206,7 @@ def test_an_exception_in_the_block_leaves_no_hook_and_keeps_the_users_on_both_ba
 def test_vectors_of_another_model_are_refused_on_both_backends(backend, backends, tiny_vectors, hooks_on):
     model = backends[backend]
     with (
-        pytest.raises(ValueError, match=r"vectors: made for d_model 32, these activations have 576\. Extract vectors"),
+        pytest.raises(ValueError, match=r"d_model 32; these activations have 576\. Extract vectors"),
         steered(model, add(tiny_vectors)),
     ):
         generate_tokens(model, [[504]], 1)

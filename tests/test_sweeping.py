@@ -90,7 +90,7 @@ def test_the_table_is_tidy_and_every_cell_is_that_of_a_separate_steered_run(tiny
     assert not found.table.duplicated(["layer", "multiplier", "prompt"]).any()
     assert (found.prompts, found.metric, found.seed) == (PROMPTS, "Projection", 0)
     for (layer, dose), cell in found.table.groupby(["layer", "multiplier"]):
-        with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [layer], dose)):
+        with rtl.applied(tiny, rtl.add(tiny_vectors, [layer], dose)):
             alone = [Projection(prompts=[prompt])(tiny)[0] for prompt in PROMPTS]
         assert cell["prompt"].tolist() == [0, 1, 2]
         assert cell["score"].tolist() == pytest.approx(alone, abs=1e-4)
@@ -102,7 +102,7 @@ def test_answers_are_scored_as_evaluate_scores_them(tiny, tiny_vectors):
     found = swept(tiny, tiny_vectors, EvalTask(PROMPTS, len, max_new_tokens=3, batch_size=2), layers=[1])
     assert found.metric == "len"
     for dose, cell in found.table.groupby("multiplier"):
-        with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [1], dose)):
+        with rtl.applied(tiny, rtl.add(tiny_vectors, [1], dose)):
             alone = rtl.evaluate(tiny, PROMPTS, len, max_new_tokens=3)
         assert cell["score"].tolist() == alone.scores
     assert found.table["score"].nunique() > 3
@@ -131,7 +131,7 @@ def test_multipliers_are_sorted_and_each_run_once(tiny, tiny_vectors):
 def test_layers_in_the_order_asked_for_and_another_way_to_steer(tiny, tiny_vectors):
     found = swept(tiny, tiny_vectors, Projection(), layers=[1, 0], steer=rtl.steering.add_preserving_norm)
     assert found.table["layer"].unique().tolist() == [1, 0]
-    with rtl.steering.steered(tiny, rtl.steering.add_preserving_norm(tiny_vectors, [1], 1.0)):
+    with rtl.applied(tiny, rtl.steering.add_preserving_norm(tiny_vectors, [1], 1.0)):
         alone = Projection()(tiny)
     cell = found.table.query("layer == 1 and multiplier == 1")["score"].tolist()
     assert cell == pytest.approx(alone, abs=1e-4)
@@ -178,7 +178,7 @@ def test_a_logit_difference_is_that_of_plain_runs_one_prompt_at_a_time(tiny, tin
     assert metric(tiny) == pytest.approx([direct(prompt) for prompt in PROMPTS], abs=1e-4)
     assert np.std([direct(prompt) for prompt in PROMPTS]) > 1e-3
     found = swept(tiny, tiny_vectors, metric, layers=[0]).table
-    with rtl.steering.steered(tiny, rtl.add(tiny_vectors, [0], -2.0)):
+    with rtl.applied(tiny, rtl.add(tiny_vectors, [0], -2.0)):
         steered = [direct(prompt) for prompt in PROMPTS]
     assert found[found["multiplier"] == -2]["score"].tolist() == pytest.approx(steered, abs=1e-4)
 

@@ -103,7 +103,6 @@ def test_columns_are_those_promised_and_intervals_hold_their_estimates(plant):
     assert list(found.layers) == [
         "layer", "n", "accuracy", "accuracy_low", "accuracy_high", "auc", "auc_low", "auc_high", "control_low",
         "control_high", "d_prime", "control_d_prime", "stability", "stability_low", "stability_high", "seed",
-        "signal", "control_signal",  # TODO-RENAME: drop this line
     ]  # fmt: skip
     assert set(found.learning) == {
         "layer", "n_pairs", "accuracy", "accuracy_low", "accuracy_high", "cosine", "cosine_low", "cosine_high", "n",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 import rt_lens as rtl
 from rt_lens import tuning
 from rt_lens.models import checksums
-from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.config import TuneConfig, modern
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.loop import tune
 from rt_lens.tuning.objective import Objective
@@ -229,7 +229,7 @@ def test_shared_material_gives_the_same_delta_as_targets_and_is_checked(tiny, ti
     for _ in range(2):
         shared = tune(tiny, tiny_vectors, material, config, progress=False)
         assert all(torch.equal(shared.changes[name], alone.changes[name]) for name in alone.changes)
-    with pytest.raises(ValueError, match="Prepare it with the same layers"):
+    with pytest.raises(ValueError, match="prepared with the same layers"):
         tune(tiny, tiny_vectors, material, replace(config, layers=[0], trained_layers=[0]), progress=False)
 
 
@@ -238,7 +238,7 @@ def test_material_is_refused_on_other_weights_of_the_same_name(tiny, tiny_vector
     config = replace(QUICK, kl_weight=1.0)
     material = prepare_data(tiny, tiny_vectors, TARGETS, config, neutral=NEUTRAL)
     delta = tune(tiny, tiny_vectors, material, config, progress=False)
-    says = "train: must be material prepared with this model's weights, got some of other weights of tiny. Prepare it"
+    says = "train must be data prepared with this model's weights, got data of other weights of tiny. Prepare it"
     for checkpoint in (None, tmp_path / "c.ckpt"):
         with delta.applied(tiny), pytest.raises(ValueError, match=says):
             tune(tiny, tiny_vectors, material, config, checkpoint=checkpoint, progress=False)
@@ -282,7 +282,7 @@ def test_a_delta_of_another_model_is_refused_before_anything_changes(tiny):
     before = fingerprint(tiny)
     changes = {"blocks.0.attn.W_Q": torch.ones_like(tiny.W_Q[0]), "blocks.9.attn.W_Q": torch.ones(2, 2)}
     delta = WeightDelta(changes, "other", {}, [])
-    with pytest.raises(ValueError, match=r"delta: blocks\.9\.attn\.W_Q"), delta.applied(tiny):
+    with pytest.raises(ValueError, match=r"delta must fit the model, .*blocks\.9\.attn\.W_Q"), delta.applied(tiny):
         pass
     assert fingerprint(tiny) == before
 
@@ -303,17 +303,18 @@ def test_pairs_give_targets_in_the_models_own_words_without_the_persona(model, p
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 0.0}, "all are 0, so there is nothing to tune"),
-        ({"direction": "up"}, "direction: 'up' came; 'toward', 'away' or 'suppress' is wanted"),
-        ({"precision": "float16"}, "precision: 'float16' came; 'float32', 'bfloat16' or 'auto' is wanted"),
-        ({"prefix_cache": "ram"}, "prefix_cache: 'ram' came; 'auto', 'memory', 'disk' or 'off' is wanted"),
-        ({"kl_weight": -1.0}, "kl_weight: -1.0 came"),
-        ({"kl_weight": float("nan")}, "kl_weight: nan came"),
-        ({"free_nats": -0.1}, "free_nats: -0.1 came; 0 or more is wanted"),
-        ({"max_steps": 0}, "max_steps: 0 came"),
-        ({"micro_batch_size": 0}, "micro_batch_size: 0 came; more than 0 is wanted"),
-        ({"token_learning_rate": 0.0}, "token_learning_rate: 0.0 came; more than 0 is wanted"),
-        ({"warmup": 1.0}, "warmup: 1.0 came; a share from 0 to below 1 is wanted"),
+        ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 0.0}, "so there is nothing to tune"),
+        ({"direction": "up"}, "direction must be 'toward', 'away' or 'suppress', got 'up'"),
+        ({"direction": "out"}, "direction must be .*, got 'out', the old name of 'suppress'"),
+        ({"precision": "float16"}, "precision must be 'float32', 'bfloat16' or 'auto', got 'float16'"),
+        ({"prefix_cache": "ram"}, "prefix_cache must be 'auto', 'memory', 'disk' or 'off', got 'ram'"),
+        ({"kl_weight": -1.0}, "kl_weight must be 0 or more, got -1.0"),
+        ({"kl_weight": float("nan")}, "kl_weight must be 0 or more, got nan"),
+        ({"free_nats": -0.1}, "free_nats must be 0 or more, got -0.1"),
+        ({"max_steps": 0}, "max_steps must be more than 0, got 0"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be more than 0, got 0"),
+        ({"token_learning_rate": 0.0}, "token_learning_rate must be more than 0, got 0.0"),
+        ({"warmup": 1.0}, "warmup must be a share from 0 to below 1, got 1.0"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")
@@ -325,10 +326,13 @@ def test_bad_settings_are_named(settings, says):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"layers": [7]}, "layers: 7 is outside these vectors' blocks 0..1"),
-        ({"trained_layers": [5]}, "layers: 5 is outside this model's blocks 0..1"),
-        ({"kl_weight": 1.0}, "neutral: the KL term needs neutral prompts"),
-        ({"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 1.0}, "there is nothing to tune. Raise one, or give"),
+        ({"layers": [7]}, "layers contains 7, but these vectors are of blocks 0..1"),
+        ({"trained_layers": [5]}, "layers.*5.*blocks 0..1"),
+        ({"kl_weight": 1.0}, "neutral must be at least one prompt for the KL term"),
+        (
+            {"cosine_weight": 0.0, "token_weight": 0.0, "kl_weight": 1.0},
+            "or steer given, .*so there is nothing to tune",
+        ),
     ],
 )
 def test_bad_requests_are_named_before_any_work(tiny, tiny_vectors, settings, says):
@@ -337,7 +341,7 @@ def test_bad_requests_are_named_before_any_work(tiny, tiny_vectors, settings, sa
 
 
 def test_vectors_of_another_model_are_refused(model, tiny_vectors):
-    with pytest.raises(ValueError, match="vectors: made for d_model 32"):
+    with pytest.raises(ValueError, match="extracted from a model with d_model 32"):
         tune(model, tiny_vectors, TARGETS, QUICK, progress=False)
 
 
@@ -356,17 +360,17 @@ def test_a_bridge_tunes_too(bridge, pairs):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"layers": 20}, "layers: 20 came; a list of blocks"),
-        ({"layers": "20"}, "layers: '20' came; a list of blocks"),
-        ({"layers": []}, "layers: the list is empty"),
-        ({"trained_layers": []}, "trained_layers: the list is empty"),
-        ({"layers": [1.5]}, "layers: 1.5 came; a whole number"),
-        ({"target_modules": 5}, "target_modules: 5 came; a list"),
-        ({"target_modules": "v o"}, r"target_modules: 'v o' came; a list is wanted, as in target_modules=\['v', 'o'\]"),
-        ({"max_steps": 2.5}, "max_steps: 2.5 came; a whole number"),
-        ({"micro_batch_size": 1.5}, "micro_batch_size: 1.5 came; a whole number"),
-        ({"learning_rate": "1e-4"}, "learning_rate: '1e-4' came; a number"),
-        ({"seed": None}, "seed: None came; a whole number"),
+        ({"layers": 20}, "layers must be a list of blocks .*got 20"),
+        ({"layers": "20"}, "layers must be a list of blocks .*got '20'"),
+        ({"layers": []}, "layers must name at least one block"),
+        ({"trained_layers": []}, "trained_layers must name at least one block"),
+        ({"layers": [1.5]}, "layers must be a whole number, got 1.5"),
+        ({"target_modules": 5}, "target_modules must be a list such as .*got 5"),
+        ({"target_modules": "v o"}, r"target_modules must be a list, got 'v o'\. Try target_modules=\['v', 'o'\]"),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, got 2.5"),
+        ({"micro_batch_size": 1.5}, "micro_batch_size must be a whole number, got 1.5"),
+        ({"learning_rate": "1e-4"}, "learning_rate must be a number, got '1e-4'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_named(settings, says, as_a_user):
@@ -383,9 +387,9 @@ def test_numpys_numbers_are_as_good_as_pythons(tiny, tiny_vectors, tmp_path, as_
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"train": "a text"}, "train: ContrastPairs, or a list of Target"),
-        ({"train": [("a", "b")]}, "train: ContrastPairs, or a list of Target"),
-        ({"validation": ["a"]}, "validation: ContrastPairs, or a list of Target"),
+        ({"train": "a text"}, "train must be ContrastPairs, or a list of Target"),
+        ({"train": [("a", "b")]}, "train must be ContrastPairs, or a list of Target"),
+        ({"validation": ["a"]}, "validation must be ContrastPairs, or a list of Target"),
         ({"neutral": "Iron?"}, "neutral must be a list of texts"),
         ({"neutral": [("a", "b")]}, "neutral must be a list of texts"),
     ],
@@ -400,12 +404,12 @@ def test_material_of_another_model_or_direction_is_refused(tiny, make_tiny, tiny
     material = prepare_data(tiny, tiny_vectors, TARGETS, QUICK, neutral=NEUTRAL)
     other = make_tiny()
     other.cfg.rt_lens_name = "another"
-    with pytest.raises(ValueError, match="train: this material was prepared with tiny, this model is another"):
+    with pytest.raises(ValueError, match="train must be data prepared with this model, another, got data of tiny"):
         tune(other, tiny_vectors, material, QUICK, progress=False)
     written = replace(material, direction="toward")  # as `prepare_data` says of targets that the model wrote
-    with pytest.raises(ValueError, match="targets were written for 'toward', direction is 'away'"):
+    with pytest.raises(ValueError, match="targets written for direction 'away', got targets for 'toward'"):
         tune(tiny, tiny_vectors, written, QUICK, progress=False)
-    with pytest.raises(ValueError, match="they are part of prepared material"):
+    with pytest.raises(ValueError, match="must be left out where train is prepared data"):
         tune(tiny, tiny_vectors, material, QUICK, neutral=NEUTRAL, progress=False)
 
 
@@ -418,3 +422,35 @@ def test_held_out_targets_share_no_prompt_with_the_others(tiny, tiny_vectors):
         assert len(part.held_out) == 2 * len(held)
     first, again, other = ([row.prompt for row in part.held_out] for part in parts)
     assert first == again != other
+
+
+# Names that files had before
+
+
+def test_old_names_and_values_of_a_file_are_read_with_a_hint():
+    old = {"direction": "out", "kinds": {"cosine": ["v"]}, "token_rest": 0.3, "layers": [20]}
+    kept = dict(old)
+    with pytest.warns(UserWarning) as hints:
+        found = modern(old)
+    assert found == {"direction": "suppress", "target_modules": {"cosine": ["v"]}, "free_nats": 0.3, "layers": [20]}
+    assert [str(hint.message) for hint in hints] == [
+        "direction 'out' is now 'suppress'; the old name still works.",
+        "'kinds' is now 'target_modules'; the old name still works.",
+        "'token_rest' is now 'free_nats'; the old name still works.",
+    ]
+    assert old == kept
+
+
+@pytest.mark.filterwarnings("ignore:.*the old name still works")
+def test_old_names_within_sums_and_targets_are_read_too():
+    half = {"times": 0.5, "of": {"sum_of": [{"kinds": ["v"]}, {"vectors": [{"direction": "out"}, {"weight": 1}]}]}}
+    assert modern(half) == {
+        "times": 0.5,
+        "of": {"sum_of": [{"target_modules": ["v"]}, {"vectors": [{"direction": "suppress"}, {"weight": 1}]}]},
+    }
+
+
+@pytest.mark.filterwarnings("error")
+def test_todays_names_are_left_as_they_are_without_a_hint():
+    config = asdict(TuneConfig(direction="suppress"))
+    assert modern(config) == config

@@ -113,13 +113,16 @@ def test_toward_one_vector_and_away_from_another_moves_both(tiny, tiny_vectors, 
 def test_aims_that_make_no_sense_are_refused(tiny, tiny_vectors, provenance):
     zero = SteeringVectors({"blocks.1.hook_resid_post": torch.zeros(32)}, provenance)
     for given, says in (
-        ([], r"vectors: SteeringVectors, or a list of at least one Aim, is wanted"),
-        ([tiny_vectors], r"a list of at least one Aim"),
-        ([DirectionTarget(tiny_vectors, 0.0)], r"weight: \[0\.0\] came; each aim wants more than 0"),
-        ([DirectionTarget(tiny_vectors, layers=[7])], r"layers: 7 is outside these vectors' blocks 0\.\.1"),
-        ([DirectionTarget(zero, layers=[1])], r"vectors: blocks\.1\.hook_resid_post is all zeros"),
-        ([DirectionTarget(tiny_vectors, positions="frist")], r"position: 'frist' came"),
-        ([DirectionTarget(tiny_vectors, direction="up")], r"direction: 'up' came"),
+        ([], r"vectors must be SteeringVectors, or a list of at least one DirectionTarget"),
+        ([tiny_vectors], r"a list of at least one DirectionTarget"),
+        ([DirectionTarget(tiny_vectors, 0.0)], r"weight must be above 0 for every DirectionTarget, got \[0\.0\]"),
+        ([DirectionTarget(tiny_vectors, layers=[7])], r"layers contains 7, but these vectors are of blocks 0\.\.1"),
+        (
+            [DirectionTarget(zero, layers=[1])],
+            r"vectors must have a direction to tune, got all zeros at blocks\.1\.hook_resid_post",
+        ),
+        ([DirectionTarget(tiny_vectors, positions="frist")], r"position.*'frist'"),
+        ([DirectionTarget(tiny_vectors, direction="up")], r"direction must be .*got 'up'"),
     ):
         with pytest.raises(ValueError, match=says):
             tune(tiny, given, TARGETS, CONFIG, validation=TARGETS, progress=False)
@@ -181,7 +184,8 @@ def test_a_cosine_is_read_at_a_choices_last_token(tiny, tiny_vectors):
     )
     assert response["cosine"] == last["cosine"]
     with pytest.raises(
-        ValueError, match=r"positions: 'mean response' names no token of the target with prompt 'Is wat"
+        ValueError,
+        match=r"positions must name a token of every target, but 'mean response' names none in the one with prompt 'Is wat",
     ):
         prepare_data(tiny, tiny_vectors, CHOICES, replace(config, positions="mean response"), validation=TARGETS)
 
@@ -189,10 +193,10 @@ def test_a_cosine_is_read_at_a_choices_last_token(tiny, tiny_vectors):
 @pytest.mark.parametrize(
     ("options", "shares", "says"),
     [
-        ((" A",), (1.0,), r"two or more of each are wanted"),
-        ((" A", " B"), (1.0,), r"two or more of each are wanted"),
-        ((" A", " B"), (0.6, 0.6), r"shares: \(0\.6, 0\.6\) came; numbers from 0 with sum 1 are wanted"),
-        ((" A", " B"), (1.5, -0.5), r"shares: \(1\.5, -0\.5\) came"),
+        ((" A",), (1.0,), r"options and shares must be two or more of each"),
+        ((" A", " B"), (1.0,), r"options and shares must be two or more of each"),
+        ((" A", " B"), (0.6, 0.6), r"shares must be 0 or more each and have sum 1, got \(0\.6, 0\.6\)"),
+        ((" A", " B"), (1.5, -0.5), r"shares must be .*got \(1\.5, -0\.5\)"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused(options, shares, says):
@@ -203,7 +207,8 @@ def test_choices_that_make_no_sense_are_refused(options, shares, says):
 def test_an_option_of_several_tokens_is_refused_by_name(tiny, tiny_vectors):
     choice = Choice("Which?", (" A", " quintessential whales"), (0.5, 0.5))
     with pytest.raises(
-        ValueError, match=r"options: ' quintessential whales' is \d tokens of this model after 'Which\?'; one is wanted"
+        ValueError,
+        match=r"options must be one token each, got ' quintessential whales', which is \d tokens of this model after 'Which\?'",
     ):
         tune(tiny, tiny_vectors, [choice], CONFIG, validation=TARGETS, progress=False)
 
@@ -286,7 +291,7 @@ def test_the_kl_is_that_under_steering_by_hand_wherever_the_steering_is(tiny, ti
     assert delta.history[0]["kl"] == pytest.approx(expected, rel=1e-4)
     without = prepare_data(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, neutral=NEUTRAL)
     if trained == [1]:
-        with pytest.raises(ValueError, match=r"train: this material was prepared for blocks from 1 on"):
+        with pytest.raises(ValueError, match=r"train must be data prepared .*got data for blocks from 1 on"):
             tune(tiny, tiny_vectors, without, config, steer=steer, progress=False)
 
 
@@ -366,13 +371,13 @@ def test_directions_from_pairs_are_taken_again_from_the_model_as_it_is_by_then(m
 
 def test_steering_at_layers_that_are_not_there_is_refused_before_any_work(tiny, tiny_vectors):
     steer = KLThenSteer([tiny_vectors], layers=[7])
-    with pytest.raises(ValueError, match=r"layers: 7 is outside this model's blocks 0\.\.1"):
+    with pytest.raises(ValueError, match=r"layers.*7.*blocks 0\.\.1"):
         tune(tiny, tiny_vectors, TARGETS, STEERED, neutral=NEUTRAL, steer=steer, progress=False)
 
 
 def test_steering_by_another_models_vectors_is_refused(tiny, tiny_vectors, provenance):
     wide = SteeringVectors({"blocks.1.hook_resid_post": torch.ones(64)}, provenance)
-    with pytest.raises(ValueError, match="vectors: made for d_model 64"):
+    with pytest.raises(ValueError, match="extracted from a model with d_model 64"):
         tune(tiny, tiny_vectors, TARGETS, STEERED, neutral=NEUTRAL, steer=KLThenSteer([wide], [1]), progress=False)
 
 
@@ -380,14 +385,14 @@ def test_steering_by_another_models_vectors_is_refused(tiny, tiny_vectors, prove
     "settings", [{"strength": 0.0}, {"share": 0.0}, {"share": 1.5}, {"n_pairs": 0}], ids=lambda s: next(iter(s))
 )
 def test_steering_settings_are_checked_when_they_are_made(tiny_vectors, settings):
-    with pytest.raises(ValueError, match=r"strength, share, n_pairs: .* came; a strength above 0, a share above 0"):
+    with pytest.raises(ValueError, match=r"strength must be above 0, share above 0 .*got strength="):
         KLThenSteer([tiny_vectors], [1], **settings)
 
 
 @pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("directions", [[], ["mood"]])
 def test_steering_wants_directions(directions):
-    with pytest.raises(ValueError, match="directions: a list of at least one SteeringVectors or ContrastPairs"):
+    with pytest.raises(ValueError, match="directions must be a list of at least one SteeringVectors or ContrastPairs"):
         KLThenSteer(directions, [1])
 
 

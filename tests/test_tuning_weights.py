@@ -76,24 +76,25 @@ def test_the_default_kinds_take_what_a_model_has_and_others_are_refused(make_tin
     model = make_tiny(**settings)
     wanted = set(MATRICES) - missing
     assert set(changed(model, tiny_vectors)) == {f"blocks.1.{name}" for kind in wanted for name in BY_KIND[kind]}
-    said = rf"target_modules: {', '.join(sorted(missing))} not found in blocks \[1\] .*\(for the cosine loss\)\. Leave it out"
-    with pytest.raises(ValueError, match=said):
+    names = ", ".join(sorted(missing))
+    message = rf"target_modules must be .*got {names}, which blocks \[1\] .*\(for the cosine loss\)\. Leave them out"
+    with pytest.raises(ValueError, match=message):
         changed(model, tiny_vectors, target_modules=["q", *missing])
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"target_modules": ["query"]}, r"target_modules: 'query' came; q, k, v, o, gate, up, down, bias, norm are known"),
-        ({"target_modules": "q k"}, r"target_modules: 'q k' came; a list is wanted, as in target_modules=\['q', 'k'\]"),
-        ({"target_modules": []}, r"target_modules: the list is empty\. Name some of q, k"),
-        ({"target_modules": {"cosines": ["q"]}}, r"target_modules: cosines is no loss; cosine, token, kl are"),
-        ({"target_modules": {"cosine": "v", "token": ["q"]}}, r"target_modules\['cosine'\]: 'v' came; a list is wanted"),
-        ({"target_modules": {"cosine": ["v"]}}, r"target_modules: nothing for the token loss, which has weight\. Add it, or set"),
-        ({"trained_layers": {"token": [1]}}, r"trained_layers: nothing for the cosine loss, which has weight"),
+        ({"target_modules": ["query"]}, r"target_modules must be among q, k, v, o, gate, .*got 'query'"),
+        ({"target_modules": "q k"}, r"target_modules must be a list, got 'q k'\. Try target_modules=\['q', 'k'\]"),
+        ({"target_modules": []}, r"target_modules must be some of q, k, .*got an empty list"),
+        ({"target_modules": {"cosines": ["q"]}}, r"target_modules must have the keys cosine, token, kl, got cosines"),
+        ({"target_modules": {"cosine": "v", "token": ["q"]}}, r"target_modules\['cosine'\] must be a list, got 'v'"),
+        ({"target_modules": {"cosine": ["v"]}}, r"target_modules must have an entry for the token loss, .*Add it, or set"),
+        ({"trained_layers": {"token": [1]}}, r"trained_layers must have an entry for the cosine loss"),
         ({"trained_layers": {"cosine": [1]}, "token_weight": 0.0, "cosine_weight": 0.0, "kl_weight": 1.0},
-         r"trained_layers: nothing for the kl loss, which has weight"),
-        ({"lora_rank": -1}, r"lora_rank: -1 came; 0 or more is wanted"),
+         r"trained_layers must have an entry for the kl loss"),
+        ({"lora_rank": -1}, r"lora_rank must be 0 or more, got -1"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("as_a_user")
@@ -112,7 +113,8 @@ def test_a_fused_matrix_is_trained_whole_or_not_at_all():
     }
     for kinds in (["q"], ["q", "v"]):
         with pytest.raises(
-            ValueError, match=r"target_modules: h\.0\.attn\.c_attn\.weight holds q, k, v in one matrix.*Name them"
+            ValueError,
+            match=r"target_modules must name all or none of q, k, v, which .*h\.0\.attn\.c_attn\.weight holds in one matrix",
         ):
             trained_by(model, replace(config, target_modules=kinds))
 
@@ -135,7 +137,7 @@ def test_a_bridges_norms_are_trained_and_biases_that_it_has_not_refused(bridge, 
     changes = changed(bridge, vectors, target_modules=["norm"], **settings)
     ends = ("input_layernorm", "post_attention_layernorm")
     assert {short(name) for name in changes} == {f"model.layers.29.{end}.weight" for end in ends}
-    with pytest.raises(ValueError, match=r"target_modules: bias not found in blocks \[29\]"):
+    with pytest.raises(ValueError, match=r"target_modules must be .*got bias, which blocks \[29\]"):
         changed(bridge, vectors, target_modules=["bias"], **settings)
 
 
@@ -172,7 +174,7 @@ def test_a_bridges_norms_and_biases_are_trained(fused, tiny_vectors):
     assert len(norms) == 2
     assert all(change.abs().max() > 0 for change in norms.values())
     if not any("c_fc" in name for name, _ in fused.named_parameters()):
-        with pytest.raises(ValueError, match=r"target_modules: bias not found in blocks \[1\]"):
+        with pytest.raises(ValueError, match=r"target_modules must be .*got bias, which blocks \[1\]"):
             changed(fused, tiny_vectors, target_modules=["bias"])
         return
     biases = changed(fused, tiny_vectors, target_modules=["bias"])
@@ -289,10 +291,10 @@ def test_low_rank_factors_of_separate_losses_get_only_their_own(tiny, tiny_vecto
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"lora_rank": 16}, r"lora_rank: 16 came; blocks\.1\.attn\._W_K is 16 x 32, so less than 16 is wanted"),
+        ({"lora_rank": 16}, r"lora_rank must be less than 16, since blocks\.1\.attn\._W_K is 16 x 32, got 16"),
         (
             {"lora_rank": 2, "target_modules": ["q", "norm", "bias"]},
-            r"target_modules: bias, norm has no low-rank factors.*lora_rank=0",
+            r"target_modules must be matrices .*got bias, norm\. .*lora_rank=0",
         ),
     ],
 )

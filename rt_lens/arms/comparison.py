@@ -199,8 +199,8 @@ class ArmScores:
     ) -> pd.DataFrame:
         """Paired differences, first arm minus second; p as it is, and by Holm over all rows of this table.
 
-        Holm's correction starts from p-values that allow for few tuning seeds (`paired_comparison`, cautious). Where both
-        arms have several tuning seeds, each seed is compared with the same seed.
+        Holm's correction starts from p-values that allow for few tuning seeds (`paired_comparison`, cautious). Where
+        both arms have several tuning seeds, each seed is compared with the same seed.
 
         Args:
             pairs: of (arm, direction); every arm against the first one for None.
@@ -343,8 +343,8 @@ def _matched(a: pd.DataFrame, b: pd.DataFrame) -> tuple[Float[np.ndarray, "..."]
     if min(len(seeds_a), len(seeds_b)) > 1 and seeds_a != seeds_b:
         if not seeds_a & seeds_b:
             raise ValueError(
-                f"arms must share tuning seeds to be compared, got {sorted(seeds_a)} and {sorted(seeds_b)}. Measure both "
-                "with the same seeds."
+                f"arms must share tuning seeds to be compared, got {sorted(seeds_a)} and {sorted(seeds_b)}. Measure "
+                "both with the same seeds."
             )
         a, b = (side[side["seed"].isin(seeds_a & seeds_b)] for side in (a, b))
     first, second = (matrix(side) for side in (a, b))

@@ -65,10 +65,11 @@ def weight_changes(
 
     Returns:
         One row per parameter of the delta: parameter, layer (NaN outside the blocks), kind (q, k, v, o, gate, up, down,
-        bias, norm, embed, other, or several of a fused matrix: q+k+v), norm (Frobenius), relative (to the weight's own; NaN where that is zero),
-        effective_rank, rank_limit, top_share (of the largest singular value in the sum of squares); with vectors also
-        alignment (0 to 1; NaN where it has no meaning or no vector) and chance (1 / sqrt(d_model): root mean square
-        over random directions). No sampling, so no interval. Ranks and shares of a change of zero are NaN.
+        bias, norm, embed, other, or several of a fused matrix: q+k+v), norm (Frobenius), relative (to the weight's
+        own; NaN where that is zero), effective_rank, rank_limit, top_share (of the largest singular value in the sum
+        of squares); with vectors also alignment (0 to 1; NaN where it has no meaning or no vector) and chance (1 /
+        sqrt(d_model): root mean square over random directions). No sampling, so no interval. Ranks and shares of a
+        change of zero are NaN.
 
     Raises:
         ValueError: if the delta or the vectors do not fit the model.

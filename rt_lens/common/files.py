@@ -1,4 +1,4 @@
-"""Files written whole or not at all, alone or several together, and read without running anything in them."""
+"""Files: written whole or not at all, alone or as a set, and read without running any code in them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from torch import Tensor
 
 _log = logging.getLogger(__name__)
 _BEFORE = ".before"
-_LONGEST = 100  # letters of a name, so that beginnings and endings can be put to it
+_LONGEST = 100  # characters of a name, which leaves room for prefixes and endings
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?", re.IGNORECASE | re.DOTALL)
 
 
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
-    """A folder of its own on the same disk as `path`, gone in the end with all that is in it.
+    """Context manager that gives a temporary folder on the same disk as `path`, and removes it with its content.
 
-    A folder and not a file, because safetensors makes a temporary file with a name of its own where it writes; this way
-    what a killed process leaves can be told from other files.
+    It is a folder because safetensors writes a temporary file under its own name. So `remove_leftovers` can recognise
+    what a killed process leaves behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent / f".{path.name}-{uuid4().hex}"
@@ -41,104 +41,112 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _in_its_place(path: Path) -> Iterator[Path]:
-    """A temporary name, renamed to `path` in the end; on any exception nothing is left."""
+def _renamed_at_the_end(path: Path) -> Iterator[Path]:
+    """Context manager that gives a temporary path and renames it to `path`; after an exception nothing is left."""
     path = path.expanduser()
     with _folder_beside(path) as folder:
         temporary = folder / path.name
         yield temporary
-        temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors' files only their owner may read
-        with temporary.open("r+b") as written:
-            os.fsync(written.fileno())  # else a power cut could leave the new name with nothing in it
+        temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+        with temporary.open("r+b") as stream:
+            os.fsync(stream.fileno())  # else a power cut could leave an empty file under the new name
         os.replace(temporary, path)
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Writes to a temporary name beside `path`, then renames: a reader finds the old file, the new one, or none."""
-    with _in_its_place(path) as temporary:
+    """Writes to a temporary name beside `path`, then renames it: a reader finds the old file, the new one, or none.
+
+    Example:
+        >>> from pathlib import Path
+        >>> write_atomically(Path("notes.txt"), b"hello").read_bytes()
+        b'hello'
+    """
+    with _renamed_at_the_end(path) as temporary:
         temporary.write_bytes(content)
     return path
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
-    """As `write_atomically`, without a copy of the tensors in memory.
+    """Writes tensors like `write_atomically`, without a copy of them in memory.
 
     Raises:
         OSError: if the disk is full or the folder cannot be written.
     """
-    with _in_its_place(path) as temporary:
+    with _renamed_at_the_end(path) as temporary:
         try:
             save_file(dict(tensors), temporary, metadata=dict(header))
-        except SafetensorError as error:  # it wraps the system's error in words of its own
+        except SafetensorError as error:  # it wraps the system's error
             raise OSError(f"{path} cannot be written ({error}). Free some disk space or give another path.") from error
     return path
 
 
 @contextmanager
 def together(folder: Path, replaced: Callable[[Path], Iterable[str]], last: str, *, kept: str = "") -> Iterator[Path]:
-    """A folder aside, whose files take their place in `folder` together at the end of the block.
+    """Context manager that gives a temporary folder and moves its files into `folder` together at the end.
 
-    Until then, and on any exception, `folder` is exactly as it was. What else lies in it stays.
+    Until then, and after an exception, `folder` is unchanged. Other files in it stay.
 
     Args:
-        folder: made if it is not there.
-        replaced: names of the files in `folder` that belong to the set before: those that the new one lacks go.
-        last: the file that stands for the whole set: the first that is taken away, and the last that is put there.
-        kept: what the files are called in the message that says where they are after an exception; without it they are
-            removed then.
+        folder: the target; created if it does not exist.
+        replaced: a function from `folder` to the names of its files that belong to the previous set; those that the
+            new set lacks are removed.
+        last: the file that marks a complete set: the first to be removed, and the last to be moved in.
+        kept: what to call the files in the message that says where they are after an exception. Without it they are
+            removed.
 
     Raises:
         OSError: if the disk is full or the folder cannot be written.
     """
     folder = folder.expanduser().resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if kept and (left := _asides_of(folder)):
-        places = ", ".join(map(str, left))
+    if kept and (unfinished := _temporary_folders_of(folder)):
+        paths = ", ".join(map(str, unfinished))
         _log.warning(
             "%s: unfinished runs (still under way, or broken off) keep their files in %s. Delete those that you do not "
-            "need.", folder, places,
+            "need.", folder, paths,
         )  # fmt: skip
-    aside = _aside_of(folder)
-    aside.mkdir()
+    temporary = _temporary_folder_of(folder)
+    temporary.mkdir()
     try:
-        yield aside
-        _take_place(aside, folder, replaced(folder), last)
+        yield temporary
+        _exchange(temporary, folder, replaced(folder), last)
     except BaseException as error:
-        if kept and any(aside.iterdir()):
-            told = f"{kept} broken off. The files so far are kept in {aside}; {folder} is unchanged."
-            _log.warning("%s", told)
-            error.add_note(told)
+        if kept and any(temporary.iterdir()):
+            message = f"{kept} broken off. The files so far are kept in {temporary}; {folder} is unchanged."
+            _log.warning("%s", message)
+            error.add_note(message)
         else:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _aside_of(folder: Path) -> Path:
-    """A new name beside a folder, or in it where beside it nothing can be written or is another disk."""
+def _temporary_folder_of(folder: Path) -> Path:
+    """A new name beside a folder; or in it, if its parent cannot be written or is on another disk."""
     name = f".{folder.name}-{uuid4().hex}"
     if not os.access(folder.parent, os.W_OK):
         return folder / name
-    elsewhere = folder.exists() and folder.stat().st_dev != folder.parent.stat().st_dev
-    return (folder if elsewhere else folder.parent) / name
+    on_another_disk = folder.exists() and folder.stat().st_dev != folder.parent.stat().st_dev
+    return (folder if on_another_disk else folder.parent) / name
 
 
-def _asides_of(folder: Path) -> list[Path]:
-    """Those that are there, with something in them."""
+def _temporary_folders_of(folder: Path) -> list[Path]:
+    """The temporary folders of a folder that exist and are not empty."""
     pattern = f".{escape(folder.name)}-{'[0-9a-f]' * 32}"
-    return [each for place in (folder.parent, folder) for each in sorted(place.glob(pattern)) if any(each.glob("*"))]
+    candidates = [path for parent in (folder.parent, folder) for path in sorted(parent.glob(pattern))]
+    return [path for path in candidates if any(path.glob("*"))]
 
 
-def _take_place(aside: Path, folder: Path, replaced: Iterable[str], last: str) -> None:
-    """Moves the set before out of a folder and another one in; on any exception all is where it was."""
+def _exchange(temporary: Path, folder: Path, replaced: Iterable[str], last: str) -> None:
+    """Moves the previous set out of a folder and the new one in; after an exception all files are where they were."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = sorted((path.name for path in aside.iterdir()), key=lambda name: (name == last, name))
+    new = sorted((path.name for path in temporary.iterdir()), key=lambda name: (name == last, name))
     old = [name for name in dict.fromkeys([last, *replaced, *new]) if os.path.lexists(folder / name)]
     if folders := [name for name in old if (folder / name).is_dir()]:
         raise OSError(f"{folder / folders[0]} must be free for a file, got a folder of that name. Rename the folder.")
-    (aside / _BEFORE).mkdir()
-    moves = [(folder / name, aside / _BEFORE / name) for name in old]
-    moves += [(aside / name, folder / name) for name in new]
+    (temporary / _BEFORE).mkdir()
+    moves = [(folder / name, temporary / _BEFORE / name) for name in old]
+    moves += [(temporary / name, folder / name) for name in new]
     moved = 0
     try:
         for moved, (source, target) in enumerate(moves):  # noqa: B007
@@ -147,15 +155,22 @@ def _take_place(aside: Path, folder: Path, replaced: Iterable[str], last: str) -
         for source, target in reversed(moves[: moved + 1]):
             if os.path.lexists(target) and not os.path.lexists(source):
                 os.replace(target, source)
-        (aside / _BEFORE).rmdir()
+        (temporary / _BEFORE).rmdir()
         raise
 
 
 def check_name(name: object, argument: str) -> str:
-    """The name, if it may become a file's name on any system: it leads nowhere, hides nothing, and is no device.
+    """The name, if it can be a file's name on any system: no path, not hidden, and no device of Windows.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it cannot.
+
+    Example:
+        >>> check_name("mood 2", "name")
+        'mood 2'
+        >>> check_name("../mood", "name")
+        Traceback (most recent call last):
+        ValueError: name must be 1 to 100 letters, digits, spaces and - _ . ..., got '../mood'. ...
     """
     if not isinstance(name, str) or name != as_name(name):
         raise ValueError(
@@ -167,7 +182,12 @@ def check_name(name: object, argument: str) -> str:
 
 
 def as_name(text: str) -> str:
-    """The nearest name to a text that `check_name` lets pass."""
+    """The nearest name to a text that `check_name` accepts.
+
+    Example:
+        >>> as_name("mood: happy/sad")
+        'mood_ happy_sad'
+    """
     kept = "".join(sign if sign in " -_." or unicodedata.category(sign)[0] in "LMN" else "_" for sign in text)
     kept = kept.lstrip(" -.")[:_LONGEST]
     while len(kept.encode()) > 2 * _LONGEST:
@@ -183,13 +203,13 @@ def file_sha256(path: Path) -> str:
 
 
 def check_can_write(path: Path, argument: str) -> None:
-    """Tries now what a later write to `path` would fail at: the folder, its permissions, the name.
+    """Checks now whether a later write to `path` can succeed: the folder, its permissions, the name.
 
     Raises:
         ValueError: if `path` is a folder.
         OSError: if the system refuses.
     """
-    if os.path.isdir(path):  # Path's own raises where a folder may not be looked into
+    if os.path.isdir(path):  # Path.is_dir raises if the parent folder may not be read
         raise ValueError(
             f"{argument} must be the name of a file, got the folder {path}. Name a file in it, such as "
             f"{path / 'it'}.safetensors."
@@ -204,7 +224,7 @@ def check_can_write(path: Path, argument: str) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what processes that were killed while they wrote `path` have left beside it."""
+    """Removes the temporary folders of processes that were killed while they wrote `path`."""
     for folder in path.parent.glob(f".{escape(path.name)}-{'[0-9a-f]' * 32}"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -213,7 +233,7 @@ def read_safetensors(path: Path, argument: str) -> tuple[dict[str, Tensor], dict
     """Tensors and header of a safetensors file.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is truncated or no safetensors file.
     """
     path = path.expanduser()

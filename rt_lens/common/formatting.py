@@ -6,7 +6,7 @@ import math
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many digits after the point; a dash for None and NaN.
+    """A number with `digits` digits after the point; a dash for None and NaN.
 
     Example:
         >>> number(0.5124), number(-0.0001), number(None)
@@ -17,7 +17,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def estimate(mean: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
-    """A mean with its interval; the mean alone where there is no interval.
+    """A mean with its interval; the mean alone if there is no interval.
 
     Example:
         >>> estimate(0.5124, 0.43, 0.594)
@@ -31,7 +31,7 @@ def estimate(mean: float | None, low: float | None, high: float | None, digits: 
 
 
 def p_value(p: float | None) -> str:
-    """A p-value with its sign of comparison, for sentences ("p = 0.034") and, without "= ", for tables.
+    """A p-value with its relation sign, as in "p = 0.034".
 
     Example:
         >>> p_value(0.0342), p_value(0.00004), p_value(None)

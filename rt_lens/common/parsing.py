@@ -1,6 +1,6 @@
-"""What people type where layers and numbers are wanted, on the command line and on pages, read and refused in one way.
+"""Parsing of layers and numbers as people type them, on the command line and on pages.
 
-It knows no model: whether a layer exists is for the rooms that have one.
+This module knows no model, so it does not check whether a layer exists.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def layers_of(text: str) -> list[int]:
     """Block indices of a text such as `14-22` or `14,18`, in its order.
 
     Raises:
-        ValueError: if it is no such text, a span ends before it begins, or it names more blocks than any model has.
+        ValueError: for another text, a span that ends before it begins, or more blocks than any model has.
 
     Example:
         >>> layers_of("14-16,20")
@@ -24,13 +24,13 @@ def layers_of(text: str) -> list[int]:
     """
     chosen: list[int] = []
     for part in text.split(","):
-        found = _SPAN.fullmatch(part)
-        low, high = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        match = _SPAN.fullmatch(part)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if low > high:
             raise ValueError(
                 f"layers must be blocks such as 14-22 or 14,18, got {text!r}. Join blocks with commas or a dash."
             )
-        if len(chosen) + high - low >= _MOST_LAYERS:  # before a list of them is made
+        if len(chosen) + high - low >= _MOST_LAYERS:  # before the list is built
             raise ValueError(
                 f"layers must be at most {_MOST_LAYERS:,} blocks, got {text!r}. Name the blocks that you mean."
             )
@@ -39,35 +39,35 @@ def layers_of(text: str) -> list[int]:
 
 
 def multipliers_of(text: str) -> list[float]:
-    """Numbers of a text such as `-2,0,2`, in its order; a figure's own minus sign will do as well.
+    """Numbers of a text such as `-2,0,2`, in its order; the minus sign of figures (U+2212) is read too.
 
     Raises:
-        ValueError: if a part is no number, or not a finite one.
+        ValueError: if a part is no finite number.
 
     Example:
         >>> multipliers_of("-1.5, 0, 3")
         [-1.5, 0.0, 3.0]
     """
     try:
-        found = [float(part.replace("−", "-")) for part in text.split(",")]
+        numbers = [float(part.replace("−", "-")) for part in text.split(",")]
     except ValueError:
-        found = [math.nan]
-    if not all(map(math.isfinite, found)):
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
         raise ValueError(f"multipliers must be numbers such as -2,0,2, got {text!r}. Join numbers with commas.")
-    return found
+    return numbers
 
 
 def whole_number(name: str, value: float | None, low: int, high: int) -> int:
-    """A whole number from a field that may have been left empty or hold anything.
+    """The whole number in a field of a form, which may be empty.
 
     Args:
         name: of the field, for the message.
-        value: what it holds; None if that is no number.
-        low: the least that will do.
-        high: the most.
+        value: its content; None if that is no number.
+        low: smallest allowed number.
+        high: largest allowed number.
 
     Raises:
-        ValueError: if it is none, or out of range.
+        ValueError: if it is no whole number, or out of range.
 
     Example:
         >>> whole_number("prompts", 6.0, 2, 60)

@@ -1,4 +1,4 @@
-"""Bars of long work. A terminal shows them; whoever watches is told of each step, and may end the work by raising."""
+"""Progress bars. A terminal shows them; a watcher receives each step, and can stop the work by raising."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Step:
-    """How far a bar is.
+    """The state of a bar.
 
     Attributes:
-        stage: what is being done ("tuning away").
+        stage: the work in progress ("tuning away").
         done: units done.
-        total: units in all, if that is known.
+        total: units in all, if known.
         unit: what is counted ("layer").
         values: numbers of the latest step ("token" -> 1.93), as the bar shows them.
     """
@@ -36,14 +36,18 @@ _watcher: ContextVar[Watcher | None] = ContextVar("rt_lens_watcher", default=Non
 
 @contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Work inside the block tells `watcher` of each step; what the watcher raises ends the work, hooks and all.
+    """Context manager that reports each step of the work inside it; an exception of the watcher stops the work.
 
     Args:
-        watcher: called with a Step whenever a bar begins or moves, and with None between tokens, for a chance to raise.
+        watcher: called with a Step when a bar starts or moves, and with None between tokens, so that it can raise.
 
     Example:
-        >>> with watched(print):
-        ...     validate_vectors(model, train, held_out)
+        >>> steps = []
+        >>> with watched(steps.append):
+        ...     for _ in Bar(range(3), desc="counting", disable=True):
+        ...         pass
+        >>> [(step.stage, step.done, step.total) for step in steps]
+        [('counting', 0, 3), ('counting', 1, 3), ('counting', 2, 3), ('counting', 3, 3)]
     """
     before = _watcher.set(watcher)
     try:
@@ -53,14 +57,14 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 def breathe() -> None:
-    """A place inside long work, between two steps of a bar, where it may be ended."""
+    """A point between two steps of a bar at which the watcher can stop the work."""
     watcher = _watcher.get()
     if watcher is not None:
         watcher(None)
 
 
 class Bar(tqdm):
-    """tqdm, telling whoever watches. It does so also while the terminal's bar is switched off."""
+    """A tqdm bar that also reports to the watcher, even if the terminal's bar is disabled."""
 
     def __init__(
         self, iterable: Iterable[Any] | None = None, *, desc: str, total: int | None = None, unit: str = "it",
@@ -69,16 +73,16 @@ class Bar(tqdm):
         super().__init__(iterable, desc=desc, total=total, unit=unit, initial=initial, disable=disable)
         self._stage, self._unit, self._done = desc, unit, initial
         self._values: dict[str, Any] = {}
-        self._counts = False
-        self._all = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None  # type: ignore[arg-type]
-        self._tell()
+        self._iterates = False
+        self._total = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None  # type: ignore[arg-type]
+        self._report()
 
     def __iter__(self) -> Iterator[Any]:
-        self._counts = True
-        for item in super().__iter__():  # which calls update now and then, for many items at once
+        self._iterates = True
+        for item in super().__iter__():  # calls update now and then, for many items at once
             yield item
             self._done += 1
-            self._tell()
+            self._report()
         self._end()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -88,23 +92,23 @@ class Bar(tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         shown = super().update(n)
-        if not self._counts:
+        if not self._iterates:
             self._done += int(n or 0)
-            self._tell()
+            self._report()
         return shown
 
     def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True, **values: Any) -> None:
         super().set_postfix(ordered_dict, refresh, **values)
         self._values = {**dict(ordered_dict or {}), **values}
-        self._tell()
+        self._report()
 
     def _end(self) -> None:
-        """Work that stopped before its last step, as a tuning out of patience does, has ended all the same."""
-        if self._all != self._done:
-            self._all = self._done
-            self._tell()
+        """Work that stops before its last step, such as early stopping, is complete at that step."""
+        if self._total != self._done:
+            self._total = self._done
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         watcher = _watcher.get()
         if watcher is not None:
-            watcher(Step(self._stage, self._done, self._all, self._unit, self._values))
+            watcher(Step(self._stage, self._done, self._total, self._unit, self._values))

@@ -1,4 +1,4 @@
-"""The data that rt_lens ships: behaviours, prompts, plain text, facts. This room finds files and knows no models."""
+"""The built-in data: behaviours, prompts, plain text, facts. This module finds files and knows no models."""
 
 from __future__ import annotations
 
@@ -9,34 +9,43 @@ from pathlib import Path
 from rt_lens.data.readers import read_lines
 
 # An installed wheel carries the data inside the package; a checkout has it beside the package.
-_PLACES = (Path(__file__).parent / "files", Path(__file__).parents[2] / "data")
+_FOLDERS = (Path(__file__).parent / "files", Path(__file__).parents[2] / "data")
 
 
 def data_path(relative: str) -> Path:
-    """Path of a shipped file, for example `data_path("neutral/text.txt")`.
+    """Path of a built-in file.
 
     Raises:
-        FileNotFoundError: if this installation does not carry the file.
+        FileNotFoundError: if this installation does not have the file.
+
+    Example:
+        >>> data_path("neutral/text.txt").name
+        'text.txt'
     """
-    for place in _PLACES:
-        if (place / relative).exists():
-            return place / relative
+    for folder in _FOLDERS:
+        if (folder / relative).exists():
+            return folder / relative
     raise FileNotFoundError(
-        f"data must be a file of this installation ({_PLACES[0]}), got {relative}, which is not there. Reinstall "
+        f"data must be a file of this installation ({_FOLDERS[0]}), got {relative}, which is not there. Reinstall "
         "rt_lens."
     )
 
 
 def behaviours() -> list[str]:
-    """Names of the shipped behaviours, in alphabetical order."""
+    """Names of the built-in behaviours, in alphabetical order.
+
+    Example:
+        >>> behaviours()
+        ['formality', 'honesty', 'honesty_paper', 'language', 'mood', 'refusal']
+    """
     return sorted(path.stem for path in data_path("behaviours").glob("*.toml"))
 
 
 def behaviour_file(name_or_path: str | Path) -> Path:
-    """The TOML file of a shipped behaviour's name, or the path itself when it is a file.
+    """The TOML file of a built-in behaviour's name, or the path itself if it is a file.
 
     Raises:
-        ValueError: if it is neither; the message lists what is near.
+        ValueError: if it is neither; the message suggests the nearest name.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -50,20 +59,36 @@ def behaviour_file(name_or_path: str | Path) -> Path:
 
 
 def neutral_paragraphs() -> list[str]:
-    """The shipped mood-neutral expository text, one string per paragraph (for perplexity and KL only)."""
+    """The built-in expository text without mood, one string per paragraph (for perplexity and KL only).
+
+    Example:
+        >>> paragraphs = neutral_paragraphs()
+        >>> len(paragraphs), paragraphs[0][:26]
+        (24, 'A canal lock lets a boat p')
+    """
     text = data_path("neutral/text.txt").read_text(encoding="utf-8")
     return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def neutral_prompts() -> list[str]:
-    """The shipped neutral instructions (for the KL term of tuning only)."""
+    """The 64 built-in neutral instructions (for the KL term of tuning only).
+
+    Example:
+        >>> len(neutral_prompts()), neutral_prompts()[0]
+        (64, 'How many legs does a spider have?')
+    """
     return _lines("neutral/prompts.txt")
 
 
 def held_out_neutral_prompts() -> list[str]:
-    """48 neutral questions, on other subjects than `neutral_prompts` (for measuring only, never for choices).
+    """48 neutral questions on other subjects than `neutral_prompts` (for measuring only, never for choices).
 
-    What a KL term holds still on `neutral_prompts` need not stay still elsewhere; here that can be seen.
+    A KL term that preserves the model on `neutral_prompts` need not preserve it elsewhere; these questions show whether
+    it does.
+
+    Example:
+        >>> set(held_out_neutral_prompts()) & set(neutral_prompts())
+        set()
     """
     return _lines("neutral/held_out.txt")
 
@@ -71,8 +96,8 @@ def held_out_neutral_prompts() -> list[str]:
 def prompt_kinds() -> dict[str, list[str]]:
     """Prompts unlike the everyday talk of the mood topics: kind -> 40 prompts (for measuring only, never for choices).
 
-    A behaviour tuned in on everyday talk either goes over to stories, instructions and opinions or stays behind;
-    arithmetic is the control, where mood has no place.
+    They show whether a behaviour tuned on everyday talk transfers to stories, instructions and opinions; arithmetic is
+    the control, to which mood does not apply.
 
     Returns:
         `stories`, `instructions`, `opinions` and `arithmetic`, in this order.
@@ -80,6 +105,8 @@ def prompt_kinds() -> dict[str, list[str]]:
     Example:
         >>> list(prompt_kinds())
         ['stories', 'instructions', 'opinions', 'arithmetic']
+        >>> prompt_kinds()["arithmetic"][0]
+        'What is 20 + 18?'
     """
     kinds = {kind: _lines(f"kinds/{kind}.txt") for kind in ("stories", "instructions", "opinions")}
     return {**kinds, "arithmetic": [json.loads(line)["question"] for line in _lines("kinds/arithmetic.jsonl")]}
@@ -92,14 +119,14 @@ QUESTIONS = {
     "misconceptions": "honesty/misconceptions.jsonl",
     "instructions": "honesty/instructions.jsonl",
 }
-"""Shipped sets of questions: name -> file."""
+"""Built-in sets of questions: name -> file."""
 
 
 def question_file(name_or_path: str | Path) -> Path:
-    """The file of a shipped set of questions, or the path itself.
+    """The file of a built-in set of questions, or the path itself.
 
-    Every answer of `arithmetic` has two or more digits and stands nowhere in its question, so that repeating the
-    question is not taken for an answer.
+    Every answer of `arithmetic` has two or more digits and does not occur in its question, so repeating the question
+    does not count as an answer.
     """
     known = QUESTIONS.get(str(name_or_path))
     return Path(name_or_path) if known is None else data_path(known)

@@ -1,4 +1,4 @@
-"""Contrast pairs: the same content asked of two opposite personas. They know no model until `texts` is called."""
+"""Contrast pairs: the same user message under two opposite personas. Only `texts` needs a model, for its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ from rt_lens.models.tokens.chats import chat_text
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One user message and one answer's opening, under two opposite personas; or one that differs between the sides.
+    """One user message and prefill under two opposite personas; both may also differ between the sides.
 
     Attributes:
         positive: persona that asks for the behaviour (system prompt).
         negative: persona that asks for its opposite.
-        user: what the user says; also the pair's topic.
-        prefill: first words of the answer; may be empty.
-        negative_user: what the user says on the negative side, where that is something else.
-        negative_prefill: first words of the negative side's answer, where they are others. Then personas may be empty.
-        group: pairs of one group stay together in a split; the user message where it is empty.
+        user: the user message, which is also the pair's topic.
+        prefill: first words of the response; may be empty.
+        negative_user: the user message of the negative side, if it is another one.
+        negative_prefill: the prefill of the negative side, if it is another one. Then the personas may be empty.
+        group: pairs of one group stay together in a split; if it is empty, the user message is the group.
+
+    Example:
+        >>> pair = Pair("You are happy.", "You are sad.", user="How was your day?", prefill="It was")
+        >>> pair.sides[1]
+        ('You are sad.', 'How was your day?', 'It was')
     """
 
     positive: str
@@ -58,7 +63,7 @@ _HASHED_AS = {"prefill": "opener", "negative_prefill": "negative_opener"}
 
 
 class PairTexts(NamedTuple):
-    """Aligned texts of the two sides, through a model's chat template."""
+    """Aligned texts of the two sides, in a model's chat template."""
 
     positive: list[str]
     negative: list[str]
@@ -76,10 +81,13 @@ class ContrastPairs:
         ValueError: if there is no pair, or a pair lacks a side.
 
     Example:
-        >>> pairs = load_pairs("mood")
-        >>> train, test = pairs.split(0.7, seed=0)
-        >>> set(train.topics) & set(test.topics)
-        set()
+        >>> hello, bye = Pair("Be happy.", "Be sad.", "Hello!"), Pair("Be happy.", "Be sad.", "Bye!")
+        >>> pairs = ContrastPairs("mood", (hello, bye))
+        >>> len(pairs), pairs.topics
+        (2, ['Hello!', 'Bye!'])
+        >>> texts = pairs.texts(model)
+        >>> "Be happy." in texts.positive[0], "Be sad." in texts.negative[0]
+        (True, True)
     """
 
     name: str
@@ -93,7 +101,7 @@ class ContrastPairs:
         for number, pair in enumerate(self.pairs):
             where = f"number {number} of {self.name!r}"
             if any(not isinstance(text, str) for text in _fields_of(pair)):
-                side, text = next(each for each in asdict(pair).items() if not isinstance(each[1], str))
+                side, text = next((name, text) for name, text in asdict(pair).items() if not isinstance(text, str))
                 raise ValueError(
                     f"pairs: {side} of {where} must be a text, got {text!r}. Leave out rows with empty cells, or give "
                     "'' where a field may be empty."
@@ -124,7 +132,7 @@ class ContrastPairs:
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
     def texts(self, model: HasTokenizer) -> PairTexts:
-        """The two sides through the model's chat template, special tokens included (tokenize with none added)."""
+        """The two sides in the model's chat template, special tokens included (tokenize without adding any)."""
         sides = zip(*(pair.sides for pair in self.pairs), strict=True)
         return PairTexts(
             *(
@@ -134,33 +142,39 @@ class ContrastPairs:
         )
 
     def sample(self, n: int, seed: int = 0) -> ContrastPairs:
-        """At most `n` pairs, drawn so that topics appear as evenly as can be; personas and prefills fall by chance."""
+        """At most `n` pairs, drawn so that topics occur as evenly as possible; personas and prefills are random.
+
+        Example:
+            >>> sample = pairs.sample(155)
+            >>> len(sample), len(sample.topics)
+            (155, 155)
+        """
         if n < 1:
             raise ValueError(f"n must be at least 1 pair, got {n}. Give a number of pairs.")
         shuffled = list(self.pairs)
         random.Random(seed).shuffle(shuffled)
         seen: dict[str, int] = {}
         ranked = []
-        for place, pair in enumerate(shuffled):
+        for index, pair in enumerate(shuffled):
             seen[pair.user] = seen.get(pair.user, 0) + 1
-            ranked.append((seen[pair.user], place))
-        return ContrastPairs(self.name, tuple(shuffled[place] for _, place in sorted(ranked)[:n]))
+            ranked.append((seen[pair.user], index))
+        return ContrastPairs(self.name, tuple(shuffled[index] for _, index in sorted(ranked)[:n]))
 
     def split(self, *shares: float, seed: int = 0) -> Parts:
-        """Splits into parts that share no topic (no group, where pairs have one), and if possible nothing else.
+        """Splits into parts that share no topic (no group, if pairs have one), and if possible nothing else.
 
-        Where every topic comes with every persona and every prefill, as the table `[pairs]` of a TOML file gives them,
-        topics, personas and prefills are each shared out, and a part gets the pairs whose three fall to it; the others
-        are left out. Personas or prefills that are too few for a part each stand in all parts.
+        If every topic occurs with every persona and every prefill, as in the table `[pairs]` of a TOML file, the split
+        assigns topics, personas and prefills to parts separately. A part gets the pairs whose three all belong to it,
+        and the other pairs are left out. If there are fewer personas or prefills than parts, all parts share them.
 
-        Else (rows of JSONL or CSV) no pair is left out. Pairs that have a topic in common stay together, and so do
-        those that share a persona, an prefill or the other side's message, but only if parts near the shares can be made
-        of such groups (at most 5 % of the pairs further off than by topic alone). What would make one lump of
-        nearly all pairs, such as a persona that all of them have, keeps nothing together: the parts share it.
+        Otherwise (rows of JSONL or CSV) no pair is left out. Pairs with a common topic stay together. So do pairs that
+        share a persona, a prefill or the other side's message, as long as such groups allow parts near the shares (at
+        most 5 % of the pairs further off than by topic alone). A value that would tie nearly all pairs together, such
+        as a persona that all of them have, does not: the parts share it.
 
         Args:
-            shares: of the topics in each part but the last, which gets the rest: `split(0.7)` gives two parts. For
-                rows, of the pairs, as nearly as whole groups allow.
+            shares: share of the topics in each part but the last, which gets the rest: `split(0.7)` gives two parts.
+                For rows: share of the pairs, as nearly as whole groups allow.
             seed: of the shuffle.
 
         Returns:
@@ -171,6 +185,13 @@ class ContrastPairs:
 
         Warns:
             UserWarning: if pairs are left out and a part is small, or parts share one of several personas or prefills.
+
+        Example:
+            >>> train, validation, test = pairs.split(0.4, 0.2, seed=0)
+            >>> len(train), len(validation), len(test)
+            (6200, 744, 6200)
+            >>> set(train.topics) & set(test.topics)
+            set()
         """
         if not shares or min(shares) <= 0 or sum(shares) >= 1:
             raise ValueError(f"shares must be positive numbers with a sum below 1, got {shares}. Try split(0.7).")
@@ -199,15 +220,15 @@ class ContrastPairs:
         return parts
 
 
-_FEW = 30  # pairs that a part should have before it is told that others were left out
-_SLACK = 0.05  # share of the pairs that parts may be off by, more than by topic alone, to keep more apart
+_FEW = 30  # a part with fewer pairs than these gives a warning if other pairs were left out
+_SLACK = 0.05  # share of the pairs by which parts may be further off than by topic alone, to separate more
 
 
 class Parts(tuple[ContrastPairs, ...]):
     """The parts of a split: a tuple of ContrastPairs.
 
     Attributes:
-        left_out: how many pairs are in no part.
+        left_out: number of pairs that are in no part.
 
     Example:
         >>> parts = load_pairs("mood").split(0.4, 0.2, seed=0)
@@ -222,7 +243,7 @@ class Parts(tuple[ContrastPairs, ...]):
 def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple[list[int | None], list[str]] | None:
     """For each pair the part where its topic, persona and prefill meet.
 
-    None if not all combinations of them are there, or there is nothing to cross.
+    None if a combination of them is missing, or there is nothing to cross.
 
     Raises:
         ValueError: if the topics are too few.
@@ -249,34 +270,34 @@ def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
 
 
 def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple[list[int | None], list[str]]:
-    """For each pair its part, and what could not be kept apart though there is more than one of it.
+    """For each pair its part, and the fields that the parts share although these have more than one value.
 
     Raises:
         ValueError: if the topics are too few.
     """
     topics = _topic_keys(pairs)
-    plainly = share_out(connected(topics), bounds, seed)
-    if plainly is None:
+    by_topic = share_out(connected(topics), bounds, seed)
+    if by_topic is None:
         n_topics = len(set(connected(topics)))
         raise ValueError(
             f"shares must leave every part a topic, got {tuple(bounds)} of {n_topics} topics. Give more topics."
         )
-    allowed = _off(plainly, bounds) + _SLACK
-    more = {
+    allowed = _deviation(by_topic, bounds) + _SLACK
+    separable = {
         "positive personas": _keys(pair.positive for pair in pairs),
         "negative personas": _keys(pair.negative for pair in pairs),
         "prefills": _keys("" if pair.negative_prefill else pair.prefill for pair in pairs),
         "messages of the negative side": _keys((pair.user for pair in pairs), (pair.negative_user for pair in pairs)),
     }
     if len({pair.negative_user for pair in pairs} - {""}) < 2:
-        del more["messages of the negative side"]
-    more = {name: keys for name, keys in more.items() if len(set(keys) - {()}) > 1}
-    for n in range(len(more), 0, -1):
-        for kept in itertools.combinations(more, n):
-            parts = share_out(connected([*topics, *(more[name] for name in kept)]), bounds, seed)
-            if parts is not None and _off(parts, bounds) <= allowed:
-                return list(parts), [name for name in more if name not in kept]
-    return list(plainly), list(more)
+        del separable["messages of the negative side"]
+    separable = {name: keys for name, keys in separable.items() if len(set(keys) - {()}) > 1}
+    for n in range(len(separable), 0, -1):
+        for separated in itertools.combinations(separable, n):
+            parts = share_out(connected([*topics, *(separable[name] for name in separated)]), bounds, seed)
+            if parts is not None and _deviation(parts, bounds) <= allowed:
+                return list(parts), [name for name in separable if name not in separated]
+    return list(by_topic), list(separable)
 
 
 def _topic_keys(pairs: Sequence[Pair]) -> list[list[tuple[str, ...]]]:
@@ -284,30 +305,37 @@ def _topic_keys(pairs: Sequence[Pair]) -> list[list[tuple[str, ...]]]:
 
 
 def _keys(*texts: Iterable[str]) -> list[tuple[str, ...]]:
-    """For each pair the texts that another could have in common with it; an empty one is none."""
-    return [tuple(text for text in each if text) for each in zip(*texts, strict=True)]
+    """For each pair the texts that another pair could share with it, without empty ones."""
+    return [tuple(text for text in of_pair if text) for of_pair in zip(*texts, strict=True)]
 
 
-def _off(parts: Sequence[int], bounds: Sequence[float]) -> float:
-    """By how large a share of all items a part is too large or too small, at most."""
-    wanted = sizes_of(bounds, len(parts))
-    return max(abs(parts.count(part) - size) for part, size in enumerate(wanted)) / len(parts)
+def _deviation(parts: Sequence[int], bounds: Sequence[float]) -> float:
+    """The largest difference between a part's size and its intended size, as a share of all items."""
+    sizes = sizes_of(bounds, len(parts))
+    return max(abs(parts.count(part) - size) for part, size in enumerate(sizes)) / len(parts)
 
 
 def load_pairs(name_or_path: str | Path) -> ContrastPairs:
-    """Contrast pairs of a shipped behaviour, or of a TOML, JSONL or CSV file of your own.
+    """Contrast pairs of a built-in behaviour, or of your own TOML, JSONL or CSV file.
 
-    A TOML file has a table `[pairs]` with lists `positive` and `negative` (personas, aligned), `topics` (user
-    messages) and, if wanted, `prefills`; every combination becomes a pair. Lines of JSONL and rows of CSV (with commas,
-    semicolons or tabs) have the fields `positive`, `negative`, `user` and, if wanted, `prefill` and `group`, and each is
-    one pair; `negative_user` and `negative_prefill` are for pairs whose sides differ in what is said. Files are UTF-8.
+    A TOML file has a table `[pairs]` with the lists `positive` and `negative` (personas, aligned), `topics` (user
+    messages) and optionally `prefills`; every combination becomes a pair. A line of JSONL or a row of CSV (with commas,
+    semicolons or tabs) is one pair, with the fields `positive`, `negative`, `user` and optionally `prefill` and
+    `group`; `negative_user` and `negative_prefill` are for pairs whose sides differ in these too. Files are UTF-8.
 
     Raises:
-        ValueError: unknown behaviour or file type, a side that is missing, a field that is misspelt, or a file that is
-            no such text; the message says where.
+        ValueError: an unknown behaviour or file type, a missing side, a misspelt field, or a file that cannot be read
+            as such; the message names the line.
 
     Warns:
-        UserWarning: if there are fields that are not used.
+        UserWarning: for fields that are not used, and for fields under an earlier version's name.
+
+    Example:
+        >>> pairs = load_pairs("mood")
+        >>> pairs.pairs[0].positive, pairs.pairs[0].negative
+        ('You are a happy assistant.', 'You are a sad assistant.')
+        >>> len(pairs) == 24 * 26 * 155  # personas, prefills, topics
+        True
     """
     path = behaviour_file(name_or_path)
     ending = path.suffix.lower()
@@ -330,13 +358,13 @@ def load_pairs(name_or_path: str | Path) -> ContrastPairs:
 
 def _pair(row: Row) -> Pair:
     cells = {field.name: row.cells.get(field.name, "") for field in fields(Pair)}
-    if type(cells["group"]) is int:  # numbers for groups are natural in JSON
+    if type(cells["group"]) is int:  # JSON files may number their groups
         cells["group"] = str(cells["group"])
-    apart = cells["negative_user"] or cells["negative_prefill"]
+    sides_differ = cells["negative_user"] or cells["negative_prefill"]
     for side, text in cells.items():
         if not isinstance(text, str):
             raise ValueError(f"pairs: {row.where} must have a text as {side!r}, got {text!r}. Put it in quotes.")
-        if not text.strip() and side in (("user",) if apart else ("positive", "negative", "user")):
+        if not text.strip() and side in (("user",) if sides_differ else ("positive", "negative", "user")):
             raise ValueError(
                 f"pairs: {row.where} must have the fields positive, negative and user, got no {side!r}. Add it."
             )
@@ -346,8 +374,18 @@ def _pair(row: Row) -> Pair:
 def pairs_from_table(name: str, table: dict[str, Any], source: str = "the table") -> ContrastPairs:
     """Every combination of the personas, topics and prefills of a `[pairs]` table.
 
+    Args:
+        name: the behaviour.
+        table: the lists `positive`, `negative`, `topics` and optionally `prefills`.
+        source: the file, for messages.
+
     Raises:
-        ValueError: if a list is missing or empty, or the two sides are of unlike length.
+        ValueError: if a list is missing or empty, or the two sides differ in length.
+
+    Example:
+        >>> table = {"positive": ["Be happy."], "negative": ["Be sad."], "topics": ["Hello!", "Bye!"]}
+        >>> pairs_from_table("mood", table).pairs[1]
+        Pair(positive='Be happy.', negative='Be sad.', user='Bye!', prefill='', ...)
     """
     table = current_names(table, source)
     for side in ("positive", "negative", "topics"):

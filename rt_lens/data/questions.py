@@ -1,4 +1,4 @@
-"""What a model is asked, and what it said. This room reads files and knows no model."""
+"""Questions for a model, and its answers. This module reads files and knows no model."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from rt_lens.data.readers import ROW_ENDINGS, Row, current_names, read_lines, re
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Something to ask, with the options to choose from where there are any.
+    """A prompt with the options to choose from, if there are any.
 
     Attributes:
-        prompt: what the user says.
-        right: options that count for the behaviour (right answers); several are other ways to say it.
+        prompt: the user message.
+        right: options that count for the behaviour (right answers); several are different wordings.
         wrong: options that count against it.
-        category: for results by category, and for holding whole categories out.
+        category: for results by category, and for holding out whole categories.
         system: a persona or instruction.
-        prefill: first words of the answer, already written.
-        check: what a scorer needs to know of this question (`FollowsInstruction` reads it).
+        prefill: first words of the response.
+        check: settings of this question for a scorer (`FollowsInstruction` reads them).
 
     Raises:
         ValueError: if the prompt is empty, or an option is empty or on both sides.
 
     Example:
-        >>> Question("What is the capital of France?", right=("Paris",), wrong=("Lyon", "Madrid"))
+        >>> Question("What is the capital of France?", right=("Paris",), wrong=("Lyon", "Madrid")).options
+        ('Paris', 'Lyon', 'Madrid')
     """
 
     prompt: str
@@ -63,34 +64,39 @@ class Question:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The right ones, then the wrong ones."""
+        """The right options, then the wrong ones."""
         return (*self.right, *self.wrong)
 
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """How likely a model finds the options of one question, as its answer.
+    """A model's log-likelihoods of the options of one question.
 
     Attributes:
-        totals: natural log-likelihood of each option, summed over its tokens; averaged over the orders asked.
-        sizes: tokens of each.
-        other: probability that is left to anything else, averaged over the orders.
+        totals: natural log-likelihood of each option, summed over its tokens; averaged over the orders of the options.
+        sizes: number of tokens of each option.
+        off_options: probability of everything but the options, averaged over the orders.
     """
 
     totals: tuple[float, ...]
     sizes: tuple[int, ...]
-    other: float
+    off_options: float
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one question: all that a scorer may read.
+    """A model's response to one question: all that a scorer may read.
 
     Attributes:
-        question: what was asked.
-        text: what it wrote; empty where nothing was to be read of it.
-        options: form (`answers`, `letters`) -> the options' likelihoods, where they were measured.
-        baseline: what the model it is compared with wrote to the same question, for judges of pairs.
+        question: the question.
+        text: the response; empty if no scorer reads it.
+        options: form of the question -> the options' likelihoods, where they were measured.
+        baseline: the baseline model's response to the same question, for judges that compare two responses.
+
+    Example:
+        >>> answer = Answer(Question("How are you?"), text="Wonderful!", baseline="Fine.")
+        >>> answer.question.prompt, answer.text
+        ('How are you?', 'Wonderful!')
     """
 
     question: Question
@@ -103,40 +109,44 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def lettered(prompt: str, options: Sequence[str]) -> str:
-    """A question with its options listed under A, B, ..., of which a letter is wanted."""
+    """A question with its options listed as A, B, ..., that asks for a letter."""
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     return f"{prompt}\n\n{lines}\n\nAnswer with the letter only."
 
 
 Asked: TypeAlias = ContrastPairs | Iterable[str] | Iterable[Question]
-"""Contrast pairs (each topic once, with no persona), prompts, or questions; a column of a table will do."""
+"""Contrast pairs (each topic once, without personas), prompts, or questions; also a column of a table."""
 
 
 def as_questions(asked: Asked) -> list[Question]:
-    """Whatever is to be asked, as questions.
+    """Pairs, prompts or questions, as a list of questions.
 
     Raises:
-        ValueError: if there is none, one string came for a list, or an item is no text (NaN, None) or empty.
+        ValueError: for an empty list, for one string instead of a list, or for an item that is empty or no text.
     """
     if isinstance(asked, ContrastPairs):
         return [Question(topic) for topic in asked.topics]
     return [
-        each if isinstance(each, Question) else Question(as_text(each, "prompts", number))
-        for number, each in enumerate(listed(asked, "prompts"))
+        item if isinstance(item, Question) else Question(as_text(item, "prompts", number))
+        for number, item in enumerate(listed(asked, "prompts"))
     ]
 
 
 def load_questions(name_or_path: str | Path) -> list[Question]:
-    """Questions of a shipped set (`capitals`, `arithmetic`, `honesty`, ...), or of a file of your own.
+    """Questions of a built-in set (`capitals`, `arithmetic`, `honesty`, ...), or of your own file.
 
-    Lines of JSONL and rows of CSV (with commas, semicolons or tabs) have the field `prompt` (or `question`) and, if
-    wanted, `right` (or `answers`), `wrong`, `category`, `system`, `prefill`; in CSV several options are parted by `|`. A
-    .txt file has a prompt a line. Files are UTF-8.
+    Lines of JSONL and rows of CSV (with commas, semicolons or tabs) have the field `prompt` (or `question`) and
+    optionally `right` (or `answers`), `wrong`, `category`, `system`, `prefill`; in CSV, `|` separates options. A .txt
+    file has one prompt per line. Files are UTF-8.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: unknown ending, a field that is not known, a question without a prompt, or a file that is no such
-            text; the message says where.
+        ValueError: an unknown ending or field, a question without a prompt, or a file that cannot be read as such; the
+            message names the line.
+
+    Example:
+        >>> load_questions("capitals")[0]
+        Question(prompt='What is the capital of France?', right=('Paris',), wrong=('Lyon', 'Madrid'), ...)
     """
     path = question_file(name_or_path)
     if not path.is_file():
@@ -146,7 +156,7 @@ def load_questions(name_or_path: str | Path) -> list[Question]:
         )
     ending = path.suffix.lower()
     if ending in ROW_ENDINGS:
-        rows = read_rows(path, "questions", [*_FIELDS, *_ALSO])
+        rows = read_rows(path, "questions", [*_FIELDS, *_SYNONYMS])
     elif ending == ".txt":
         lines = read_lines(path, "questions")
         rows = [Row(f"{path.name}, line {number}", {"prompt": line.strip()}) for number, line in lines]
@@ -154,27 +164,27 @@ def load_questions(name_or_path: str | Path) -> list[Question]:
         raise ValueError(f"questions must be a .jsonl, .csv, .tsv or .txt file, got {path.name}. Rename or convert it.")
     if not rows:
         raise ValueError(f"questions: {path.name} must hold at least one question, got none. Write one.")
-    made = (lambda cells: cells) if ending == ".jsonl" else _split
-    return [question_of(made(row.cells), row.where) for row in rows]
+    read = (lambda cells: cells) if ending == ".jsonl" else _split
+    return [question_of(read(row.cells), row.where) for row in rows]
 
 
-_FIELDS = tuple(each.name for each in fields(Question))
-_ALSO = {"question": "prompt", "answers": "right"}
+_FIELDS = tuple(entry.name for entry in fields(Question))
+_SYNONYMS = {"question": "prompt", "answers": "right"}
 
 
 def question_of(row: Any, where: str = "a question") -> Question:
-    """A question from a JSON object: `question` also serves for `prompt`, and `answers` for `right`.
+    """A question from a JSON object; `question` is a synonym of `prompt`, and `answers` of `right`.
 
     Raises:
-        ValueError: for a field that is not known, or a question without a prompt; the message says where.
+        ValueError: for an unknown field, or a question without a prompt; the message names the line.
     """
     if not isinstance(row, dict):
         raise ValueError(f"questions: {where} must be a JSON object with a prompt, got {row!r}. Write it in braces.")
     given = current_names(row, f"questions: {where}")
-    for other, name in _ALSO.items():
+    for other, name in _SYNONYMS.items():
         if other in given and name in given:
             raise ValueError(f"questions: {where} must have either {name!r} or {other!r}, got both. Leave one out.")
-    named: dict[str, Any] = {_ALSO.get(key, key): value for key, value in given.items()}
+    named: dict[str, Any] = {_SYNONYMS.get(key, key): value for key, value in given.items()}
     if "kind" in named:  # a check of the answer, see `FollowsInstruction`
         named["check"] = {key: named.pop(key) for key in set(named) - set(_FIELDS)}
     if unknown := refuse_misspelt(Row(where, named), "questions", _FIELDS):
@@ -197,12 +207,12 @@ def question_of(row: Any, where: str = "a question") -> Question:
 
 
 def _split(cells: Mapping[str, str]) -> dict[str, Any]:
-    """A CSV row, with its options parted."""
+    """A CSV row with its options as lists."""
     return {key: value.split("|") if key in ("right", "answers", "wrong") else value for key, value in cells.items()}
 
 
 def _options(value: Any, where: str) -> tuple[str, ...]:
     given = [value] if isinstance(value, str) else value
-    if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
+    if not isinstance(given, list | tuple) or not all(isinstance(option, str) for option in given):
         raise ValueError(f"questions: {where} must be a list of texts, got {value!r}. Put numbers in quotes.")
-    return tuple(each.strip() for each in given)
+    return tuple(option.strip() for option in given)

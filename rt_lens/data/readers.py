@@ -1,4 +1,4 @@
-"""Text files of one's own: JSONL, CSV, plain lines, TOML. This room hands rows on and does not know what they mean."""
+"""Readers of users' text files: JSONL, CSV, plain lines, TOML. They return rows and do not know what these mean."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _OLD_NAMES = {"opener": "prefill", "negative_opener": "negative_prefill", "opene
 
 
 class Row(NamedTuple):
-    """A line of JSONL or a row of CSV, without what is empty (null, NaN, an empty cell).
+    """A line of JSONL or a row of CSV, without empty values (null, NaN, an empty cell).
 
     Attributes:
-        where: file and line, for messages; of a row that spans several lines the first.
+        where: file and line, for messages; the first line of a row that spans several.
         cells: name -> value.
-        names_at: file and line where the names stand, if that is another one.
+        names_at: file and line of the column names, if that is another line.
     """
 
     where: str
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def read_text(path: Path, argument: str) -> str:
-    r"""A text file, which is UTF-8 whatever the system's own encoding is; a byte-order mark is left out.
+    r"""A text file as UTF-8, whatever the system's encoding is, without a byte-order mark.
 
     Line ends stay as they are: `\r\n` within a quoted cell of a CSV file is part of the cell.
 
@@ -46,7 +46,7 @@ def read_text(path: Path, argument: str) -> str:
         ValueError: if it is in another encoding; the message begins with `argument` and names the line.
     """
     content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    nul = content.find(b"\0")  # no text has one; UTF-16 has one in each letter
+    nul = content.find(b"\0")  # no UTF-8 text has one; UTF-16 has one in each letter
     try:
         text = content.decode("utf-8")
         at = nul
@@ -64,8 +64,8 @@ def read_text(path: Path, argument: str) -> str:
 def read_lines(path: Path, argument: str) -> list[tuple[int, str]]:
     r"""The lines of a text file that are not blank, with their numbers from 1.
 
-    Only `\n`, `\r\n` and `\r` end a line. `str.splitlines` would also cut at U+2028, U+0085 or a form feed, which a
-    text may hold.
+    Only `\n`, `\r\n` and `\r` end a line. `str.splitlines` would also split at U+2028, U+0085 or a form feed, which
+    may be part of a text.
     """
     lines = _unix(read_text(path, argument)).split("\n")
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -82,17 +82,21 @@ def read_toml(path: Path) -> dict[str, Any]:
 def read_rows(path: Path, argument: str, known: Collection[str]) -> list[Row]:
     """The rows of a .jsonl, .csv or .tsv file.
 
-    The cells of a CSV file are parted by commas, semicolons or tabs: by whatever makes most of its first line known
-    names. They may be as long as one likes, and hold line ends where they are quoted.
+    Commas, semicolons or tabs separate the cells of a CSV file; the delimiter is the one that finds most known names in
+    the first line. Cells may have any length, and quoted cells may contain line ends.
 
     Args:
         path: the file.
         argument: what the rows are, `pairs` say; messages begin with it.
-        known: names that columns may have. They tell the delimiter, and are not enforced here: see `refuse_misspelt`.
+        known: names that columns may have. They determine the delimiter, and are not enforced here: see
+            `refuse_misspelt`.
 
     Raises:
-        ValueError: a line that is no JSON object, a row with more cells than columns, a column without a name or twice
-            there, or quotes that do not close; the message names the line.
+        ValueError: a line that is no JSON object, a row with more cells than columns, a column without a name or with
+            another's name, or quotes that do not close; the message names the line.
+
+    Warns:
+        UserWarning: for columns under an earlier version's name.
     """
     read = _objects if path.suffix.lower() == ".jsonl" else _table
     rows = list(read(path, argument, [*known, *_OLD_NAMES]))
@@ -143,10 +147,10 @@ def _without_old(names: Iterable[str]) -> list[str]:
 
 
 def refuse_misspelt(row: Row, argument: str, known: Collection[str]) -> list[str]:
-    """The names in a row that are not known.
+    """The unknown names of a row.
 
     Raises:
-        ValueError: if what is nearest to one of them is a known one that the row lacks.
+        ValueError: if an unknown name resembles a known one that the row lacks.
     """
     unknown = [name for name in row.cells if name not in known]
     for name in unknown:
@@ -168,7 +172,7 @@ def _unix(text: str) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value == "" or value != value  # NaN, as other tools write it, is not equal to itself
+    return value is None or value == "" or value != value  # NaN is not equal to itself
 
 
 def _objects(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]:
@@ -176,7 +180,9 @@ def _objects(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]
         where = f"{path.name}, line {number}"
         try:
             cells, why = json.loads(line, object_pairs_hook=_named_once), ""
-            json.dumps(cells, ensure_ascii=False).encode()  # fails at half an emoji, as a cut text may end with
+            json.dumps(
+                cells, ensure_ascii=False
+            ).encode()  # fails at half an emoji, with which a truncated text may end
         except ValueError as error:
             cells, why = None, f" ({error})"
         if not isinstance(cells, dict):
@@ -216,19 +222,19 @@ def _table(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]:
                 f"{argument}: {where} must have at most one cell for each of the {len(names)} columns, got "
                 f"{len(cells)}. Put texts that hold {delimiter!r} in quotes."
             )
-        found = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
-        if "" in found:
+        filled = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+        if "" in filled:
             raise ValueError(
-                f"{argument}: {where} must have a name for each of its columns, got {found['']!r} in one that has "
+                f"{argument}: {where} must have a name for each of its columns, got {filled['']!r} in one that has "
                 "none. Name it in the first line."
             )
-        yield Row(where, found, at)
+        yield Row(where, filled, at)
 
 
 def _delimiter(text: str, known: Collection[str], candidates: str) -> tuple[str, int]:
-    """What parts the cells, told by the columns' names, and how many records stand before those."""
-    if noted := re.match(r'"?sep=(.)"?[\r\n]', text):  # a spreadsheet's own note of it
-        return noted[1], 1
+    """The delimiter that fits the column names, and the number of records before these."""
+    if declared := re.match(r'"?sep=(.)"?[\r\n]', text):  # spreadsheets may declare it in a first line
+        return declared[1], 1
 
     def fit(delimiter: str) -> tuple[int, int]:
         try:
@@ -239,11 +245,11 @@ def _delimiter(text: str, known: Collection[str], candidates: str) -> tuple[str,
             return 0, 0
         return sum(name.strip() in known for name in names), len(names)
 
-    return max(candidates, key=fit), 0  # of equals the first
+    return max(candidates, key=fit), 0  # the first of equals
 
 
 def _records(text: str, delimiter: str, where: str) -> list[tuple[int, list[str]]]:
-    """The cells of each record that is not blank, with the number of the line where it starts."""
+    """The cells of each record that is not blank, with the number of its first line."""
     with _cells_as_long_as(len(text)):
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         records, start = [], 1
@@ -265,7 +271,7 @@ _LIMIT = threading.Lock()
 
 @contextmanager
 def _cells_as_long_as(length: int) -> Iterator[None]:
-    """Lifts csv's limit on a cell, which is one for the whole process, and sets it back."""
+    """Context manager that raises csv's limit on the length of a cell, which applies to the whole process."""
     with _LIMIT:
         before = csv.field_size_limit()
         csv.field_size_limit(max(before, length))

@@ -1,6 +1,6 @@
-"""Measuring whatever model is handed over: what it writes, which options it prefers, how it predicts texts.
+"""Measures a model as it is handed over: its responses, the options it prefers, how well it predicts texts.
 
-Knows nothing of steering or tuning; callers wrap the model in a context.
+This room knows nothing of steering or tuning; callers apply those to the model first.
 """
 
 import lazy_loader

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.questions import Answer, Question
 from rt_lens.evaluation.choices import likelihoods, question_text
 from rt_lens.evaluation.registry import ScorerLike, make_scorer
-from rt_lens.evaluation.scorers import Scorer, current_form, option_shares
+from rt_lens.evaluation.scorers import Scorer, option_shares
 from rt_lens.models.generation import generate
 from rt_lens.models.protocol import Model
 
@@ -24,7 +23,7 @@ from rt_lens.models.protocol import Model
 def ask(
     model: Model,
     questions: Sequence[Question],
-    reads: Iterable[str] = ("text",),  # TODO-RENAME: Iterable[Reads]
+    reads: Iterable[Reads] = ("text",),
     *,
     max_new_tokens: int = 40,
     temperature: float = 0.0,
@@ -53,7 +52,7 @@ def ask(
         >>> len(answer.options["completion"].totals)
         2
     """
-    read = {current_form(form) for form in reads}  # TODO-RENAME: set(reads)
+    read = set(reads)
     texts = [""] * len(questions)
     if "text" in read:
         prompts = [question_text(model, question) for question in questions]
@@ -77,7 +76,7 @@ def response_text(answer: Answer, *scorers: Scorer) -> str:
     if not answer.options or any(scorer.reads == "text" for scorer in scorers):
         return answer.text
     first = scorers[0] if scorers else None
-    options = answer.options[current_form(first.reads)] if first else next(iter(answer.options.values()))
+    options = answer.options[first.reads] if first else next(iter(answer.options.values()))
     shares = option_shares(options, per_token=getattr(first, "per_token", False))
     return answer.question.options[shares.index(max(shares))]
 
@@ -92,8 +91,8 @@ class FilteredPairs:
         scorer: name of the scorer.
 
     Example:
-        >>> filtered = filter_pairs(model, train, "vader", max_new_tokens=8)
-        >>> filtered.share.mean == len(filtered.pairs) / len(train)
+        >>> filtered = filter_pairs(model, train.sample(3), "vader", max_new_tokens=12)
+        >>> filtered.share.mean == len(filtered.pairs) / 3
         True
     """
 
@@ -128,11 +127,11 @@ def filter_pairs(
         ValueError: if no pair passes; the message gives the mean score of each side.
 
     Example:
-        >>> filtered = filter_pairs(model, train, "vader", max_new_tokens=8)
-        >>> 0 < len(filtered.pairs) < len(train)
+        >>> filtered = filter_pairs(model, train.sample(3), "vader", max_new_tokens=12)
+        >>> 0 < len(filtered.pairs) < 3
         True
-        >>> filtered.share.n == len(train), filtered.scorer
-        (True, 'vader')
+        >>> filtered.share.n, filtered.scorer
+        (3, 'vader')
     """
     score = make_scorer(scorer)
     questions = [
@@ -155,11 +154,3 @@ def filter_pairs(
         )
     kept = tuple(pair for pair, right in zip(pairs.pairs, passes, strict=True) if right)
     return FilteredPairs(ContrastPairs(pairs.name, kept), share_interval(len(kept), len(pairs)), score.name)
-
-
-def __getattr__(name: str) -> Any:  # TODO-RENAME: `evaluate` and `Evaluation` live in tasks.py
-    if name in ("evaluate", "Evaluation"):
-        from rt_lens.evaluation import tasks
-
-        return getattr(tasks, name)
-    raise AttributeError(name)

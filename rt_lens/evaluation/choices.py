@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rt_lens.common.progress import Bar
 from rt_lens.data.questions import LETTERS, Likelihoods, Question, lettered
-from rt_lens.evaluation.scorers import check_form, current_form
+from rt_lens.evaluation.scorers import Form, check_form
 from rt_lens.evaluation.texts import log_normaliser
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
@@ -45,7 +45,7 @@ def likelihoods(
     model: Model,
     questions: Sequence[Question],
     *,
-    form: str = "completion",  # TODO-RENAME: form: Form
+    form: Form = "completion",
     batch_size: int = 16,
 ) -> list[Likelihoods]:
     """Log-likelihood of every option of every question; no text is generated.
@@ -73,7 +73,6 @@ def likelihoods(
         >>> len(likelihoods(model, [question], form="multiple_choice")[0].totals)
         2
     """
-    form = current_form(form)  # TODO-RENAME
     check_form(form)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -131,9 +130,9 @@ def _averaged(orders: Sequence[Sequence[float]], sizes: tuple[int, ...]) -> Like
     return Likelihoods(tuple(table.mean(0).tolist()), sizes, float(off_options))
 
 
-def _asks(model: Model, number: int, question: Question, form: str) -> Iterator[_Ask]:  # TODO-RENAME: form: Form
+def _asks(model: Model, number: int, question: Question, form: Form) -> Iterator[_Ask]:
     """The question once, or once for each rotation of its options."""
-    if current_form(form) == "completion":  # TODO-RENAME
+    if form == "completion":
         text, gap = start_of(model, question)
         yield _ask(model, number, text, [gap + option for option in question.options])
         return

@@ -12,7 +12,7 @@ from typing import Any
 
 from rt_lens.data.questions import Answer, Question
 from rt_lens.evaluation.choices import likelihoods
-from rt_lens.evaluation.scorers import Form, Reads, check_form, current_form, option_shares
+from rt_lens.evaluation.scorers import Form, Reads, check_form, option_shares
 from rt_lens.models.load import load_model
 
 
@@ -70,7 +70,6 @@ class LogitJudge:
 
     def __post_init__(self) -> None:
         check_criterion(self.criterion)
-        object.__setattr__(self, "form", current_form(self.form))  # TODO-RENAME
         check_form(self.form)
         if self.pairs and self.opposite:
             raise ValueError(

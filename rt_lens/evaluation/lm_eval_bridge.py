@@ -301,7 +301,7 @@ class _StopWatch:
             if any(stop in text for stop in self.options.until):
                 self.stopped.add(new.row)
         # A row that lacks both of the two tokens before this one has ended by itself; the last one may come late.
-        if not any(len(ids) >= new.place - 1 for row, ids in self.ids.items() if row not in self.stopped):
+        if not any(len(ids) >= new.index - 1 for row, ids in self.ids.items() if row not in self.stopped):
             raise _AllStoppedError
 
     def texts(self) -> list[str]:

@@ -24,13 +24,6 @@ Form: TypeAlias = Literal["completion", "multiple_choice"]
 Reads: TypeAlias = Literal["text", "completion", "multiple_choice"]
 """What a scorer reads of an answer: the generated text, or the likelihoods of the options in one of the two forms."""
 
-_OLD_FORMS = {"answers": "completion", "letters": "multiple_choice"}  # TODO-RENAME
-
-
-def current_form(form: str) -> Any:  # TODO-RENAME
-    """Today's word for a form (or for what a scorer reads); any other word stays as it is."""
-    return _OLD_FORMS.get(form, form)
-
 
 @runtime_checkable
 class Scorer(Protocol):
@@ -248,7 +241,6 @@ class Likelihood:
     per_token: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "form", current_form(self.form))  # TODO-RENAME
         if self.measure not in _MEASURES:
             known = ", ".join(map(repr, _MEASURES))
             raise ValueError(f"scorer 'likelihood' must have a measure out of {known}, got measure {self.measure!r}.")
@@ -313,7 +305,6 @@ class OffOptionMass:
     form: Form = "completion"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "form", current_form(self.form))  # TODO-RENAME
         check_form(self.form)
 
     @property
@@ -325,10 +316,10 @@ class OffOptionMass:
         return self.form
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        return [answer.options[self.form].other for answer in answers]
+        return [answer.options[self.form].off_options for answer in answers]
 
 
-def calibration(answers: Sequence[Answer], form: str = "completion") -> pd.DataFrame:  # TODO-RENAME: form: Form
+def calibration(answers: Sequence[Answer], form: Form = "completion") -> pd.DataFrame:
     """How often the likeliest option is right, by the share of likelihood that it has.
 
     Args:
@@ -346,7 +337,6 @@ def calibration(answers: Sequence[Answer], form: str = "completion") -> pd.DataF
         >>> int(table["n"].sum())
         4
     """
-    form = current_form(form)  # TODO-RENAME
     highest, right = [], []
     for answer in answers:
         shares = option_shares(answer.options[form])

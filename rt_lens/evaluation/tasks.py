@@ -6,9 +6,9 @@ function of your own works wherever they do. Nothing in this module knows how a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -25,8 +25,22 @@ from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import batches
 from rt_lens.models.tokens.chats import tokenizer_of
 
-Measure: TypeAlias = Callable[[Model], Sequence[float]]
-"""A function from a model, with whatever hooks or changed weights it has, to one number per prompt, in order."""
+
+@runtime_checkable
+class Measure(Protocol):
+    """A function from a model, with its current hooks and weights, to one number per prompt, in order.
+
+    An `EvalTask` and a `LogitDifference` are measures, and so is a function of your own.
+
+    Example:
+        >>> def lengths(model):
+        ...     return [float(len(response)) for response in rtl.generate(model, prompts, max_new_tokens=4)]
+        >>> isinstance(lengths, Measure), len(lengths(model)) == len(prompts)
+        (True, True)
+    """
+
+    def __call__(self, model: Model, /) -> Sequence[float]: ...
+
 
 _RESERVED = ("arm", "direction", "seed", "set", "prompt", "response")
 
@@ -69,8 +83,8 @@ class EvalTask:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        alone = isinstance(self.scorers, str | Mapping) or callable(self.scorers)
-        scorers: tuple[Any, ...] = (self.scorers,) if alone else tuple(self.scorers)
+        given: Any = self.scorers
+        scorers = (given,) if isinstance(given, str | Mapping) or callable(given) else tuple(given)
         if not scorers:
             raise ValueError("scorers must be a list of at least one scorer, got an empty list. Try scorers=['vader'].")
         object.__setattr__(self, "questions", tuple(as_questions(self.questions)))

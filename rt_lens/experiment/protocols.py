@@ -100,10 +100,6 @@ class Protocol:
                 scores[name] = sum(shares) / len(shares)
         return scores
 
-    @property
-    def exams(self) -> Mapping[str, EvalTask]:  # TODO-RENAME
-        return self.tasks  # TODO-RENAME
-
 
 class ProtocolFamily(ABC):
     """The protocols that one kind of experiment can run, and all that depends on its kind.

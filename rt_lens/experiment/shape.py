@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from rt_lens.models.llama import FAMILIES
+from rt_lens.models.parameter_names import block_and_modules
 from rt_lens.models.registry import BUNDLED_MODELS
 from rt_lens.models.sources import bundled_folder
 from rt_lens.tuning.config import LOSSES, TuneConfig
-from rt_lens.tuning.weights import parts_of
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _sizes(config: Any) -> Shape:
     sides: dict[str, int] = {}
     rows: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        block, modules = parts_of(name)
+        block, modules = block_and_modules(name)
         for module in modules if block == 0 else ():
             sizes[module] = sizes.get(module, 0) + parameter.numel() // len(modules)
             if parameter.ndim == 2:

@@ -1,9 +1,9 @@
-"""Reading activations: batched `run_with_cache` over texts. Knows nothing of vectors or steering."""
+"""Activations of texts, read in batches with `run_with_cache`. Knows nothing of vectors or steering."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,10 +20,10 @@ from rt_lens.models.tokens.texts import token_texts
 
 
 def check_hook_names(model: Model, hook_names: Sequence[str]) -> None:
-    """Refuses hook names that the model has not.
+    """Raises a ValueError for a hook name that the model does not have, or for an empty list.
 
     Raises:
-        ValueError: names the nearest ones; also if there is no name at all.
+        ValueError: the message names the nearest hook points.
     """
     if not hook_names:
         raise ValueError("hook_names must name at least one hook point, got an empty list. Add one.")
@@ -40,20 +40,19 @@ def read_activations(
     reads: Sequence[Sequence[Sequence[int]]],
     *,
     batch_size: int = 32,
-    padding: Literal["left", "right"] = "left",
     progress: bool = False,
 ) -> dict[str, Float[Tensor, "text read *heads d"]]:
-    """Mean activations over chosen tokens of each text, several such means for each.
+    """Mean activations over chosen tokens of each text, one or more means per text.
 
-    Texts are sorted by length and padded; nothing after the last hook point is computed.
+    Texts are sorted by length and padded. The forward pass stops after the last hook point.
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        texts: through the chat template already, special tokens included.
+        texts: with the chat template applied, special tokens included.
         hook_names: for example `["blocks.18.hook_resid_post"]`.
-        reads: for each text as many reads as for the others, each a list of token numbers from 0, padding not counted.
+        reads: for each text a list of reads, as many for every text. A read is a list of token indices from 0, not
+            counting padding; its result is the mean activation over these tokens.
         batch_size: texts per forward pass.
-        padding: side of the padding; it changes nothing.
         progress: show a bar.
 
     Returns:
@@ -61,25 +60,33 @@ def read_activations(
 
     Raises:
         ValueError: for an unknown hook name or an empty list of texts.
+
+    Example:
+        The first token of each text, and the mean of its first two tokens:
+
+        >>> hook = "blocks.3.hook_resid_post"
+        >>> activations = read_activations(model, texts, [hook], [[[0], [0, 1]]] * len(texts))
+        >>> activations[hook].shape  # text, read, d_model
+        torch.Size([2, 2, 576])
     """
     check_hook_names(model, hook_names)
     texts = text_list(texts, "texts", blank=True)
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     with quick(model), Bar(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
-        for batch in batches(model, texts, batch_size, padding):
+        for batch in batches(model, texts, batch_size):
             weights = _weights(batch, [reads[row] for row in batch.rows])
             cache = _run(model, batch, hook_names, len(texts))
             for name in hook_names:
                 means = torch.einsum("brp,bp...->br...", weights, cache[name].float()).cpu()
-                if name not in found:
-                    found[name] = means.new_empty(len(texts), *means.shape[1:])
-                found[name][list(batch.rows)] = means
+                if name not in activations:
+                    activations[name] = means.new_empty(len(texts), *means.shape[1:])
+                activations[name][list(batch.rows)] = means
             bar.update(len(batch.rows))
-    return found
+    return activations
 
 
 def _run(model: Model, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) -> Any:
-    """The cache of one batch, with hooks told which of the caller's texts it holds."""
+    """The cache of one batch. Hooks learn from the token context which of the caller's texts it holds."""
     with token_context(batch.mask, rows=batch.rows, n_rows=n_rows):
         _, cache = model.run_with_cache(
             batch.tokens,
@@ -93,7 +100,7 @@ def _run(model: Model, batch: TokenBatch, hook_names: Sequence[str], n_rows: int
 
 
 def _stop(model: Model, hook_names: Sequence[str]) -> int | None:
-    """The first block that need not run, which after the last one is the unembedding; None to run everything."""
+    """The first block that need not run (after the last block: the unembedding); None to run everything."""
     if not all(name.startswith("blocks.") for name in hook_names):
         return None
     stop = 1 + max(int(name.split(".")[1]) for name in hook_names)
@@ -101,33 +108,38 @@ def _stop(model: Model, hook_names: Sequence[str]) -> int | None:
 
 
 def _no_logits(model: Model) -> dict[str, int]:
-    """What asks a TransformerBridge, which has no end before its unembedding, for as few logits as it can make."""
+    """Arguments that make a TransformerBridge, which always runs its unembedding, compute as few logits as possible."""
     return {} if isinstance(model, HookedTransformer) or not keeps_logits(model) else {"logits_to_keep": 1}
 
 
 def _weights(batch: TokenBatch, reads: Sequence[Sequence[Sequence[int]]]) -> Float[Tensor, "batch read pos"]:
-    """Rows that average the chosen tokens; a single token has weight 1, so it is read as it is."""
+    """Averaging weights of the chosen tokens; a single token has weight 1, so its activation stays exact."""
     starts = batch.mask.argmax(1).tolist()  # column of each row's first real token
     weights = torch.zeros(len(reads), len(reads[0]), batch.tokens.shape[1], device=batch.tokens.device)
-    for row, (start, of_row) in enumerate(zip(starts, reads, strict=True)):
-        for read, numbers in enumerate(of_row):
-            columns = torch.tensor([start + number for number in numbers], device=weights.device)
-            weights[row, read].index_add_(0, columns, torch.full((len(numbers),), 1 / len(numbers)).to(weights))
+    for row, (start, row_reads) in enumerate(zip(starts, reads, strict=True)):
+        for read, indices in enumerate(row_reads):
+            columns = torch.tensor([start + index for index in indices], device=weights.device)
+            weights[row, read].index_add_(0, columns, torch.full((len(indices),), 1 / len(indices)).to(weights))
     return weights
 
 
 def last_token_activations(
     model: Model, texts: Iterable[str], hook_names: Sequence[str], *, batch_size: int = 32, progress: bool = False
 ) -> dict[str, Float[Tensor, "text *heads d"]]:
-    """Activations at the last token of each text: see `read_activations`.
+    """Activations at the last token of each text; see `read_activations`.
 
     Returns:
         hook name -> Float[Tensor, "text *heads d"] in the order of `texts`, float32 on the CPU.
+
+    Example:
+        >>> activations = last_token_activations(model, texts, ["blocks.3.hook_resid_post"])
+        >>> {hook: h.shape for hook, h in activations.items()}
+        {'blocks.3.hook_resid_post': torch.Size([2, 576])}
     """
     texts = text_list(texts, "texts", blank=True)
     ends = [[[len(encode(model, text)) - 1]] for text in texts]
-    found = read_activations(model, texts, hook_names, ends, batch_size=batch_size, progress=progress)
-    return {name: h[:, 0] for name, h in found.items()}
+    activations = read_activations(model, texts, hook_names, ends, batch_size=batch_size, progress=progress)
+    return {name: h[:, 0] for name, h in activations.items()}
 
 
 @torch.no_grad()
@@ -138,6 +150,13 @@ def token_activations(
 
     Returns:
         The tokens as strings (see `token_texts`), and hook name -> Float[Tensor, "pos *heads d"].
+
+    Example:
+        >>> tokens, activations = token_activations(model, "It rained.", ["blocks.3.hook_resid_post"])
+        >>> tokens
+        ['It', ' ra', 'ined', '.']
+        >>> activations["blocks.3.hook_resid_post"].shape
+        torch.Size([4, 576])
     """
     check_hook_names(model, hook_names)
     ids = encode(model, as_text(text, "text", blank=True))

@@ -1,7 +1,8 @@
-"""Which tokens of which rows a forward pass is running. Hooks see activations only, and ask here for the rest.
+"""The token context: which tokens of which rows the current forward pass covers.
 
-Everything in rt_lens that runs a model says so with `token_context(...)`; a loop of your own can too. Where nobody has
-said, a pass counts as whole prompts without padding.
+Hooks see activations only; here they learn which tokens these belong to. Everything in rt_lens that runs a model
+declares its tokens with `token_context(...)`, and your own loop can too. A pass without a declared context counts as
+whole prompts without padding (`default_context`).
 """
 
 from __future__ import annotations
@@ -22,32 +23,32 @@ class TokenContext:
     """The tokens of one forward pass.
 
     Attributes:
-        places: Int[Tensor, "batch pos"], number of each token in its row, padding not counted; -1 for padding.
-        lengths: Int[Tensor, "batch"], tokens of each row's prompt; tokens from there on were generated.
-        rows: numbers of these rows in the caller's list; None if unknown.
+        positions: Int[Tensor, "batch pos"], index of each token in its row, not counting padding; -1 for padding.
+        lengths: Int[Tensor, "batch"], tokens of each row's prompt; the tokens after these are generated.
+        rows: indices of these rows in the caller's list; None if unknown.
         n_rows: length of that list; None if unknown.
-        memory: what hooks keep from one pass of a run to the next.
+        memory: values that hooks keep from one pass of a run to the next.
     """
 
-    places: Int[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch pos"]
     lengths: Int[Tensor, "batch"]
     rows: tuple[int, ...] | None
     n_rows: int | None = None
     memory: dict[Any, Any] = field(default_factory=dict, repr=False)
 
 
-_NOW: ContextVar[TokenContext | None] = ContextVar("token_context", default=None)
+_CURRENT: ContextVar[TokenContext | None] = ContextVar("token_context", default=None)
 
 
 def current_context() -> TokenContext | None:
-    """What was said of the pass that is running, if anything."""
-    return _NOW.get()
+    """The declared context of the current forward pass; None if nobody declared one."""
+    return _CURRENT.get()
 
 
 def default_context(batch: int, pos: int, device: Any) -> TokenContext:
-    """A pass of which nothing is known: whole prompts, no padding."""
-    places = torch.arange(pos, device=device).expand(batch, pos)
-    return TokenContext(places, torch.full((batch,), pos, device=device), None)
+    """The context that a pass without a declared one counts as: whole prompts, no padding."""
+    positions = torch.arange(pos, device=device).expand(batch, pos)
+    return TokenContext(positions, torch.full((batch,), pos, device=device), None)
 
 
 @contextmanager
@@ -60,31 +61,37 @@ def token_context(
     n_rows: int | None = None,
     memory: dict[Any, Any] | None = None,
 ) -> Iterator[TokenContext]:
-    """Says, for the time of a block, which tokens a forward pass runs.
+    """Context manager that declares which tokens the current forward pass covers.
 
     Args:
-        mask: 1 for real tokens of the rows so far, on either side of any padding.
-        new: how many of its last columns this pass runs (1 for a step with a key-value cache); all for None.
-        lengths: tokens of each row's prompt; all real ones for None.
-        rows: numbers of these rows in the caller's list, for multipliers by row.
+        mask: 1 for real tokens, 0 for padding, of all tokens so far; padding may be on either side.
+        new: how many of the last columns this pass covers (1 for a step with a key-value cache); None for all.
+        lengths: tokens of each row's prompt; None if all real tokens are the prompt's.
+        rows: indices of these rows in the caller's list, for multipliers by row.
         n_rows: length of that list.
-        memory: the same dictionary in each pass of one run.
+        memory: one dictionary for all passes of a run.
 
     Example:
-        >>> tokens, mask = batch.tokens, batch.mask
-        >>> with model.hooks(fwd_hooks=add(vectors, positions="last")), token_context(mask):
+        Two prompts of unlike length, padded on the left. The hook edits the last token of each prompt only.
+
+        >>> batch = model.tokenizer(texts, return_tensors="pt", padding=True)
+        >>> tokens, mask = batch["input_ids"], batch["attention_mask"]
+        >>> hooks = add(vectors, layers=[21], multiplier=2.0, positions="last")
+        >>> with model.hooks(fwd_hooks=hooks), token_context(mask) as context:
         ...     logits = model(tokens, attention_mask=mask)
+        >>> context.positions[:, -1].tolist() == (mask.sum(1) - 1).tolist()
+        True
     """
-    places = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)
-    here = TokenContext(
-        places if new is None else places[:, -new:],
+    positions = torch.where(mask.bool(), mask.cumsum(1) - 1, -1)
+    context = TokenContext(
+        positions if new is None else positions[:, -new:],
         mask.sum(1) if lengths is None else lengths,
         None if rows is None else tuple(rows),
         n_rows,
         {} if memory is None else memory,
     )
-    token = _NOW.set(here)
+    token = _CURRENT.set(context)
     try:
-        yield here
+        yield context
     finally:
-        _NOW.reset(token)
+        _CURRENT.reset(token)

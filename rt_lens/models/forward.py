@@ -1,9 +1,9 @@
-"""Running a model fast without changing what it computes or which hooks it calls. Knows no steering and no tuning.
+"""Faster forward passes with the same results and the same hooks. Knows no steering and no tuning.
 
-`quick(model)` swaps the attention of a HookedTransformer for one that computes masks and rotary angles once per forward
-pass instead of once per layer, uses torch's fused attention, and appends to a preallocated key-value cache. Every hook
-point is still called. Where someone listens to attention scores or patterns, which the fused kernel never forms, that
-layer runs TransformerLens's own code. Models of another kind run as they are.
+`quick(model)` replaces the attention of a HookedTransformer by one that computes masks and rotary angles once per
+forward pass instead of once per layer, uses torch's fused attention, and appends to a preallocated key-value cache.
+Every hook point is still called. The fused kernel never forms attention scores or patterns, so a layer with a hook on
+either runs TransformerLens's own code. Models of another kind run unchanged.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ class KeyValueCache:
         return self.slots[layer]
 
     def start_from(self, prefix: KeyValueCache) -> None:
-        """Begins every row with what one row has seen: a prompt's beginning that all rows share."""
+        """Starts every row with the keys and values of one row: the prefix that all prompts share."""
         for slot, shared in zip(self.slots, prefix.slots, strict=True):
             slot.append(*(part[:, : shared.length].expand(self.batch, -1, -1, -1) for part in shared.pair))
         self.mask = prefix.mask.expand(self.batch, -1)
 
     def branch(self, model: Model, rows: list[int], room: int) -> KeyValueCache:
-        """A cache in which row i goes on from what `rows[i]` has seen, with room for so many more tokens."""
-        found = KeyValueCache(model, len(rows), self.mask.shape[1] + room)
-        for slot, seen in zip(found.slots, self.slots, strict=True):
-            slot.append(*(part[rows, : seen.length] for part in seen.pair))
-        found.mask = self.mask[rows]
-        return found
+        """A new cache whose row i continues row `rows[i]` of this one, with room for `room` more tokens."""
+        branched = KeyValueCache(model, len(rows), self.mask.shape[1] + room)
+        for slot, source in zip(branched.slots, self.slots, strict=True):
+            slot.append(*(part[rows, : source.length] for part in source.pair))
+        branched.mask = self.mask[rows]
+        return branched
 
     def append_attention_mask(self, mask: Int[Tensor, "batch new"]) -> Int[Tensor, "batch pos"]:
         self.mask = torch.cat([self.mask, mask], dim=1)
@@ -87,7 +87,7 @@ class KeyValueCache:
 
 @dataclass
 class _Frame:
-    """What all layers of one forward pass share: which mask it was made for, rotary angles, who may attend to whom."""
+    """What all layers of one forward pass share: its mask, rotary angles, and which positions may attend to which."""
 
     layer: int
     made_for: Tensor | None
@@ -99,7 +99,7 @@ class _Frame:
 
 
 def can_be_quick(model: Model) -> bool:
-    """True if `quick` has its own attention for this model: a rotary HookedTransformer with nothing unusual."""
+    """True if `quick` covers this model: a HookedTransformer with rotary embeddings and plain causal attention."""
     if not isinstance(model, HookedTransformer):
         return False
     cfg = model.cfg
@@ -116,13 +116,16 @@ def can_be_quick(model: Model) -> bool:
 
 @contextmanager
 def quick(model: Model) -> Iterator[Any]:
-    """While the block lasts, the model's attention runs fast; its hooks, weights and results stay what they were.
+    """Context manager under which the model's attention runs faster; hooks, weights and results stay the same.
 
-    Nested use is harmless. On leaving, and on any exception, the model is as before.
+    Blocks may be nested. On exit, and on any exception, the model is as before.
 
     Example:
+        >>> tokens = model.to_tokens("Rain is wet.")
         >>> with quick(model):
         ...     logits = model(tokens)
+        >>> (logits - model(tokens)).abs().max().item() < 1e-3
+        True
     """
     if not can_be_quick(model) or any("forward" in vars(block.attn) for block in model.blocks):
         yield model
@@ -148,7 +151,7 @@ def _attention(
     attention_mask: Int[Tensor, "batch all_pos"] | None = None,
     position_bias: Tensor | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
-    """AbstractAttention.forward with the same hook points, through torch's fused attention."""
+    """TransformerLens's AbstractAttention.forward with the same hook points, on torch's fused attention."""
     foreign_cache = past_kv_cache_entry is not None and not isinstance(past_kv_cache_entry, CacheSlot)
     watched = attn.hook_attn_scores._forward_hooks or attn.hook_pattern._forward_hooks
     watched = watched or attn.hook_attn_scores._backward_hooks or attn.hook_pattern._backward_hooks
@@ -185,8 +188,8 @@ def _rotate(x: Float[Tensor, "batch pos head d"], cos: Tensor, sin: Tensor) -> F
 
 
 def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[int, int, int]) -> _Frame:
-    """The shared part of this forward pass, made at its first layer."""
-    # A layer that is not after the last one begins another pass, before which the same mask may have been written to.
+    """The values that all layers of this forward pass share, computed at its first layer."""
+    # A layer that does not follow the last one starts another pass, before which the mask may have been overwritten.
     if shared and shared[0].layer < attn.layer_id and shared[0].made_for is mask and shared[0].shape == shape:
         shared[0].layer = attn.layer_id
         return shared[0]
@@ -204,9 +207,9 @@ def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[in
         causal = past == 0 and n_query > 1
     else:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-        # A padding row may attend to itself: a row that attends to nothing is not a number.
-        here = torch.arange(past, total, device=device)[:, None] == torch.arange(total, device=device)[None, :]
-        allowed = ((_causal(n_query, total, device) & mask.bool()[:, None, :]) | here)[:, None]
+        # Padding attends to itself: the softmax of a row that attends to nothing is NaN.
+        itself = torch.arange(past, total, device=device)[:, None] == torch.arange(total, device=device)[None, :]
+        allowed = ((_causal(n_query, total, device) & mask.bool()[:, None, :]) | itself)[:, None]
         causal = False
     cos, sin = (angles[positions][:, :, None] for angles in (attn.rotary_cos, attn.rotary_sin))
     frame = _Frame(attn.layer_id, mask, shape, cos, sin, allowed, causal)
@@ -215,14 +218,14 @@ def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[in
 
 
 def _causal(n_query: int, total: int, device: torch.device) -> Tensor:
-    """Bool[Tensor, "n_query total"]: True where a query may look."""
+    """Bool[Tensor, "n_query total"]: True where a query may attend to a key."""
     return torch.ones(n_query, total, dtype=torch.bool, device=device).tril(total - n_query)
 
 
 def final_residual(
     model: Model, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream after the last block of a HookedTransformer, with no unembedding."""
+    """The residual stream after the last block of a HookedTransformer; the unembedding does not run."""
     return model(tokens, attention_mask=mask, stop_at_layer=model.cfg.n_layers)
 
 
@@ -239,19 +242,30 @@ def unembed(model: Any, residual: Float[Tensor, "... d_model"]) -> Float[Tensor,
 def logits_where(
     model: Model, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor, *, size: int = 128
 ) -> Iterator[Float[Tensor, "chosen d_vocab"]]:
-    """Logits at chosen positions, some at a time: on a HookedTransformer no others are computed.
+    """Logits at chosen positions, in chunks; a HookedTransformer computes no others.
 
-    A TransformerBridge computes those of every row at the columns where some row's are wanted.
+    A TransformerBridge computes the logits of all rows at each column that any row chooses.
 
-    Chunks of 128 positions keep a large vocabulary's rows in memory that is used again and again, which halves the
-    time of what is done with them.
+    Chunks of 128 positions let a large vocabulary's logits reuse the same memory, which halves the time of the
+    operations on them.
 
     Args:
         model: HookedTransformer or TransformerBridge.
         tokens: Int[Tensor, "batch pos"].
         mask: 1 for real tokens.
-        where: Bool[Tensor, "batch pos"], the positions whose logits are wanted.
+        where: Bool[Tensor, "batch pos"], True at the chosen positions.
         size: positions per chunk.
+
+    Example:
+        >>> import torch
+        >>> tokens = model.to_tokens("The capital of France is")
+        >>> where = torch.zeros_like(tokens, dtype=torch.bool)
+        >>> where[:, -1] = True
+        >>> (logits,) = logits_where(model, tokens, torch.ones_like(tokens), where)
+        >>> logits.shape
+        torch.Size([1, 49152])
+        >>> model.tokenizer.decode(logits[0].argmax())
+        ' Paris'
     """
     if isinstance(model, HookedTransformer):
         with quick(model):
@@ -264,13 +278,13 @@ def logits_where(
 def bridge_logits(
     model: Model, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor
 ) -> Float[Tensor, "chosen d_vocab"]:
-    """Logits of a TransformerBridge at chosen positions, with no other columns than theirs in memory.
+    """Logits of a TransformerBridge at chosen positions; only the columns of these are held in memory.
 
     Args:
         model: TransformerBridge.
         tokens: Int[Tensor, "batch pos"].
         mask: 1 for real tokens.
-        where: Bool[Tensor, "batch pos"], the positions whose logits are wanted; if none, the model runs all the same.
+        where: Bool[Tensor, "batch pos"], True at the chosen positions; the model runs even if there is none.
     """
     columns = where.any(0).nonzero()[:, 0]
     if len(columns) == where.shape[1] or not keeps_logits(model):
@@ -280,7 +294,7 @@ def bridge_logits(
 
 
 def keeps_logits(model: Any) -> bool:
-    """Whether a TransformerBridge can be asked for the logits of some positions; hooks on logits want them all."""
+    """Whether a TransformerBridge can compute the logits of some positions only; hooks on logits need all of them."""
     unembed = getattr(model, "unembed", None)
     points = [part for part in unembed.modules() if isinstance(part, HookPoint)] if unembed is not None else []
     hooked = any(point._forward_hooks or point._backward_hooks for point in points)
@@ -288,10 +302,10 @@ def keeps_logits(model: Any) -> bool:
 
 
 def cache_error(model: Model) -> float:
-    """How far a TransformerBridge's logits with a key-value cache are from those without, relative to their size.
+    """Relative error of a TransformerBridge's logits with a key-value cache against those without.
 
-    Measured once, on two rows of which one is padded, without whatever hooks the model carries; remembered on
-    `model.cfg`. Infinite where the cache cannot be used at all.
+    Measured once per model, on two rows of which one is padded, with the model's hooks off, and kept on `model.cfg`.
+    Infinite if the cache cannot be used at all.
     """
     known = getattr(model.cfg, "rt_lens_cache_error", None)
     if known is None:
@@ -301,12 +315,12 @@ def cache_error(model: Model) -> float:
 
 
 def allowed_error(dtype: torch.dtype) -> float:
-    """Relative error of logits, in norm, that rounding may explain: right families stay below half of it."""
+    """Relative error of logits, in norm, that rounding may explain; correct families stay below half of it."""
     return {torch.float16: 0.02, torch.bfloat16: 0.05}.get(dtype, 1e-3)
 
 
 def caches_rightly(model: Model) -> bool:
-    """Whether decoding with a key-value cache gives what decoding without one gives, but for rounding."""
+    """Whether decoding gives the same logits with a key-value cache as without one, up to rounding."""
     return cache_error(model) < allowed_error(next(model.parameters()).dtype)
 
 
@@ -316,7 +330,7 @@ def _measured_cache_error(model: Model, n: int = 8, steps: int = 4) -> float:
     mask = torch.ones_like(tokens)
     mask[1, : n // 2] = 0
     whole = model(tokens, attention_mask=mask)[:, n - 1 :].double()
-    found: list[Tensor] = []
+    steps_with_cache: list[Tensor] = []
     state: dict[str, Any] = {}
     try:
         for end in range(n, n + steps + 1):
@@ -324,16 +338,16 @@ def _measured_cache_error(model: Model, n: int = 8, steps: int = 4) -> float:
             logits, state["past_key_values"] = model(
                 new, attention_mask=mask[:, :end], return_type="logits_and_cache", use_cache=True, **state
             )
-            found.append(logits[:, -1].double())
-    except Exception:  # whatever a family's own code raises where it has no such cache
+            steps_with_cache.append(logits[:, -1].double())
+    except Exception:  # any error of a family's own code that has no such cache
         return math.inf
-    error = float((torch.stack(found, 1) - whole).norm() / whole.norm())
+    error = float((torch.stack(steps_with_cache, 1) - whole).norm() / whole.norm())
     return error if math.isfinite(error) else math.inf
 
 
 @contextmanager
 def _without_hooks(model: Model) -> Iterator[None]:
-    """While the block lasts, no hook point calls anything: edits by row and the like would meet rows not their own."""
+    """Context manager under which no hook runs: an edit by row, say, would meet rows that are not its own."""
     points = [part for part in model.modules() if isinstance(part, HookPoint)]
     kept = [(point._forward_hooks, point._backward_hooks) for point in points]
     try:
@@ -346,15 +360,15 @@ def _without_hooks(model: Model) -> Iterator[None]:
 
 
 def finest_dtype(device: Any) -> torch.dtype:
-    """The most exact type that a device computes in: float64, or float32 on Apple's GPUs, which have no other."""
+    """The most exact dtype of a device: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def check_layers(model: Model, layers: Iterable[int] | None) -> list[int]:
-    """The block indices, all for None.
+    """The block indices as a list; all blocks for None.
 
     Raises:
-        ValueError: if one is outside the model, or there is none.
+        ValueError: if an index is outside the model, or the list is empty.
     """
     n = model.cfg.n_layers
     chosen = list(range(n)) if layers is None else list(layers)
@@ -378,7 +392,7 @@ def unknown_hook(argument: str, hook_name: str, model: Model) -> str:
 
 
 def dtype_name(model: Model) -> str:
-    """The type of the model's weights, as `load_model` takes it."""
+    """The dtype of the model's weights, in the form that `load_model` takes."""
     return str(model.cfg.dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""Answers of a model under whatever hooks it carries: batched, cached, streamed, watched."""
+"""Responses of a model under the hooks that it has: batched, cached, streamed, reported token by token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from rt_lens.models.tokens.texts import Pieces, text_of
 
 @runtime_checkable
 class Directions(Protocol):
-    """What a trace needs of steering vectors: hook name -> vector, of any norm and of norm 1."""
+    """The part of steering vectors that a trace needs: hook name -> vector, as it is and as a unit vector."""
 
     @property
     def vectors(self) -> Mapping[str, Tensor]: ...
@@ -51,13 +51,13 @@ class Directions(Protocol):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen.
+    """The sampling of a token from logits.
 
     Attributes:
-        temperature: 0 for the most likely token, else softmax temperature.
-        top_k: only so many of the most likely tokens; 0 for all.
-        top_p: only the fewest tokens whose probabilities reach this sum.
-        seed: of the random streams, one for each prompt.
+        temperature: softmax temperature; 0 takes the most likely token.
+        top_k: sample from the `top_k` most likely tokens; 0 for all.
+        top_p: sample from the fewest tokens whose probabilities reach this sum.
+        seed: of the random streams, one per prompt.
     """
 
     temperature: float = 0.0
@@ -74,13 +74,13 @@ class Sampling:
             )
 
     def choose(self, logits: Float[Tensor, "batch d_vocab"], draw: Float[Tensor, "batch"]) -> Int[Tensor, "batch"]:
-        """The token at which the cumulative probability passes a uniform number."""
+        """The token at which the cumulative probability passes the uniform number `draw`."""
         if self.temperature == 0:
             return logits.argmax(-1)
         probabilities = torch.softmax(logits.double() / self.temperature, -1)
         if self.top_k or self.top_p < 1:
             ranked, tokens = probabilities.sort(descending=True, stable=True)
-            # A token stays if those before it have not reached top_p yet: the first one always does.
+            # A token stays if the tokens before it have not reached top_p, so the first one always stays.
             dropped = ranked.cumsum(-1) - ranked >= self.top_p
             if self.top_k:
                 dropped[:, self.top_k :] = True
@@ -91,26 +91,32 @@ class Sampling:
 
 @dataclass(frozen=True)
 class NewToken:
-    """One new token, as a callback gets it.
+    """One new token, in the form that `on_token` receives.
 
     Attributes:
-        row: number of its prompt in the list.
-        place: its number in the answer, from 0.
+        row: index of its prompt in the list.
+        index: its index in the response, from 0.
         token: its id.
-        text: what it adds to the answer; all texts of a row, joined, are its answer. It is empty where the token is
-            special, or ends within a letter, which the token that completes it has.
+        text: the text that it adds; the texts of a row, joined, are its response. Empty for a special token, and for
+            one that ends within a character, whose text comes with the token that completes it.
         projections: hook name -> projection of its own activation, under the hooks, on the unit vector.
+
+    Example:
+        >>> new_tokens = []
+        >>> responses = generate(model, ["Name three metals."], max_new_tokens=3, on_token=new_tokens.append)
+        >>> [(new.index, new.text) for new in new_tokens]
+        [(0, 'The'), (1, ' most'), (2, ' common')]
     """
 
     row: int
-    place: int
+    index: int
     token: int
     text: str
     projections: dict[str, float] = field(default_factory=dict)
 
 
 def as_chat(model: HasTokenizer, prompts: Sequence[str], *, system: str = "") -> list[str]:
-    """User messages through the chat template; left as they are if there is none, or they went through already."""
+    """User messages with the chat template applied; chats, and all texts without a template, stay as they are."""
     if not has_chat_template(model):
         return list(prompts)
     return [text if is_chat(model, text) else chat_text(model, text, system=system) for text in prompts]
@@ -132,26 +138,26 @@ def generate(
     on_token: Callable[[NewToken], None] | None = None,
     progress: bool = False,
 ) -> list[str]:
-    """Answers to prompts, in batches, with a key-value cache, under whatever hooks the model carries.
+    """Responses to prompts, in batches, with a key-value cache, under the hooks that the model has.
 
-    The batch size changes nothing: padding is on the left with its mask and positions, each prompt draws from a random
-    stream of its own, and edits know each row by its number in the list.
+    The batch size does not change the responses: padding is on the left, masked and not counted in positions; each
+    prompt has its own random stream; and edits know each row by its index in the list.
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        prompts: user messages, put through the chat template; what went through it already is taken as it is: a
-            `ChatText`, and any text that begins with a special token.
-        chat: False takes all of them as they are.
-        max_new_tokens: at most so many tokens each; a row ends as the model's generation settings say, see `end_ids`.
-        temperature: 0 for the most likely token, else softmax temperature.
-        top_k: only so many of the most likely tokens; 0 for all.
-        top_p: only the fewest tokens whose probabilities reach this sum; 1 for all.
+        prompts: user messages, to which the chat template is applied. A `ChatText`, or a text that begins with a
+            special token, has had it applied and stays as it is.
+        chat: False leaves all prompts as they are.
+        max_new_tokens: at most this many tokens each; a row also ends at the model's end tokens (`end_ids`).
+        temperature: softmax temperature; 0 takes the most likely token.
+        top_k: sample from the `top_k` most likely tokens; 0 for all.
+        top_p: sample from the fewest tokens whose probabilities reach this sum; 1 for all.
         seed: of the sampling.
         batch_size: prompts per batch.
-        use_cache: False runs the whole text again for each token: slow, and what attention patterns need to be hooked.
-        trace: vectors on which each new token is projected, for `on_token`.
-        on_token: called with each new token, as soon as it (and with `trace` its own activation) is there; one that
-            ends within a letter waits for the next, or for the end.
+        use_cache: False runs the whole text again for each token. This is slow, and needed to hook attention patterns.
+        trace: vectors on which each new token's activation is projected, for `on_token`.
+        on_token: called with each new token as soon as it (and with `trace` its activation) exists; a token that ends
+            within a character waits for the next token, or for the end.
         progress: show a bar.
 
     Returns:
@@ -159,6 +165,14 @@ def generate(
 
     Raises:
         ValueError: if there is no prompt, a number is out of range, or the texts exceed the model's context.
+
+    Example:
+        >>> generate(model, ["Name three metals."], max_new_tokens=8)
+        ['The most common and widely used metals are']
+        >>> with model.hooks(fwd_hooks=add(vectors, layers=[21], multiplier=8.0)):
+        ...     (steered,) = generate(model, ["Name three metals."], max_new_tokens=8)
+        >>> steered == 'The most common and widely used metals are'
+        False
     """
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(
@@ -202,6 +216,7 @@ def generate(
 
 
 def _warn_of_thoughts(prompts: Sequence[str], answers: Sequence[str]) -> None:
+    """Warns if responses begin with a model's thoughts."""
     n = sum(begins_with_thought(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True))
     if n:
         warnings.warn(
@@ -222,14 +237,14 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The answer to one prompt, piece by piece; together the pieces are what `generate` gives.
+    """The response to one prompt, piece by piece; joined, the pieces are the response of `generate`.
 
-    Use it up inside the block of the hooks that it is to run under.
+    Consume it inside the `with` block whose hooks it should run under.
 
     Example:
-        >>> with model.hooks(fwd_hooks=add(vectors, [18], 2.0)):
-        ...     for piece in stream(model, "Tell me about your weekend."):
-        ...         print(piece, end="", flush=True)
+        >>> for piece in stream(model, "Name three metals.", max_new_tokens=6):
+        ...     print(piece, end="|")
+        The| most| common| and| widely| used|
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}. The default is 40.")
@@ -257,44 +272,51 @@ def generate_tokens(
     trace: Directions | None = None,
     on_token: Callable[[NewToken], None] | None = None,
 ) -> list[list[int]]:
-    """New token ids for one batch, whose rows stay in order.
+    """New token ids of one batch, in the order of its rows.
 
     Args:
         model: HookedTransformer or TransformerBridge.
         encoded: token ids of each prompt.
-        max_new_tokens: at most so many new tokens a row.
-        sampling: greedy for None.
-        rows: number of each row in the caller's list; its place in the batch by default.
-        n_rows: length of that list, if `rows` is given and it is known.
+        max_new_tokens: at most this many new tokens per row.
+        sampling: None for greedy decoding.
+        rows: index of each row in the caller's list; by default its index in the batch.
+        n_rows: length of that list, if `rows` is given and the length is known.
         use_cache: False runs the whole text again for each token.
-        trace: vectors on which each new token is projected, for `on_token`.
+        trace: vectors on which each new token's activation is projected, for `on_token`.
         on_token: called with each new token.
+
+    Example:
+        >>> prompt = chat_text(model, "Name three metals.")
+        >>> ids = model.tokenizer.encode(prompt, add_special_tokens=False)
+        >>> (new_ids,) = generate_tokens(model, [ids], max_new_tokens=3)
+        >>> model.tokenizer.decode(new_ids)
+        'The most common'
     """
     run = _Run(model, encoded, max_new_tokens, use_cache, tuple(rows) if rows is not None else None, n_rows)
     ends = _ends(model)
     columns: list[Int[Tensor, "batch"]] = []
-    tell = None if on_token is None else _Teller(model, run.rows, ends, on_token, trace)
-    with tell.listening() if tell is not None else nullcontext():
+    report = None if on_token is None else _Reporter(model, run.rows, ends, on_token, trace)
+    with report.reading() if report is not None else nullcontext():
         for column in run.columns(sampling or Sampling(), ends):
-            if tell is not None and tell.traces and columns:
-                tell(len(columns) - 1, columns[-1])  # the step that gave this column ran the one before
+            if report is not None and report.traces and columns:
+                report(len(columns) - 1, columns[-1])  # the step that gave this column ran the previous one
             columns.append(column)
-            if tell is not None and not tell.traces:
-                tell(len(columns) - 1, column)
-        if tell is not None and tell.traces and tell.open_rows(columns[-1]):
+            if report is not None and not report.traces:
+                report(len(columns) - 1, column)
+        if report is not None and report.traces and report.has_open_rows(columns[-1]):
             run.step(columns[-1][:, None])
-            tell(len(columns) - 1, columns[-1])
-        if tell is not None:
-            tell.finish()
+            report(len(columns) - 1, columns[-1])
+        if report is not None:
+            report.finish()
     return [_until_end(row, ends) for row in torch.stack(columns, 1).tolist()]
 
 
 Step = Callable[[Tensor, Tensor, Tensor], Float[Tensor, "batch d_vocab"]]
-"""New tokens, their mask, and the mask of all tokens so far go in; the logits after them come out."""
+"""A function from new tokens, their mask, and the mask of all tokens so far to the logits after them."""
 
 
 class _Run:
-    """One batch on its way: the tokens so far, their mask, and the step that makes the next logits."""
+    """One batch in generation: the tokens so far, their mask, and the step that computes the next logits."""
 
     def __init__(
         self, model: Model, encoded: Sequence[Sequence[int]], n: int, use_cache: bool,
@@ -310,7 +332,7 @@ class _Run:
         self.model, self.n = model, n
         self.rows = rows if rows is not None else tuple(range(len(encoded)))
         self.n_rows = len(encoded) if rows is None else n_rows
-        shared = _shared_beginning(model, encoded) if use_cache else 0
+        shared = _shared_prefix(model, encoded) if use_cache else 0
         batch = pad([ids[shared:] for ids in encoded], pad_id_of(model)).to(model.cfg.device)
         self.first = batch
         self.lengths = torch.tensor([len(ids) for ids in encoded], device=model.cfg.device)
@@ -340,13 +362,13 @@ class _Run:
             return self._forward(batch.tokens, batch.mask, self.mask)
 
     def columns(self, sampling: Sampling, ends: Int[Tensor, "n"]) -> Iterator[Int[Tensor, "batch"]]:
-        """The tokens of all rows, one new place after the other, until every row has ended."""
+        """The tokens of all rows, one new position after the other, until every row has ended."""
         draws = _draws(sampling.seed, self.rows, self.n)
         done: Bool[Tensor, "batch"] = torch.zeros(len(self.rows), dtype=torch.bool)
         column = None
-        for place in range(self.n):
+        for index in range(self.n):
             logits = self.step(None if column is None else column[:, None])
-            column = sampling.choose(logits, draws[:, place].to(logits.device)).cpu()
+            column = sampling.choose(logits, draws[:, index].to(logits.device)).cpu()
             yield column
             breathe()
             done |= torch.isin(column, ends)
@@ -354,8 +376,8 @@ class _Run:
                 return
 
 
-class _Teller:
-    """Tells a callback of new tokens, and reads their own activations where it wants a trace."""
+class _Reporter:
+    """Calls `on_token` with new tokens; with a trace it reads their activations too."""
 
     def __init__(
         self, model: Model, rows: Sequence[int], ends: Tensor, on_token: Callable[[NewToken], None],
@@ -364,60 +386,58 @@ class _Teller:
         self.model, self.rows, self.ends, self.on_token = model, rows, ends, on_token
         self.units = {} if trace is None else trace.unit().vectors
         self.traces = trace is not None
-        self.read: dict[str, list[float]] = {}
+        self.projections: dict[str, list[float]] = {}
         self.ended = [False] * len(rows)
         self.pieces = [Pieces(model) for _ in rows]
-        self.held: dict[
-            int, NewToken
-        ] = {}  # rows whose last token ends within a letter: the next one, or none, decides
+        self.held: dict[int, NewToken] = {}  # last tokens that end within a character and wait for the next one
 
-    def listening(self) -> AbstractContextManager[Any]:
-        """The readers come after whatever hooks there are, so that they see what the edits left."""
+    def reading(self) -> AbstractContextManager[Any]:
+        """Hooks that read the projections. They come after the model's own hooks, so they see edited activations."""
         readers = [(name, partial(self._read, name)) for name in self.units]
         return self.model.hooks(fwd_hooks=readers) if readers else nullcontext()
 
     def _read(self, name: str, activation: Float[Tensor, "batch pos d"], hook: Any) -> None:
         last = activation[:, -1].detach().float()
-        self.read[name] = (last @ self.units[name].to(last)).tolist()
+        self.projections[name] = (last @ self.units[name].to(last)).tolist()
 
-    def open_rows(self, column: Int[Tensor, "batch"]) -> bool:
-        """Whether a row of this last column is yet to be told."""
+    def has_open_rows(self, column: Int[Tensor, "batch"]) -> bool:
+        """Whether a token of this last column is still to be reported."""
         return any(not ended and int(t) not in self.ends for ended, t in zip(self.ended, column, strict=True))
 
-    def __call__(self, place: int, column: Int[Tensor, "batch"]) -> None:
+    def __call__(self, index: int, column: Int[Tensor, "batch"]) -> None:
         for i, token in enumerate(column.tolist()):
             if self.ended[i]:
                 continue
             self.ended[i] = token in self.ends
             if self.ended[i]:
-                self._tell_held(i, self.pieces[i].rest)
+                self._report_held(i, self.pieces[i].rest)
                 continue
-            self._tell_held(i)
-            projections = {name: values[i] for name, values in self.read.items()}
-            new = NewToken(self.rows[i], place, token, self.pieces[i](token), projections)
+            self._report_held(i)
+            projections = {name: values[i] for name, values in self.projections.items()}
+            new = NewToken(self.rows[i], index, token, self.pieces[i](token), projections)
             if self.pieces[i].rest:
                 self.held[i] = new
             else:
                 self.on_token(new)
 
     def finish(self) -> None:
-        """Tells of the tokens that no other one follows."""
+        """Reports the tokens that no other token follows."""
         for i in list(self.held):
-            self._tell_held(i, self.pieces[i].rest)
+            self._report_held(i, self.pieces[i].rest)
 
-    def _tell_held(self, i: int, rest: str = "") -> None:
+    def _report_held(self, i: int, rest: str = "") -> None:
         if new := self.held.pop(i, None):
             self.on_token(replace(new, text=new.text + rest))
 
 
-def _shared_beginning(model: Model, encoded: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all prompts share (a template's system text, say) and can be run once for the batch.
+def _shared_prefix(model: Model, encoded: Sequence[Sequence[int]]) -> int:
+    """Number of first tokens that all prompts share (a template's system text, say) and that can run once per batch.
 
-    None under hooks: they may act by row, and would meet a single one.
+    0 under hooks: they may act by row, and would see a single row.
     """
     if not can_be_quick(model) or len(encoded) == 1 or any(point._forward_hooks for point in model.hook_dict.values()):
         return 0
-    most = min(len(ids) for ids in encoded) - 1  # each row needs a token of its own to go on from
+    most = min(len(ids) for ids in encoded) - 1  # each row needs a token of its own to continue from
     columns = itertools.islice(zip(*encoded, strict=False), most)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
@@ -427,9 +447,9 @@ def _cached_stepper(model: HookedTransformer, shared: Sequence[int], rows: int, 
 
     Args:
         model: the model.
-        shared: token ids that every row begins with, run here once.
-        rows: of the batch.
-        longest: most tokens that a row will hold.
+        shared: token ids that every row begins with; they run here, once.
+        rows: number of rows in the batch.
+        longest: largest number of tokens that a row will hold.
     """
     cache: Any
     if can_be_quick(model):
@@ -452,7 +472,7 @@ def _cached_stepper(model: HookedTransformer, shared: Sequence[int], rows: int, 
 
 
 def _may_cache(model: Any) -> bool:
-    """Whether decoding with a cache is right; says so, once for each model, where it is not."""
+    """Whether decoding with a cache is exact; warns, once per model, if it is not."""
     if isinstance(model, HookedTransformer) or caches_rightly(model):
         return True
     if not getattr(model.cfg, "rt_lens_cache_warned", False):
@@ -479,7 +499,7 @@ def _bridge_stepper(model: Model) -> Step:
 
 
 def _plain_stepper(model: Model) -> Step:
-    """Steps that run the whole text again."""
+    """Steps that run the whole text again for each token."""
     so_far: list[Tensor] = []
 
     def step(tokens: Tensor, mask: Tensor, everything: Tensor) -> Tensor:
@@ -496,7 +516,7 @@ def _plain_stepper(model: Model) -> Step:
 
 
 def _draws(seed: int, streams: Iterable[int], n: int) -> Float[Tensor, "batch n"]:
-    """Uniform numbers, a stream for each prompt, so that a batch draws what singles draw."""
+    """Uniform numbers from one stream per prompt, so a batch draws the same numbers as its prompts would alone."""
     rows = [torch.rand(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + stream)) for stream in streams]
     return torch.stack(rows)
 
@@ -507,4 +527,4 @@ def _ends(model: Model) -> Int[Tensor, "n"]:
 
 def _until_end(ids: list[int], ends: Tensor) -> list[int]:
     stops = set(ends.tolist())
-    return ids[: next((place for place, token in enumerate(ids) if token in stops), len(ids))]
+    return ids[: next((index for index, token in enumerate(ids) if token in stops), len(ids))]

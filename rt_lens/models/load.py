@@ -1,4 +1,4 @@
-"""A name, a folder or a file goes in; a model with its tokenizer comes out."""
+"""Loading: from a name, a folder or a file to a model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -33,45 +33,47 @@ def load_model(
 ) -> Any:
     """Loads a language model with TransformerLens hook points, its tokenizer and its chat template.
 
-    Weights are unprocessed (nothing folded, nothing centred), so they are Hugging Face's numbers. Padding is on the
-    left, and text given to `model.to_tokens` gets no second start token. A name on the hub becomes a folder (its
-    snapshot, or while offline the one in the local cache), and is then read as any folder is.
+    Weights are unprocessed (nothing folded, nothing centred), so they equal Hugging Face's. Padding is on the left, and
+    `model.to_tokens` adds no second start token. A name on the hub becomes a folder (its snapshot, or offline the one
+    in the local cache), which is then read as any folder is.
 
     Args:
-        name_or_path: an embedded model (`rt-lens models` lists them), a local Hugging Face folder, a local `.gguf`
-            file, or a name on the model hub; TransformerLens's short names stand for those.
+        name_or_path: a bundled model (`rt-lens models` lists them), a local Hugging Face folder, a local `.gguf` file,
+            or a name on the model hub; TransformerLens's short names work too.
         backend: `hooked` for a HookedTransformer, `bridge` for a TransformerBridge, `auto` for a HookedTransformer
-            wherever our own conversion covers the architecture.
+            wherever rt_lens's conversion covers the architecture.
         device: torch device; by default CUDA if there is one, else the CPU.
-        dtype: `float32`, `bfloat16`, `float16`, or the torch type.
-        trust_remote_code: run the Python code that a repository brings for its model or tokenizer. It can do whatever
-            you can, so only where you trust its author.
-        chat_template_kwargs: what the chat template is given besides the messages, {"enable_thinking": False} say.
+        dtype: `float32`, `bfloat16`, `float16`, or the torch dtype.
+        trust_remote_code: run the Python code that a repository brings for its model or tokenizer. This code can do
+            anything that you can, so trust its author first.
+        chat_template_kwargs: variables for the chat template besides the messages, such as {"enable_thinking": False}.
 
     Returns:
         A HookedTransformer or TransformerBridge in evaluation mode.
 
     Raises:
-        ValueError: unknown name, backend or dtype, `hooked` asked for what it does not cover, code of its own that is
-            not trusted, or a bridge whose logits are not those of transformers.
-        FileNotFoundError: an embedded model that is not installed and cannot be fetched.
+        ValueError: an unknown name, backend or dtype; an architecture that `hooked` does not cover; a repository with
+            code of its own that you did not trust; or a bridge whose logits differ from transformers' logits.
+        FileNotFoundError: a bundled model that is not installed and cannot be fetched.
 
     Example:
         >>> model = load_model("smollm2-135m-instruct")
-        >>> model.cfg.n_layers
-        30
+        >>> model.cfg.n_layers, model.cfg.d_model
+        (30, 576)
+        >>> "blocks.21.hook_resid_post" in model.hook_dict
+        True
     """
     if backend not in ("auto", "hooked", "bridge"):
         raise ValueError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = {"device": device, "dtype": _dtype(dtype), "trust_remote_code": trust_remote_code}
+    settings = {"device": device, "dtype": _dtype(dtype), "trust_remote_code": trust_remote_code}
     folder, name = _local_folder(name_or_path), Path(str(name_or_path)).name
     if folder is None:
         folder = hub_folder(str(name_or_path), with_code=trust_remote_code)
-        model = _from_folder(folder, str(name_or_path), backend, wanted)
+        model = _from_folder(folder, str(name_or_path), backend, settings)
         model.cfg.model_name = name  # not that of the snapshot
     else:
-        model = _from_folder(folder, folder.name, backend, wanted)
+        model = _from_folder(folder, folder.name, backend, settings)
     model.cfg.rt_lens_name = name
     model.cfg.rt_lens_chat_template_kwargs = dict(chat_template_kwargs or {})
     return model.eval()
@@ -86,7 +88,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _local_folder(name_or_path: str | Path) -> Path | None:
-    """The Hugging Face folder of an embedded model, a GGUF file or a folder; None for a name on the hub."""
+    """The Hugging Face folder of a bundled model, a GGUF file or a folder; None for a name on the hub."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name.lower() in BUNDLED_MODELS:
         return bundled_folder(BUNDLED_MODELS[name.lower()])
@@ -113,7 +115,7 @@ def _local_folder(name_or_path: str | Path) -> Path | None:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Says of a folder with a LoRA adapter what it is, and how a model is made of it."""
+    """Raises a ValueError for the folder of a LoRA adapter, which says how to merge it into a model."""
     if not (folder / "adapter_config.json").is_file():
         return
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -124,21 +126,21 @@ def _refuse_adapter(folder: Path) -> None:
     )
 
 
-def _from_folder(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]) -> Any:
-    trusted: bool = wanted["trust_remote_code"]
-    model: Any = None if backend == "bridge" else _hooked(folder, name, backend, wanted)
+def _from_folder(folder: Path, name: str, backend: Backend, settings: Mapping[str, Any]) -> Any:
+    trusted: bool = settings["trust_remote_code"]
+    model: Any = None if backend == "bridge" else _hooked(folder, name, backend, settings)
     if model is None:
-        model = bridge_from_folder(folder, name, **wanted)
+        model = bridge_from_folder(folder, name, **settings)
     give_tokenizer(model, read_tokenizer(folder, trust_remote_code=trusted))
     return _with_origin(model, folder, trusted)
 
 
-def _hooked(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]) -> HookedTransformer | None:
-    """The folder as a HookedTransformer; None if a bridge may take its place."""
+def _hooked(folder: Path, name: str, backend: Backend, settings: Mapping[str, Any]) -> HookedTransformer | None:
+    """The folder as a HookedTransformer; None if it needs a bridge and may be one."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*HookedTransformer is deprecated.*")
-            return hooked_from_folder(folder, **wanted)
+            return hooked_from_folder(folder, **settings)
     except NotLlamaStyle as refusal:
         if backend == "hooked":
             raise ValueError(f"backend 'hooked' cannot load {name}: {refusal}. Use backend='bridge'.") from None
@@ -146,7 +148,7 @@ def _hooked(folder: Path, name: str, backend: Backend, wanted: Mapping[str, Any]
 
 
 def _with_origin(model: Any, folder: Path, trust_remote_code: bool) -> Any:
-    """Keeps Hugging Face's configuration and generation settings on `model.cfg`, for exports and ends of turns."""
+    """Keeps Hugging Face's configuration and generation settings on `model.cfg`, for exports and end tokens."""
     from transformers import AutoConfig, GenerationConfig
 
     if isinstance(model, HookedTransformer):
@@ -154,16 +156,16 @@ def _with_origin(model: Any, folder: Path, trust_remote_code: bool) -> Any:
         model.cfg.rt_lens_config = config.to_dict()  # type: ignore[attr-defined]
     else:
         config = model.original_model.config
-    settings = None
+    generation = None
     with suppress(OSError, ValueError):  # many folders have no such file
-        settings = GenerationConfig.from_pretrained(folder)
-    settings = settings or GenerationConfig.from_model_config(config)
-    model.cfg.rt_lens_generation = settings.to_diff_dict()
+        generation = GenerationConfig.from_pretrained(folder)
+    generation = generation or GenerationConfig.from_model_config(config)
+    model.cfg.rt_lens_generation = generation.to_diff_dict()
     return model
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What the registry knows of an embedded model, and where it was found: a row of `rt-lens models`."""
+    """A bundled model's entry in the registry, and its folder in the cache: a row of `rt-lens models`."""
     model = BUNDLED_MODELS[name]
     folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
     manifest = folder / "rt_lens_manifest.json"

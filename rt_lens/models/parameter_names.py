@@ -8,9 +8,10 @@ Face (`model.layers.3.self_attn.q_proj.weight`, `gpt_neox.layers.3.mlp.dense_h_t
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 # `_original_component` is what a TransformerBridge puts between a module and its owner.
 _WRAPPER = "._original_component"
@@ -137,8 +138,8 @@ def from_matrix(name: str, matrix: Float[Tensor, "out into"], shape: tuple[int, 
     return matrix.reshape(shape[0], shape[2], shape[1]).movedim(2, 1)
 
 
-def stored_input_first(model: nn.Module, name: str) -> bool:
-    """Whether a weight belongs to a Conv1D of transformers (GPT-2), which keeps [in, out] where nn.Linear keeps [out, in].
+def stored_input_first(model: Any, name: str) -> bool:
+    """Whether a weight belongs to a Conv1D of transformers (GPT-2), stored as [in, out] and not [out, in].
 
     Names do not tell: a bridge calls GPT-2's output projection `attn.o`, as it calls other models' linear ones.
 

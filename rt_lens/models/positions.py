@@ -1,4 +1,23 @@
-"""Which tokens of a text are read: words such as `last` or `mean response` -> token numbers. It knows no model."""
+"""Positions at which activations are read: names such as `last` or `mean response` -> token indices. Runs no model.
+
+One vocabulary serves vectors (`position=`), edits (`positions=`) and losses (`positions=` of TuneConfig and
+DirectionTarget). A model is *given* a text (the chat prompt, and a prefill of the response where there is one) and then
+*writes* what follows. Each word has one meaning:
+
+- `last`: the last token of the text that the model is given, which predicts the first token that it writes. For vectors
+  the given text is the chat prompt with the pair's prefill, for edits the prompt as `generate` passes it on, for losses
+  the target's prompt.
+- `first`: the first token of the given text (vectors, losses).
+- `mean`: all tokens of the text, given or, in a loss, given and to be learnt.
+- `mean prompt`: the tokens of the chat prompt, without a prefill (vectors, losses).
+- `mean response`: the tokens of the response themselves: the prefill of a pair, the answer of a target.
+- `mean last 5`, `mean "some words"`, a token number: the last tokens of the given text, the last occurrence of some
+  words in it, one of its tokens (vectors, losses; edits take lists of numbers).
+- `all`, `prompt`, `generated`: every token, every token given, every token written (edits). A generated token is edited
+  as the model reads it; it was chosen at the token before, the first one at `last`.
+- `response`: the tokens that predict the response, one before each of its tokens, `last` among them (losses).
+- `vector`: whichever of these the vectors were read at (losses).
+"""
 
 from __future__ import annotations
 
@@ -16,14 +35,14 @@ from rt_lens.models.tokens.texts import token_texts
 
 @dataclass(frozen=True)
 class Row:
-    """One text as a position sees it.
+    """One text in the form that a position function receives.
 
     Attributes:
         text: special tokens included.
         ids: its token ids.
         labels: its tokens as strings, see `token_texts`.
-        spans: characters that each token covers; empty for tokens the tokenizer put in by itself.
-        prompt_end: character at which the answer begins: the prefill, or the end of the text.
+        spans: the characters that each token covers; empty for tokens that the tokenizer adds.
+        prompt_end: character at which the response begins: the start of the prefill, or the end of the text.
     """
 
     text: str
@@ -33,12 +52,12 @@ class Row:
     prompt_end: int
 
     def within(self, start: int, end: int) -> list[int]:
-        """Numbers of the tokens that cover a character from start to before end."""
+        """Indices of the tokens that cover a character from `start` up to but not including `end`."""
         return [i for i, (low, high) in enumerate(self.spans) if low < end and high > start]
 
 
 Position = Callable[[Row], Sequence[int]]
-"""The numbers (from 0, or negative from the end) of the tokens whose mean activation is read."""
+"""A function from a Row to the indices (negative from the end) of the tokens whose mean activation is read."""
 
 OF_A_PAIR = " of the chat prompt and the prefill of the response"
 """The ending that the provenance of vectors gives a position's meaning."""
@@ -60,8 +79,8 @@ class Named:
     """A position with its meaning in words.
 
     Attributes:
-        words: what it means.
-        of: the position itself.
+        words: the meaning, as provenance and messages write it.
+        of: the function from a Row to token indices.
     """
 
     words: str
@@ -69,14 +88,20 @@ class Named:
 
 
 def position_of(position: str | int | Position) -> Named:
-    """A position from its name, a token number, or a function of your own.
+    """A position from its name, a token index, or your own function.
 
     Args:
-        position: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`, `mean "some words"` (each
-            text's last occurrence of them), a token number (negative from the end), or a function from Row to numbers.
+        position: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`, `mean "some words"` (their
+            last occurrence in each text), a token index (negative from the end), or a function from a Row to indices.
 
     Raises:
         ValueError: unknown name.
+
+    Example:
+        >>> position_of("mean last 5").words
+        'mean over the last 5 tokens'
+        >>> position_of(-1).words
+        'token 1 from the end'
     """
     if callable(position):
         return Named(getattr(position, "__name__", type(position).__name__), position)
@@ -103,16 +128,18 @@ def position_of(position: str | int | Position) -> Named:
 
 
 def position_named(words: str) -> str:
-    """The position that has this meaning: from the words in a file of vectors to what `position_of` takes.
+    """The name of a position from its meaning: the inverse of `position_of(...).words`.
+
+    Takes the meaning as the provenance of vectors writes it, in older files too.
 
     Raises:
-        ValueError: if a function of one's own was read, which words do not bring back.
+        ValueError: if the vectors were read with a function, which has no name.
     """
     for ending in (OF_A_PAIR, *_OLD_ENDINGS):
         words = words.removesuffix(ending)
     words = _OLD_NAMES.get(words, words)
     for name, meaning in _WORDS.items():
-        if words in (meaning, name):  # other tools' files may hold the bare name
+        if words in (meaning, name):  # files of other tools may hold the bare name
             return name
     patterns = {
         r"mean over the last (\d+) tokens": "mean last {}",
@@ -123,7 +150,7 @@ def position_named(words: str) -> str:
         if found := re.fullmatch(pattern, words):
             return name.format(found[1])
     if found := re.fullmatch(r"mean over the tokens of (['\"].+['\"])", words):
-        with suppress(SyntaxError, ValueError):  # they are told as Python writes a string
+        with suppress(SyntaxError, ValueError):  # the words are written as a Python string
             return f'mean "{ast.literal_eval(found[1])}"'
     raise ValueError(
         f"positions must be given for vectors read at {words!r}, which has no name. Use positions='response' or 'last'."
@@ -149,12 +176,12 @@ def _substring(row: Row, words: str) -> list[int]:
 
 
 def rows_of(model: HasTokenizer, texts: Sequence[str], prompt_ends: Sequence[int] | None = None) -> list[Row]:
-    """Texts as positions see them.
+    """Rows of texts, for positions.
 
     Args:
         model: for its tokenizer.
-        texts: through the chat template already.
-        prompt_ends: character at which each answer begins; the text's end for None.
+        texts: with the chat template applied.
+        prompt_ends: character at which each response begins; the text's end for None.
     """
     tokenizer = tokenizer_of(model)
     rows = []
@@ -169,15 +196,15 @@ def rows_of(model: HasTokenizer, texts: Sequence[str], prompt_ends: Sequence[int
 
 
 def numbers_in(row: Row, position: Named, which: str) -> list[int]:
-    """Token numbers of one position in one row, from 0.
+    """Token indices of one position in one row, from 0.
 
     Args:
         row: the text.
-        position: what is read.
+        position: which tokens to read.
         which: the text's name in an error message, for example `text 3 of the positive side`.
 
     Raises:
-        ValueError: names the text, what it has and what was asked for.
+        ValueError: names the text, its length and the position.
     """
     n = len(row.ids)
     beginning = row.text if len(row.text) <= 80 else f"{row.text[:80]}..."

@@ -16,7 +16,7 @@ from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.text import coloured_tokens, trace
 from rt_lens.plots.training import losses
 from rt_lens.plots.tuned import block_search, kinds, variants
-from rt_lens.plots.tuned_steered import effect_against_damage, effect_against_side_effect, resistance
+from rt_lens.plots.tuned_steered import effect_against_side_effect, resistance
 from rt_lens.plots.validation import validation
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "coloured_tokens",
     "cosines",
     "dose_response",
-    "effect_against_damage",
     "effect_against_side_effect",
     "kinds",
     "logit_lens",

@@ -113,7 +113,7 @@ def arms(table: Table, *, comparisons: Table | None = None, title: str = "Score 
     figure.update_yaxes(range=[low, high + taller * per_pixel], zeroline=True, zerolinecolor=FAINT)
     figure.update_yaxes(title_text=f"mean score ({', '.join(ordered(frame['scorer']))})", col=1)
     reading = "Compare each bar with the dashed line (untuned mean). Whiskers: 95 % intervals."
-    reading += " Brackets: p of the paired test, and p after Holm’s correction." if tallest else ""
+    reading += " Brackets: paired p, and p after Holm’s correction." if tallest else ""
     apply_style(figure, title, reading, sample(frame), height=470 + round(taller), showlegend=False)
     figure.update_annotations(font_size=12, borderpad=0, selector={"name": "p"})
     return figure.update_layout(margin_b=40)
@@ -179,7 +179,7 @@ def dose_response(
         figure.add_trace(legend_entry(f"layer {layer}", mode="lines", line={"color": shade, "width": 2}))
     if not frame["admissible"].astype(bool).all():
         hollow = {"symbol": "circle-open", "size": 9, "color": INK, "line_width": 2}
-        figure.add_trace(legend_entry("over the bound", mode="markers", marker=hollow))
+        figure.add_trace(legend_entry("above the bound", mode="markers", marker=hollow))
     if chosen:
         stars = [_row_of(lines, layer, multiplier) for layer, multiplier in chosen]
         star = {"symbol": "star", "size": 17, "color": "#D55E00", "line": {"color": "white", "width": 1.5}}

@@ -40,7 +40,7 @@ def save_figure(
     height_mm: float | None = None,
     scale: float = 3.0,
 ) -> Path:
-    """Writes a figure on white, in the format that the ending of the path names.
+    """Writes a figure on white paper, in the format that the ending of the path names.
 
     The write is atomic: the file is complete, or the old one stays.
 
@@ -78,7 +78,10 @@ def save_figure(
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, got {scale:g}. Try scale=3.")
     check_can_write(path, "path")
-    drawn = copy.deepcopy(figure).update_layout(paper_bgcolor="white", plot_bgcolor="white")
+    # A plot background that the figure sets has a meaning: grey for what was not measured.
+    drawn = copy.deepcopy(figure).update_layout(
+        paper_bgcolor="white", plot_bgcolor=figure.layout.plot_bgcolor or "white"
+    )
     return write_atomically(path, write(drawn, width_mm, height_mm, scale))
 
 

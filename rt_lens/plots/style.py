@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape, unescape
 from typing import Any, TypeAlias
@@ -84,6 +85,16 @@ def with_numbers(
         except (TypeError, ValueError) as refusal:
             raise ValueError(f"{argument} must hold numbers in the column {column}, got text ({refusal}).") from refusal
     return frame
+
+
+def with_new_names(table: Table, old_names: Mapping[str, str]) -> pd.DataFrame:
+    """The table as a DataFrame, with columns that have an old name under their new one."""
+    frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table))
+    old = [column for column in frame.columns if column in old_names]
+    if old:
+        new = ", ".join(old_names[column] for column in old)
+        warnings.warn(f"'{', '.join(old)}' is now '{new}'; the old name still works.", UserWarning, stacklevel=3)
+    return frame.rename(columns=dict(old_names))
 
 
 def check_unique(

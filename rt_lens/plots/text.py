@@ -29,6 +29,7 @@ from rt_lens.plots.style import (
     ordered,
     sample,
     shown,
+    with_new_names,
 )
 
 PerPosition: TypeAlias = Float[Tensor, " pos"] | Float[np.ndarray, " pos"]
@@ -38,6 +39,7 @@ MONOSPACE = {"family": "DejaVu Sans Mono, Menlo, Consolas, monospace", "size": 1
 LINE = 27  # px
 STRIP = 76  # px: the height of an upright token of nine letters
 UNITS = "projection on unit vector (activation units)"
+_OLD_NAMES = {"place": "index"}
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
 
@@ -65,7 +67,7 @@ def coloured_tokens(
     """
     values = _per_token(tokens, projections)
     labels = [_label(token) for token in tokens]
-    starts, lines = _places(tokens, labels)
+    starts, lines = _wrapped_positions(tokens, labels)
     widths = [_width(label) for label in labels]
     n_lines = lines[-1] + 1
     limit = max(float(np.abs(array[1:] if len(array) > 1 else array).max()) for array in values.values()) or 1.0
@@ -134,7 +136,7 @@ def trace(table: Table, *, title: str = "Projection of each new token") -> go.Fi
     only every second or third has a label.
 
     Args:
-        table: one row per arm and new token. Columns: arm, place (index of the token in the response, from 0), token
+        table: one row per arm and new token. Columns: arm, index (of the token in the response, from 0), token
             (text), projection (activation units); and optionally seed (of the sampling).
         title: heading of the figure.
 
@@ -142,18 +144,23 @@ def trace(table: Table, *, title: str = "Projection of each new token") -> go.Fi
         ValueError: if a column or all rows are missing, or an arm has two tokens at one index.
 
     Example:
-        >>> rows = [{"arm": "steered", "place": 0, "token": "What", "projection": 3.2}]
-        >>> figure = trace([*rows, {"arm": "steered", "place": 1, "token": " joy", "projection": 5.1}])
+        >>> rows = [{"arm": "steered", "index": 0, "token": "What", "projection": 3.2}]
+        >>> figure = trace([*rows, {"arm": "steered", "index": 1, "token": " joy", "projection": 5.1}])
         >>> figure.data[0].y, figure.layout.xaxis.ticktext
         (array([3.2, 5.1]), ('What', '·joy'))
     """
-    frame = check_table(table, labels=("arm", "token"), numbers=("place", "projection"), unescaped=("token",))
-    check_unique(frame, ["arm", "place"])
-    names, n_tokens = ordered(frame["arm"]), int(frame["place"].max()) + 1
+    frame = check_table(
+        with_new_names(table, _OLD_NAMES),
+        labels=("arm", "token"),
+        numbers=("index", "projection"),
+        unescaped=("token",),
+    )
+    check_unique(frame, ["arm", "index"])
+    names, n_tokens = ordered(frame["arm"]), int(frame["index"].max()) + 1
     colours, plot = arm_colours(names), 260 + STRIP * len(names)  # px
     lines, axes, labels = [], {}, []
     for index, name in enumerate(names):
-        rows = frame[frame["arm"] == name].sort_values("place")
+        rows = frame[frame["arm"] == name].sort_values("index")
         axis, top = str(index + 1) if index else "", STRIP * (len(names) - index) / plot
         style = {"line": {"color": colours[name], "width": 2}, "xaxis": f"x{axis}"}
         lines.append(_response_line(rows, name, MARKERS[index % len(MARKERS)], style))
@@ -179,14 +186,14 @@ def trace(table: Table, *, title: str = "Projection of each new token") -> go.Fi
 def _response_line(rows: pd.DataFrame, name: str, symbol: str, style: dict[str, Any]) -> go.Scatter:
     """The line of one arm."""
     return go.Scatter(
-        x=rows["place"],
+        x=rows["index"],
         y=rows["projection"],
         name=name,
         mode="lines+markers",
         marker={"size": 6, "symbol": symbol},
         hovertext=[
             f"{name}<br>{escape_html(shown(token))}, new token {index:g}<br>projection {number(value)} activation units"
-            for token, index, value in zip(rows["token"], rows["place"], rows["projection"], strict=True)
+            for token, index, value in zip(rows["token"], rows["index"], rows["projection"], strict=True)
         ],
         hoverinfo="text",
         **style,
@@ -198,7 +205,7 @@ def _token_axis(rows: pd.DataFrame, n_tokens: int, top: float) -> dict[str, Any]
     step = -(-n_tokens // 80)
     return {
         "range": [-0.5, 20 * -(-n_tokens // 20) - 0.5],
-        "tickvals": rows["place"].tolist()[::step],
+        "tickvals": rows["index"].tolist()[::step],
         "ticktext": [escape_html(_cut(shown(token), 9)) for token in rows["token"]][::step],
         "tickangle": -90,
         "tickfont": {"size": 11, "color": INK},  # the arms' colours are too pale for text
@@ -242,7 +249,7 @@ def _width(label: str) -> int:
     return sum(wide)
 
 
-def _places(tokens: Sequence[str], labels: Sequence[str]) -> tuple[list[int], list[int]]:
+def _wrapped_positions(tokens: Sequence[str], labels: Sequence[str]) -> tuple[list[int], list[int]]:
     """First column and line of every label; lines wrap before they overflow and after a newline."""
     starts, lines, column, line = [], [], 0, 0
     for token, label in zip(tokens, labels, strict=True):

@@ -5,7 +5,6 @@ The tables hold measured scores; no figure in this module knows a model or a sco
 
 from __future__ import annotations
 
-import warnings
 from html import unescape
 
 import numpy as np
@@ -30,6 +29,7 @@ from rt_lens.plots.style import (
     whiskers,
     with_measure,
     with_minus_sign,
+    with_new_names,
 )
 
 _OLD_NAMES = {
@@ -140,11 +140,11 @@ def effect_against_side_effect(
     Example:
         >>> row = {"arm": "steered", "effect": 0.3, "effect_low": 0.2, "effect_high": 0.4, "n": 40, "seed": 0}
         >>> row |= {"side_effect": 0.1, "side_effect_low": 0.08, "side_effect_high": 0.12, "n_side_effect": 30}
-        >>> figure = effect_against_damage([row | {"multiplier": m, "effect": 0.1 * m} for m in (-2, 0, 2)])
+        >>> figure = effect_against_side_effect([row | {"multiplier": m, "effect": 0.1 * m} for m in (-2, 0, 2)])
     """
     measured = [f"{name}{end}" for name in ("effect", "side_effect") for end in ("", "_low", "_high")]
     numbers = ("multiplier", *measured, "n", "n_side_effect")
-    frame = check_table(_with_new_names(table), labels=("arm", "seed"), numbers=numbers)
+    frame = check_table(with_new_names(table, _OLD_NAMES), labels=("arm", "seed"), numbers=numbers)
     check_unique(frame, ["arm", "multiplier"])
     effect, side_effect = escape_html([effect, side_effect])
     colours = arm_colours(frame["arm"])
@@ -184,21 +184,6 @@ def effect_against_side_effect(
     size = sample(frame[["n_side_effect"]].rename(columns={"n_side_effect": "n"}))
     facts = f"Effect: {sample(frame[['n']])} Side effect: {size} {sample(frame[['seed']])}"
     return apply_style(figure, title, reading, facts, height=560, legend_traceorder="normal")
-
-
-def effect_against_damage(table: Table, **texts: str) -> go.Figure:  # TODO-RENAME
-    """The old name of `effect_against_side_effect`."""
-    return effect_against_side_effect(table, **{_OLD_NAMES.get(name, name): text for name, text in texts.items()})
-
-
-def _with_new_names(table: Table) -> pd.DataFrame:
-    """The table with the columns that older tables call `damage` under their new name."""
-    frame = table if isinstance(table, pd.DataFrame) else pd.DataFrame(list(table))
-    old = [column for column in frame.columns if column in _OLD_NAMES]
-    if old:
-        new = ", ".join(_OLD_NAMES[column] for column in old)
-        warnings.warn(f"'{', '.join(old)}' is now '{new}'; the old name still works.", UserWarning, stacklevel=3)
-    return frame.rename(columns=_OLD_NAMES)
 
 
 def _corners(rows: pd.DataFrame, side: str) -> list[str]:

@@ -101,7 +101,7 @@ def to_latex(rows: Rows, *, caption: str, by_direction: bool = True) -> str:
     return "\n".join(lines) + "\n"
 
 
-def efficient(rows: Rows, *, side_effect: str = "kl", harm: str | None = None) -> list[dict[str, Any]]:  # TODO-RENAME
+def efficient(rows: Rows, *, side_effect: str = "kl") -> list[dict[str, Any]]:
     """Marks the efficient rows of one set and scorer: no other row has a better score without a larger side effect.
 
     Another row beats a row if it is at least as good on score and side effect, and better on one of them. A row is
@@ -123,7 +123,6 @@ def efficient(rows: Rows, *, side_effect: str = "kl", harm: str | None = None) -
         >>> [row["arm"] for row in rows if row["efficient"]][0]  # nothing has a smaller KL to the untuned model
         'untuned'
     """
-    side_effect = harm or side_effect  # TODO-RENAME
     table = _checked(rows, ("arm", "direction", "set", "scorer", "mean", side_effect))
     if len(kinds := {(row["set"], row["scorer"]) for row in table}) > 1:
         raise ValueError(

@@ -34,9 +34,8 @@ _CELL = ["arm", "direction", "set", "scorer", "n", "mean", "low", "high"]
 def tables_of(
     scores: ArmScores,
     *,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str],
     writing: str,
-    exams: Sequence[str] = (),  # TODO-RENAME
 ) -> dict[str, list[dict[str, Any]]]:
     """The tables `arms`, `summary` and `side_effects` of results.json (see `rt_lens.results.schema`).
 
@@ -57,7 +56,6 @@ def tables_of(
         >>> [row["scorer"] for row in tables["side_effects"]]
         ['repetition']
     """
-    tasks = tasks or exams  # TODO-RENAME
     pooled = scores.summary()
     measured = pooled[~pooled["scorer"].isin(_OF_WRITING)]["set"]
     if missing := [name for name in tasks if name not in set(measured)]:

@@ -4,7 +4,6 @@ from .binding import add_preserving_norm as add_preserving_norm
 from .binding import clamp as clamp
 from .binding import erase as erase
 from .binding import scale as scale
-from .binding import steered as steered
 from .condition_fit import FittedCondition as FittedCondition
 from .condition_fit import fit_condition as fit_condition
 from .conditions import Condition as Condition

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rt_lens.models.activations import check_hook_names
 from rt_lens.models.protocol import Model
 from rt_lens.steering.edits import (
     Edit,
@@ -22,14 +22,14 @@ from rt_lens.steering.edits import (
     Schedule,
     check_multiplier,
     check_positions,
-    must_reach_stream,
 )
+from rt_lens.vectors.guards import must_reach_stream
 from rt_lens.vectors.operators import Ablate, Add, AddPreservingNorm, Clamp, Erase, Operator, Scale
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Scope:
     """What the functions below have in common: which hook points, tokens and times."""
 
     vectors: SteeringVectors
@@ -44,16 +44,16 @@ class _Place:
         check_multiplier(multiplier)
         heads = None if self.heads is None else tuple(self.heads)
         if heads == ():
-            raise ValueError("heads: the list is empty. Name at least one, or None for all.")
+            raise ValueError("heads must name at least one head, got an empty list. Use None for all.")
         chosen = self.vectors.at_layers(self.layers, self.hook)
-        found: list[FwdHook] = []
+        hooks: list[FwdHook] = []
         for name, vector in chosen.items():
-            made = operator(name, vector)
-            once_more = chosen if self.schedule is None else ()
-            on_stream = must_reach_stream(name, made, multiplier, once_more)
-            edit = Edit(made, multiplier, self.positions, self.schedule, heads, on_stream=on_stream)
-            found.append((name, edit))
-        return found
+            bound = operator(name, vector)
+            repeated_at = chosen if self.schedule is None else ()
+            on_stream = must_reach_stream(name, bound, multiplier, repeated_at)
+            edit = Edit(bound, multiplier, self.positions, self.schedule, heads, on_stream=on_stream)
+            hooks.append((name, edit))
+        return hooks
 
 
 def add(
@@ -85,11 +85,14 @@ def add(
         ValueError: if a layer has no vector, the multiplier is not finite, or the positions are unknown.
 
     Example:
-        >>> with model.hooks(fwd_hooks=add(vectors, layers=[18], multiplier=2.0)):
-        ...     print(generate(model, ["Tell me about your weekend."]))
+        >>> hooks = add(vectors, layers=[18, 21], multiplier=2.0)
+        >>> hooks
+        [('blocks.18.hook_resid_post', Edit(Add)), ('blocks.21.hook_resid_post', Edit(Add))]
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     answers = generate(model, ["Tell me about your weekend."], max_new_tokens=4)
     """
-    place = _Place(vectors, layers, hook, positions, schedule, heads)
-    return place.edits(lambda name, vector: Add(vector), multiplier)
+    scope = _Scope(vectors, layers, hook, positions, schedule, heads)
+    return scope.edits(lambda name, vector: Add(vector), multiplier)
 
 
 def add_preserving_norm(
@@ -102,9 +105,18 @@ def add_preserving_norm(
     schedule: Schedule | None = None,
     heads: Sequence[int] | None = None,
 ) -> list[FwdHook]:
-    """Hooks that add a multiple of a vector and give each token its own norm back. Arguments as for `add`."""
-    place = _Place(vectors, layers, hook, positions, schedule, heads)
-    return place.edits(lambda name, vector: AddPreservingNorm(vector), multiplier)
+    """Hooks that add a multiple of a vector and rescale each token to the norm it had. Arguments as for `add`.
+
+    Example:
+        >>> _, before = token_activations(model, "What a day", ["blocks.21.hook_resid_post"])
+        >>> with model.hooks(fwd_hooks=add_preserving_norm(vectors, layers=[21], multiplier=4.0)):
+        ...     _, after = token_activations(model, "What a day", ["blocks.21.hook_resid_post"])
+        >>> lengths = [h["blocks.21.hook_resid_post"].norm(dim=-1) for h in (before, after)]
+        >>> bool(lengths[0].isclose(lengths[1], rtol=1e-3).all())
+        True
+    """
+    scope = _Scope(vectors, layers, hook, positions, schedule, heads)
+    return scope.edits(lambda name, vector: AddPreservingNorm(vector), multiplier)
 
 
 def ablate(
@@ -133,15 +145,24 @@ def ablate(
 
     Raises:
         ValueError: as `add`; also if a vector is zero, or one of several sets has no vector at a hook point.
+
+    Example:
+        >>> with model.hooks(fwd_hooks=ablate(vectors, layers=[21])):
+        ...     _, projections = token_projections(model, vectors.select([21]), "What a lovely day")
+        >>> bool(projections.abs().max() < 1e-2)  # nothing is left along the direction
+        True
+        >>> everywhere = ablate(vectors.everywhere(model, 21), hook="any")  # this one can be baked into the weights
+        >>> len(everywhere) > model.cfg.n_layers
+        True
     """
     sets = [vectors] if isinstance(vectors, SteeringVectors) else list(vectors)
     if not sets:
-        raise ValueError("vectors: the list is empty. Give at least one set of steering vectors.")
+        raise ValueError("vectors must be at least one set of steering vectors, got an empty list.")
 
     def operator(name: str, vector: Tensor) -> Operator:
-        return Ablate(torch.stack([_nonzero(name, each[name]) for each in sets]))
+        return Ablate(torch.stack([_nonzero(name, directions[name]) for directions in sets]))
 
-    return _Place(sets[0], layers, hook, positions, schedule, heads).edits(operator, multiplier)
+    return _Scope(sets[0], layers, hook, positions, schedule, heads).edits(operator, multiplier)
 
 
 def clamp(
@@ -160,17 +181,23 @@ def clamp(
     Args:
         vectors: the directions; their lengths do not matter.
         layers: block indices; all that have a vector for None.
-        value: the projection wanted; 0 is an ablation.
+        value: the projection to set; 0 is an ablation.
         multiplier: share of the way to the value, or one for each prompt.
         hook: kind of hook point.
         positions: which tokens.
         schedule: share of the way to the value, by generated token.
         heads: with hook="z".
+
+    Example:
+        >>> with model.hooks(fwd_hooks=clamp(vectors, layers=[21], value=5.0)):
+        ...     _, projections = token_projections(model, vectors.select([21]), "What a lovely day")
+        >>> projections.round(decimals=1).tolist()
+        [[5.0, 5.0, 5.0, 5.0]]
     """
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"value: {value} came; a finite number is wanted.")
-    place = _Place(vectors, layers, hook, positions, schedule, heads)
-    return place.edits(lambda name, vector: Clamp(_nonzero(name, vector), value), multiplier)
+        raise ValueError(f"value must be a finite number, got {value}.")
+    scope = _Scope(vectors, layers, hook, positions, schedule, heads)
+    return scope.edits(lambda name, vector: Clamp(_nonzero(name, vector), value), multiplier)
 
 
 def scale(
@@ -184,23 +211,26 @@ def scale(
 
     Args:
         alphas: hook name -> alpha: one number, one for each dimension, or (at `attn.hook_z`) Float[Tensor, "head 1"].
-        multiplier: beta of the paper; 1 and -1 act oppositely.
+        multiplier: beta of the paper; 1 and -1 act in opposite directions.
         positions: which tokens.
         schedule: factor by generated token.
 
     Example:
-        >>> hooks = scale({"blocks.12.hook_mlp_out": -0.5, "blocks.14.hook_attn_out": 0.3}, multiplier=1.0)
+        >>> scale({"blocks.12.hook_mlp_out": -0.5, "blocks.14.hook_attn_out": 0.3}, multiplier=1.0)
+        [('blocks.12.hook_mlp_out', Edit(Scale)), ('blocks.14.hook_attn_out', Edit(Scale))]
     """
     if not alphas:
-        raise ValueError("alphas: there is none. Give at least one hook name with its number.")
+        raise ValueError("alphas must be at least one hook name with its number, got none.")
     check_positions(positions)
     check_multiplier(multiplier)
     for name, alpha in alphas.items():
         if not torch.isfinite(torch.as_tensor(alpha)).all():
-            raise ValueError(f"alphas: {name} has {alpha}; finite numbers are wanted.")
+            raise ValueError(f"alphas must be finite, got {alpha} for {name}.")
+    operators = {name: Scale(alpha) for name, alpha in alphas.items()}
+    on_stream = {name: must_reach_stream(name, operator, multiplier, ()) for name, operator in operators.items()}
     return [
-        (name, Edit(made, multiplier, positions, schedule, on_stream=must_reach_stream(name, made, multiplier, ())))
-        for name, made in ((name, Scale(alpha)) for name, alpha in alphas.items())
+        (name, Edit(operator, multiplier, positions, schedule, on_stream=on_stream[name]))
+        for name, operator in operators.items()
     ]
 
 
@@ -214,12 +244,12 @@ def erase(
     schedule: Schedule | None = None,
     heads: Sequence[int] | None = None,
 ) -> list[FwdHook]:
-    """Hooks that take out what a linear probe could read (least-squares concept erasure, Belrose et al. 2023).
+    """Hooks that remove what a linear probe can read (least-squares concept erasure, Belrose et al. 2023).
 
     Args:
         vectors: extracted with method="leace", which fits the erasers.
         layers: block indices; all that have an eraser for None.
-        multiplier: share of what is taken out, or one for each prompt.
+        multiplier: share of what is removed, or one for each prompt.
         hook: kind of hook point.
         positions: which tokens.
         schedule: factor by generated token.
@@ -227,46 +257,49 @@ def erase(
 
     Raises:
         ValueError: if the vectors carry no erasers.
+
+    Example:
+        >>> leace_vectors = extract_vectors(model, train, method="leace", layers=[21])
+        >>> erase(leace_vectors)
+        [('blocks.21.hook_resid_post', Edit(Erase))]
     """
     if not vectors.erasers:
         raise ValueError(
-            f"vectors: made by {vectors.provenance.method}, they carry no erasers. Extract them with method='leace'."
+            f"vectors must carry erasers, got vectors by {vectors.provenance.method}, which have none. Extract them "
+            "with method='leace'."
         )
-    place = _Place(vectors, layers, hook, positions, schedule, heads)
+    scope = _Scope(vectors, layers, hook, positions, schedule, heads)
 
     def operator(name: str, vector: Tensor) -> Operator:
         eraser = vectors.erasers[name]
         return Erase(eraser.left, eraser.right, eraser.centre)
 
-    return place.edits(operator, multiplier)
+    return scope.edits(operator, multiplier)
 
 
 def _nonzero(name: str, vector: Tensor) -> Tensor:
     if not (vector.norm() > 0):
-        raise ValueError(f"vectors: {name} is all zeros, which has no direction to remove or set.")
+        raise ValueError(f"vectors must have a direction to remove or set, got all zeros at {name}.")
     return vector
 
 
 @contextmanager
 def steered(model: Model, *hooks: Sequence[FwdHook]) -> Iterator[Any]:
-    """`model.hooks(fwd_hooks=...)` for several lists, refusing hook points that the model has not.
+    """`model.hooks(fwd_hooks=...)` for several lists, refusing hook points that the model does not have.
 
-    HookedTransformer names an unknown hook point without a hint, TransformerBridge ignores it. On leaving, and on any
-    exception, these hooks come off and nobody else's.
+    HookedTransformer names an unknown hook point without a hint, and TransformerBridge ignores it. At the end of the
+    block, and on any exception, these hooks are removed and no others.
 
     Raises:
         ValueError: names the nearest hook points.
 
     Example:
-        >>> with steered(model, add(mood, [18], 2.0), ablate(formality, [20])):
-        ...     print(generate(model, ["Tell me about your weekend."]))
+        >>> from rt_lens.steering.binding import steered
+        >>> with steered(model, add(vectors, [18], 2.0), ablate(vectors, [21])):
+        ...     answers = generate(model, ["Tell me about your weekend."], max_new_tokens=4)
     """
-    together = [hook for some in hooks for hook in some]
-    for name, _ in together:
-        if name not in model.hook_dict:
-            near = get_close_matches(name, model.hook_dict, n=3)
-            raise ValueError(
-                f"hooks: {name!r} is not in this model ({model.cfg.n_layers} blocks). Near: {', '.join(near)}."
-            )
-    with model.hooks(fwd_hooks=together):
+    all_hooks = [hook for hook_list in hooks for hook in hook_list]
+    if all_hooks:
+        check_hook_names(model, [name for name, _ in all_hooks])
+    with model.hooks(fwd_hooks=all_hooks):
         yield model

@@ -1,4 +1,4 @@
-"""Fitting the threshold of a condition on prompts where it holds and prompts where it does not."""
+"""Fitting a condition's threshold on prompts where it should hold and prompts where it should not."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import numbers_in, position_of, rows_of
 from rt_lens.models.protocol import Model
 from rt_lens.steering.conditions import Condition, check_condition
+from rt_lens.vectors.guards import refuse_head_hook
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 
@@ -28,10 +29,17 @@ class FittedCondition(Condition):
     """A condition with how often it errs on prompts that it was not fitted on.
 
     Attributes:
-        misses: share of the prompts where it should hold and does not, with its Wilson 95 % interval; by token, the
-            mean share of such tokens, with a bootstrap interval over prompts.
-        false_alarms: share of the prompts, or tokens, where it holds and should not.
+        misses: share of the positive prompts where it does not hold, with its Wilson 95 % interval; by token, the mean
+            share of such tokens, with a bootstrap interval over prompts.
+        false_alarms: share of the negative prompts, or their tokens, where it holds.
         seed: of the split into fitted and held-out prompts.
+
+    Example:
+        >>> chats = ["How was your day?", "Did you sleep well?", "Any plans tonight?", "Do you like tea?"]
+        >>> sums = ["What is 2 + 2?", "What is 3 * 4?", "What is 9 - 5?", "What is 8 / 2?"]
+        >>> fitted = fit_condition(model, positive=chats, negative=sums, layer=10)
+        >>> fitted.misses.n, fitted.false_alarms.n, fitted.seed  # half of each kind is held out
+        (2, 2, 0)
     """
 
     misses: Interval
@@ -41,8 +49,8 @@ class FittedCondition(Condition):
 
 def fit_condition(
     model: Model,
-    holds: Iterable[str],
-    fails: Iterable[str],
+    positive: Iterable[str],
+    negative: Iterable[str],
     *,
     layer: int,
     hook: str = "resid_post",
@@ -58,8 +66,8 @@ def fit_condition(
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        holds: prompts where the condition should hold; put through the chat template as `generate` does.
-        fails: prompts where it should not.
+        positive: prompts where the condition should hold; put through the chat template as `generate` does.
+        negative: prompts where it should not.
         layer: block at which it is read.
         hook: kind of hook point.
         by: `example` decides once for each prompt, `token` for each token.
@@ -71,30 +79,38 @@ def fit_condition(
         ValueError: if a kind has fewer than four different prompts, or the two are the same.
 
     Example:
-        >>> small_talk = fit_condition(model, holds=chats, fails=sums, layer=10)
-        >>> print(small_talk.misses, small_talk.false_alarms)
+        >>> chats = ["How was your day?", "Did you sleep well?", "Any plans tonight?", "Do you like tea?"]
+        >>> sums = ["What is 2 + 2?", "What is 3 * 4?", "What is 9 - 5?", "What is 8 / 2?"]
+        >>> small_talk = fit_condition(model, positive=chats, negative=sums, layer=10)
+        >>> small_talk.hook_name, 0 <= small_talk.misses.mean <= 1
+        ('blocks.10.hook_resid_post', True)
     """
-    holds, fails = (_distinct(argument, prompts) for argument, prompts in (("holds", holds), ("fails", fails)))
+    positive, negative = _distinct("positive", positive), _distinct("negative", negative)
     check_condition(by, position)
     (name,) = hook_names(check_layers(model, [layer]), hook)
-    if name.endswith(".hook_z"):
-        raise ValueError("hook: 'z' is each head's own; a condition reads one direction. Use hook='attn_out', say.")
+    refuse_head_hook(name)
     if vectors is not None:
         vectors = vectors.select([layer], hook)
         vectors.check_fits(model)
     read = _all_tokens if by == "token" else partial(_read, position=position)
-    (yes_fit, yes_held), (no_fit, no_held) = (_halves(read(model, prompts, name), seed) for prompts in (holds, fails))
+    positive_fit, positive_held = _halves(read(model, positive, name), seed)
+    negative_fit, negative_held = _halves(read(model, negative, name), seed)
     if vectors is not None:
         direction = vectors[name]
     else:
-        yes_mean, no_mean = (torch.stack([h.mean(0) for h in fit]).mean(0) for fit in (yes_fit, no_fit))
-        direction = yes_mean - no_mean
-        if direction.norm() <= 1e-5 * yes_mean.norm():
-            raise ValueError(f"holds: its prompts and those of fails are the same at {name}. Give prompts that differ.")
+        positive_mean, negative_mean = (
+            torch.stack([h.mean(0) for h in fit]).mean(0) for fit in (positive_fit, negative_fit)
+        )
+        direction = positive_mean - negative_mean
+        if direction.norm() <= 1e-5 * positive_mean.norm():
+            raise ValueError(
+                f"positive must differ from negative, but their activations are the same at {name}. Give prompts that "
+                "differ."
+            )
     unit = direction / direction.norm()
-    threshold = _threshold(torch.cat(yes_fit) @ unit, torch.cat(no_fit) @ unit)
-    missed = [float((h @ unit < threshold).float().mean()) for h in yes_held]
-    alarmed = [float((h @ unit >= threshold).float().mean()) for h in no_held]
+    threshold = _threshold(torch.cat(positive_fit) @ unit, torch.cat(negative_fit) @ unit)
+    missed = [float((h @ unit < threshold).float().mean()) for h in positive_held]
+    alarmed = [float((h @ unit >= threshold).float().mean()) for h in negative_held]
     return FittedCondition(
         name, direction, threshold, by, position, misses=_rate(missed, by, seed),
         false_alarms=_rate(alarmed, by, seed), seed=seed,
@@ -102,12 +118,11 @@ def fit_condition(
 
 
 def _distinct(argument: str, prompts: Iterable[str]) -> list[str]:
-    """Each prompt once: one that was fitted on says nothing when it is met again."""
+    """Every prompt once: a held-out prompt that was fitted on would prove nothing."""
     distinct = list(dict.fromkeys(text_list(prompts, argument)))
     if len(distinct) < 4:
         raise ValueError(
-            f"{argument}: {len(distinct)} different prompts came; at least 4 are wanted, to fit on a half and test on "
-            "the other."
+            f"{argument} must be at least 4 different prompts, half to fit on and half to test on, got {len(distinct)}."
         )
     return distinct
 
@@ -119,8 +134,8 @@ def _rate(wrong: Sequence[float], by: str, seed: int) -> Interval:
 
 def _read(model: Model, prompts: Sequence[str], name: str, position: str) -> list[Float[Tensor, "1 d_model"]]:
     texts = as_chat(model, prompts)
-    place = position_of(position)
-    reads = [[numbers_in(row, place, f"prompt {i}")] for i, row in enumerate(rows_of(model, texts))]
+    read_at = position_of(position)
+    reads = [[numbers_in(row, read_at, f"prompt {i}")] for i, row in enumerate(rows_of(model, texts))]
     return list(read_activations(model, texts, [name], reads)[name])
 
 
@@ -134,10 +149,11 @@ def _halves(items: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tens
     return shuffled[:cut], shuffled[cut:]
 
 
-def _threshold(yes: Float[Tensor, "holding"], no: Float[Tensor, "failing"]) -> float:
+def _threshold(positive: Float[Tensor, "positive"], negative: Float[Tensor, "negative"]) -> float:
     """Middle between the two neighbouring scores at which the balanced accuracy is best."""
-    scores = torch.cat([yes, no]).sort().values
+    scores = torch.cat([positive, negative]).sort().values
     middles = (scores[1:] + scores[:-1]) / 2
-    balanced = (yes[None] >= middles[:, None]).float().mean(1) + (no[None] < middles[:, None]).float().mean(1)
+    hits, rejections = positive[None] >= middles[:, None], negative[None] < middles[:, None]
+    balanced = hits.float().mean(1) + rejections.float().mean(1)
     best = (balanced == balanced.max()).nonzero()[:, 0]
     return float(middles[best[len(best) // 2]])

@@ -25,6 +25,12 @@ class Condition:
         threshold: projection on the unit direction from which on the condition holds.
         by: `example` decides once for each prompt, before its answer; `token` for each token.
         position: what of a prompt `example` reads: its `last` token or the `mean` of its tokens.
+
+    Example:
+        >>> condition = Condition("blocks.10.hook_resid_post", vectors["blocks.10.hook_resid_post"], threshold=0.0)
+        >>> hooks = conditional(add(vectors, [21], 2.0), condition)
+        >>> [name for name, _ in hooks]  # the condition is read first, and guards the edit after it
+        ['blocks.10.hook_resid_post', 'blocks.21.hook_resid_post']
     """
 
     hook_name: str
@@ -37,20 +43,20 @@ class Condition:
         check_condition(self.by, self.position)
         if not (self.direction.norm() > 0 and torch.isfinite(torch.tensor(self.threshold))):
             raise ValueError(
-                f"condition: a direction of length {float(self.direction.norm()):g} and threshold {self.threshold} "
-                "came; a direction other than zero and a finite threshold are wanted."
+                "condition must have a direction other than zero and a finite threshold, got a direction of length "
+                f"{float(self.direction.norm()):g} and threshold {self.threshold}."
             )
 
 
 def check_condition(by: str, position: str) -> None:
     if by not in ("example", "token") or position not in ("last", "mean"):
         raise ValueError(
-            f"by: {by!r} and position {position!r} came; 'example' or 'token', and 'last' or 'mean', are wanted."
+            f"by must be 'example' or 'token' and position 'last' or 'mean', got by={by!r} and position={position!r}."
         )
 
 
 class Gate:
-    """Reads a condition's projection in each forward pass, and tells the edits that it guards where it holds."""
+    """Reads a condition's projection in each forward pass, and decides where the edits that it guards act."""
 
     def __init__(self, condition: Condition, n_edits: int) -> None:
         self.condition = condition
@@ -59,7 +65,7 @@ class Gate:
         self._waiting = 0  # edits that have yet to ask in this forward pass
 
     def described(self) -> dict[str, Any]:
-        """What it decides by, without what it has seen last."""
+        """What it decides by, without its last decision."""
         return {"condition": self.condition, "n_edits": self.n_edits}
 
     def __call__(self, activation: Float[Tensor, "batch pos d"], hook: Any) -> None:
@@ -67,35 +73,39 @@ class Gate:
         unit = (condition.direction / condition.direction.norm()).to(activation)
         scores = (activation @ unit).float()
         self._waiting = self.n_edits
-        here = current_context()
+        context = current_context()
         if condition.by == "token":
             self._open = scores >= condition.threshold
-        elif here is not None and self in here.memory:
-            self._open = here.memory[self][:, None].expand(*scores.shape)
+        elif context is not None and self in context.memory:
+            self._open = context.memory[self][:, None].expand(*scores.shape)
         else:
-            if here is None and scores.shape[1] == 1:
+            if context is None and scores.shape[1] == 1:
                 raise ValueError(
-                    "condition: this forward pass has one token, and does not say of which prompt. Use rt_lens's "
-                    "generate, or `with token_context(mask, lengths=..., memory=...)`."
+                    "condition must be read on whole prompts, but this forward pass has one token and does not declare "
+                    "its prompt. Use rt_lens's generate, or `with token_context(mask, lengths=..., memory=...)`."
                 )
-            where = here or default_context(scores.shape[0], scores.shape[1], scores.device)
-            verdict = self._of_prompts(scores, where)
-            where.memory[self] = verdict
+            context = context or default_context(scores.shape[0], scores.shape[1], scores.device)
+            verdict = self._of_prompts(scores, context)
+            context.memory[self] = verdict
             self._open = verdict[:, None].expand(*scores.shape)
 
-    def _of_prompts(self, scores: Float[Tensor, "batch pos"], where: TokenContext) -> Bool[Tensor, "batch"]:
-        lengths = where.lengths[:, None]
-        last = where.places == lengths - 1
-        read = last if self.condition.position == "last" else (where.places >= 0) & (where.places < lengths)
+    def _of_prompts(self, scores: Float[Tensor, "batch pos"], context: TokenContext) -> Bool[Tensor, "batch"]:
+        lengths, numbers = context.lengths[:, None], context.positions
+        last = numbers == lengths - 1
+        read = last if self.condition.position == "last" else (numbers >= 0) & (numbers < lengths)
         if not read.any(1).all():
-            raise ValueError("condition: a row's prompt is not in this forward pass. Run prompts whole.")
+            raise ValueError(
+                "condition must be read on whole prompts, but a row's prompt is not in this forward pass. Run prompts "
+                "whole."
+            )
         return torch.where(read, scores, 0.0).sum(1) / read.sum(1) >= self.condition.threshold
 
     def open_at(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]:
         if self._open is None or tuple(self._open.shape) != (batch, pos):
             raise ValueError(
-                f"condition: {self.condition.hook_name} was not read in this forward pass. Attach the whole list that "
-                "`conditional` gave, and start the pass below that hook point."
+                f"condition must be read before its edits act, but {self.condition.hook_name} was not read in this "
+                "forward pass. Attach the whole list that `conditional` returns, and start the pass before that hook "
+                "point."
             )
         verdict = self._open
         self._waiting -= 1
@@ -108,30 +118,35 @@ def conditional(hooks: Sequence[FwdHook], condition: Condition) -> list[FwdHook]
     """Hooks that act only on the examples, or tokens, whose own projection passes a threshold.
 
     Args:
-        hooks: what `add`, `ablate` and so on gave.
+        hooks: from `add`, `ablate` and so on.
         condition: from `fit_condition`, or written by hand.
 
     Returns:
-        The condition's reader, then the guarded edits: attach the whole list. What earlier lists did at the reader's
-        hook point, it sees.
+        The condition's reader, then the guarded edits: attach the whole list. The reader sees the edits of earlier
+        lists at its hook point.
 
     Raises:
         ValueError: if an edit acts before the condition is read, is guarded already, or is no rt_lens edit.
 
     Example:
-        >>> small_talk = fit_condition(model, holds=chats, fails=sums, layer=10)
+        >>> chats = ["How was your day?", "Did you sleep well?", "Any plans tonight?", "Do you like tea?"]
+        >>> sums = ["What is 2 + 2?", "What is 3 * 4?", "What is 9 - 5?", "What is 8 / 2?"]
+        >>> small_talk = fit_condition(model, positive=chats, negative=sums, layer=10)
         >>> with model.hooks(fwd_hooks=conditional(add(vectors, [18], 2.0), small_talk)):
-        ...     answers = generate(model, ["How was your day?", "What is 2 + 2?"])
+        ...     answers = generate(model, ["How was your day?", "What is 2 + 2?"], max_new_tokens=4)
     """
     gate = Gate(condition, len(hooks))
     guarded: list[FwdHook] = [(condition.hook_name, gate)]
     for name, edit in hooks:
         if not isinstance(edit, Edit) or edit.gate is not None:
-            raise ValueError(f"hooks: the one at {name} is no edit of rt_lens, or has a condition already.")
+            raise ValueError(
+                f"hooks must be edits of rt_lens without a condition, got another function or a second condition at "
+                f"{name}."
+            )
         if forward_order(name) < forward_order(condition.hook_name):
             raise ValueError(
-                f"condition: it is read at {condition.hook_name}, after the edit at {name}. Read it at an earlier "
-                "block, or edit later."
+                f"condition must be read before its edits, got {condition.hook_name}, which is after the edit at "
+                f"{name}. Read it at an earlier block, or edit later."
             )
         guarded.append((name, replace(edit, gate=gate)))
     return guarded

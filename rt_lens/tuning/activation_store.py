@@ -1,4 +1,4 @@
-"""Where a run keeps what the untuned model computed once: one block of memory, or a memory-mapped file by size."""
+"""Storage for what the untuned model computes once in a run: one block of memory, or by size a memory-mapped file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 IN_MEMORY = 2 * 1024**3
-"""Bytes up to which `auto` keeps a shelf in memory."""
+"""Bytes up to which `auto` stores activations in memory."""
 
 
 class ActivationStore:
-    """Residuals of many rows end to end, in the order that they are put there."""
+    """Residuals of many rows end to end, in the order in which they are stored."""
 
     def __init__(self, lengths: Sequence[int], like: Any, where: Literal["auto", "memory", "disk"]) -> None:
-        """Makes room.
+        """Allocates the space.
 
         Args:
             lengths: positions of each row.
@@ -29,7 +29,7 @@ class ActivationStore:
             where: `auto` takes the disk above IN_MEMORY bytes.
 
         Raises:
-            OSError: if the disk has no room; nothing is left there.
+            OSError: if the disk is full; nothing is left there.
         """
         shape = (sum(lengths), like.d_model)
         size = shape[0] * shape[1] * like.dtype.itemsize
@@ -41,7 +41,7 @@ class ActivationStore:
         self._parts = iter(self._all.split(list(lengths)))
 
     def put(self, residual: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
-        """Copies a row onto the shelf and gives it as it lies there."""
+        """Copies a row into the store and returns the stored copy."""
         part = next(self._parts)
         part.copy_(residual)
         return part
@@ -50,14 +50,14 @@ class ActivationStore:
 def _mapped(size: int, dtype: torch.dtype) -> Tensor:
     handle, name = tempfile.mkstemp(prefix="rt_lens-")
     try:
-        # Room is taken first: a full disk is an error here, and would kill the process when the mapping is written.
+        # Space is allocated first: a full disk raises now, but would kill the process when the mapping is written.
         if hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(handle, 0, size)
             except OSError as error:
                 raise OSError(
-                    f"prefix_cache: {Path(name).parent} has no room for {size / 1024**2:,.0f} MB ({error}). Set TMPDIR "
-                    "to a larger disk, or prefix_cache='off'."
+                    f"prefix_cache needs {size / 1024**2:,.0f} MB, which {Path(name).parent} does not have free "
+                    f"({error}). Set TMPDIR to a larger disk, or prefix_cache='off'."
                 ) from error
         return torch.from_file(name, shared=True, size=size // dtype.itemsize, dtype=dtype)
     finally:

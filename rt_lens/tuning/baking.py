@@ -1,12 +1,11 @@
-"""Folding steering into weights: edits that are an affine map of what is written into the residual stream.
+"""Folding steering into weights: edits that are an affine map of what a block writes into the residual stream.
 
-What goes in is `fwd_hooks`, what comes out is a WeightDelta: the baked model computes the same without a hook.
+It takes `fwd_hooks` and returns a WeightDelta: the baked model computes the same without a hook.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
+from rt_lens.models.activations import check_hook_names
 from rt_lens.models.forward import dtype_name, finest_dtype, model_name
 from rt_lens.models.parameter_names import output_parameters
 from rt_lens.models.protocol import Model
@@ -44,7 +44,7 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
 
     Args:
         model: a HookedTransformer; it stays as it is.
-        hooks: what `add`, `ablate` and so on gave; lists add up.
+        hooks: from `add`, `ablate` and so on; lists add up.
 
     Returns:
         A WeightDelta: `with delta.applied(model)` computes without hooks what the hooks did.
@@ -53,21 +53,30 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
         ValueError: names the edit that has no exact fold, and why.
 
     Example:
-        >>> delta = bake(model, add(vectors, layers=[18], multiplier=2.0))
-        >>> delta.save("happy.safetensors")
+        >>> hooks = add(vectors, layers=[18], multiplier=2.0)
+        >>> baked = bake(model, hooks)
+        >>> list(baked.changes)
+        ['blocks.18.mlp.b_out']
+        >>> with model.hooks(fwd_hooks=hooks):
+        ...     steered_logits = model("How was your day?")
+        >>> with baked.applied(model):
+        ...     bool(model("How was your day?").isclose(steered_logits, atol=1e-3).all())
+        True
     """
     if not isinstance(model, HookedTransformer):
         raise ValueError(
-            "model: a TransformerBridge keeps its source's parameters, which may lack the biases that edits fold into. "
-            "Load it with backend='hooked'."
+            "model must be a HookedTransformer, got a TransformerBridge, which keeps its source's parameters and may "
+            "lack the biases that edits fold into. Load it with backend='hooked'."
         )
-    if not _writes_as_it_is(model):
+    if not _writes_weights_directly(model):
         raise ValueError(
-            f"model: what {model_name(model)} writes into its residual stream is not what its weights give; no exact "
-            "fold. Keep the hooks."
+            f"model must write the output of its weights into the residual stream as it is, but {model_name(model)} "
+            "has "
+            "a norm or a parallel path in between, so there is no exact fold. Keep the hooks."
         )
     if not hooks:
-        raise ValueError("hooks: the list is empty. Give what `add` or `ablate` gave.")
+        raise ValueError("hooks must be at least one edit, from `add` or `ablate` for example, got an empty list.")
+    check_hook_names(model, [name for name, _ in hooks])
     edits = [(name, _constant(model, name, edit)) for name, edit in hooks]
     points: dict[str, list[Edit]] = {}
     for name, edit in sorted(edits, key=lambda named: forward_order(named[0])):  # stable: lists keep their order
@@ -77,8 +86,8 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
     if stream:
         _fold_stream(model, weights, points, stream)
     else:
-        for name, there in points.items():
-            _fold_one(model, weights, name, there)
+        for name, edits_at_name in points.items():
+            _fold_one(model, weights, name, edits_at_name)
     config = {
         "baked": [f"{name}: {type(edit.operator).__name__}, multiplier {edit.multiplier:g}" for name, edit in edits]
     }
@@ -86,7 +95,7 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
 
 
 class _Weights:
-    """The parameters that are changed, as copies; read in the precision to fold in, kept in their own."""
+    """The parameters that are changed, as copies: read in the precision to fold in, stored in their own."""
 
     def __init__(self, model: HookedTransformer) -> None:
         self.before = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -94,7 +103,7 @@ class _Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.before:
-            raise ValueError(f"model: it has no parameter {name} that an edit could be folded into. Keep the hooks.")
+            raise ValueError(f"model must have the parameter {name}, into which an edit is folded. Keep the hooks.")
         weight = self.now.get(name, self.before[name])
         return weight.to(finest_dtype(weight.device))  # each of many weights is rounded once, not once for each product
 
@@ -105,7 +114,7 @@ class _Weights:
         return {name: now - self.before[name] for name, now in self.now.items()}
 
 
-def _writes_as_it_is(model: Model) -> bool:
+def _writes_weights_directly(model: Model) -> bool:
     """Whether embedding, attention and MLP go into the stream one after the other, and without a norm in between."""
     cfg = model.cfg
     normed = cfg.use_normalization_before_and_after or cfg.original_architecture in POST_NORM_ARCHITECTURES
@@ -114,16 +123,11 @@ def _writes_as_it_is(model: Model) -> bool:
 
 
 def _constant(model: Model, name: str, edit: Any) -> Edit:
-    """The edit, if it is one of ours that acts on every token alike and fits the hook point."""
-    if name not in model.hook_dict:
-        near = get_close_matches(name, model.hook_dict, n=3)
-        raise ValueError(
-            f"hooks: {name!r} is not in this model ({model.cfg.n_layers} blocks). Near: {', '.join(near) or 'none'}."
-        )
+    """The edit, if it is an Edit that acts on every token alike and fits the hook point."""
     if not isinstance(edit, Edit):
         raise ValueError(
-            f"hooks: the one at {name} is a condition or a function of your own, which cannot be folded into weights. "
-            "Keep the hook."
+            f"hooks must be edits of rt_lens, got a condition or another function at {name}, which cannot be folded "
+            "into weights. Keep the hook."
         )
     what = f"hooks: {type(edit.operator).__name__} at {name} has no exact fold:"
     if not edit.constant:
@@ -152,13 +156,13 @@ def _affine(model: Model, name: str, edits: Sequence[Edit]) -> Affine:
     shape, kind = _shape(model, name), {"device": model.cfg.device, "dtype": finest_dtype(model.cfg.device)}
     matrix, offset = torch.eye(shape[-1], **kind).expand(*shape, -1), torch.zeros(shape, **kind)
     for edit in edits:
-        found = edit.operator.affine(float(edit.multiplier), shape)
-        assert found is not None
-        then, shift = (part.to(**kind) for part in found)
+        affine = edit.operator.affine(float(edit.multiplier), shape)
+        assert affine is not None
+        linear, shift = (part.to(**kind) for part in affine)
         if edit.heads is not None:
             others = [head for head in range(shape[0]) if head not in edit.heads]
-            then[others], shift[others] = torch.eye(shape[-1], **kind), 0.0
-        matrix, offset = matrix @ then, torch.einsum("...d,...de->...e", offset, then) + shift
+            linear[others], shift[others] = torch.eye(shape[-1], **kind), 0.0
+        matrix, offset = matrix @ linear, torch.einsum("...d,...de->...e", offset, linear) + shift
     return matrix, offset
 
 
@@ -201,13 +205,15 @@ def _fold_stream(model: Model, weights: _Weights, points: Mapping[str, Sequence[
     what = f"hooks: {type(points[first][0].operator).__name__} at {first} has no exact fold:"
     if len(stream) != len(points):
         raise ValueError(
-            f"{what} other edits are in the same list. Bake those first, and this on the model that they give: "
+            f"{what} other edits are in the same list. Bake those first, and this one on the changed model: "
             "`with others.applied(model): delta = bake(model, ...)`."
         )
     if list(stream) != every[: len(stream)]:
         raise ValueError(
-            f"{what} in the residual stream it must act at every point from {every[0]} on, or what earlier blocks "
-            "wrote is read before it is removed. Use `vectors.everywhere(model, layer)` with hook='any'."
+            f"{what} in the residual stream it must act at every point from {every[0]} on, since later blocks "
+            "otherwise "
+            "read what earlier blocks wrote before it is removed. Use `vectors.everywhere(model, layer)` with "
+            "hook='any'."
         )
     matrix, offset = _affine(model, first, points[first])
     for name in stream[1:]:
@@ -217,9 +223,7 @@ def _fold_stream(model: Model, weights: _Weights, points: Mapping[str, Sequence[
     if not torch.allclose(matrix @ matrix, matrix, atol=1e-4) or (offset @ matrix).abs().max() > 1e-4 * max(
         1.0, float(offset.abs().max())
     ):
-        raise ValueError(
-            f"{what} applied twice it does more than once, and the stream passes it at every block. Keep the hooks."
-        )
+        raise ValueError(f"{what} it is not idempotent, and the stream passes it at every block. Keep the hooks.")
     for part in dict.fromkeys(part for name in stream for part in _writer(model, name)):
         weights[part] = weights[part] @ matrix
     weights["embed.W_E"] = weights["embed.W_E"] + offset

@@ -1,4 +1,4 @@
-"""The state of a tuning run on disk: written whole, at intervals, and taken up again to the bit."""
+"""The state of a tuning run on disk: written whole, at intervals, and resumed with the same bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rt_lens.common.files import check_can_write, read_safetensors, remove_leftovers, write_safetensors
 from rt_lens.models.checksums import parameters_sha256, tensors_sha256
 from rt_lens.models.protocol import Model
-from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.config import TuneConfig, modern
 from rt_lens.tuning.tuning_data import Row, TuningData
 from rt_lens.tuning.weights import TrainableParam
 
@@ -54,7 +54,7 @@ class Checkpoint:
     """One file for one run: refuses another run's."""
 
     def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        """A checkpoint of a run; what can be refused is refused here, before the run's long work.
+        """A checkpoint of a run; whatever can be refused is refused now, before the run's long work.
 
         Args:
             path: of the file; it need not be there yet.
@@ -66,8 +66,8 @@ class Checkpoint:
         """
         self.path, self.run = path, _as_stored(run)
         remove_leftovers(path)
-        found = None if os.path.isdir(path) else self._stored()
-        if found is None or not found[1].get("done"):  # a finished run writes no more
+        stored = None if os.path.isdir(path) else self._stored()
+        if stored is None or not stored[1].get("done"):  # a finished run writes no more
             check_can_write(path, "checkpoint")
 
     def reads(self, material: TuningData) -> None:
@@ -87,15 +87,17 @@ class Checkpoint:
         try:
             content = json.loads(header.get("rt_lens", "{}"))
             known = content["kind"] == "tuning_checkpoint" and content["schema"] == _SCHEMA
-            run, state = (dict(content[part]) for part in ("run", "state"))
+            run, state = modern(content["run"]), dict(content["state"])
         except (ValueError, KeyError, TypeError):  # some other program's header
             known = False
         if not known:
-            raise ValueError(f"checkpoint: {self.path} is no checkpoint of schema {_SCHEMA}. Give another name.")
+            raise ValueError(
+                f"checkpoint must be a checkpoint of schema {_SCHEMA}, got {self.path}. Give another name."
+            )
         if differing := [name for name, value in self.run.items() if run.get(name) != value]:
             raise ValueError(
-                f"checkpoint: {self.path} belongs to a run with other {', '.join(differing)}. Give another name, or "
-                "remove it to begin anew."
+                f"checkpoint must be of this run, got {self.path}, which belongs to a run with other "
+                f"{', '.join(differing)}. Give another name, or remove the file to start again."
             )
         return tensors, state
 
@@ -105,26 +107,30 @@ class Checkpoint:
         Raises:
             ValueError: if it is damaged, no checkpoint, or another run's.
         """
-        if (found := self._stored()) is None:
+        if (on_disk := self._stored()) is None:
             return None
-        stored, state = found
+        stored, state = on_disk
         best: dict[str, Tensor] = {}
         for name, leaf in named_tensors(leaves).items():
             for part in ("now", "best"):
                 if f"{part}/{name}" not in stored or stored[f"{part}/{name}"].shape != leaf.shape:
-                    raise ValueError(f"checkpoint: {self.path} has no whole {part}/{name}. Remove it to begin anew.")
-            # Copies, for what is read lies in the mapped file, whose room on the disk would stay taken.
+                    raise ValueError(
+                        f"checkpoint must be complete, got {self.path} without a whole {part}/{name}. Remove it to "
+                        "start "
+                        "again."
+                    )
+            # Copies, since what is read lies in the mapped file, whose space on the disk would stay in use.
             leaf.data.copy_(stored[f"now/{name}"])
             best[name] = stored[f"best/{name}"].to(leaf.device, copy=True)
             moments = {part: stored[f"{part}/{name}"] for part in _MOMENTS if f"{part}/{name}" in stored}
             if moments:
-                optimiser.state[leaf] = {part: kept.to(leaf.device, copy=True) for part, kept in moments.items()}
-        for each in leaves.values():
-            each.write()
+                optimiser.state[leaf] = {part: moment.to(leaf.device, copy=True) for part, moment in moments.items()}
+        for param in leaves.values():
+            param.write()
         return State(best, **state)
 
     def save(self, state: State, leaves: Mapping[str, TrainableParam], optimiser: torch.optim.Optimizer) -> None:
-        """Writes the state; where the disk refuses, it warns and the run goes on, with the last file as it was."""
+        """Writes the state; if the disk refuses, it warns and the run goes on, with the last file as it was."""
         tensors = {f"best/{name}": tensor for name, tensor in state.best.items()}
         for name, leaf in named_tensors(leaves).items():
             tensors[f"now/{name}"] = leaf
@@ -136,10 +142,10 @@ class Checkpoint:
         try:
             write_safetensors(self.path, on_cpu, {"rt_lens": json.dumps(content)})
         except OSError as error:
-            kept = "the one before it is still there" if self.path.exists() else "there is none before it"
+            earlier = "the one before it is still there" if self.path.exists() else "there is none before it"
             warnings.warn(
-                f"checkpoint: step {state.step} could not be kept in {self.path} ({error}); {kept}. Tuning goes on. "
-                "Make room, or give another place.",
+                f"checkpoint: {self.path} could not be written at step {state.step} ({error}); {earlier}. Tuning goes "
+                "on. Free some space on the disk, or give another path.",
                 stacklevel=2,
             )
 

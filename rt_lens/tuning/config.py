@@ -3,16 +3,54 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
-from rt_lens.tuning.losses import Direction
+from rt_lens.tuning.losses import Direction, check_direction
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 MODULES = (*MATRICES, "bias", "norm")
 LOSSES = ("cosine", "token", "kl")
+
+_OLD_NAMES = {"kinds": "target_modules", "token_rest": "free_nats"}
+_OLD_VALUES = {"direction": {"out": "suppress"}}
+_NESTED = ("of", "sum_of", "vectors")  # where a delta's configuration holds others, and a run's its targets
+
+
+def modern(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file under today's names and values, with a warning for each one that is old.
+
+    It takes a TuneConfig's table of a TOML file, the configuration of a WeightDelta, and the run of a checkpoint.
+
+    Args:
+        settings: as the file holds them; they stay as they are.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as hints:
+        ...     warnings.simplefilter("always")
+        ...     modern({"direction": "out", "kinds": ["v", "o"], "max_steps": 5})
+        {'direction': 'suppress', 'target_modules': ['v', 'o'], 'max_steps': 5}
+        >>> print(hints[0].message)
+        direction 'out' is now 'suppress'; the old name still works.
+    """
+    renamed: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = _OLD_NAMES.get(key, key)
+        if name != key:
+            warnings.warn(f"{key!r} is now {name!r}; the old name still works.", stacklevel=2)
+        new = _OLD_VALUES.get(name, {}).get(value) if isinstance(value, str) else None
+        if new is not None:
+            warnings.warn(f"{name} {value!r} is now {new!r}; the old name still works.", stacklevel=2)
+        if name in _NESTED and isinstance(value, Mapping):
+            value = modern(value)
+        elif name in _NESTED and isinstance(value, list):
+            value = [modern(entry) if isinstance(entry, Mapping) else entry for entry in value]
+        renamed[name] = value if new is None else new
+    return renamed
 
 
 @dataclass(frozen=True)
@@ -23,17 +61,19 @@ class TuneConfig:
         direction: `toward` the vector, `away` from it, or `suppress` (no component left, either way).
         layers: blocks whose activations the cosine loss reads.
         hook: kind of hook point of the cosine loss.
-        positions: tokens that it reads: `response` (those from which the answer is predicted), `vector` (those that
-            the vector was made from), or a position that `extract_vectors` knows, such as `last` (of the prompt).
+        positions: tokens that it reads: `response` (those that predict the response, one before each of its tokens),
+            `vector` (those that the vector was made from), or a position of `extract_vectors`, such as `last` (the
+            last token of the target's prompt) or `mean response`; `rt_lens.models.positions` defines the words.
         centred: subtract the untuned model's mean activation before the cosine.
         trained_layers: blocks that may change; by default from three below the first of `layers` up to the last of
             them. Or by loss, `{"cosine": [...], "token": [...]}`.
-        target_modules: which of their weights: q, k, v, o, gate, up, down, bias, norm. Or by loss, as `trained_layers`: then a
-            weight gets gradients only from the losses that name it. A `kl` left out trains what any other loss does.
+        target_modules: which of their weights: q, k, v, o, gate, up, down, bias, norm. Or by loss, as `trained_layers`:
+            then a weight gets gradients only from the losses that name it. A `kl` left out trains what any other loss
+            does.
         lora_rank: train low-rank factors of each matrix (Hu et al. 2021; scale 1); 0 trains whole matrices.
         cosine_weight: of the cosine loss; 0 leaves it out.
         token_weight: of the cross-entropy on the targets; 0 leaves it out.
-        free_nats: nats above its floor within which a target position rests; 0 never rests.
+        free_nats: nats above its floor within which a target position has no gradient; 0 always gives one.
         kl_weight: of the KL to the untuned model on neutral prompts; 0 leaves it out.
         learning_rate: peak of AdamW's, after a linear warm-up and before a linear decay to zero.
         token_learning_rate: for weights that the cosine loss does not train; `learning_rate` for None.
@@ -58,6 +98,14 @@ class TuneConfig:
         validate_every: steps between validations.
         patience: validations without improvement before stopping.
         seed: of target selection, order and initial factors.
+
+    Example:
+        >>> config = TuneConfig(direction="away", layers=range(20, 23), target_modules=["v", "o"], lora_rank=8)
+        >>> config.layers, config.blocks  # where the cosine is read, and which blocks may change
+        ((20, 21, 22), (17, 18, 19, 20, 21, 22))
+        >>> TuneConfig(direction="out")
+        Traceback (most recent call last):
+        ValueError: direction must be 'toward', 'away' or 'suppress', got 'out', the old name of 'suppress'.
     """
 
     direction: Direction = "away"
@@ -97,7 +145,7 @@ class TuneConfig:
         for name in ("trained_layers", "target_modules"):
             object.__setattr__(self, name, _frozen(name, getattr(self, name)))
         object.__setattr__(self, "seed", _whole("seed", self.seed))
-        _check_words(self)
+        _check_names(self)
         _check_numbers(self)
 
     def weight(self, loss: str) -> float:
@@ -121,9 +169,9 @@ class TuneConfig:
         return tuple(self.target_modules.get(loss) or self._of_others("target_modules_of"))
 
     def _of_others(self, which: str) -> tuple[Any, ...]:
-        """What the KL term trains where it is not named: all that the losses it holds in check do."""
-        each = (getattr(self, which)(loss) for loss in ("cosine", "token"))
-        return tuple(dict.fromkeys(value for found in each for value in found))
+        """What the KL term trains where it is not named: all that the other losses train."""
+        by_loss = (getattr(self, which)(loss) for loss in ("cosine", "token"))
+        return tuple(dict.fromkeys(value for values in by_loss for value in values))
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -136,63 +184,66 @@ def _frozen(name: str, value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, str):
-        raise ValueError(f"{name}: {value!r} came; a list is wanted, as in {name}={value.split()!r}.")
+        raise ValueError(f"{name} must be a list, got {value!r}. Try {name}={value.split()!r}.")
     if not isinstance(value, Mapping):
-        return _words(name, value) if name.startswith("target_modules") else whole_numbers(name, value)
+        return _module_names(name, value) if name.startswith("target_modules") else whole_numbers(name, value)
     if unknown := set(value) - set(LOSSES):
-        raise ValueError(f"{name}: {', '.join(sorted(map(str, unknown)))} is no loss; {', '.join(LOSSES)} are.")
-    return {loss: _frozen(f"{name}[{loss!r}]", each) for loss, each in value.items()}
+        raise ValueError(f"{name} must have the keys {', '.join(LOSSES)}, got {', '.join(sorted(map(str, unknown)))}.")
+    return {loss: _frozen(f"{name}[{loss!r}]", of_loss) for loss, of_loss in value.items()}
 
 
-def _words(name: str, value: Any) -> tuple[str, ...]:
+def _module_names(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, Iterable):
-        raise ValueError(f"{name}: {value!r} came; a list is wanted, such as ['v', 'o'].")
+        raise ValueError(f"{name} must be a list such as ['v', 'o'], got {value!r}.")
     return tuple(value)
 
 
 def whole_numbers(name: str, value: Any) -> tuple[int, ...]:
-    """A list of block indices as plain numbers, whatever kind of list and number came.
+    """A list of block indices as plain numbers, from any kind of list and of whole number.
 
     Raises:
         ValueError: if it is no list of whole numbers, or empty.
     """
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ValueError(f"{name}: {value!r} came; a list of blocks is wanted, such as [20, 21] or range(20, 25).")
-    found = tuple(_whole(name, each) for each in value)
-    if not found:
-        raise ValueError(f"{name}: the list is empty. Name at least one block, such as [20, 21].")
-    return found
+        raise ValueError(f"{name} must be a list of blocks such as [20, 21] or range(20, 25), got {value!r}.")
+    blocks = tuple(_whole(name, block) for block in value)
+    if not blocks:
+        raise ValueError(f"{name} must name at least one block, such as [20, 21], got an empty list.")
+    return blocks
 
 
 def _whole(name: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"{name}: {value!r} came; a whole number is wanted.") from None
+        raise ValueError(f"{name} must be a whole number, got {value!r}.") from None
 
 
-def _check_words(config: TuneConfig) -> None:
+def _check_names(config: TuneConfig) -> None:
+    check_direction(config.direction)
     allowed = {
-        "direction": ("toward", "away", "suppress"),
         "precision": ("float32", "bfloat16", "auto"),
         "prefix_cache": ("auto", "memory", "disk", "off"),
     }
-    for name, words in allowed.items():
-        if getattr(config, name) not in words:
-            known = f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}"
-            raise ValueError(f"{name}: {getattr(config, name)!r} came; {known} is wanted.")
-    given = config.target_modules.values() if isinstance(config.target_modules, Mapping) else [config.target_modules]
-    for kind in (kind for each in given for kind in each):
-        if kind not in MODULES:
-            raise ValueError(f"target_modules: {kind!r} came; {', '.join(MODULES)} are known.")
+    for name, values in allowed.items():
+        if getattr(config, name) not in values:
+            known = f"{', '.join(map(repr, values[:-1]))} or {values[-1]!r}"
+            raise ValueError(f"{name} must be {known}, got {getattr(config, name)!r}.")
+    lists = config.target_modules.values() if isinstance(config.target_modules, Mapping) else [config.target_modules]
+    for module in (module for modules in lists for module in modules):
+        if module not in MODULES:
+            raise ValueError(f"target_modules must be among {', '.join(MODULES)}, got {module!r}.")
     for name in ("trained_layers", "target_modules"):
         by_loss = getattr(config, name)
         others = config.cosine_weight > 0 or config.token_weight > 0
         for loss in ("cosine", "token") if others else LOSSES:
             if isinstance(by_loss, Mapping) and config.weight(loss) > 0 and not by_loss.get(loss):
-                raise ValueError(f"{name}: nothing for the {loss} loss, which has weight. Add it, or set its weight 0.")
+                raise ValueError(
+                    f"{name} must have an entry for the {loss} loss, which has weight, got none. Add it, or set "
+                    f"{loss}_weight=0."
+                )
     if not isinstance(config.target_modules, Mapping) and not config.target_modules:
-        raise ValueError(f"target_modules: the list is empty. Name some of {', '.join(MODULES)}.")
+        raise ValueError(f"target_modules must be some of {', '.join(MODULES)}, got an empty list.")
 
 
 def _check_numbers(config: TuneConfig) -> None:
@@ -204,16 +255,18 @@ def _check_numbers(config: TuneConfig) -> None:
     for name in (*not_negative, *positive, *whole, "token_learning_rate", "warmup", "validation_share"):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, Real) or (name in whole and value % 1 != 0)):
-            raise ValueError(f"{name}: {value!r} came; a {'whole ' if name in whole else ''}number is wanted.")
+            raise ValueError(f"{name} must be a {'whole ' if name in whole else ''}number, got {value!r}.")
     for name in (*not_negative, "lora_rank"):
         if not getattr(config, name) >= 0:
-            raise ValueError(f"{name}: {getattr(config, name)} came; 0 or more is wanted.")
+            raise ValueError(f"{name} must be 0 or more, got {getattr(config, name)}.")
     for name in (*positive, "token_learning_rate", "micro_batch_size"):
         value = getattr(config, name)
         if value is not None and not value > 0:
-            raise ValueError(f"{name}: {value} came; more than 0 is wanted.")
+            raise ValueError(f"{name} must be more than 0, got {value}.")
     for name in ("warmup", "validation_share"):
         if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name}: {getattr(config, name)} came; a share from 0 to below 1 is wanted.")
+            raise ValueError(f"{name} must be a share from 0 to below 1, got {getattr(config, name)}.")
     if config.cosine_weight == config.token_weight == config.kl_weight == 0:
-        raise ValueError("cosine_weight, token_weight, kl_weight: all are 0, so there is nothing to tune. Raise one.")
+        raise ValueError(
+            "cosine_weight, token_weight or kl_weight must be above 0, got 0 for all, so there is nothing to tune."
+        )

@@ -1,4 +1,4 @@
-"""What tuning changed: a difference of weights that can be put on, taken off, added up and scaled, and its file."""
+"""What tuning changed: a difference of weights that can be applied, reverted, added up and scaled, and its file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rt_lens.common.files import read_safetensors, write_safetensors
 from rt_lens.models.protocol import Model
+from rt_lens.tuning.config import modern
 
 _SCHEMA = 1
 
@@ -34,16 +35,19 @@ class WeightDelta:
         config: how it was made: the TuneConfig as a dictionary, what was baked, `{"sum_of": [config, config]}`, or
             `{"times": factor, "of": config}`.
         history: rows of step, split, total, token, cosine, kl.
-        dtype: of the model's weights; files from before it was kept are of float32.
+        dtype: of the model's weights; float32 for files that do not name it.
 
     Raises:
         ValueError: if a change is not finite.
 
     Example:
         >>> with delta.applied(model):
-        ...     print(generate(model, ["Tell me about your weekend."]))
-        >>> undo = (happier - 0.5 * formal).apply(model)
+        ...     answers = generate(model, ["Tell me about your weekend."], max_new_tokens=4)
+        >>> undo = (-0.5 * delta).apply(model)
         >>> undo()
+        >>> path = delta.save("away.safetensors")
+        >>> WeightDelta.load(path).config["direction"]
+        'away'
     """
 
     changes: dict[str, Tensor] = field(repr=False)
@@ -56,8 +60,8 @@ class WeightDelta:
         for name, change in self.changes.items():
             if not torch.isfinite(change).all():
                 raise ValueError(
-                    f"delta: the change of {name} holds NaN or infinite values; finite ones are wanted. Tune with a "
-                    "lower learning_rate, or scale it by less."
+                    f"delta must be finite, got NaN or infinite values in the change of {name}. Tune with a lower "
+                    "learning_rate, or scale it by less."
                 )
 
     def __add__(self, other: WeightDelta) -> WeightDelta:
@@ -76,7 +80,7 @@ class WeightDelta:
 
     def __mul__(self, factor: float) -> WeightDelta:
         if not isinstance(factor, Real) or isinstance(factor, bool) or not math.isfinite(factor):
-            raise ValueError(f"factor: {factor!r} came, a finite number is wanted. `0.5 * delta` is half the change.")
+            raise ValueError(f"factor must be a finite number, got {factor!r}. `0.5 * delta` is half the change.")
         changes = {name: change * float(factor) for name, change in self.changes.items()}
         return WeightDelta(changes, self.model, {"times": float(factor), "of": self.config}, [], self.dtype)
 
@@ -84,23 +88,24 @@ class WeightDelta:
 
     def _check_can_join(self, other: WeightDelta) -> None:
         if not isinstance(other, WeightDelta):
-            raise ValueError(f"delta: {type(other).__name__} came, a WeightDelta is wanted. Deltas add up with deltas.")
+            raise ValueError(f"delta must be a WeightDelta, got {type(other).__name__}. Deltas add up.")
         if other.model.casefold() != self.model.casefold():
-            raise ValueError(f"delta: one is of {self.model}, the other of {other.model}. Tune both on one model.")
+            raise ValueError(f"deltas must be of one model, got {self.model} and {other.model}. Tune both on one.")
         for name in self.changes.keys() & other.changes.keys():
-            mine, theirs = self.changes[name].shape, other.changes[name].shape
-            if mine != theirs:
+            first, second = self.changes[name].shape, other.changes[name].shape
+            if first != second:
                 raise ValueError(
-                    f"delta: {name} is {tuple(mine)} in one and {tuple(theirs)} in the other. Make both on one model, "
-                    "loaded with one backend."
+                    f"deltas must have the same shapes, got {tuple(first)} and {tuple(second)} for {name}. Make both "
+                    "on "
+                    "one model, loaded with one backend."
                 )
 
     def apply(self, model: Model | nn.Module) -> Callable[[], None]:
-        """Puts the change on, until the function that comes back takes it off again.
+        """Applies the change, until the function that it returns reverts it.
 
-        The changed parameters get memory of their own; the memory from before is kept, and put back by the undo, so
-        that the weights are bit for bit what they were. What the delta does not name is not touched: where input and
-        output embeddings are tied, as two parameters on one memory, a change of the one leaves the other as it was.
+        The changed parameters get new memory; the memory from before is kept, and the undo puts it back, so that the
+        weights are bit for bit what they were. What the delta does not name is not touched: where input and output
+        embeddings are tied, as two parameters on one memory, a change of the one leaves the other as it was.
 
         The model's name is not compared: one model has several, by its name, its folder and its GGUF file.
 
@@ -108,7 +113,7 @@ class WeightDelta:
             model: HookedTransformer or TransformerBridge.
 
         Returns:
-            The undo. Called again it does nothing.
+            The undo. A second call does nothing.
 
         Raises:
             ValueError: if the model lacks a parameter, or it has another shape; nothing has changed then. From the
@@ -116,30 +121,30 @@ class WeightDelta:
 
         Example:
             >>> undo = delta.apply(model)
-            >>> generate(model, ["Tell me about your weekend."])
+            >>> answers = generate(model, ["Tell me about your weekend."], max_new_tokens=4)
             >>> undo()
         """
         swap = _Swap(self, model)
         try:
-            swap.put_on()
+            swap.apply()
         except BaseException:
-            swap.take_off()
+            swap.revert()
             raise
-        return swap.take_off
+        return swap.revert
 
     @contextmanager
     def applied(self, model: Model | nn.Module) -> Iterator[Any]:
-        """The tuned model, for as long as the block lasts; afterwards the weights are bit for bit what they were.
+        """Context manager that applies the change; afterwards the weights are bit for bit what they were.
 
         Raises:
             ValueError: as `apply` and its undo.
         """
         swap = _Swap(self, model)
         try:  # not `undo = self.apply(model)`: Ctrl-C could come between it and the `try`
-            swap.put_on()
+            swap.apply()
             yield model
         finally:
-            swap.take_off()
+            swap.revert()
 
     def save(self, path: str | Path) -> Path:
         """Writes a safetensors file with the configuration and history, in one rename."""
@@ -159,8 +164,9 @@ class WeightDelta:
         changes, header = read_safetensors(Path(path), "delta")
         stored = json.loads(header.get("rt_lens", "{}"))
         if stored.get("kind") != "weight_delta" or stored.get("schema") != _SCHEMA:
-            raise ValueError(f"delta: {path} is not a file of a weight delta of schema {_SCHEMA}.")
-        return cls(changes, stored["model"], stored["config"], stored["history"], stored.get("dtype", "float32"))
+            raise ValueError(f"path must be a file of a WeightDelta of schema {_SCHEMA}, got {path}.")
+        config = modern(stored["config"])
+        return cls(changes, stored["model"], config, stored["history"], stored.get("dtype", "float32"))
 
 
 class _Swap:
@@ -172,8 +178,8 @@ class _Swap:
             if name not in parameters or parameters[name].shape != change.shape:
                 has = tuple(parameters[name].shape) if name in parameters else "no such parameter"
                 raise ValueError(
-                    f"delta: {name} is {tuple(change.shape)} ({delta.model}), this model has {has}. Load the model "
-                    "that the delta was made on, with the same backend."
+                    f"delta must fit the model, got {tuple(change.shape)} for {name} ({delta.model}); this model has "
+                    f"{has}. Load the model that the delta was made on, with the same backend."
                 )
         self.parameters = {name: parameters[name] for name in delta.changes}
         # An inference tensor as a parameter's memory would forbid gradients after the caller's inference_mode ends.
@@ -181,20 +187,20 @@ class _Swap:
             self.before = {name: parameter.data for name, parameter in self.parameters.items()}
             self.now = {name: _changed(self.before[name], change) for name, change in delta.changes.items()}
 
-    def put_on(self) -> None:
+    def apply(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.data = self.now[name]
 
-    def take_off(self) -> None:
+    def revert(self) -> None:
         for name, parameter in self.parameters.items():
             if parameter.data_ptr() not in (self.now[name].data_ptr(), self.before[name].data_ptr()):
                 raise ValueError(
-                    f"delta: {name} was replaced by something else since this change was put on. Undo the later one "
-                    "first."
+                    f"delta cannot be reverted: {name} was replaced by something else since this change was applied. "
+                    "Undo the later one first."
                 )
         for name, parameter in self.parameters.items():
             parameter.data = self.before[name]
-        self.parameters = {}  # so that a second undo does nothing, whatever was put on in between
+        self.parameters = {}  # so that a second undo does nothing, whatever was applied in between
         self.before, self.now = {}, {}
 
 

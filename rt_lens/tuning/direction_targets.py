@@ -1,4 +1,4 @@
-"""What tuning is to reach: directions with their weights, and steering to be withstood. Checked before any work."""
+"""What tuning aims at: directions with their weights, and steering to withstand. Checked before any work."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from rt_lens.models.protocol import Model
 from rt_lens.steering.binding import add
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import TuneConfig, whole_numbers
-from rt_lens.tuning.losses import Direction
+from rt_lens.tuning.losses import Direction, check_direction
 from rt_lens.vectors.extraction import extract_vectors
+from rt_lens.vectors.guards import refuse_heads
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
@@ -28,15 +29,18 @@ class DirectionTarget:
 
     Attributes:
         vectors: the direction, at each of the layers.
-        weight: of its cosine loss beside the other aims'.
+        weight: of its cosine loss beside the other targets'.
         direction: `toward`, `away` or `suppress`.
         layers: blocks whose activations are read.
         hook: kind of hook point.
         positions: which tokens are read.
 
     Example:
-        >>> targets = [DirectionTarget(mood, direction="away"), DirectionTarget(formality, 0.5, "toward")]
-        >>> delta = tune(model, targets, train, config)
+        >>> other = extract_vectors(model, load_pairs("formality").sample(8), layers=[21])
+        >>> targets = [DirectionTarget(vectors, direction="away"), DirectionTarget(other, 0.5, "suppress")]
+        >>> delta = tune(model, targets, train.sample(4), config, neutral=neutral, progress=False)
+        >>> [(target["behaviour"], target["direction"]) for target in delta.config["vectors"]]
+        [('mood', 'away'), ('formality', 'suppress')]
     """
 
     vectors: SteeringVectors
@@ -48,19 +52,20 @@ class DirectionTarget:
 
     def __post_init__(self) -> None:
         if not isinstance(self.vectors, SteeringVectors):
-            raise ValueError(f"vectors: a {type(self.vectors).__name__} came, SteeringVectors are wanted.")
+            raise ValueError(f"vectors must be SteeringVectors, got a {type(self.vectors).__name__}.")
+
         if self.layers is not None:
             object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
 
 
 @dataclass(frozen=True)
 class ResolvedTarget:
-    """An aim with everything filled in: what the loop reads.
+    """A DirectionTarget with everything filled in from the TuneConfig: what the loop reads.
 
     Attributes:
         vectors: hook name -> Float[Tensor, "d_model"].
         direction: `toward`, `away` or `suppress`.
-        weight: its share of the cosine loss; the shares of all readings add up to 1.
+        weight: its share of the cosine loss; the shares of all targets add up to 1.
         positions: `response`, or a name that `position_of` knows.
     """
 
@@ -75,50 +80,48 @@ class ResolvedTarget:
 
 
 def resolve_targets(
-    model: Model, aims: SteeringVectors | Sequence[DirectionTarget], config: TuneConfig
+    model: Model, targets: SteeringVectors | Sequence[DirectionTarget], config: TuneConfig
 ) -> list[ResolvedTarget]:
-    """The aims as the loop reads them.
+    """The targets as the loop reads them.
 
     Raises:
         ValueError: vectors of another model, a layer that no training can move, a direction without length.
     """
-    if isinstance(aims, SteeringVectors):
-        aims = [DirectionTarget(aims)]
-    if not isinstance(aims, Sequence) or not aims or not all(isinstance(aim, DirectionTarget) for aim in aims):
-        raise ValueError("vectors: SteeringVectors, or a list of at least one Aim, is wanted.")
-    if any(aim.weight <= 0 for aim in aims):
-        raise ValueError(f"weight: {[aim.weight for aim in aims]} came; each aim wants more than 0. Leave others out.")
-    total = sum(aim.weight for aim in aims)
-    return [_reading(model, aim, aim.weight / total, config) for aim in aims]
+    if isinstance(targets, SteeringVectors):
+        targets = [DirectionTarget(targets)]
+    listed = isinstance(targets, Sequence) and all(isinstance(target, DirectionTarget) for target in targets)
+    if not listed or not targets:
+        raise ValueError("vectors must be SteeringVectors, or a list of at least one DirectionTarget.")
+    weights = [target.weight for target in targets]
+    if min(weights) <= 0:
+        raise ValueError(f"weight must be above 0 for every DirectionTarget, got {weights}. Leave out those of 0.")
+    return [_resolved(model, target, target.weight / sum(weights), config) for target in targets]
 
 
-def _reading(model: Model, aim: DirectionTarget, share: float, config: TuneConfig) -> ResolvedTarget:
-    direction, positions = aim.direction or config.direction, aim.positions or config.positions
-    if direction not in ("toward", "away", "suppress"):
-        raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'suppress' is wanted.")
+def _resolved(model: Model, target: DirectionTarget, share: float, config: TuneConfig) -> ResolvedTarget:
+    direction, positions = target.direction or config.direction, target.positions or config.positions
+    check_direction(direction)
     if positions == "vector":
-        positions = position_named(aim.vectors.provenance.position)
+        positions = position_named(target.vectors.provenance.position)
     if positions != "response":
         position_of(positions)  # refuses what it does not know
-    aim.vectors.check_fits(model)
-    found = aim.vectors.at_layers(config.layers if aim.layers is None else aim.layers, aim.hook or config.hook)
-    for name, vector in found.items():
+    target.vectors.check_fits(model)
+    layers = config.layers if target.layers is None else target.layers
+    vectors = target.vectors.at_layers(layers, target.hook or config.hook)
+    refuse_heads(vectors)
+    for name, vector in vectors.items():
         if vector.norm() == 0:
-            raise ValueError(f"vectors: {name} is all zeros, which has no direction to tune. Extract it again.")
-        if vector.ndim != 1:
+            raise ValueError(f"vectors must have a direction to tune, got all zeros at {name}. Extract them again.")
+        if config.cosine_weight and not _can_change(name, config):
             raise ValueError(
-                f"vectors: {name} has a vector for each head; tuning wants one of d_model. Use resid_post."
+                f"layers contains {layer_of(name)}, but {name} lies before the first weight that the cosine loss "
+                f"trains, in block {min(config.blocks_of('cosine'))}, so training cannot change it. Name later layers, "
+                "or earlier trained_layers."
             )
-        if config.cosine_weight and not _moved(name, config):
-            raise ValueError(
-                f"layers: {layer_of(name)} ({name}) lies before the first weight that the cosine loss trains, in block "
-                f"{min(config.blocks_of('cosine'))}, so nothing can move it. Name later layers, or earlier "
-                "trained_layers."
-            )
-    return ResolvedTarget(found, direction, share, positions)
+    return ResolvedTarget(vectors, direction, share, positions)
 
 
-def _moved(name: str, config: TuneConfig) -> bool:
+def _can_change(name: str, config: TuneConfig) -> bool:
     """Whether a weight that the cosine loss trains comes before this hook point."""
     first = min(config.blocks_of("cosine"))
     if layer_of(name) != first:
@@ -133,8 +136,8 @@ class KLThenSteer:
 
     In each step, with probability `share`, one of the directions is added to every token with a multiplier drawn from
     `strength` * U(-1, 1), and all losses are computed under it. With the KL alone the model learns to keep its own
-    answers while steered: KL(tuned and steered || untuned and unsteered). With the cosine of direction `suppress` it learns
-    to take the direction out again. With a small share, the first steps of such a run have nothing to learn from.
+    answers while steered: KL(tuned and steered || untuned and unsteered). With the cosine of direction `suppress` it
+    learns to remove the direction again. With a small share, the first steps of such a run have nothing to learn from.
 
     Attributes:
         directions: SteeringVectors, which stay as they are; or ContrastPairs, whose mean difference at the last token
@@ -142,12 +145,15 @@ class KLThenSteer:
         layers: blocks to whose output a direction is added.
         strength: largest multiplier, of the directions' own lengths.
         share: probability of steering in a step.
-        n_pairs: pairs that a direction is taken from each time, where ContrastPairs came.
+        n_pairs: pairs that a direction is extracted from each time, where ContrastPairs are given.
 
     Example:
-        >>> config = TuneConfig(cosine_weight=0, token_weight=0, max_steps=100)
-        >>> steer = KLThenSteer([vectors], layers=[21], strength=3.0)
-        >>> delta = tune(model, vectors, train, config, neutral=neutral_prompts, steer=steer)
+        >>> steer = KLThenSteer([vectors], layers=[21], strength=3.0, share=1.0)
+        >>> (name, edit), = steer.drawn(model, "a step's seed")  # one random dose of the direction
+        >>> name, -3.0 < edit.multiplier < 3.0
+        ('blocks.21.hook_resid_post', True)
+        >>> len(steer.held_out(model))  # both ways, at half the strength
+        2
     """
 
     directions: Sequence[SteeringVectors | ContrastPairs]
@@ -162,13 +168,13 @@ class KLThenSteer:
         if (
             not isinstance(self.directions, Sequence)
             or not self.directions
-            or not all(isinstance(each, kinds) for each in self.directions)
+            or not all(isinstance(direction, kinds) for direction in self.directions)
         ):
-            raise ValueError("directions: a list of at least one SteeringVectors or ContrastPairs is wanted.")
+            raise ValueError("directions must be a list of at least one SteeringVectors or ContrastPairs.")
         if not self.strength > 0 or not 0 < self.share <= 1 or self.n_pairs < 1:
             raise ValueError(
-                f"strength, share, n_pairs: {self.strength}, {self.share}, {self.n_pairs} came; a strength above 0, a "
-                "share above 0 and up to 1, and at least one pair are wanted."
+                "strength must be above 0, share above 0 and up to 1, and n_pairs at least 1, got "
+                f"strength={self.strength}, share={self.share}, n_pairs={self.n_pairs}."
             )
 
     def check_fits(self, model: Model) -> None:
@@ -178,10 +184,10 @@ class KLThenSteer:
             ValueError: names the argument.
         """
         check_layers(model, self.layers)
-        for each in self.directions:
-            if isinstance(each, SteeringVectors):
-                each.check_fits(model)
-                each.at_layers(self.layers)
+        for direction in self.directions:
+            if isinstance(direction, SteeringVectors):
+                direction.check_fits(model)
+                direction.at_layers(self.layers)
 
     def drawn(self, model: Model, seed: str) -> list[FwdHook]:
         """The hooks of one step: none, or a direction with a multiplier."""
@@ -206,20 +212,24 @@ class KLThenSteer:
         return add(chosen, self.layers, multiplier)
 
     def described(self) -> dict[str, Any]:
-        """What of it a delta's configuration keeps."""
-        kept: list[Mapping[str, Any]] = [
-            each.described() if isinstance(each, SteeringVectors) else {"pairs": each.name, "sha256": each.sha256}
-            for each in self.directions
+        """What a delta's configuration keeps of it."""
+        directions: list[Mapping[str, Any]] = [
+            direction.described()
+            if isinstance(direction, SteeringVectors)
+            else {"pairs": direction.name, "sha256": direction.sha256}
+            for direction in self.directions
         ]
         return {
             "layers": list(self.layers), "strength": self.strength, "share": self.share, "n_pairs": self.n_pairs,
-            "directions": kept,
+            "directions": directions,
         }  # fmt: skip
 
 
-def described(aims: SteeringVectors | Sequence[DirectionTarget]) -> list[dict[str, Any]]:
-    """The aims as a delta's configuration keeps them."""
-    if isinstance(aims, SteeringVectors):
-        return [aims.described()]
-    own = ("weight", "direction", "layers", "hook", "positions")
-    return [{**{name: getattr(aim, name) for name in own}, **aim.vectors.described()} for aim in aims]
+def described(targets: SteeringVectors | Sequence[DirectionTarget]) -> list[dict[str, Any]]:
+    """The targets as a delta's configuration keeps them."""
+    if isinstance(targets, SteeringVectors):
+        return [targets.described()]
+    names = ("weight", "direction", "layers", "hook", "positions")
+    return [
+        {**{name: getattr(target, name) for name in names}, **target.vectors.described()} for target in targets
+    ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The tuning loop. It gives a WeightDelta and leaves the model as it was, whatever happens."""
+"""The tuning loop. It returns a WeightDelta and leaves the model as it was, whatever happens."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ class LossNotFinite(FloatingPointError):
     Attributes:
         delta: the last good weights: those of the lowest validation loss; before any validation the last ones under
             which the losses of a step were finite.
+
+    Example:
+        >>> import dataclasses
+        >>> hot = dataclasses.replace(config, learning_rate=1e30, max_grad_norm=1e30)
+        >>> try:
+        ...     tuned = tune(model, vectors, train.sample(4), hot, neutral=neutral, progress=False)
+        ... except LossNotFinite as error:
+        ...     tuned = error.delta  # the last good weights
+        >>> tuned.model == delta.model
+        True
     """
 
     def __init__(self, message: str, delta: WeightDelta) -> None:
@@ -43,7 +53,7 @@ class LossNotFinite(FloatingPointError):
         self.delta = delta
 
 
-@torch.inference_mode(mode=False)  # gradients are wanted here, whatever the caller has switched off
+@torch.inference_mode(mode=False)  # gradients are needed, whatever the caller has switched off
 @torch.enable_grad()
 def tune(
     model: Model,
@@ -61,8 +71,8 @@ def tune(
     """Tunes directions into, or out of, the weights.
 
     Each step adds up the weighted cosine loss at hook points (Ackerman 2024), the cross-entropy of the targets, and the
-    KL divergence from the untuned model on neutral prompts; terms of weight 0 are not computed. The weights with the
-    lowest validation loss are kept. Blocks before the first trained one are run once and remembered.
+    KL divergence from the untuned model on neutral prompts; terms of weight 0 are not computed. The result has the
+    weights of the lowest validation loss. Blocks before the first trained one run once, and their output is stored.
 
     Args:
         model: HookedTransformer or TransformerBridge; left as it was, also on an exception or Ctrl-C.
@@ -74,8 +84,8 @@ def tune(
         validation: held-out pairs or targets; by default a share of the training topics.
         neutral: prompts (or targets) for the KL term; needed if its weight is above 0.
         steer: computes the losses under random steering, see KLThenSteer.
-        checkpoint: file for the run's state. If it is there, the run goes on from it, and ends with the same bits as
-            one that was never broken off; a finished run's gives its delta at once.
+        checkpoint: file for the run's state. If it exists, the run resumes from it, and ends with the same bits as an
+            uninterrupted run; the checkpoint of a finished run gives its delta at once.
         checkpoint_every: steps between writes.
         progress: show a bar with the losses.
 
@@ -89,32 +99,39 @@ def tune(
         MemoryError: says which setting to lower.
 
     Example:
-        >>> delta = tune(model, vectors, train, TuneConfig(direction="away"), neutral=["Name three metals."])
+        >>> config = TuneConfig(direction="away", layers=[21], max_steps=2, n_targets=4, target_tokens=4)
+        >>> delta = tune(model, vectors, train, config, neutral=["Name three metals."], progress=False)
+        >>> sorted({row["split"] for row in delta.history}), delta.history[0]["step"]
+        (['train', 'validation'], 1)
+        >>> with delta.applied(model):
+        ...     answers = generate(model, ["Tell me about your weekend."], max_new_tokens=4)
     """
     config, neutral = config or TuneConfig(), neutral_list(neutral)
     trained = trained_by(model, config)
-    readings = resolve_targets(model, vectors, config)
+    targets = resolve_targets(model, vectors, config)
     _check_request(model, train, config, validation, neutral, steer, checkpoint_every)
-    about = {"vectors": described(vectors), "steer": None if steer is None else steer.described()}
-    # Reading 8 billion weights takes as long as some steps do: once, and only for who compares it.
+    origin = {"vectors": described(vectors), "steer": None if steer is None else steer.described()}
+    # Reading 8 billion weights takes as long as some steps do: once, and only where it is compared.
     weights = parameters_sha256(model) if checkpoint is not None or isinstance(train, TuningData) else ""
-    kept = (
-        None if checkpoint is None else Checkpoint(Path(checkpoint).expanduser(), run_of(config, model, about, weights))
+    stored = (
+        None
+        if checkpoint is None
+        else Checkpoint(Path(checkpoint).expanduser(), run_of(config, model, origin, weights))
     )
     if not isinstance(train, TuningData):
         train = prepare_data(
             model, vectors, train, config, validation=validation, neutral=neutral, steer=steer, progress=progress,
             weights=weights,
         )  # fmt: skip
-    _check_material(model, weights, train, readings, config, steer)
-    union = {name: parameter for found in trained.values() for name, parameter in found.items()}
-    if kept:
-        kept.reads(train)
-    before = {name: parameter.detach() for name, parameter in union.items()}
-    with trainable_params(model, union, config) as leaves:
-        objective = Objective(model, readings, config, train, trained, steered=steer is not None)
-        loop = _Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **about})
-        return loop.run(kept, checkpoint_every, progress)
+    _check_data(model, weights, train, targets, config, steer)
+    all_trained = {name: parameter for parameters in trained.values() for name, parameter in parameters.items()}
+    if stored:
+        stored.reads(train)
+    before = {name: parameter.detach() for name, parameter in all_trained.items()}
+    with trainable_params(model, all_trained, config) as leaves:
+        objective = Objective(model, targets, config, train, trained, steered=steer is not None)
+        loop = _Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **origin})
+        return loop.run(stored, checkpoint_every, progress)
 
 
 def _check_request(
@@ -128,55 +145,60 @@ def _check_request(
 ) -> None:
     if config.cosine_weight == 0 and config.token_weight == 0 and steer is None:
         raise ValueError(
-            "cosine_weight, token_weight: both are 0, so there is nothing to tune. Raise one, or give steer."
+            "cosine_weight or token_weight must be above 0, or steer given, got 0 for both and no steer, so there is "
+            "nothing to tune."
         )
     prepared = isinstance(train, TuningData)
     if prepared and (validation is not None or len(neutral)):
-        raise ValueError("validation, neutral: they are part of prepared material. Give them to `prepare_data`.")
+        raise ValueError(
+            "validation and neutral must be left out where train is prepared data, which holds them. Give them to "
+            "`prepare_data`."
+        )
     if config.kl_weight > 0 and not (train.neutral if prepared else neutral):
-        where = "Prepare the material with some" if prepared else "Give some"
-        raise ValueError(f"neutral: the KL term needs neutral prompts. {where}, or set kl_weight=0.")
+        fix = "Prepare the data with some" if prepared else "Give some"
+        raise ValueError(f"neutral must be at least one prompt for the KL term, got none. {fix}, or set kl_weight=0.")
     if steer is not None:
         steer.check_fits(model)
     if every < 1:
-        raise ValueError(f"checkpoint_every: {every} came; a number of steps of at least 1 is wanted.")
+        raise ValueError(f"checkpoint_every must be at least 1 step, got {every}.")
 
 
-def _check_material(
+def _check_data(
     model: Model,
     weights: str,
-    material: TuningData,
-    readings: Sequence[ResolvedTarget],
+    data: TuningData,
+    targets: Sequence[ResolvedTarget],
     config: TuneConfig,
     steer: KLThenSteer | None,
 ) -> None:
-    if material.model != model_name(model):
-        raise ValueError(f"train: this material was prepared with {material.model}, this model is {model_name(model)}.")
-    if material.weights and material.weights != weights:
+    if data.model != model_name(model):
+        raise ValueError(f"train must be data prepared with this model, {model_name(model)}, got data of {data.model}.")
+    if data.weights and data.weights != weights:
         raise ValueError(
-            f"train: must be material prepared with this model's weights, got some of other weights of {material.model}"
-            ". Prepare it anew, or take off the change of weights that is on the model."
+            f"train must be data prepared with this model's weights, got data of other weights of {data.model}. "
+            "Prepare "
+            "it again, or revert the change of weights that is applied to the model."
         )
-    if config.token_weight and material.direction not in (None, config.direction):
+    if config.token_weight and data.direction not in (None, config.direction):
         raise ValueError(
-            f"train: this material's targets were written for {material.direction!r}, direction is "
-            f"{config.direction!r}. Prepare it anew, or set token_weight=0."
+            f"train must be targets written for direction {config.direction!r}, got targets for {data.direction!r}. "
+            "Prepare the data again, or set token_weight=0."
         )
     latest = min([*config.blocks, *(steer.layers if steer else ())])
-    wanted = {(reading.positions, name) for reading in readings for name in reading.names}
-    unread = not {place for place, _ in wanted} <= set(material.train[0].places)
-    uncentred = config.cosine_weight and config.centred and not wanted <= set(material.centres)
-    if material.first_block > latest or unread or uncentred:
-        centres = sorted({f"{name} ({place})" for place, name in material.centres})
+    needed = {(target.positions, name) for target in targets for name in target.names}
+    unread = not {position for position, _ in needed} <= set(data.train[0].places)
+    uncentred = config.cosine_weight and config.centred and not needed <= set(data.centres)
+    if data.first_block > latest or unread or uncentred:
+        centres = sorted({f"{name} ({position})" for position, name in data.centres})
         raise ValueError(
-            f"train: this material was prepared for blocks from {material.first_block} on and "
-            f"{', '.join(centres) or 'no centres'}. Prepare it with the same layers, positions, trained_layers and "
-            "steer."
+            f"train must be data prepared with the same layers, positions, trained_layers and steer, got data for "
+            "blocks "
+            f"from {data.first_block} on and {', '.join(centres) or 'no centres'}. Prepare it again."
         )
 
 
 class _Loop:
-    """One tuning run over prepared material."""
+    """One tuning run over prepared data."""
 
     def __init__(
         self,
@@ -184,35 +206,35 @@ class _Loop:
         objective: Objective,
         leaves: Mapping[str, TrainableParam],
         trained: Mapping[str, Mapping[str, nn.Parameter]],
-        material: TuningData,
+        data: TuningData,
         config: TuneConfig,
         steer: KLThenSteer | None,
         before: Mapping[str, Tensor],
-        about: dict[str, Any],
+        origin: dict[str, Any],
     ) -> None:
-        self.model, self.objective, self.leaves, self.material = model, objective, leaves, material
-        self.config, self.steer, self.before, self.about = config, steer, before, about
+        self.model, self.objective, self.leaves, self.data = model, objective, leaves, data
+        self.config, self.steer, self.before, self.origin = config, steer, before, origin
         self.tensors = named_tensors(leaves)
-        neutral = material.neutral if config.kl_weight else []
+        neutral = data.neutral if config.kl_weight else []
         held = min(2 * config.neutral_batch_size, len(neutral) // 2)
         self.held_neutral, self.neutral = neutral[:held] or neutral, neutral[held:]
-        self.per_epoch = math.ceil(len(material.train) / config.batch_size)
+        self.per_epoch = math.ceil(len(data.train) / config.batch_size)
         self.steps = min(config.max_steps, config.epochs * self.per_epoch)
         self.optimiser = _optimiser(leaves, trained, config)
 
-    def run(self, kept: Checkpoint | None, every: int, progress: bool) -> WeightDelta:
-        state = kept.load(self.leaves, self.optimiser) if kept else None
+    def run(self, checkpoint: Checkpoint | None, every: int, progress: bool) -> WeightDelta:
+        state = checkpoint.load(self.leaves, self.optimiser) if checkpoint else None
         state = state or State(best=self._values())
         with Bar(
             total=self.steps, initial=state.step, desc=f"tuning {self.config.direction}", unit="step",
             disable=not progress,
         ) as bar:  # fmt: skip
             while not state.done:
-                found = self._step(state)
+                losses = self._step(state)
                 bar.update()
-                bar.set_postfix({name: f"{value:.3f}" for name, value in found.items()})
-                if kept and (state.done or state.step % every == 0):
-                    kept.save(state, self.leaves, self.optimiser)
+                bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+                if checkpoint and (state.done or state.step % every == 0):
+                    checkpoint.save(state, self.leaves, self.optimiser)
         return self._delta(state)
 
     def _step(self, state: State) -> dict[str, float]:
@@ -226,12 +248,12 @@ class _Loop:
         for leaf in self.leaves.values():
             leaf.forget_gradient()
         hooks = self.steer.drawn(self.model, f"{config.seed}-steer-{number}") if self.steer else []
-        found = self.objective.gradients(rows, neutral, hooks)
+        losses = self.objective.gradients(rows, neutral, hooks)
         for leaf in self.leaves.values():
             leaf.take_gradient()
         norm = nn.utils.clip_grad_norm_(self.tensors.values(), config.max_grad_norm)
-        if not math.isfinite(found["total"]) or not torch.isfinite(norm):
-            self._stop(state, f"step {number}", found, rows, neutral)
+        if not math.isfinite(losses["total"]) or not torch.isfinite(norm):
+            self._stop(state, f"step {number}", losses, rows, neutral)
         if state.best_loss == math.inf:
             state.best = self._values()  # with these the losses are finite; after the step they may not be
         for group in self.optimiser.param_groups:
@@ -240,32 +262,32 @@ class _Loop:
         for leaf in self.leaves.values():
             leaf.write()
         state.step = number
-        state.history.append(_history_row(number, "train", found))
+        state.history.append(_history_row(number, "train", losses))
         state.done = number == self.steps
         if state.done or number % config.validate_every == 0:
             self._validate(state)
-        return found
+        return losses
 
     def _batch(self, step: int) -> tuple[list[Row], list[Row]]:
         """The rows of a step, which depend on the seed and the step's number alone, so that any step can be resumed."""
-        config, (epoch, place) = self.config, divmod(step, self.per_epoch)
-        order = list(range(len(self.material.train)))
+        config, (epoch, batch) = self.config, divmod(step, self.per_epoch)
+        order = list(range(len(self.data.train)))
         random.Random(f"{config.seed}-{epoch}").shuffle(order)
-        chosen = order[place * config.batch_size : (place + 1) * config.batch_size]
+        chosen = order[batch * config.batch_size : (batch + 1) * config.batch_size]
         size = min(len(self.neutral), config.neutral_batch_size)
         neutral = random.Random(f"{config.seed}-neutral-{step}").sample(self.neutral, size)
-        return [self.material.train[number] for number in chosen], neutral
+        return [self.data.train[number] for number in chosen], neutral
 
     def _validate(self, state: State) -> None:
         """Losses over the held-out rows, with the KL over the same few neutral rows, which no step reads."""
         neutral = self.held_neutral
-        each: list[list[FwdHook]] = self.steer.held_out(self.model) if self.steer else [[]]
-        found = self.objective.values(self.material.held_out, neutral, each)
-        if not math.isfinite(found["total"]):
-            self._stop(state, f"the validation after step {state.step}", found, self.material.held_out, neutral)
-        state.history.append(_history_row(state.step, "validation", found))
-        if found["total"] < state.best_loss:
-            state.best_loss, state.worse, state.best = found["total"], 0, self._values()
+        hook_lists: list[list[FwdHook]] = self.steer.held_out(self.model) if self.steer else [[]]
+        losses = self.objective.values(self.data.held_out, neutral, hook_lists)
+        if not math.isfinite(losses["total"]):
+            self._stop(state, f"the validation after step {state.step}", losses, self.data.held_out, neutral)
+        state.history.append(_history_row(state.step, "validation", losses))
+        if losses["total"] < state.best_loss:
+            state.best_loss, state.worse, state.best = losses["total"], 0, self._values()
         else:
             state.worse += 1
             state.done = state.done or state.worse >= self.config.patience
@@ -280,20 +302,20 @@ class _Loop:
         for leaf in self.leaves.values():
             leaf.write()
         now = dict(self.model.named_parameters())
-        changes = {name: (now[name].detach() - kept).contiguous() for name, kept in self.before.items()}
-        return WeightDelta(changes, model_name(self.model), self.about, state.history, dtype_name(self.model))
+        changes = {name: (now[name].detach() - before).contiguous() for name, before in self.before.items()}
+        return WeightDelta(changes, model_name(self.model), self.origin, state.history, dtype_name(self.model))
 
     def _stop(
-        self, state: State, when: str, found: Mapping[str, float], rows: Sequence[Row], neutral: Sequence[Row]
+        self, state: State, when: str, losses: Mapping[str, float], rows: Sequence[Row], neutral: Sequence[Row]
     ) -> None:
-        wrong = [name for name, value in found.items() if name != "total" and not math.isfinite(value)]
+        wrong = [name for name, value in losses.items() if name != "total" and not math.isfinite(value)]
         # A gradient (nothing else wrong) may be of either.
         batch = [*([] if wrong == ["kl"] else rows), *(neutral if not wrong or "kl" in wrong else [])]
         prompts = "; ".join(repr(row.prompt[-60:]) for row in batch)
         raise LossNotFinite(
-            f"tune: at {when} {', '.join(wrong) or 'the gradient'} is not finite, in the batch of "
-            f"prompts that end {prompts}. The last good weights are the error's `delta`. Lower learning_rate "
-            f"(now {self.config.learning_rate:g}), or look at these texts.",
+            f"tune: at {when} {', '.join(wrong) or 'the gradient'} is not finite, in the batch of prompts that end "
+            f"{prompts}. The error's `delta` holds the last good weights. Lower learning_rate (now "
+            f"{self.config.learning_rate:g}), or check these texts.",
             self._delta(state),
         )
 
@@ -320,25 +342,25 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / warm if step < warm else max(0.0, (steps - step) / max(1, steps - warm))
 
 
-def _history_row(step: int, split: str, found: Mapping[str, float]) -> dict[str, Any]:
-    return {"step": step, "split": split, **{name: found.get(name) for name in ("total", "token", "cosine", "kl")}}
+def _history_row(step: int, split: str, losses: Mapping[str, float]) -> dict[str, Any]:
+    return {"step": step, "split": split, **{name: losses.get(name) for name in ("total", "token", "cosine", "kl")}}
 
 
 @contextmanager
 def _memory_advice(step: int, rows: Sequence[Row], config: TuneConfig) -> Iterator[None]:
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # CUDA's own kind is a RuntimeError, the CPU's has none of its own
-        words = ("out of memory", "can't allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError) and not any(said in str(error) for said in words):
+    except (MemoryError, RuntimeError) as error:  # CUDA's kind is a RuntimeError, and the CPU raises a plain one
+        phrases = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(phrase in str(error) for phrase in phrases):
             raise
         size = config.micro_batch_size or config.batch_size
-        knob = (
+        setting = (
             f"micro_batch_size={max(1, size // 2)} (it is {size} now; the step stays the same)"
             if size > 1
             else "target_tokens, or fewer trained_layers, or lora_rank=16"
         )
         longest = max(len(row.tokens) for row in rows)
         raise MemoryError(
-            f"tune: out of memory at step {step}, with rows of up to {longest} tokens. Set {knob}."
+            f"tune: out of memory at step {step}, with rows of up to {longest} tokens. Set {setting}."
         ) from error

@@ -1,6 +1,6 @@
 """Losses of representation tuning, as pure functions of tensors. They know no model and no loop.
 
-Each gives one value per position, so that a loop can average over whatever batches its memory allows.
+Each returns one value per position, so that a loop can average over whatever batches its memory allows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,17 @@ from torch import Tensor
 Direction = Literal["toward", "away", "suppress"]
 
 
+def check_direction(direction: str) -> None:
+    """Refuses what is no direction of tuning.
+
+    Raises:
+        ValueError: names the three that are.
+    """
+    if direction not in ("toward", "away", "suppress"):
+        hint = ", the old name of 'suppress'" if direction == "out" else ""
+        raise ValueError(f"direction must be 'toward', 'away' or 'suppress', got {direction!r}{hint}.")
+
+
 def cosine_loss(
     h: Float[Tensor, "n d_model"],
     vector: Float[Tensor, "d_model"],
@@ -23,7 +34,7 @@ def cosine_loss(
 ) -> Float[Tensor, "n"]:
     """Cosine loss of activations against a direction (Ackerman 2024), each between 0 and 1.
 
-    With c = cos(h, v): toward is (1 - c) / 2, away the same with -v, out is |c|. Given a centre, c is
+    With c = cos(h, v): toward is (1 - c) / 2, away the same with -v, suppress is |c|. Given a centre, c is
     cos(h - centre, v): raw residual streams share a few huge dimensions, which hide v from the plain cosine.
 
     Args:
@@ -31,15 +42,21 @@ def cosine_loss(
         vector: the direction.
         direction: `toward`, `away` or `suppress`.
         centre: what is subtracted from h first, usually the untuned model's mean.
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> vector = torch.tensor([5.0, 0.0])
+        >>> {direction: cosine_loss(h, vector, direction).tolist() for direction in ("toward", "away", "suppress")}
+        {'toward': [0.0, 0.5, 1.0], 'away': [1.0, 0.5, 0.0], 'suppress': [1.0, 0.0, 1.0]}
     """
+    check_direction(direction)
     cosine = F.cosine_similarity(h if centre is None else h - centre, vector[None], dim=-1)
     if direction == "toward":
         return (1 - cosine) / 2
     if direction == "away":
         return (1 + cosine) / 2
-    if direction == "suppress":
-        return cosine.abs()
-    raise ValueError(f"direction: {direction!r} came; 'toward', 'away' or 'suppress' is wanted.")
+    return cosine.abs()
 
 
 def token_loss(
@@ -51,14 +68,21 @@ def token_loss(
     """Cross-entropy of target distributions over a few tokens, in nats.
 
     One token with share 1 is the usual language-model loss; two with share 0.5 the soft choice of Ackerman (2024),
-    whose floor is ln 2. Within `rest` of its floor a position rests: its loss is constant and gives no gradient, since
-    all that is wanted of it is the output's form.
+    whose floor is ln 2. Within `rest` of its floor a position's loss is constant and gives no gradient, since it is
+    only there to keep the output's form.
 
     Args:
         logits: at the positions before the target tokens.
         choices: the tokens that have a share.
         shares: of each, with sum 1; 0 for a token that only fills its row up.
-        rest: distance to the floor, in nats; 0 never rests.
+        rest: distance to the floor, in nats; 0 always gives a gradient.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[4.0, 4.0, -50.0]])  # two tokens of a vocabulary of three are likely
+        >>> soft = token_loss(logits, torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+        >>> torch.allclose(soft, torch.tensor(2.0).log())
+        True
     """
     # An unlikely token with share 0 has log-probability -inf under some masks, and 0 * -inf is no number.
     likely = logits.log_softmax(-1).gather(1, choices).masked_fill(shares == 0, 0.0)

@@ -25,64 +25,65 @@ class Objective:
     def __init__(
         self,
         model: Model,
-        readings: Sequence[ResolvedTarget],
+        targets: Sequence[ResolvedTarget],
         config: TuneConfig,
-        material: TuningData,
+        data: TuningData,
         trained: Mapping[str, Mapping[str, nn.Parameter]],
         *,
         steered: bool = False,
     ) -> None:
-        """Losses over prepared material.
+        """Losses over prepared data.
 
         Args:
             model: with the leaves of `trained` in it.
-            readings: where cosines are read.
+            targets: where cosines are read.
             config: weights of the losses.
-            material: its centres and first block.
+            data: its centres and first block.
             trained: loss -> the parameters that it trains.
             steered: the KL is KL(tuned and steered || untuned), as in KL-then-steer, and not KL(untuned || tuned).
         """
-        self.model, self.config, self.material, self.steered = model, config, material, steered
-        self.readings = readings if config.cosine_weight else []
-        self.names = list(dict.fromkeys(name for reading in self.readings for name in reading.names))
-        self.vectors = [{n: v.to(model.cfg.device) for n, v in reading.vectors.items()} for reading in self.readings]
-        self.groups = {loss: list(found.values()) for loss, found in trained.items()}
+        self.model, self.config, self.data, self.steered = model, config, data, steered
+        self.targets = targets if config.cosine_weight else []
+        self.names = list(dict.fromkeys(name for target in self.targets for name in target.names))
+        self.vectors = [{n: v.to(model.cfg.device) for n, v in target.vectors.items()} for target in self.targets]
+        self.groups = {loss: list(parameters.values()) for loss, parameters in trained.items()}
         self.together = len({tuple(map(id, group)) for group in self.groups.values()}) == 1
         self.pad_id = pad_id_of(model)
 
     def gradients(self, rows: Sequence[Row], neutral: Sequence[Row], hooks: Sequence[FwdHook]) -> dict[str, float]:
-        """Adds the gradients of a step to the parameters', a few rows at a time, and gives its losses.
+        """Adds the gradients of a step to the parameters', a few rows at a time, and returns its losses.
 
         Averages are over the whole step, so that any micro-batch size gives the same gradients.
         """
-        found: dict[str, float] = {}
+        losses: dict[str, float] = {}
         for terms in self._terms(rows, neutral, hooks):
             self._backward(terms)
             for name, term in terms.items():
-                found[name] = found.get(name, 0.0) + float(term.detach())
-        return self._with_total(found)
+                losses[name] = losses.get(name, 0.0) + float(term.detach())
+        return self._with_total(losses)
 
     @torch.no_grad()
     def values(
-        self, rows: Sequence[Row], neutral: Sequence[Row], each: Sequence[Sequence[FwdHook]]
+        self, rows: Sequence[Row], neutral: Sequence[Row], hook_lists: Sequence[Sequence[FwdHook]]
     ) -> dict[str, float]:
         """The losses over all these rows, as means over several lists of hooks."""
-        found: dict[str, float] = {}
-        for hooks in each:
+        losses: dict[str, float] = {}
+        for hooks in hook_lists:
             for terms in self._terms(rows, neutral, hooks):
                 for name, term in terms.items():
-                    found[name] = found.get(name, 0.0) + float(term) / len(each)
-        return self._with_total(found)
+                    losses[name] = losses.get(name, 0.0) + float(term) / len(hook_lists)
+        return self._with_total(losses)
 
-    def _with_total(self, found: Mapping[str, float]) -> dict[str, float]:
-        return {**found, "total": sum(self.config.weight(name) * value for name, value in found.items())}
+    def _with_total(self, losses: Mapping[str, float]) -> dict[str, float]:
+        return {**losses, "total": sum(self.config.weight(name) * value for name, value in losses.items())}
 
     def _terms(
         self, rows: Sequence[Row], neutral: Sequence[Row], hooks: Sequence[FwdHook]
     ) -> Iterator[dict[str, Tensor]]:
         """The losses in portions that add up to their averages over all rows."""
-        counts = {place: sum(int(row.places[place].sum()) for row in rows) for row in rows[:1] for place in row.places}
-        predicted, of_neutral = (sum(int(row.predicts.sum()) for row in some) for some in (rows, neutral))
+        positions = rows[0].places if rows else ()
+        counts = {position: sum(int(row.places[position].sum()) for row in rows) for position in positions}
+        predicted, of_neutral = (sum(int(row.predicts.sum()) for row in part) for part in (rows, neutral))
         if self.names or self.config.token_weight:
             for part in self._parts(rows):
                 yield self._dual(part, counts, predicted, hooks)
@@ -101,30 +102,30 @@ class Objective:
         """Cosine and token loss, from one forward pass."""
         config, terms = self.config, {}
         with self._precision():
-            found, final = read(
-                self.model, batch, self.names, self.material.first_block, final=config.token_weight > 0, hooks=hooks
+            activations, final = read(
+                self.model, batch, self.names, self.data.first_block, final=config.token_weight > 0, hooks=hooks
             )
             logits = None if final is None else logits_of(self.model, final)
-        if self.readings:
-            each = [
-                reading.weight * self._cosine(reading, vectors, found, batch) / counts[reading.positions]
-                for reading, vectors in zip(self.readings, self.vectors, strict=True)
+        if self.targets:
+            cosines = [
+                target.weight * self._cosine(target, vectors, activations, batch) / counts[target.positions]
+                for target, vectors in zip(self.targets, self.vectors, strict=True)
             ]
-            terms["cosine"] = torch.stack(each).sum()
+            terms["cosine"] = torch.stack(cosines).sum()
         if logits is not None:
             losses = token_loss(logits.float(), batch.choices, batch.shares, config.free_nats)
             terms["token"] = losses.sum() / predicted
         return terms
 
     def _cosine(
-        self, reading: ResolvedTarget, vectors: Mapping[str, Tensor], found: Mapping[str, Tensor], batch: Batch
+        self, target: ResolvedTarget, vectors: Mapping[str, Tensor], activations: Mapping[str, Tensor], batch: Batch
     ) -> Tensor:
         """Summed over positions, averaged over hook points."""
-        where = batch.places[reading.positions]
-        centres = self.material.centres if self.config.centred else {}
+        mask = batch.places[target.positions]
+        centres = self.data.centres if self.config.centred else {}
         sums = [
             cosine_loss(
-                found[name][where].float(), vector, reading.direction, centres.get((reading.positions, name))
+                activations[name][mask].float(), vector, target.direction, centres.get((target.positions, name))
             ).sum()
             for name, vector in vectors.items()
         ]
@@ -134,7 +135,7 @@ class Objective:
         """KL to the untuned model, summed over positions; both sides in the weights' own precision."""
         assert batch.reference is not None
         with unmixed(self.model):
-            _, final = read(self.model, batch, [], self.material.first_block, final=True, hooks=hooks)
+            _, final = read(self.model, batch, [], self.data.first_block, final=True, hooks=hooks)
             assert final is not None
             tuned = logits_of(self.model, final).float().log_softmax(-1)
             with torch.no_grad():

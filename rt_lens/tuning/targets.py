@@ -13,7 +13,7 @@ from rt_lens.models.generation import as_chat, generate
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.losses import Direction
+from rt_lens.tuning.losses import Direction, check_direction
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Target:
         answer: what follows it.
         ended: whether the answer is whole: then its end is learnt too, so that the tuned model stops there. False for
             an answer that was cut off.
+
+    Example:
+        >>> target = Target(chat_text(model, "How was your day?"), "It was a long one.")
+        >>> "How was your day?" in target.prompt, target.ended
+        (True, True)
     """
 
     prompt: str
@@ -42,7 +47,9 @@ class Choice:
         shares: of each, with sum 1: (1, 0) is a hard choice, (0.5, 0.5) a soft one that only holds the output's form.
 
     Example:
-        >>> Choice("Is water wet? (A) yes (B) no. Answer:", (" A", " B"), (0.5, 0.5))
+        >>> soft = Choice("Is water wet? (A) yes (B) no. Answer:", (" A", " B"), (0.5, 0.5))
+        >>> soft.options
+        (' A', ' B')
     """
 
     prompt: str
@@ -57,10 +64,11 @@ class Choice:
             or len(self.options) != len(self.shares)
         ):
             raise ValueError(
-                f"options, shares: {self.options} and {self.shares} came; two or more of each are wanted, and a prompt."
+                "options and shares must be two or more of each, with a prompt, got "
+                f"{self.options} and {self.shares} for prompt {self.prompt[:60]!r}."
             )
         if not (min(self.shares) >= 0 and abs(sum(self.shares) - 1) <= 1e-6):
-            raise ValueError(f"shares: {self.shares} came; numbers from 0 with sum 1 are wanted.")
+            raise ValueError(f"shares must be 0 or more each and have sum 1, got {self.shares}.")
 
 
 TokenTarget: TypeAlias = Target | Choice
@@ -69,23 +77,29 @@ TokenTarget: TypeAlias = Target | Choice
 def write_targets(
     model: Model, pairs: ContrastPairs, direction: Direction, config: TuneConfig, *, progress: bool = False
 ) -> list[Target]:
-    """Targets in the model's own words: answers it writes under a persona, to be learnt without the persona.
+    """Targets in the model's own words: answers that it writes under a persona, to be learnt without the persona.
 
-    Those that it ended by itself within `target_tokens` keep their end.
+    Answers that the model ends within `target_tokens` keep their end.
 
     Args:
         model: the untuned model.
         pairs: personas and topics.
-        direction: `toward` takes the positive personas, `away` the negative; `suppress` takes none, so that the answers are
-            the model's own: places to read activations, and what a token loss holds the model to.
+        direction: `toward` takes the positive personas, `away` the negative; `suppress` takes none, so that the answers
+            are what the model writes anyway: texts to read activations in, and to which a token loss holds the model.
         config: number, length and seed of the targets.
         progress: show a bar.
+
+    Example:
+        >>> targets = write_targets(model, train, "toward", TuneConfig(n_targets=2, target_tokens=4))
+        >>> len(targets), train.pairs[0].positive in targets[0].prompt  # learnt without the persona
+        (2, False)
     """
+    check_direction(direction)
     chosen = pairs.sample(config.n_targets, seed=config.seed).pairs
     persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "suppress": lambda p: ""}[direction]
-    asked = [chat_text(model, pair.user, system=persona(pair)) for pair in chosen]
+    with_persona = [chat_text(model, pair.user, system=persona(pair)) for pair in chosen]
     plain = [chat_text(model, pair.user) for pair in chosen]
-    return _written(model, asked, plain, config, progress)
+    return _written(model, with_persona, plain, config, progress)
 
 
 def neutral_list(neutral: Iterable[Any]) -> list[Any]:
@@ -97,18 +111,24 @@ def neutral_list(neutral: Iterable[Any]) -> list[Any]:
 def write_neutral(
     model: Model, prompts: Iterable[str], config: TuneConfig | None = None, *, progress: bool = False
 ) -> list[Target]:
-    """The untuned model's answers to neutral prompts: where the KL term holds the tuned model to it."""
-    asked = as_chat(model, text_list(prompts, "prompts", none=True))
-    return _written(model, asked, asked, config or TuneConfig(), progress)
+    """The untuned model's answers to neutral prompts, on which the KL term keeps the tuned model close to it.
+
+    Example:
+        >>> targets = write_neutral(model, neutral, TuneConfig(target_tokens=4))
+        >>> len(targets), all(target.answer for target in targets)
+        (2, True)
+    """
+    chats = as_chat(model, text_list(prompts, "prompts", none=True))
+    return _written(model, chats, chats, config or TuneConfig(), progress)
 
 
 def _written(
-    model: Model, asked: Sequence[str], prompts: Sequence[str], config: TuneConfig, progress: bool
+    model: Model, chats: Sequence[str], prompts: Sequence[str], config: TuneConfig, progress: bool
 ) -> list[Target]:
-    """What the model answers to the texts asked, to be learnt as answers to the prompts."""
+    """The model's answers to some chats, to be learnt as answers to the prompts."""
     lengths: Counter[int] = Counter()
     answers = generate(
-        model, asked, chat=False, max_new_tokens=config.target_tokens, temperature=config.target_temperature,
+        model, chats, chat=False, max_new_tokens=config.target_tokens, temperature=config.target_temperature,
         seed=config.seed, progress=progress, on_token=lambda token: lengths.update([token.row]),
     )  # fmt: skip
     return [

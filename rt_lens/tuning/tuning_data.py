@@ -93,13 +93,13 @@ class Batch:
 
 
 def _filled(values: Tensor, k: int) -> Tensor:
-    """With columns of zeros up to k: a token with share 0."""
+    """The values with columns of zeros up to k: a token with share 0."""
     return torch.nn.functional.pad(values, (0, k - values.shape[1]))
 
 
 @dataclass(frozen=True)
 class TuningData:
-    """All that a tuning run reads; runs that differ in weights of the losses, kinds, steps or seed can share it.
+    """All that a tuning run reads; runs that differ in weights of the losses, modules, steps or seed can share it.
 
     Attributes:
         train: rows to learn from.
@@ -110,6 +110,11 @@ class TuningData:
         model: name of the model that it was prepared with.
         direction: that the model wrote the targets for; None if they were given.
         weights: checksum of the model's weights, which all of this was computed from; empty if nobody checks it.
+
+    Example:
+        >>> data = prepare_data(model, vectors, train.sample(4), config, neutral=neutral)
+        >>> len(data.neutral), data.first_block, data.direction  # config trains block 21 only
+        (2, 21, 'away')
     """
 
     train: list[Row]
@@ -135,10 +140,10 @@ def prepare_data(
     progress: bool = False,
     weights: str | None = None,
 ) -> TuningData:
-    """Writes targets where pairs came, and runs the untuned model once over all that stays constant while tuning.
+    """Writes targets where pairs are given, and runs the untuned model once over all that stays constant while tuning.
 
-    Everything before the first trained block is constant: its residual is computed once and kept, so that each step
-    starts there.
+    Everything before the first trained block is constant: its residual is computed once and stored, so that each step
+    starts from it.
 
     Args:
         model: the untuned model.
@@ -147,25 +152,35 @@ def prepare_data(
         config: its layers, hook, positions, trained layers, prefix cache, and number and length of targets are used.
         validation: held-out pairs or targets; by default a share of the training topics.
         neutral: prompts or targets for the KL term.
-        steer: steering that the losses are computed under; its layers are not cut off.
+        steer: steering that the losses are computed under; the stored prefix ends before its layers.
         progress: show bars.
         weights: checksum of the model's weights, where it is known already; read for None.
 
     Raises:
-        ValueError: if there is nothing to train or validate on, or a position that a text has not.
+        ValueError: if there is nothing to train or validate on, or a position that a text does not have.
+
+    Example:
+        >>> import dataclasses
+        >>> data = prepare_data(model, vectors, train.sample(4), config, neutral=neutral)
+        >>> deltas = [
+        ...     tune(model, vectors, data, dataclasses.replace(config, cosine_weight=weight), progress=False)
+        ...     for weight in (1.0, 14.0)
+        ... ]
+        >>> [delta.config["cosine_weight"] for delta in deltas]
+        [1.0, 14.0]
     """
-    readings, neutral = resolve_targets(model, vectors, config), neutral_list(neutral)
-    _check_texts(train, validation, config, {reading.direction for reading in readings})
+    resolved, neutral = resolve_targets(model, vectors, config), neutral_list(neutral)
+    _check_texts(train, validation, config, {target.direction for target in resolved})
     targets, held_out = _targets(model, train, validation, config, progress)
-    anchors = _anchors(model, neutral, config)
+    neutral_targets = _neutral_targets(model, neutral, config)
     first = _first_block(model, config, steer)
-    places = sorted({reading.positions for reading in readings})
-    rows = _rows(model, targets, places, first, config)
+    positions = sorted({target.positions for target in resolved})
+    rows = _rows(model, targets, positions, first, config)
     return TuningData(
         train=rows,
-        held_out=_rows(model, held_out, places, first, config),
-        neutral=_rows(model, anchors, [], first, config, reference=True),
-        centres=_centres(model, rows, readings, first, config),
+        held_out=_rows(model, held_out, positions, first, config),
+        neutral=_rows(model, neutral_targets, [], first, config, reference=True),
+        centres=_centres(model, rows, resolved, first, config),
         first_block=first,
         model=model_name(model),
         direction=config.direction if isinstance(train, ContrastPairs) else None,
@@ -189,16 +204,16 @@ def _first_block(model: Model, config: TuneConfig, steer: KLThenSteer | None) ->
 
 
 def _rows(
-    model: Model, targets: Sequence[TokenTarget], places: Sequence[str], first: int, config: TuneConfig,
+    model: Model, targets: Sequence[TokenTarget], positions: Sequence[str], first: int, config: TuneConfig,
     *, reference: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """The targets as rows, with prefix and reference on shelves."""
-    rows = [_row(model, target, places) for target in targets]
-    where = "memory" if config.prefix_cache == "off" else config.prefix_cache
-    prefixes = ActivationStore([len(row.tokens) for row in rows] if first else [], model.cfg, where)
+    """The targets as rows, with prefix and reference in stores."""
+    rows = [_row(model, target, positions) for target in targets]
+    storage = "memory" if config.prefix_cache == "off" else config.prefix_cache
+    prefixes = ActivationStore([len(row.tokens) for row in rows] if first else [], model.cfg, storage)
     read_at = [int(row.predicts.sum()) for row in rows]
-    finals = ActivationStore(read_at if reference and isinstance(model, HookedTransformer) else [], model.cfg, where)
-    found: list[Row] = []
+    finals = ActivationStore(read_at if reference and isinstance(model, HookedTransformer) else [], model.cfg, storage)
+    computed: list[Row] = []
     for batch_rows, batch in _in_batches(model, rows):
         if first:
             with quick(model), unmixed(model):
@@ -215,41 +230,42 @@ def _rows(
             if isinstance(model, HookedTransformer):
                 parts = [finals.put(part) for part in parts]
             batch_rows = [replace(row, reference=part) for row, part in zip(batch_rows, parts, strict=True)]
-        found += batch_rows
-    return found
+        computed += batch_rows
+    return computed
 
 
 def _in_batches(model: Model, rows: Sequence[Row], size: int = 16) -> Iterator[tuple[list[Row], Batch]]:
     for start in range(0, len(rows), size):
-        some = list(rows[start : start + size])
-        yield some, Batch.of(some, pad_id_of(model), model.cfg.device)
+        batch_rows = list(rows[start : start + size])
+        yield batch_rows, Batch.of(batch_rows, pad_id_of(model), model.cfg.device)
 
 
 def _centres(
-    model: Model, rows: Sequence[Row], readings: Sequence[ResolvedTarget], first: int, config: TuneConfig
+    model: Model, rows: Sequence[Row], targets: Sequence[ResolvedTarget], first: int, config: TuneConfig
 ) -> dict[tuple[str, str], Tensor]:
-    """Mean activations of the untuned model, over the training rows' positions read."""
-    wanted = list(dict.fromkeys((reading.positions, name) for reading in readings for name in reading.names))
-    wanted = [(place, name) for place, name in wanted if first <= layer_of(name)]
-    if not config.centred or not wanted:
+    """Mean activations of the untuned model, over the positions of the training rows that are read."""
+    keys = list(dict.fromkeys((target.positions, name) for target in targets for name in target.names))
+    keys = [(position, name) for position, name in keys if first <= layer_of(name)]
+    if not config.centred or not keys:
         return {}
     sums: dict[tuple[str, str], Tensor] = {}
     counts: dict[str, int] = {}
-    names = list(dict.fromkeys(name for _, name in wanted))
+    names = list(dict.fromkeys(name for _, name in keys))
     for _, batch in _in_batches(model, rows):
-        found, _ = read(model, batch, names, first, final=False)
-        for place, mask in batch.places.items():
-            counts[place] = counts.get(place, 0) + int(mask.sum())
-        for place, name in wanted:
-            part = found[name][batch.places[place]].float().sum(0)
-            sums[place, name] = sums[place, name] + part if (place, name) in sums else part
+        activations, _ = read(model, batch, names, first, final=False)
+        for position, mask in batch.places.items():
+            counts[position] = counts.get(position, 0) + int(mask.sum())
+        for key in keys:
+            position, name = key
+            part = activations[name][batch.places[position]].float().sum(0)
+            sums[key] = sums[key] + part if key in sums else part
     return {key: summed / counts[key[0]] for key, summed in sums.items()}
 
 
 def read(
     model: Model, batch: Batch, names: Sequence[str], first: int, *, final: bool, hooks: Sequence[FwdHook] = ()
 ) -> tuple[dict[str, Float[Tensor, "row pos d_model"]], Float[Tensor, "read width"] | None]:
-    """Activations at hook points and, if wanted, the final residual (a bridge: logits) at the positions that predict.
+    """Activations at hook points, and with `final` the final residual (a bridge: logits) where tokens are predicted.
 
     A HookedTransformer starts at block `first` where the batch has a prefix, and stops where nothing more is read.
 
@@ -258,25 +274,25 @@ def read(
     """
     if not names and not final:
         return {}, None
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
 
-    def keeping(name: str) -> FwdHook:  # by the name asked for: a bridge calls its hook points by others
-        def keep(activation: Tensor, hook: Any) -> None:
-            found[name] = activation
+    def storing(name: str) -> FwdHook:  # under this name: a bridge calls its hook points by others
+        def store(activation: Tensor, hook: Any) -> None:
+            activations[name] = activation
 
-        return name, keep
+        return name, store
 
     everything = torch.ones_like(batch.mask)
-    reading = model.hooks(fwd_hooks=[*hooks, *map(keeping, names)])
+    reading = model.hooks(fwd_hooks=[*hooks, *map(storing, names)])
     with quick(model), reading, token_context(batch.mask) if hooks else nullcontext():
         if not isinstance(model, HookedTransformer):
-            wanted = batch.predicts if final else torch.zeros_like(batch.predicts)
-            logits = bridge_logits(model, batch.tokens, everything, wanted)
-            return found, logits if final else None
-        start, given = (None, batch.tokens) if batch.prefix is None else (first, batch.prefix)
+            logits_at = batch.predicts if final else torch.zeros_like(batch.predicts)
+            logits = bridge_logits(model, batch.tokens, everything, logits_at)
+            return activations, logits if final else None
+        start, inputs = (None, batch.tokens) if batch.prefix is None else (first, batch.prefix)
         stop = model.cfg.n_layers if final else 1 + max(layer_of(name) for name in names)
-        output = model(given, start_at_layer=start, stop_at_layer=stop, attention_mask=everything)
-    return found, output[batch.predicts] if final else None
+        output = model(inputs, start_at_layer=start, stop_at_layer=stop, attention_mask=everything)
+    return activations, output[batch.predicts] if final else None
 
 
 def logits_of(model: Model, final: Float[Tensor, "read width"]) -> Float[Tensor, "read d_vocab"]:
@@ -284,7 +300,7 @@ def logits_of(model: Model, final: Float[Tensor, "read width"]) -> Float[Tensor,
     return unembed(model, final) if isinstance(model, HookedTransformer) else final
 
 
-def _row(model: Model, target: TokenTarget, places: Sequence[str]) -> Row:
+def _row(model: Model, target: TokenTarget, positions: Sequence[str]) -> Row:
     prompt = encode(model, target.prompt) if target.prompt else []
     if isinstance(target, Choice):
         tokens, start = torch.tensor(prompt), len(prompt) - 1
@@ -296,10 +312,13 @@ def _row(model: Model, target: TokenTarget, places: Sequence[str]) -> Row:
         shares = torch.ones(choices.shape)
     end = start + len(choices)
     if end <= start:
-        raise ValueError(f"train: the target with prompt {target.prompt[:60]!r} has no answer. Fill it in.")
+        raise ValueError(f"train must have an answer for every target, got none for prompt {target.prompt[:60]!r}.")
     predicts = torch.zeros(len(tokens), dtype=torch.bool)
     predicts[start:end] = True
-    masks = {place: predicts if place == "response" else _mask(model, target, place, tokens) for place in places}
+    masks = {
+        position: predicts if position == "response" else _mask(model, target, position, tokens)
+        for position in positions
+    }
     return Row(target.prompt, tokens, predicts, choices, shares, masks)
 
 
@@ -318,44 +337,50 @@ def _answer_ids(model: Model, target: Target, prompt: list[int]) -> list[int]:
 
 
 def _single(model: Model, prompt: str, option: str) -> int:
-    # Where it follows: some tokenizers give " A" alone a token for its beginning more.
+    # In its context, since some tokenizers give " A" alone an additional token for its beginning.
     before, after = encode(model, prompt), encode(model, answered(model, prompt, option))
     if len(after) != len(before) + 1 or after[:-1] != before:
         n = max(len(after) - len(before), 0)
         raise ValueError(
-            f"options: {option!r} is {n} tokens of this model after {prompt[-20:]!r}; one is wanted. Give a shorter "
-            "one, or mind its leading space."
+            f"options must be one token each, got {option!r}, which is {n} tokens of this model after "
+            f"{prompt[-20:]!r}. Give a shorter one, or check its leading space."
         )
     return int(after[-1])
 
 
-def _mask(model: Model, target: TokenTarget, place: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
-    """Where a named position lies: in the answer for `mean response`, in all for `mean`, else in the prompt."""
+def _mask(model: Model, target: TokenTarget, position: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
+    """Where a position of `extract_vectors` lies in a target: its prompt is the text that the model is given."""
     mask = torch.zeros(len(tokens), dtype=torch.bool)
     start = len(encode(model, target.prompt)) if target.prompt else 0
-    if place == "mean response":
+    if position == "mean response":
         mask[start:] = True
-    elif place == "mean":
+    elif position == "mean":
         mask[:] = True
     else:
         (row,) = rows_of(model, [target.prompt])
-        mask[numbers_in(row, position_of(place), f"the prompt {target.prompt[-40:]!r}")] = True
+        mask[numbers_in(row, position_of(position), f"the prompt {target.prompt[-40:]!r}")] = True
     if not mask.any():
-        raise ValueError(f"positions: {place!r} names no token of the target with prompt {target.prompt[:60]!r}.")
+        raise ValueError(
+            f"positions must name a token of every target, but {position!r} names none in the one with prompt "
+            f"{target.prompt[:60]!r}."
+        )
     return mask
 
 
 def _check_texts(train: Any, validation: Any, config: TuneConfig, directions: set[Direction]) -> None:
-    """Refuses what is no text to learn from, and targets written one way for aims that all point another."""
-    for name, given in (("train", train), ("validation", validation)):
-        if given is None or isinstance(given, ContrastPairs):
+    """Refuses what is no text to learn from, and targets written for a direction that no DirectionTarget has."""
+    for name, texts in (("train", train), ("validation", validation)):
+        if texts is None or isinstance(texts, ContrastPairs):
             continue
-        if not isinstance(given, Sequence) or not all(isinstance(each, Target | Choice) for each in given):
-            raise ValueError(f"{name}: ContrastPairs, or a list of Target and Choice, is wanted.")
+        if not isinstance(texts, Sequence) or not all(isinstance(text, Target | Choice) for text in texts):
+            raise ValueError(
+                f"{name} must be ContrastPairs, or a list of Target and Choice, got a {type(texts).__name__} of others."
+            )
     if isinstance(train, ContrastPairs) and config.token_weight and config.direction not in directions:
         raise ValueError(
-            f"direction: targets would be written for {config.direction!r}, and the aims point "
-            f"{', '.join(sorted(directions))}. Set the TuneConfig's direction, or give targets."
+            f"direction must be that of a DirectionTarget ({', '.join(sorted(directions))}), since the model writes "
+            "its "
+            f"targets for it, got {config.direction!r}. Set the TuneConfig's direction, or give targets."
         )
 
 
@@ -373,7 +398,7 @@ def _targets(
         validation = write_targets(model, validation, config.direction, few)
     if not train or not validation:
         raise ValueError(
-            f"train: {len(train)} targets to learn from and {len(validation)} to validate on; both need some. Give "
+            f"train must have targets to learn from and to validate on, got {len(train)} and {len(validation)}. Give "
             "more prompts, or `validation`."
         )
     return list(train), list(validation)
@@ -387,8 +412,8 @@ def _parted(targets: Sequence[TokenTarget], config: TuneConfig) -> tuple[list[To
     return [t for t in targets if t.prompt not in held], [t for t in targets if t.prompt in held]
 
 
-def _anchors(model: Model, neutral: Sequence[str] | Sequence[Target], config: TuneConfig) -> list[Target]:
-    """Neutral targets for the KL term: those given, or the untuned model's answers to the prompts given."""
+def _neutral_targets(model: Model, neutral: Sequence[str] | Sequence[Target], config: TuneConfig) -> list[Target]:
+    """Targets for the KL term: those given, or the untuned model's answers to the prompts given."""
     if config.kl_weight == 0:
         return []
     prompts = [entry for entry in neutral if isinstance(entry, str)]

@@ -14,63 +14,67 @@ from rt_lens.models.parameter_names import as_matrix, block_and_modules, from_ma
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
 
-parts_of = block_and_modules  # TODO-RENAME
-
 
 def trained_by(model: Model, config: TuneConfig) -> dict[str, dict[str, nn.Parameter]]:
     """Loss -> parameter name -> parameter, for the losses that have weight.
 
     Raises:
-        ValueError: blocks outside the model, kinds that it has not, or a fused matrix of which a part is wanted.
+        ValueError: blocks outside the model, modules that it does not have, or a part of a fused matrix.
     """
-    found = {loss: _chosen(model, config, loss) for loss in LOSSES if config.weight(loss) > 0}
-    by_loss = [each for each in (config.target_modules, config.trained_layers) if isinstance(each, Mapping)]
-    if "kl" in found and not all(each.get("kl") for each in by_loss):
-        # All kinds in all blocks of the other losses may be more than what any of them trains.
-        others = {name for loss in found.keys() - {"kl"} for name in found[loss]}
-        found["kl"] = {name: parameter for name, parameter in found["kl"].items() if name in others}
-    return found
+    trained = {loss: _chosen(model, config, loss) for loss in LOSSES if config.weight(loss) > 0}
+    by_loss = [setting for setting in (config.target_modules, config.trained_layers) if isinstance(setting, Mapping)]
+    if "kl" in trained and not all(setting.get("kl") for setting in by_loss):
+        # All modules in all blocks of the other losses may be more than what any of them trains.
+        others = {name for loss in trained.keys() - {"kl"} for name in trained[loss]}
+        trained["kl"] = {name: parameter for name, parameter in trained["kl"].items() if name in others}
+    return trained
 
 
 def _chosen(model: Model, config: TuneConfig, loss: str) -> dict[str, nn.Parameter]:
-    blocks, kinds = config.blocks_of(loss), set(config.target_modules_of(loss))
+    blocks, targets = config.blocks_of(loss), set(config.target_modules_of(loss))
     check_layers(model, blocks)
-    found: dict[str, nn.Parameter] = {}
+    chosen: dict[str, nn.Parameter] = {}
     seen: set[str] = set()
-    placed = {name: block_and_modules(name) for name, _ in model.named_parameters()}
-    apart = {(block, parts[0]) for block, parts in placed.values() if len(parts) == 1}
+    located = {name: block_and_modules(name) for name, _ in model.named_parameters()}
+    separate = {(block, modules[0]) for block, modules in located.values() if len(modules) == 1}
     for name, parameter in model.named_parameters():
-        block, parts = placed[name]
-        if block not in blocks or not set(parts) & kinds:
+        block, modules = located[name]
+        if block not in blocks or not set(modules) & targets:
             continue
-        # A bridge cuts most fused matrices up and runs the pieces: the whole is there still, and moves nothing.
-        if len(parts) > 1 and all((block, part) in apart for part in parts):
+        # A bridge splits most fused matrices and runs the pieces: the whole is still there, but nothing reads it.
+        if len(modules) > 1 and all((block, module) in separate for module in modules):
             continue
-        if not set(parts) <= kinds:
+        if not set(modules) <= targets:
             raise ValueError(
-                f"target_modules: {name} holds {', '.join(parts)} in one matrix, so they are trained together or not at all. "
-                "Name them all, or none."
+                f"target_modules must name all or none of {', '.join(modules)}, which {name} holds in one matrix, got "
+                f"{', '.join(sorted(targets))}."
             )
-        found[name] = parameter
-        seen.update(parts)
-    missing = kinds - seen if config.target_modules != MATRICES else set()  # the default takes what there is
-    if missing or not found:
+        chosen[name] = parameter
+        seen.update(modules)
+    missing = targets - seen if config.target_modules != MATRICES else set()  # the default takes what there is
+    if missing or not chosen:
         raise ValueError(
-            f"target_modules: {', '.join(sorted(missing or kinds))} not found in blocks {list(blocks)} of this model (for the "
-            f"{loss} loss). Leave it out, or name other trained_layers."
+            f"target_modules must be in the trained blocks, got {', '.join(sorted(missing or targets))}, which blocks "
+            f"{list(blocks)} of this model do not have (for the {loss} loss). Leave them out, or name other "
+            "trained_layers."
         )
-    if config.lora_rank and (flat := sorted(kinds - set(MATRICES))):
+    _check_rank(config, targets, chosen)
+    return chosen
+
+
+def _check_rank(config: TuneConfig, targets: set[str], chosen: Mapping[str, nn.Parameter]) -> None:
+    if config.lora_rank and (flat := sorted(targets - set(MATRICES))):
         raise ValueError(
-            f"target_modules: {', '.join(flat)} has no low-rank factors. Leave it out, or set lora_rank=0."
+            f"target_modules must be matrices where lora_rank is above 0, got {', '.join(flat)}. Leave them out, or "
+            "set "
+            "lora_rank=0."
         )
-    for name, parameter in found.items() if config.lora_rank else ():
+    for name, parameter in chosen.items() if config.lora_rank else ():
         out, into = as_matrix(name, parameter).shape
         if config.lora_rank >= min(out, into):
             raise ValueError(
-                f"lora_rank: {config.lora_rank} came; {name} is {out} x {into}, so less than {min(out, into)} is "
-                "wanted."
+                f"lora_rank must be less than {min(out, into)}, since {name} is {out} x {into}, got {config.lora_rank}."
             )
-    return found
 
 
 class FullRank:
@@ -92,21 +96,21 @@ class FullRank:
         self.parameter.grad = self.leaf.grad = None
 
     def take_gradient(self) -> None:
-        """Gives the leaf the gradient that the parameter has gathered."""
+        """Moves the gradient from the parameter to the leaf."""
         grad = self.parameter.grad
         self.leaf.grad = None if grad is None else grad.permute(self.axes).float()
 
     def write(self) -> None:
-        """Puts the leaf's values into the model."""
-        # In float32 this is the leaf's own memory: the optimiser's step is then the model's.
+        """Writes the leaf's values into the model."""
+        # In float32 this is the leaf's memory itself: the optimiser's step is then the model's.
         self.parameter.data = self.leaf.detach().permute(self.back).to(self.parameter.dtype)
 
 
 class LowRank:
     """A matrix plus B A of a low rank (Hu et al. 2021), B starting at zero.
 
-    The weight is linear in its factors, so their gradients follow from its own, G: A's is B^T G, B's is G A^T. It is
-    let go as soon as they are taken, so that no more than one matrix's gradient is held.
+    The weight is linear in its factors, so their gradients follow from the weight's, G: A's is B^T G, B's is G A^T. G
+    is freed as soon as they are computed, so that memory holds no more than one matrix's gradient.
     """
 
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, noise: torch.Generator) -> None:
@@ -132,10 +136,10 @@ class LowRank:
         self.parameter.grad = self.a.grad = self.b.grad = None
 
     def take_gradient(self) -> None:
-        """Nothing left to do: the hook has."""
+        """Nothing to do: the hook has done it."""
 
     def write(self) -> None:
-        """Puts the factors' product into the model."""
+        """Writes the factors' product into the model."""
         change = from_matrix(self.name, self.b.detach() @ self.a.detach(), tuple(self.before.shape))
         self.parameter.data = (self.before.float() + change).to(self.before.dtype)
 
@@ -165,8 +169,8 @@ def trainable_params(
         for leaf in leaves.values():
             if isinstance(leaf, LowRank):
                 leaf.hook.remove()
-        for parameter, (kept, grad) in memory.items():
-            parameter.data = kept
+        for parameter, (before, grad) in memory.items():
+            parameter.data = before
             parameter.grad = grad
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)

@@ -66,7 +66,6 @@ def extract_vectors(
     norm: Literal["keep", "unit"] = "keep",
     winsorised: float = 0.0,
     batch_size: int = 32,
-    padding: Literal["left", "right"] = "left",
     seed: int = 0,
     progress: bool = False,
 ) -> SteeringVectors:
@@ -84,7 +83,6 @@ def extract_vectors(
         norm: `keep` leaves the method's norm, `unit` gives length 1.
         winsorised: share of the pairs' differences that is clipped at either end of each dimension.
         batch_size: texts per forward pass; it changes nothing but speed.
-        padding: side of the padding; it changes nothing.
         seed: of `random`, and of the pairs' selection; kept in the provenance.
         progress: show a bar.
 
@@ -110,7 +108,7 @@ def extract_vectors(
     names = hook_names(check_layers(model, layers), hook)
     read_at = position_of(position)
     (sides,) = read_sides(
-        model, pairs, names, [read_at], batch_size=batch_size, padding=padding, progress=progress
+        model, pairs, names, [read_at], batch_size=batch_size, progress=progress
     )  # fmt: skip
     return vectors_of(sides, find, provenance_of(model, pairs, sides, label, seed), winsorised, norm == "unit")
 
@@ -215,7 +213,6 @@ def read_sides(
     positions: Sequence[Named],
     *,
     batch_size: int = 32,
-    padding: Literal["left", "right"] = "left",
     progress: bool = False,
 ) -> list[Sides]:
     """Activations of both sides of the pairs at several positions, from one run of each text."""
@@ -234,7 +231,7 @@ def read_sides(
         for i, row in enumerate(rows)
     ]
     activations = read_activations(
-        model, both, names, reads, batch_size=batch_size, padding=padding, progress=progress
+        model, both, names, reads, batch_size=batch_size, progress=progress
     )  # fmt: skip
     prompts = hashlib.sha256("\0".join(both).encode()).hexdigest()
     return [
@@ -266,7 +263,8 @@ def vectors_of(
     if sides.alike:
         raise ValueError(
             f"pairs must differ between their sides, but in {provenance.behaviour!r} the two sides are the same, token "
-            f"by token, up to the {sides.words}, so there is no direction. Give pairs whose sides differ, or read later "
+            f"by token, up to the {sides.words}, so there is no direction. Give pairs whose sides differ, or read "
+            "later "
             "tokens."
         )
     vectors, erasers = {}, {}
@@ -290,7 +288,8 @@ def vectors_of(
 
 
 def _by_head(of: Callable[[int], Callable[..., Tensor]], *activations: Float[Tensor, "text *heads d"]) -> Tensor:
-    """One head's function of activations [text, d], for every head where there are heads, which stay the axis before d."""
+    """One head's function of activations [text, d], for every head where there are heads, which stay the axis "
+    "before d."""
     if activations[0].ndim == 2:
         return of(0)(*activations)
     heads = range(activations[0].shape[1])

@@ -77,7 +77,8 @@ class Logistic:
 
     All features are divided by one number, their overall standard deviation: the result does not depend on the
     activations' scale, and its direction stays as it is, which standardising each feature would change. The fit runs in
-    the span of the centred rows, where the optimum lies; Newton's method finds it and it is unique, so there is no seed.
+    the span of the centred rows, where the optimum lies; Newton's method finds it and it is unique, so there is no
+    seed.
 
     Attributes:
         C: inverse strength of the regularisation. Small values tend to the mean difference, large ones to the widest
@@ -145,7 +146,8 @@ class Random:
         >>> import torch
         >>> positive, negative = torch.randn(20, 64) + 1.0, torch.randn(20, 64)
         >>> control, direction = Random(0)(positive, negative), mean_diff(positive, negative)
-        >>> bool(control.norm().isclose(direction.norm())), float(torch.cosine_similarity(control, direction, dim=0)) < 0.5
+        >>> cosine = torch.cosine_similarity(control, direction, dim=0)
+        >>> bool(control.norm().isclose(direction.norm())), bool(cosine < 0.5)
         (True, True)
     """
 

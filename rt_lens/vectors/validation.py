@@ -143,7 +143,6 @@ def validate_vectors(
     clearest = best if best is not None else int(table["layer"].iloc[int(table["d_prime"].argmax())])
     (at_best,) = hook_names([clearest], hook)
     learning = _learning(replace(refit, name=at_best), vectors[at_best], unseen, splits, seed)
-    table = table.assign(**{old: table[new] for old, new in _OLD_NAMES.items()})  # TODO-RENAME
     return VectorValidation(
         vectors, table, learning, _between_layers(vectors), _between_behaviours(vectors, others), recommended, best,
         reason, seed,

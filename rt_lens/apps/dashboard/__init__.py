@@ -1,1 +1,1 @@
-"""The dashboard: pages in a browser that draw what `rt_lens.plots` gives and compute what the rooms below do."""
+"""The dashboard: pages in a browser that show the figures of `rt_lens.plots` and call the rooms below."""

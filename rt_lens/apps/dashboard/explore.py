@@ -1,4 +1,4 @@
-"""Explore: what a prompt does inside, token by token and layer by layer, and the arms' answers as they come."""
+"""Explore: the projections of a prompt by token and layer, and the arms' responses as the model generates them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dash.development.base_component import Component
 from rt_lens import plots
 from rt_lens.apps.dashboard.panel import Work, choice, field, graph, slider, workplace
 from rt_lens.apps.dashboard.panel import connect as connect_work
-from rt_lens.apps.dashboard.session import Session, made
+from rt_lens.apps.dashboard.session import Session, provenance_text
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.arms.intervention import applied
 from rt_lens.common.arm_labels import ArmLabel
@@ -39,49 +39,49 @@ OPERATORS = {
     "ablate": "ablate: remove the share m",
     "clamp": "clamp: set the projection to m |v|",
 }
-LONGEST = 400  # tokens of a prompt; wider maps can no longer be read
-_BETWEEN = 0.25  # seconds between two drawings of a growing answer, which slow its writing
+LONGEST = 400  # tokens of a prompt; wider maps are unreadable
+_BETWEEN = 0.25  # seconds between two drawings of a growing response, because drawing slows generation
 _NO_ARM = "none"
 _FIRST = "Tell me about your weekend. Did anything nice happen, or was it all work again?"
 
 
-def layout(bench: Session) -> Component:
+def layout(session: Session) -> Component:
     title = html.H2("Explore")
-    if bench.has_model:
-        intro = "Type a prompt, press the button, then move the sliders: the pictures and the answers follow."
-        return html.Div([title, html.P(intro), workplace(PAGE, "Look and answer", _controls(bench), SLOTS)])
-    why = html.P(f"Nothing can be typed here: {bench.name} is not on this machine.")
-    return html.Div([title, why, *(_found(bench.run) if bench.run is not None else [])])
+    if session.has_model:
+        intro = "Type a prompt and press Run. Figures and responses follow when you move the sliders."
+        return html.Div([title, html.P(intro), workplace(PAGE, "Run", _controls(session), SLOTS)])
+    why = html.P(f"{session.name} is not on this machine, so you cannot type a prompt here.")
+    return html.Div([title, why, *(_of_run(session.run) if session.run is not None else [])])
 
 
-def _found(run: Results) -> list[Component]:
-    """The run's own text under its first arm and each other one."""
+def _of_run(run: Results) -> list[Component]:
+    """The text of the run with its projections: the first arm beside every other arm."""
     try:
-        found = run.projections()
+        projections = run.projections()
     except (FileNotFoundError, ValueError) as refusal:
         return [html.P(str(refusal), className="error")]
-    values = {name: np.asarray(rows, dtype=float) for name, rows in found["arms"].items()}
+    values = {name: np.asarray(rows, dtype=float) for name, rows in projections["arms"].items()}
     first, *others = values
     maps = [
         plots.projection_heatmap(
             {first: values[first], name: values[name]},
-            found["tokens"],
-            found["layers"],
+            projections["tokens"],
+            projections["layers"],
             title=f"Before and after: {name}",
         )
         for name in others
-    ] or [plots.projection_heatmap(values, found["tokens"], found["layers"])]
-    told: list[str | Component] = [
-        "All arms read one text, the prompt ",
-        html.Q(found["prompt"]),
-        " with an answer.",
+    ] or [plots.projection_heatmap(values, projections["tokens"], projections["layers"])]
+    intro: list[str | Component] = [
+        "All arms read one text: the prompt ",
+        html.Q(projections["prompt"]),
+        " with a response.",
     ]
-    return [html.H3("What the run found"), html.P(told), *map(graph, maps)]
+    return [html.H3("Results of the run"), html.P(intro), *map(graph, maps)]
 
 
-def _controls(bench: Session) -> list[Component]:
-    names, last = bench.behaviours(), bench.n_layers - 1
-    layer = _usual_layer(bench)
+def _controls(session: Session) -> list[Component]:
+    names, last = session.behaviours(), session.n_layers - 1
+    layer = _usual_layer(session)
     return [
         field("Prompt", dcc.Textarea(id="explore-prompt", value=_FIRST, rows=4), f"at most {LONGEST} tokens"),
         field("Behaviour", choice("explore-behaviour", names)),
@@ -89,64 +89,64 @@ def _controls(bench: Session) -> list[Component]:
         field(
             "Layer",
             slider("explore-layer", 0, last, 1, layer, range(0, last + 1, 5)),
-            "block that is steered and traced",
+            "block that is steered, and at which the trace is measured",
         ),
         field(
             "Multiplier m", slider("explore-multiplier", -4, 4, 0.5, 2, range(-4, 5)), "times the vector's own length"
         ),
-        field("Also answer as", choice("explore-arm", _arms(bench)), "an arm tuned by the run, or on the page Tuning"),
+        field("Tuned arm", choice("explore-arm", _arms(session)), "of the run, or from the page Tuning"),
         field("New tokens", slider("explore-length", 10, 120, 10, 40, (10, 40, 80, 120))),
     ]
 
 
-def connect(app: Dash, bench: Session) -> None:
+def connect(app: Dash, session: Session) -> None:
     def plan(
         prompt: str | None, behaviour: str, operator: str, layer: int, multiplier: float, arm: str, length: int
     ) -> tuple[str, Work]:
         text = (prompt or "").strip()
         if not text:
             raise ValueError("prompt must not be empty. Type what the user says, such as “How was your day?”.")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # which no tokenizer can read
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer encodes a lone surrogate
             raise ValueError(
                 "prompt must hold whole characters, got half of one, such as a cut emoji. Delete it, or type it again."
             )
-        look = _Look(bench, text, behaviour, operator, int(layer), float(multiplier), arm, int(length))
-        return "answering", look.run
+        job = _PromptJob(session, text, behaviour, operator, int(layer), float(multiplier), arm, int(length))
+        return "generating", job.run
 
-    connect_work(app, bench, PAGE, plan, _ids(SETTINGS), SLOTS, _ids(AGAIN))
+    connect_work(app, session, PAGE, plan, _ids(SETTINGS), SLOTS, _ids(AGAIN))
 
     @app.callback(Output("explore-arm", "options"), Input("url", "pathname"), prevent_initial_call=True)
-    def arms_by_now(_: str | None) -> list[dict[str, str]]:  # for the page stays, while Tuning makes more
-        return [{"label": label, "value": name} for name, label in _arms(bench).items()]
+    def current_arms(_: str | None) -> list[dict[str, str]]:  # the page stays while Tuning adds arms
+        return [{"label": label, "value": name} for name, label in _arms(session).items()]
 
 
-def _arms(bench: Session) -> dict[str, str]:
-    return {_NO_ARM: "none", **{name: name.replace("_", " ") for name in bench.deltas()}}
+def _arms(session: Session) -> dict[str, str]:
+    return {_NO_ARM: "none", **{name: name.replace("_", " ") for name in session.deltas()}}
 
 
 def _ids(names: tuple[str, ...]) -> list[str]:
     return [f"{PAGE}-{name}" for name in names]
 
 
-def _usual_layer(bench: Session) -> int:
-    """The run's last choice, or the depth that suits shallow and deep models alike."""
-    chosen = [choice["layer"] for choice in choices_of(bench.run.content).values()] if bench.run is not None else []
-    return int(chosen[-1]) if chosen else bench.usual_layer
+def _usual_layer(session: Session) -> int:
+    """The last layer that the run chose, or a depth that suits shallow and deep models."""
+    chosen = [choice["layer"] for choice in choices_of(session.run.content).values()] if session.run is not None else []
+    return int(chosen[-1]) if chosen else session.usual_layer
 
 
-class _Look:
-    """One press of the button: first the map of the prompt, then the answers."""
+class _PromptJob:
+    """The job of the button: first the map of the prompt, then the responses."""
 
     def __init__(
-        self, bench: Session, prompt: str, behaviour: str, operator: str, layer: int, multiplier: float, arm: str,
+        self, session: Session, prompt: str, behaviour: str, operator: str, layer: int, multiplier: float, arm: str,
         length: int,
     ) -> None:  # fmt: skip
-        self.bench, self.prompt, self.behaviour, self.arm, self.length = bench, prompt, behaviour, arm, length
+        self.session, self.prompt, self.behaviour, self.arm, self.length = session, prompt, behaviour, arm, length
         self.operator, self.layer, self.multiplier = operator, layer, multiplier
 
     def run(self, job: Job) -> None:
-        model, vectors = self.bench.model, _of_one_kind(self.bench.vectors(self.behaviour))
-        self.about = f"{self.behaviour}: {made(vectors)}"
+        model, vectors = self.session.model, _of_one_kind(self.session.vectors(self.behaviour))
+        self.subject = f"{self.behaviour}: {provenance_text(vectors)}"
         (text,) = as_chat(model, [self.prompt])
         n = len(encode(model, text))
         if n > LONGEST:
@@ -157,53 +157,53 @@ class _Look:
             "steered": steering(vectors, self.operator, self.layer, self.multiplier),
         }
         if self.arm != _NO_ARM:
-            arms[self.arm] = self.bench.delta(self.arm)
+            arms[self.arm] = self.session.delta(self.arm)
         self._show_prompt(job, model, vectors, text, arms)
-        self._show_answers(job, model, vectors, arms)
+        self._show_responses(job, model, vectors, arms)
 
     def _show_prompt(
         self, job: Job, model: Model, vectors: SteeringVectors, text: str, arms: Mapping[str, Any]
     ) -> None:
-        found = {}
-        for name, worn in arms.items():
-            with applied(model, worn):
+        projections = {}
+        for name, intervention in arms.items():
+            with applied(model, intervention):
                 tokens, values = token_projections(model, vectors, text)
-            found[str(ArmLabel.parse(name))] = values.numpy()
+            projections[str(ArmLabel.parse(name))] = values.numpy()
         layers = [layer_of(name) for name in vectors.hook_names]
-        title = f"Projection of the prompt's tokens ({self.about})"
-        job.show("map", graph(plots.projection_heatmap(found, tokens, layers, title=title), "explore-map-graph"))
-        job.let_look()
-        at_layer = {name: values[layers.index(self.layer)] for name, values in found.items()}
-        title = f"The prompt, coloured by its projection at layer {self.layer} ({self.about})"
+        title = f"Projection of the prompt's tokens ({self.subject})"
+        job.show("map", graph(plots.projection_heatmap(projections, tokens, layers, title=title), "explore-map-graph"))
+        job.wait_for_fetch()
+        at_layer = {name: values[layers.index(self.layer)] for name, values in projections.items()}
+        title = f"The prompt, coloured by its projection at layer {self.layer} ({self.subject})"
         job.show("words", graph(plots.coloured_tokens(tokens, at_layer, title=title), "explore-words-graph"))
-        averaged, rest = without_first(found, tokens)
-        title = f"The prompt's projection by layer ({self.about})"
+        averaged, rest = without_first(projections, tokens)
+        title = f"The prompt's projection by layer ({self.subject})"
         drawn = plots.projection_by_layer(averaged, tokens=rest, layers=layers, title=title)
         job.show("curves", graph(drawn, "explore-curves-graph"))
 
-    def _show_answers(self, job: Job, model: Model, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:
+    def _show_responses(self, job: Job, model: Model, vectors: SteeringVectors, arms: Mapping[str, Any]) -> None:
         names = [str(ArmLabel.parse(name)) for name in arms]
-        title = f"Each new token's projection at layer {self.layer}, as it is written ({self.about})"
-        answers = _Answers(model, job, names, title)
+        title = f"Projection of each new token at layer {self.layer} ({self.subject})"
+        responses = _Responses(model, job, names, title)
         trace = vectors.select([self.layer], vectors.kind)
-        # Untouched and steered run as one batch: row 0 gets nothing, which leaves it bit for bit as it was.
+        # Untuned and steered run as one batch: strength 0 leaves row 0 bit for bit unchanged.
         both = steering(vectors, self.operator, self.layer, self.multiplier, untouched_first=True)
         with applied(model, both):
             generate(
-                model, [self.prompt] * 2, max_new_tokens=self.length, trace=trace, on_token=answers.of(names[:2])
+                model, [self.prompt] * 2, max_new_tokens=self.length, trace=trace, on_token=responses.of(names[:2])
             )  # fmt: skip
         if self.arm != _NO_ARM:
-            with applied(model, self.bench.delta(self.arm)):
+            with applied(model, self.session.delta(self.arm)):
                 generate(
-                    model, [self.prompt], max_new_tokens=self.length, trace=trace, on_token=answers.of(names[2:])
+                    model, [self.prompt], max_new_tokens=self.length, trace=trace, on_token=responses.of(names[2:])
                 )  # fmt: skip
-        answers.show(ended=True)
+        responses.show(ended=True)
 
 
 def steering(
     vectors: SteeringVectors, operator: str, layer: int, multiplier: float, *, untouched_first: bool = False
 ) -> list[FwdHook]:
-    """The hooks that the controls ask for; with `untouched_first` for two rows, of which the first stays as it is."""
+    """The hooks of the controls' settings; with `untouched_first` for two rows, of which the first is unchanged."""
     full = 1.0 if operator == "clamp" else multiplier
     strength: Any = torch.tensor([0.0, full]) if untouched_first else full
     if operator == "clamp":
@@ -216,13 +216,13 @@ def steering(
 
 
 def _of_one_kind(vectors: SteeringVectors) -> SteeringVectors:
-    """One vector for each layer, to be a row of the map."""
+    """The vectors of one hook point per layer, which are the rows of the map."""
     layers = [layer_of(name) for name in vectors.at_layers(None, vectors.kind)]
     return vectors.select(layers, vectors.kind)
 
 
-class _Answers:
-    """Answers side by side as they grow, and the trace under them."""
+class _Responses:
+    """The responses side by side as they grow, and the trace below them."""
 
     def __init__(self, model: Model, job: Job, names: list[str], title: str) -> None:
         self.model, self.job, self.title = model, job, title
@@ -231,13 +231,13 @@ class _Answers:
         self.shown_at = 0.0
 
     def of(self, names: list[str]) -> Callable[[NewToken], None]:
-        """What a generation calls whose rows are these arms."""
+        """The callback of a generation whose rows are these arms."""
 
         def on_token(new: NewToken) -> None:
             self.job.watch(None)
             self.tokens[names[new.row]].append(new.token)
             for projection in new.projections.values():
-                self.rows.append({"arm": names[new.row], "place": new.place, "projection": projection})
+                self.rows.append({"arm": names[new.row], "index": new.index, "projection": projection})
             if time.monotonic() - self.shown_at > _BETWEEN:
                 self.show()
 
@@ -247,11 +247,11 @@ class _Answers:
         self.shown_at = time.monotonic()
         texts = {name: text_of(self.model, tokens) for name, tokens in self.tokens.items()}
         columns = [
-            html.Article([html.H3(name), html.P(text or ("(nothing)" if ended else "…"), className="answer")])
+            html.Article([html.H3(name), html.P(text or ("(empty)" if ended else "…"), className="answer")])
             for name, text in texts.items()
         ]
         self.job.show("answers", html.Div(columns, className="answers"))
         if self.rows:
             labels = {name: token_texts(self.model, tokens) for name, tokens in self.tokens.items()}
-            rows = [{**row, "token": labels[row["arm"]][row["place"]]} for row in self.rows]
+            rows = [{**row, "token": labels[row["arm"]][row["index"]]} for row in self.rows]
             self.job.show("trace", graph(plots.trace(rows, title=self.title), "explore-trace-graph"))

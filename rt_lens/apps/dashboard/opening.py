@@ -1,7 +1,7 @@
-"""Everything on pages of a browser: explore a prompt, vectors, steering, tuning, and arms compared.
+"""The dashboard in a browser: explore a prompt, vectors, steering and tuning, and compare arms.
 
-The pages draw what `rt_lens.plots` gives and compute what the rooms below do; here are only controls, a queue of work,
-and a server that listens on this machine alone.
+The pages show the figures of `rt_lens.plots` and call the rooms below. This package adds controls, a queue of jobs,
+and a server that listens on this machine only.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ def dashboard(
 ) -> Dashboard:
     """Opens the dashboard on this machine: live on a model, on a finished run, or both.
 
-    As the last line of a Jupyter cell it appears below the cell; elsewhere open its `url`. It works in a thread of this
-    process with this very model, so leave the model alone while a page is busy.
+    As the last line of a Jupyter cell it appears below the cell; elsewhere open its `url` in a browser. Its jobs run in
+    a thread of this process on this same model, so do not use the model while a page is busy.
 
     Args:
-        model: HookedTransformer or TransformerBridge; None to look at a run only.
-        vectors: of one behaviour, or name -> vectors. Those of shipped behaviours are made when they are first needed.
-        run: folder of a finished run, whose figures, vectors and tuned arms are shown as well.
-        behaviours: files of behaviours of your own, to be offered beside the shipped ones; or what `load_experiment`
-            made of them.
-        port: on which to listen, at 127.0.0.1 only; None for 8050, or any free one if that is taken.
-        height: of the frame in Jupyter, in pixels.
+        model: HookedTransformer or TransformerBridge; None to show a run only.
+        vectors: of one behaviour, or name -> vectors; those of other behaviours are extracted when first needed.
+        run: folder of a finished run; the pages show its figures, vectors and tuned arms.
+        behaviours: files of your own behaviours, or experiments from `load_experiment`, offered beside the built-in
+            ones.
+        port: the port at 127.0.0.1; None for 8050, or any free port if 8050 is taken.
+        height: height of the frame in Jupyter, in pixels.
 
     Returns:
         A Dashboard with `url`, `wait()` and `stop()`.
 
     Raises:
-        ImportError: Dash is not installed.
-        ValueError: neither a model nor a run, vectors of another model, or a port that is taken.
-        FileNotFoundError: there is no run in the folder.
+        ImportError: if Dash is not installed.
+        ValueError: if there is neither a model nor a run, the vectors are of another model, or the port is taken.
+        FileNotFoundError: if there is no run in the folder.
 
     Example:
         >>> board = dashboard(model, vectors)
         >>> board.url
-        'http://127.0.0.1:8050/'
+        'http://127.0.0.1:.../'
+        >>> board.stop()  # without it, the dashboard runs until Python ends
     """
     try:
         import dash  # noqa: F401
@@ -69,11 +70,11 @@ def dashboard(
         raise ValueError(
             "model or run must be given, got neither. Give a model, the folder of a finished run, or both."
         )
-    bench = Session(model, _named(vectors), load_results(run) if run is not None else None, behaviours)
+    session = Session(model, _named(vectors), load_results(run) if run is not None else None, behaviours)
     try:
-        return Dashboard(make_app(bench), bench.jobs, port, height)
+        return Dashboard(make_app(session), session.jobs, port, height)
     except BaseException:
-        bench.jobs.close()
+        session.jobs.close()
         raise
 
 

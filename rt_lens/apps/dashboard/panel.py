@@ -1,4 +1,4 @@
-"""The parts that all pages are made of: labelled controls, a figure, a table, and a button that starts long work."""
+"""The parts of every page: labelled controls, a figure, a table, and a button that starts a job."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dash.development.base_component import Component
 from dash.exceptions import PreventUpdate
 
 from rt_lens.apps.dashboard.session import Session
-from rt_lens.apps.dashboard.work import Job, told
+from rt_lens.apps.dashboard.work import Job, progress_text
 from rt_lens.common.formatting import number
 from rt_lens.plots.style import with_minus_sign
 
-TICK = 100  # milliseconds between two looks at a job
-# A look that is still on its way is dropped for the next one, so a busy machine must not be asked again too soon; and
-# a server that is away must be asked again some day.
+TICK = 100  # milliseconds between two requests for the state of a job
+# A new request cancels one that is still pending, so a busy server needs a long interval; a server that is gone needs
+# a request now and then.
 _PATIENCE = 5000
-# Plotly's toolbar could send a chart to its maker's cloud; the pages keep to themselves.
+# Plotly's toolbar could send a chart to the company's cloud; the pages send nothing away.
 _CONFIG: Any = {"displaylogo": False, "showSendToCloud": False, "typesetMath": False, "responsive": True}
 _RESTARTED = "The dashboard was restarted, which ended this job. Press the button again."
 
@@ -29,26 +29,26 @@ Work = Callable[[Job], Any]
 
 
 def named(label: str) -> dict[str, Any]:
-    """The name that a screen reader gives a part without one of its own."""
+    """The name of a part for screen readers."""
     return {"aria-label": label}
 
 
 def field(label: str, control: Component, note: str = "") -> html.Div:
-    """A control under its label, which screen readers read out with it; `note` says units or limits."""
-    own = str(getattr(control, "id", ""))
-    told_below = [html.Span(note, className="note")] if note else []
-    return html.Div([html.Label(label, htmlFor=own, id=f"{own}-label"), control, *told_below], className="field")
+    """A control below its label, which screen readers read out; `note` gives units or limits."""
+    name = str(getattr(control, "id", ""))
+    notes = [html.Span(note, className="note")] if note else []
+    return html.Div([html.Label(label, htmlFor=name, id=f"{name}-label"), control, *notes], className="field")
 
 
 def choice(name: str, options: Sequence[str] | Mapping[str, str], value: str | None = None) -> dcc.Dropdown:
     """A drop-down; `options` are values, or value -> label."""
     labels = options if isinstance(options, Mapping) else {option: option for option in options}
-    listed = [{"label": label, "value": option} for option, label in labels.items()]
-    return dcc.Dropdown(id=name, options=listed, value=value or next(iter(labels), None), clearable=False)
+    entries = [{"label": label, "value": option} for option, label in labels.items()]
+    return dcc.Dropdown(id=name, options=entries, value=value or next(iter(labels), None), clearable=False)
 
 
 def slider(name: str, low: float, high: float, step: float, value: float, marks: Iterable[float]) -> dcc.Slider:
-    """A slider with marks at some values; it tells its value when it is let go."""
+    """A slider with marks at some values; its value changes when the user lets go."""
     return dcc.Slider(
         id=name, min=low, max=high, step=step, value=value, marks={mark: f"{mark:g}" for mark in marks},
         updatemode="mouseup",
@@ -56,14 +56,14 @@ def slider(name: str, low: float, high: float, step: float, value: float, marks:
 
 
 def graph(figure: go.Figure, name: str | None = None) -> html.Figure:
-    """A figure on the page; one with a name stays in place while its content changes."""
+    """A figure on the page; with a name it stays in place while its content changes."""
     title = unescape(figure.layout.title.text or "figure")
-    held = dcc.Graph(id=name, figure=figure, config=_CONFIG) if name else dcc.Graph(figure=figure, config=_CONFIG)
-    return html.Figure(held, role="figure", **named(title))
+    content = dcc.Graph(id=name, figure=figure, config=_CONFIG) if name else dcc.Graph(figure=figure, config=_CONFIG)
+    return html.Figure(content, role="figure", **named(title))
 
 
 def table(rows: pd.DataFrame | Sequence[Mapping[str, Any]], caption: str, digits: int = 3) -> html.Div:
-    """A table with a caption; numbers are rounded, what is missing is a dash."""
+    """A table with a caption; numbers are rounded, and a missing value is a dash."""
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
     head = html.Tr([html.Th(str(column), scope="col") for column in frame.columns])
     body = [html.Tr([html.Td(_cell(value, digits)) for value in row]) for row in frame.itertuples(index=False)]
@@ -80,13 +80,13 @@ def _cell(value: Any, digits: int) -> str:
 
 
 def workplace(page: str, button: str, controls: Sequence[Component], slots: Sequence[str]) -> html.Div:
-    """Controls beside a button that starts long work, how far it is, and the slots where it shows what it finds.
+    """Controls with a button that starts a job, its progress, and the slots that it fills with results.
 
     Args:
-        page: what all ids begin with.
-        button: what the button says.
-        controls: each made by `field`.
-        slots: names of the places that the work fills, from top to bottom.
+        page: the prefix of all ids.
+        button: the label of the button.
+        controls: parts from `field`.
+        slots: names of the parts of the page that the job fills, from top to bottom.
     """
     return html.Div(
         [
@@ -106,7 +106,7 @@ def workplace(page: str, button: str, controls: Sequence[Component], slots: Sequ
                 ],
                 className="controls",
             ),
-            html.Div([html.Div(id=f"{page}-{slot}") for slot in slots], className="found"),
+            html.Div([html.Div(id=f"{page}-{slot}") for slot in slots], className="results"),
             dcc.Store(id=f"{page}-job"),
             dcc.Store(id=f"{page}-seen", data={}),
             dcc.Interval(id=f"{page}-tick", interval=TICK, disabled=True),
@@ -116,24 +116,24 @@ def workplace(page: str, button: str, controls: Sequence[Component], slots: Sequ
 
 
 def connect(
-    app: Dash, bench: Session, page: str, plan: Callable[..., tuple[str, Work]], settings: Sequence[str],
+    app: Dash, session: Session, page: str, plan: Callable[..., tuple[str, Work]], settings: Sequence[str],
     slots: Sequence[str], again: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Callbacks of a `workplace`.
 
     Args:
         app: the Dash app.
-        bench: what the work is done with.
-        page: as there.
-        plan: takes the settings' values, and gives the work's name and the work itself: a function of its Job that
-            fills slots by `job.show`. A ValueError, here or in the work, is shown to the reader.
+        session: the model, vectors and arms of the pages.
+        page: as for `workplace`.
+        plan: takes the values of the settings and returns the name of the job and its work, a function of the Job that
+            fills slots with `job.show`. The page shows the message of a ValueError in either.
         settings: ids of the controls, in the order of `plan`'s arguments.
-        slots: as there.
-        again: those of the settings whose change starts the work anew once it has been started by hand.
+        slots: as for `workplace`.
+        again: settings whose change restarts the job, once the button has been pressed.
     """
 
-    def out(part: str, what: str, *, shared: bool = False) -> Output:
-        return Output(f"{page}-{part}", what, allow_duplicate=shared)
+    def out(part: str, attribute: str, *, shared: bool = False) -> Output:
+        return Output(f"{page}-{part}", attribute, allow_duplicate=shared)
 
     @app.callback(
         output={"job": out("job", "data"), "error": out("error", "children")},
@@ -146,17 +146,17 @@ def connect(
         prevent_initial_call=True,
     )
     def start(pressed: int | None, changed: Any, values: Sequence[Any], before: str | None) -> dict[str, Any]:
-        if not pressed:  # the controls have just been laid out, or are being set before the first press
+        if not pressed:  # the controls are new on the page, or change before the first press
             return {"job": no_update, "error": no_update}
         empty = [name.removeprefix(f"{page}-") for name, value in zip(again, changed, strict=True) if value is None]
-        if empty:  # a slider's number that is being typed anew
+        if empty:  # the user is typing a new number beside a slider
             return {"job": no_update, "error": f"{empty[0]} must be a number, got nothing. Type one."}
         try:
             name, work = plan(*values)
         except ValueError as refusal:
             return {"job": no_update, "error": str(refusal)}
-        bench.jobs.stop(before)
-        return {"job": bench.jobs.start(name, work), "error": ""}
+        session.jobs.stop(before)
+        return {"job": session.jobs.start(name, work), "error": ""}
 
     @app.callback(
         output={
@@ -174,29 +174,29 @@ def connect(
         prevent_initial_call=True,
     )  # fmt: skip
     def tick(_: int | None, key: str | None, seen: Mapping[str, int]) -> dict[str, Any]:
-        if key is None:  # the page has just been laid out
+        if key is None:  # the page is new
             raise PreventUpdate
-        job = bench.jobs.get(key)
+        job = session.jobs.get(key)
         if job is None:
             stopped = {"status": "", "error": _RESTARTED, "done": "0", "total": "1", "stop_off": True, "off": True}
             return {**stopped, "seen": {}, "slots": [no_update] * len(slots)}
-        ended = job.ended  # read before the slots, or what is shown last could be missed
+        ended = job.ended  # read before the slots, or the last content could be missed
         now = {f"{key} {slot}": version for slot, version in list(job.versions.items())}
         new = [
             job.shown[slot] if now.get(f"{key} {slot}", 0) > seen.get(f"{key} {slot}", 0) else no_update
             for slot in slots
         ]
         if any(content is not no_update for content in new):
-            job.looked.set()
-        if ended:  # what earlier work has left would be taken for this one's
+            job.fetched.set()
+        if ended:  # content of an earlier job would look like a result of this one
             new = [content if slot in job.shown else None for slot, content in zip(slots, new, strict=True)]
         step = next(iter(job.unfinished), None)
         done, total = (str(step.done), str(step.total or 1)) if step and not ended else (str(int(ended)), "1")
         return {
-            "status": told(job, bench.jobs.before(job)), "error": job.error or no_update, "done": done, "total": total,
-            "stop_off": ended, "off": ended, "seen": now, "slots": new,
+            "status": progress_text(job, session.jobs.before(job)), "error": job.error or no_update,
+            "done": done, "total": total, "stop_off": ended, "off": ended, "seen": now, "slots": new,
         }  # fmt: skip
 
     @app.callback(Input(f"{page}-stop", "n_clicks"), State(f"{page}-job", "data"), prevent_initial_call=True)
     def stop(_: int | None, key: str | None) -> None:
-        bench.jobs.stop(key)
+        session.jobs.stop(key)

@@ -17,7 +17,7 @@ PORT = 8050
 
 
 class _Quiet(WSGIRequestHandler):
-    """Pages look for news several times a second; only faults are worth a line."""
+    """Pages send several requests a second; only errors are logged."""
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         if str(code).startswith("5"):
@@ -25,10 +25,10 @@ class _Quiet(WSGIRequestHandler):
 
 
 class Dashboard:
-    """A running dashboard. In Jupyter it shows itself below the cell.
+    """A running dashboard. In Jupyter it appears below the cell.
 
     Attributes:
-        url: where a browser on this machine finds it.
+        url: its address for a browser on this machine.
     """
 
     def __init__(self, app: Dash, jobs: Jobs, port: int | None, height: int) -> None:
@@ -40,12 +40,12 @@ class Dashboard:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when it has been stopped, or at Ctrl-C."""
+        """Blocks until the dashboard stops, or until Ctrl-C."""
         while self._thread.is_alive():
             self._thread.join(0.2)
 
     def stop(self) -> None:
-        """Ends what it works on and frees the port; pages in browsers go on once it is started again there."""
+        """Ends its jobs and frees the port; open pages work again after a restart on the same port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -62,20 +62,24 @@ class Dashboard:
 
 
 def _bound(app: Dash, port: int | None) -> BaseWSGIServer:
-    """A server on this port; on any free one if none was asked for and the usual is taken."""
+    """A server on this port; without a port on 8050, or on any free port if 8050 is taken.
+
+    Raises:
+        ValueError: if the port is no port, or taken.
+    """
     if port is not None and not 0 <= port <= 65535:
         raise ValueError(f"port must be a number from 1024 to 65535, or None for any free port, got {port}.")
     refused = ""
     for number in [port] if port is not None else [PORT, 0]:
-        with socket.socket() as place:  # bound here, since Werkzeug ends the program where a port is taken
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with socket.socket() as listener:  # Werkzeug would end the program if the port is taken
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                place.bind((HOST, number))
+                listener.bind((HOST, number))
             except OSError as error:
                 refused = error.strerror or str(error)
                 continue
-            place.listen()
+            listener.listen()
             return make_server(
-                HOST, number, app.server, threaded=True, request_handler=_Quiet, fd=place.fileno()
+                HOST, number, app.server, threaded=True, request_handler=_Quiet, fd=listener.fileno()
             )  # fmt: skip
     raise ValueError(f"port {port} is not available ({refused}). Give another, or None for any free port.")

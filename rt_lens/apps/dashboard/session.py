@@ -1,4 +1,4 @@
-"""What all tabs share: one model, the vectors and deltas at hand, a finished run, and the queue of work."""
+"""The state that all tabs share: one model, vectors, tuned arms, a finished run, and the queue of jobs."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 N_PAIRS = 96
 SEED = 0
-MOST_ASIDE = 16  # sets of vectors; each is some megabytes on a large model
+MOST_ASIDE = 16  # sets of vectors, of some megabytes each on a large model
 
 
 class Session:
-    """The workbench behind the pages.
+    """The state behind the pages.
 
     Args:
-        model: loaded once, used by one job at a time; None for a run whose model is not at hand.
-        vectors: behaviour -> vectors that are there already.
-        run: a finished run, whose vectors and tuned arms are at hand as well.
-        own: files of behaviours beside the shipped ones, or what `load_experiment` made of them.
+        model: used by one job at a time; None for a run whose model is not on this machine.
+        vectors: behaviour -> its vectors.
+        run: a finished run, whose vectors and tuned arms the pages offer too.
+        experiments: files of behaviours beside the built-in ones, or experiments from `load_experiment`.
+
+    Raises:
+        ValueError: if the vectors are of another model.
     """
 
     def __init__(
@@ -42,25 +45,25 @@ class Session:
         model: Model | None,
         vectors: Mapping[str, SteeringVectors],
         run: Results | None = None,
-        own: Sequence[str | Path | Experiment] = (),
+        experiments: Sequence[str | Path | Experiment] = (),
     ) -> None:
         self._model, self.run, self.jobs = model, run, Jobs(turn_of(model))
-        loaded = [each if isinstance(each, Experiment) else load_experiment(each) for each in own]
-        self._experiments = {each.name: each for each in loaded}
+        loaded = [item if isinstance(item, Experiment) else load_experiment(item) for item in experiments]
+        self._experiments = {experiment.name: experiment for experiment in loaded}
         self._pairs: dict[str, tuple[ContrastPairs, ContrastPairs]] = {}
-        # Those of the beginning, and those that a reader has put in their place.
+        # The vectors at the start, and those that a user has put in their place.
         self._vectors, self._kept = dict(vectors), dict[str, SteeringVectors]()
-        self._origins = dict.fromkeys(self._vectors, "those it was opened with")
+        self._origins = dict.fromkeys(self._vectors, "the vectors given at the start")
         self._aside: dict[str, tuple[str, SteeringVectors]] = {}
         self._numbers = itertools.count()
         self._deltas = dict[str, WeightDelta]()
         if run is not None and (file := run.file("vectors.safetensors")).is_file():
             of_run = str(run.content["behaviour"])
             self._vectors.setdefault(of_run, SteeringVectors.load(file))
-            self._origins.setdefault(of_run, "the run’s")
+            self._origins.setdefault(of_run, "the vectors of the run")
         if model is not None:
-            for found in self._vectors.values():
-                found.check_fits(model)
+            for loaded_vectors in self._vectors.values():
+                loaded_vectors.check_fits(model)
 
     @property
     def has_model(self) -> bool:
@@ -71,7 +74,7 @@ class Session:
         """The model, for jobs only.
 
         Raises:
-            ValueError: if it is not at hand.
+            ValueError: if it is not on this machine.
         """
         if self._model is None:
             raise ValueError(f"{self.name} is not on this machine. Name a model that is, with --model.")
@@ -87,11 +90,11 @@ class Session:
     def n_layers(self) -> int:
         if self._model is not None:
             return int(self._model.cfg.n_layers)
-        return 1 + max((layer_of(name) for own in self._vectors.values() for name in own.hook_names), default=0)
+        return 1 + max((layer_of(name) for vectors in self._vectors.values() for name in vectors.hook_names), default=0)
 
     @property
     def usual_layer(self) -> int:
-        """Where steering tends to work, in shallow and deep models alike."""
+        """A depth at which steering tends to work, in shallow and deep models."""
         return self.at_depth(0.7)
 
     def at_depth(self, share: float) -> int:
@@ -99,18 +102,18 @@ class Session:
         return round(share * (self.n_layers - 1))
 
     def behaviours(self) -> list[str]:
-        """Those with vectors first, then those that can have some."""
+        """The behaviours: those with vectors first, then those with contrast pairs."""
         return list(dict.fromkeys([*self._vectors, *self._kept, *self.with_pairs()]))
 
     def with_pairs(self) -> list[str]:
-        """Behaviours whose file is here: they have contrast pairs and prompts, and a scorer."""
+        """The behaviours with a file, and so with contrast pairs, prompts and a scorer."""
         return list(dict.fromkeys([*self._experiments, *behaviours()]))
 
     def experiment(self, behaviour: str) -> Experiment:
-        """What the behaviour's file says.
+        """The experiment of the behaviour's file.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if it has no file.
         """
         if behaviour not in self.with_pairs():
             raise ValueError(
@@ -120,13 +123,13 @@ class Session:
         return self._experiments.get(behaviour) or load_experiment(behaviour)
 
     def pairs(self, behaviour: str) -> tuple[ContrastPairs, ContrastPairs]:
-        """Training and validation pairs; a behaviour's test topics are never touched here."""
+        """Training and validation pairs; the dashboard never uses the test topics of a behaviour."""
         if behaviour not in self._pairs:  # a split compares thousands of combinations
             self._pairs[behaviour] = parts(self.experiment(behaviour))[:2]
         return self._pairs[behaviour]
 
     def vectors(self, behaviour: str) -> SteeringVectors:
-        """The vectors in use; mean differences of training pairs if there are none yet (for jobs only)."""
+        """The vectors in use; without any, it extracts mean differences of training pairs (for jobs only)."""
         kept = self._kept.get(behaviour)
         if kept is None and behaviour not in self._vectors:
             train, _ = self.pairs(behaviour)
@@ -145,10 +148,10 @@ class Session:
         return key
 
     def aside(self, key: str) -> tuple[str, SteeringVectors]:
-        """The behaviour and the vectors that were set aside under this key.
+        """The behaviour and the vectors of this key from `set_aside`.
 
         Raises:
-            ValueError: if they are gone.
+            ValueError: if they are no longer kept.
         """
         if key not in self._aside:
             raise ValueError(
@@ -158,26 +161,31 @@ class Session:
         return self._aside[key]
 
     def keep_vectors(self, behaviour: str, vectors: SteeringVectors) -> None:
-        """From now on all pages use these, until `forget_kept`."""
+        """Makes all pages use these vectors, until `forget_kept`."""
         self._kept[behaviour] = vectors
 
     def has_kept(self, behaviour: str) -> bool:
-        """Whether a reader has put others in the place of those of the beginning."""
+        """Whether a user has replaced the vectors that the behaviour had at the start."""
         return behaviour in self._kept
 
     def forget_kept(self, behaviour: str) -> None:
-        """All pages use those of the beginning again."""
+        """Makes all pages use the vectors that the behaviour had at the start."""
         self._kept.pop(behaviour, None)
 
     def origin(self, behaviour: str) -> str:
-        """Which vectors are those of the beginning: "the run's", say."""
-        return self._origins.get(behaviour, "the usual ones")
+        """Describes the vectors at the start: "the vectors of the run", for example."""
+        return self._origins.get(behaviour, "the default vectors")
 
     def deltas(self) -> list[str]:
-        """Names of the tuned arms: those that the run has kept, and those tuned here."""
+        """Names of the tuned arms: those of the run, and those tuned in this session."""
         return list(dict.fromkeys([*self._files(), *self._deltas]))
 
     def delta(self, name: str) -> WeightDelta:
+        """The weight change of a tuned arm.
+
+        Raises:
+            ValueError: if there is no such arm.
+        """
         if name not in self._deltas:
             files = self._files()
             if name not in files:
@@ -187,7 +195,7 @@ class Session:
         return self._deltas[name]
 
     def keep_delta(self, name: str, delta: WeightDelta) -> None:
-        """From now on the other pages offer it as an arm."""
+        """Makes all pages offer the weight change as an arm."""
         self._deltas[name] = delta
 
     def _files(self) -> dict[str, Path]:
@@ -196,18 +204,18 @@ class Session:
 
 
 def tuned_label(name: str) -> ArmLabel:
-    """The label of a tuned arm; what the dashboard puts behind its name, `(honesty) 2` say, stays with the arm.
+    """The label of a tuned arm; a suffix of the dashboard, such as `(mood) 2`, stays with the arm.
 
     Example:
-        >>> tuned_label("rep_tuned_away (honesty) 2")
-        ArmLabel(arm='rep_tuned (honesty) 2', direction='away', seed=0)
+        >>> tuned_label("rep_tuned_away (mood) 2")
+        ArmLabel(arm='rep_tuned (mood) 2', direction='away', seed=0)
     """
     stem, *suffix = name.split(" ", 1)
     label = ArmLabel.parse(stem)
     return label._replace(arm=" ".join([label.arm, *suffix]))
 
 
-def made(vectors: SteeringVectors) -> str:
-    """How vectors were made, in a few words: `mean_diff, 96 pairs, seed 0`."""
-    known = vectors.provenance
-    return f"{known.method}, {known.n_pairs} pairs, seed {known.seed}"
+def provenance_text(vectors: SteeringVectors) -> str:
+    """The origin of vectors in short: `mean_diff, 96 pairs, seed 0`."""
+    provenance = vectors.provenance
+    return f"{provenance.method}, {provenance.n_pairs} pairs, seed {provenance.seed}"

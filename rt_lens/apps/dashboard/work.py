@@ -1,4 +1,4 @@
-"""Long work off the page: one thread runs it, piece after piece, and any tab may look how far its own is, or end it."""
+"""Jobs in the background: one thread runs them in turn, and every tab can follow or stop its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rt_lens.common.progress import Step, watched
 from rt_lens.models.protocol import Model
 
 _KEPT = 64
-_A_LOOK = 0.3  # seconds
+_FETCH_TIME = 0.3  # seconds
 _log = logging.getLogger(__name__)
 
 State = Literal["waiting", "running", "done", "stopped", "failed"]
@@ -27,28 +27,28 @@ _TURNS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 
 
 def turn_of(model: Model | None) -> AbstractContextManager[Any]:
-    """One lock for each model, which two dashboards may share; nothing to wait for without one."""
+    """One lock per model, which several dashboards may share; without a model there is nothing to lock."""
     return nullcontext() if model is None else _TURNS.setdefault(model, threading.Lock())
 
 
 class Stopped(Exception):
-    """Raised inside a job whose reader has pressed Stop."""
+    """Raised inside a job after the user has pressed Stop."""
 
 
 @dataclass
 class Job:
-    """One piece of long work of one tab. The worker's thread writes, the pages' callbacks read.
+    """One job of one tab. The worker's thread writes its attributes, and the pages' callbacks read them.
 
     Attributes:
-        name: what it does, in a few words.
-        key: how a tab names it.
+        name: a short description, such as "tuning away".
+        key: the identifier that a tab keeps.
         state: waiting, running, done, stopped or failed.
-        error: what went wrong, in a sentence for the reader.
-        shown: slot of the page -> what it shows by now.
-        versions: slot -> how often that has changed.
-        steps: stage -> how far its bar is.
-        stop: set once the reader wants no more.
-        looked: set when the tab fetches something.
+        error: the message for the user, if it failed.
+        shown: slot of the page -> its content so far.
+        versions: slot -> number of changes of its content.
+        steps: stage -> progress of its bar.
+        stop: set after the user has pressed Stop.
+        fetched: set when the tab fetches content.
     """
 
     name: str
@@ -60,20 +60,24 @@ class Job:
     versions: dict[str, int] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
     stop: threading.Event = field(default_factory=threading.Event, repr=False)
-    looked: threading.Event = field(default_factory=threading.Event, repr=False)
+    fetched: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def show(self, slot: str, content: Any) -> None:
-        """Puts something in a slot of the page, at the tab's next look."""
+        """Fills a slot of the page, which the tab fetches with its next request."""
         self.shown[slot] = content
         self.versions[slot] = self.versions.get(slot, 0) + 1
 
-    def let_look(self) -> None:
-        """Waits a moment for the tab to fetch what is shown, before work that leaves it no core to draw it with."""
-        self.looked.clear()
-        self.looked.wait(_A_LOOK)
+    def wait_for_fetch(self) -> None:
+        """Waits briefly for the tab to fetch the content, before work that leaves the browser no core to draw it."""
+        self.fetched.clear()
+        self.fetched.wait(_FETCH_TIME)
 
     def watch(self, step: Step | None) -> None:
-        """What the bars of the work tell; raises once the reader wants no more."""
+        """Takes the progress of the job's bars.
+
+        Raises:
+            Stopped: if the user has pressed Stop.
+        """
         if self.stop.is_set():
             raise Stopped
         if step is not None:
@@ -85,15 +89,15 @@ class Job:
 
     @property
     def unfinished(self) -> list[Step]:
-        """The bars on their way, the outermost first."""
+        """The bars in progress, the outermost first."""
         return [step for step in list(self.steps.values()) if step.total is None or step.done < step.total]
 
 
 class Jobs:
-    """A queue and the one thread that works it off: a model's hooks and weights are for one user at a time."""
+    """A queue and one thread that runs its jobs, because hooks and weights of a model allow one user at a time."""
 
     def __init__(self, turn: AbstractContextManager[Any]) -> None:
-        """`turn` is held while a job runs; see `turn_of`."""
+        """The lock `turn` is held while a job runs; see `turn_of`."""
         self._turn = turn
         self._jobs: dict[str, Job] = {}
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -102,11 +106,11 @@ class Jobs:
         self._thread.start()
 
     def start(self, name: str, work: Callable[[Job], Any]) -> str:
-        """Queues the work; the key under which its tab finds it again.
+        """Queues a job and returns its key.
 
         Args:
-            name: what it does, in a few words ("answering").
-            work: is given its Job, to show things on the way.
+            name: a short description, such as "answering".
+            work: a function of the Job, which shows intermediate results on it.
         """
         job = Job(name, f"{next(self._numbers)}-{secrets.token_hex(4)}", work)
         self._jobs[job.key] = job
@@ -116,7 +120,7 @@ class Jobs:
         return job.key
 
     def get(self, key: str | None) -> Job | None:
-        """The job; None if there is none of this key, as after a restart of the server."""
+        """The job of this key, or None, for example after a restart of the server."""
         return self._jobs.get(key or "")
 
     def stop(self, key: str | None) -> None:
@@ -127,14 +131,14 @@ class Jobs:
                 job.state = "stopped"
 
     def close(self) -> None:
-        """Stops all work, and returns once the model is nobody's; nothing can be started any more."""
+        """Stops all jobs and returns when the model is free; no job can start afterwards."""
         for key in list(self._jobs):
             self.stop(key)
         self._queue.put(None)
         self._thread.join()
 
     def before(self, job: Job) -> list[Job]:
-        """The jobs that come before this one."""
+        """The unfinished jobs that are queued before this one."""
         ahead = itertools.takewhile(lambda other: other is not job, list(self._jobs.values()))
         return [other for other in ahead if not other.ended]
 
@@ -147,28 +151,28 @@ class Jobs:
         job.state = "running"
         try:
             with self._turn, watched(job.watch):
-                job.watch(None)  # it may have been stopped while another dashboard had its turn
+                job.watch(None)  # the user may have stopped it while another dashboard held the lock
                 job.work(job)
             job.state = "done"
         except Stopped:
             job.state = "stopped"
-        except (ValueError, OSError, ArithmeticError, ImportError, MemoryError) as refusal:  # said to rt_lens's users
+        except (ValueError, OSError, ArithmeticError, ImportError, MemoryError) as refusal:  # messages meant for users
             job.error, job.state = str(refusal), "failed"
-        except BaseException as fault:  # whatever it is, the next job must find its worker
+        except BaseException as fault:  # whatever happens, the worker must go on to the next job
             _log.exception("the job %r failed", job.name)
-            told = f"{type(fault).__name__}: {fault}"
-            job.error, job.state = f"{told} (unexpected; the terminal of the dashboard says more)", "failed"
+            message = f"{type(fault).__name__}: {fault}"
+            job.error, job.state = f"{message} (unexpected; see the terminal of the dashboard)", "failed"
 
 
-def told(job: Job, ahead: list[Job]) -> str:
-    """How far it is, in a line."""
+def progress_text(job: Job, ahead: list[Job]) -> str:
+    """The progress of a job in one line."""
     if job.state == "waiting":
-        return f"Waiting for {len(ahead)} before it." if ahead else "Starting."
+        return f"Waiting for {len(ahead)} {'job' if len(ahead) == 1 else 'jobs'}." if ahead else "Starting."
     if job.state == "running":
-        steps = [f"{step.stage}: {step.done} of {step.total or '?'} {_several(step.unit)}" for step in job.unfinished]
+        steps = [f"{step.stage}: {step.done} of {step.total or '?'} {_plural(step.unit)}" for step in job.unfinished]
         return f"{job.name[:1].upper()}{job.name[1:]} …" + (f" {'; '.join(steps)}" if steps else "")
     return {"done": "Done.", "stopped": "Stopped.", "failed": ""}[job.state]
 
 
-def _several(unit: str) -> str:
+def _plural(unit: str) -> str:
     return f"{unit}{'es' if unit.endswith(('ch', 's', 'x')) else 's'}"

@@ -43,9 +43,6 @@ def side_effect_of(rows: Iterable[Row]) -> Literal["kl", "perplexity"] | None:
     return next((column for column in columns if any(row[column] is not None for row in rows)), None)
 
 
-harm_of = side_effect_of  # TODO-RENAME
-
-
 def sample(row: Row) -> str:
     """Number of items and seeds of a row."""
     return f"n = {row['n']}, {seeds(row)}"

@@ -1,1 +1,1 @@
-"""Intervals, tests, effect sizes, power and calibration, thin over scipy and statsmodels. This room knows no model."""
+"""Intervals, tests, effect sizes, power and calibration, on scipy and statsmodels. This package knows no model."""

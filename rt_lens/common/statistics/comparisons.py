@@ -1,4 +1,4 @@
-"""Differences between two arms with tests and effect sizes, and the correction for many of them."""
+"""Differences between two arms, with tests and effect sizes, and a correction for many comparisons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from rt_lens.common.statistics.intervals import (
     Moments,
     Values,
     all_alike,
-    bootstrapped,
     crossed_interval,
     mean_interval,
     moments,
@@ -31,10 +30,10 @@ class Comparison(NamedTuple):
     Attributes:
         n: number of prompts; of an unpaired comparison, of both sides together.
         difference: mean of first minus mean of second.
-        low: lower bound; NaN (as is `high`) where there is no spread to judge by, as in `Interval`.
+        low: lower bound; NaN (as is `high`) if the observations have no spread, as in `Interval`.
         high: upper bound.
         p: two-sided.
-        test: what p comes from.
+        test: the test that gives p.
     """
 
     n: int
@@ -54,33 +53,36 @@ def paired_comparison(
 ) -> Comparison:
     """Mean of first - second over the same prompts.
 
-    One number per prompt: bootstrap interval (`mean_interval`) and sign-flip permutation test. One per tuning seed and
-    prompt: `crossed_interval` of the differences and its t-test. A side without seeds, such as the untuned model, is
-    set against every seed of the other. The test's size at the 5 % level is 5 % for one number per prompt, and 3.5 to
-    6.5 % for three seeds (simulated); far below 5 %, as a correction for many comparisons needs it, it is too small
-    for few seeds (p < 0.0005 comes ten times too often with three), and `cautious` is not.
+    With one number per prompt: a bootstrap interval (`mean_interval`) and a sign-flip permutation test. With one number
+    per tuning seed and prompt: `crossed_interval` of the differences and its t-test. A side without seeds, such as the
+    untuned model, is compared with every seed of the other. The test's size at the 5 % level is 5 % for one number per
+    prompt, and 3.5 to 6.5 % for three seeds (simulated). At levels far below 5 %, which a correction for many
+    comparisons needs, p is too small for few seeds (p < 0.0005 occurs ten times too often with three seeds); with
+    `cautious` it is not.
 
     Args:
         first: [prompt] or [seed, prompt].
         second: as many prompts, in the same order; as many seeds, or none.
         seed: of the bootstrap and the permutations.
-        cautious: take no more degrees of freedom for p than the seeds have, for `holm`.
+        cautious: limit p's degrees of freedom to those of the seeds, for `holm`.
 
     Raises:
-        ValueError: unlike numbers of prompts or seeds, no value, or one that is NaN or infinite.
+        ValueError: different numbers of prompts or seeds, no value, or a value that is NaN or infinite.
 
     Example:
-        >>> paired_comparison([0.9, 0.8, 0.7], [0.5, 0.9, 0.1])
+        >>> comparison = paired_comparison([0.9, 0.8, 0.7], [0.5, 0.9, 0.1])
+        >>> round(comparison.difference, 3), comparison.p, comparison.test
+        (0.3, 0.5, 'paired permutation, 9999 sign flips')
     """
     differences = _differences(first, second, most=2)
     if differences.ndim == 2 and len(differences) > 1:
         n_seeds, n_prompts = differences.shape
-        found, interval = moments(differences), crossed_interval(differences, seed)
+        mean, interval = moments(differences), crossed_interval(differences, seed)
         if cautious:
-            found = found.capped(n_seeds - 1)
-        if found.variance > 0:
-            return Comparison(*interval, found.p, f"crossed t, {n_seeds} seeds x {n_prompts} prompts")
-        differences = differences.mean(axis=0)  # no spread over seeds and prompts, so that signs are all there is
+            mean = mean.capped(n_seeds - 1)
+        if mean.variance > 0:
+            return Comparison(*interval, mean.p, f"crossed t, {n_seeds} seeds x {n_prompts} prompts")
+        differences = differences.mean(axis=0)  # without spread over seeds and prompts, only the signs are left
     differences = differences.reshape(-1)
     p = _permutation_p(differences, np.zeros_like(differences), "samples", seed)
     return Comparison(*mean_interval(differences, seed), p, "paired permutation, 9999 sign flips")
@@ -89,47 +91,26 @@ def paired_comparison(
 def mcnemar(first: Values, second: Values) -> Comparison:
     """Difference of two shares over the same prompts: McNemar's exact test (1947) and Newcombe's interval (1998).
 
-    The test asks whether, of the prompts on which the arms differ, each arm wins half. The interval is method 10 of
-    Newcombe's paper on paired data, of Wilson's two intervals and the outcomes' correlation; unlike a bootstrap it has
-    a width even if no prompt differs.
+    The test asks whether each arm wins half of the prompts on which the arms differ. The interval is method 10 of
+    Newcombe's paper on paired data, from Wilson's two intervals and the correlation of the outcomes; unlike a bootstrap
+    interval it has a width even if no prompt differs.
 
     Args:
         first: 0 or 1 for each prompt.
         second: the same prompts in the same order.
 
     Raises:
-        ValueError: unlike lengths, no value, or other values than 0 and 1.
+        ValueError: different lengths, no value, or values other than 0 and 1.
 
     Example:
-        >>> mcnemar([1, 1, 1, 0, 1], [0, 1, 0, 0, 0])
+        >>> comparison = mcnemar([1, 1, 1, 0, 1], [0, 1, 0, 0, 0])
+        >>> comparison.difference, comparison.p
+        (0.6, 0.25)
     """
     a, b = (_outcomes(name, values) for name, values in (("first", first), ("second", second)))
     _differences(a, b)
     p = float(mcnemar_of_table(_table(a, b), exact=True).pvalue)
     return Comparison(*_difference_of_shares(a, b), p, "McNemar, exact")
-
-
-def wilcoxon(first: Values, second: Values, seed: int = 0) -> Comparison:
-    """Wilcoxon's signed-rank test (1945) over the same prompts, which an outlier cannot carry alone.
-
-    The difference and its interval are of the mean, as in `paired_comparison`, so that rows of a table compare; p is
-    the ranks'. Differences of 0 are left out of the ranks. Exact up to 50 prompts without ties or
-    zeros and up to 13 with them, else a normal approximation.
-
-    Args:
-        first: one number per prompt.
-        second: the same prompts in the same order.
-        seed: of the bootstrap interval.
-
-    Raises:
-        ValueError: unlike lengths, no value, or one that is NaN or infinite.
-
-    Example:
-        >>> wilcoxon([0.9, 0.8, 0.7], [0.5, 0.9, 0.1])
-    """
-    differences = _differences(first, second)
-    p = float(stats.wilcoxon(_whole(differences)).pvalue) if differences.any() else 1.0
-    return Comparison(*mean_interval(differences, seed), p, "Wilcoxon signed rank")
 
 
 def unpaired_comparison(
@@ -139,20 +120,22 @@ def unpaired_comparison(
 ) -> Comparison:
     """Mean of first minus mean of second where the prompts differ: Welch's t-test (1947) and interval.
 
-    Prompts in common are worth pairing: `paired_comparison` sees smaller differences. With several tuning seeds a
-    side's variance and degrees of freedom are those of `crossed_interval`; the test's size at the 5 % level is then 3
+    If the prompts are the same, pair them: `paired_comparison` detects smaller differences. With several tuning seeds,
+    a side's variance and degrees of freedom are those of `crossed_interval`; the test's size at the 5 % level is then 3
     to 6 % (simulated).
 
     Args:
         first: [prompt] or [seed, prompt].
         second: likewise, with its own prompts and seeds.
-        seed: of the permutation test that is used where neither side has a spread.
+        seed: of the permutation test that replaces Welch's if neither side has a spread.
 
     Raises:
-        ValueError: no value, or one that is NaN or infinite.
+        ValueError: no value, or a value that is NaN or infinite.
 
     Example:
-        >>> unpaired_comparison([0.9, 0.8, 0.7], [0.5, 0.9, 0.1, 0.3])
+        >>> comparison = unpaired_comparison([0.9, 0.8, 0.7], [0.5, 0.9, 0.1, 0.3])
+        >>> comparison.n, round(comparison.difference, 3), comparison.test
+        (7, 0.35, 'Welch t, 3 and 4 prompts')
     """
     a, b = numbers("first", first, most=2), numbers("second", second, most=2)
     n = a.shape[-1] + b.shape[-1]
@@ -173,17 +156,18 @@ def unpaired_comparison(
 def holm(p_values: Values) -> Float[np.ndarray, " test"]:
     """Holm's correction over many comparisons (1979): adjusted p-values in the given order.
 
-    Calling those below 0.05 differences errs once or more in at most 5 % of such tables, however the tests hang
-    together.
+    If those below 0.05 count as differences, at most 5 % of such tables contain a false one, however the tests depend
+    on each other.
 
     Args:
-        p_values: of all comparisons that were made, not only of those that look well.
+        p_values: of all comparisons made, not only of those that look good.
 
     Raises:
         ValueError: no p-value, or one outside 0 to 1.
 
     Example:
-        >>> holm([0.01, 0.04, 0.03])  # 0.03, 0.06, 0.06
+        >>> holm([0.01, 0.04, 0.03]).round(3).tolist()
+        [0.03, 0.06, 0.06]
     """
     raw = numbers("p_values", p_values)
     if raw.min() < 0 or raw.max() > 1:
@@ -191,56 +175,25 @@ def holm(p_values: Values) -> Float[np.ndarray, " test"]:
     return np.asarray(multipletests(raw, method="holm")[1], dtype=float)
 
 
-def standardised_difference(first: Values, second: Values, seed: int = 0) -> Interval:
-    """Cohen's d_z: mean of the paired differences in units of their standard deviation, with a bootstrap interval.
-
-    It says how even the effect is over prompts, not how large it is: tell it beside the difference itself. The interval
-    covers 95 to 98 % from 16 prompts on (simulated).
-
-    Args:
-        first: one number per prompt.
-        second: the same prompts in the same order.
-        seed: of the bootstrap.
-
-    Returns:
-        NaN, bounds included, where the differences have no spread.
-
-    Raises:
-        ValueError: unlike lengths, no value, or one that is NaN or infinite.
-
-    Example:
-        >>> standardised_difference([0.9, 0.8, 0.7], [0.5, 0.9, 0.1])
-    """
-    differences = _differences(first, second)
-    if all_alike(differences):
-        return Interval(differences.size, float("nan"), float("nan"), float("nan"))
-    return bootstrapped(differences, _d_z, seed, 4000)
-
-
 def cliffs_delta(first: Values, second: Values) -> Interval:
     """Share of the prompts on which first is higher minus share on which it is lower (Cliff 1993, within subjects).
 
-    From -1 to 1, free of the scorer's unit. The interval is Newcombe's for the difference of two paired shares, so
-    that even "all prompts" has a width.
+    From -1 to 1, independent of the scorer's unit. The interval is Newcombe's for the difference of two paired shares,
+    so it has a width even if first is higher on all prompts.
 
     Args:
         first: one number per prompt.
         second: the same prompts in the same order.
 
     Raises:
-        ValueError: unlike lengths, no value, or one that is NaN or infinite.
+        ValueError: different lengths, no value, or a value that is NaN or infinite.
 
     Example:
-        >>> cliffs_delta([0.9, 0.8, 0.7], [0.5, 0.9, 0.1]).mean  # 2/3 - 1/3
+        >>> round(cliffs_delta([0.9, 0.8, 0.7], [0.5, 0.9, 0.1]).mean, 3)  # 2/3 - 1/3
+        0.333
     """
     differences = _differences(first, second)
     return _difference_of_shares(differences > 0, differences < 0)
-
-
-def _d_z(differences: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.mean(differences, axis=axis) / np.std(differences, axis=axis, ddof=1)
-    return np.nan_to_num(found, nan=0.0, posinf=np.inf, neginf=-np.inf)  # a resample that is all zeros shows nothing
 
 
 def _difference_of_shares(a: Shaped[np.ndarray, " prompt"], b: Shaped[np.ndarray, " prompt"]) -> Interval:
@@ -279,7 +232,7 @@ def _outcomes(argument: str, values: Values) -> Shaped[np.ndarray, " prompt"]:
 
 
 def _differences(first: Any, second: Any, most: int = 1) -> Shaped[np.ndarray, "..."]:
-    """First minus second, [prompt] or, if two axes may come, [seed, prompt]."""
+    """First minus second: [prompt], or with `most=2` also [seed, prompt]."""
     a, b = numbers("first", first, most=most), numbers("second", second, most=most)
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(
@@ -301,11 +254,11 @@ def _permutation_p(
     kind: Literal["samples", "independent"],
     seed: int,
 ) -> float:
-    """Of the difference of means. One observation proves nothing, and is more than scipy takes."""
+    """p of the difference of means. A single observation shows nothing, and scipy's test needs more."""
     if min(len(a), len(b)) == 1 or all_alike(np.concatenate([a, b])):
         return 1.0
     whole = _whole(np.concatenate([a, b]))
-    sides = np.sort(whole[: len(a)]), np.sort(whole[len(a) :])  # the order of prompts changes nothing
+    sides = np.sort(whole[: len(a)]), np.sort(whole[len(a) :])  # so the order of prompts does not matter
     result = stats.permutation_test(
         sides, _mean_difference, permutation_type=kind, vectorized=True, n_resamples=9999, rng=seed
     )
@@ -313,7 +266,7 @@ def _permutation_p(
 
 
 def _whole(values: Shaped[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
-    """In whole parts of the largest, so that ties are ties: 0.3 - 0.2 is not quite 0.2 - 0.1."""
+    """Values as whole multiples of a tiny unit, so that ties are ties: 0.3 - 0.2 is not quite 0.2 - 0.1."""
     return np.rint(values / np.abs(values).max() * 2**40)  # sums of 4,096 of them are exact
 
 

@@ -23,8 +23,8 @@ class Interval(NamedTuple):
     Attributes:
         n: number of independent observations: prompts, texts or questions, never prompts times tuning seeds.
         mean: the estimate.
-        low: lower bound; NaN (as is `high`) where the observations have no spread to judge by: a single one, or all
-            alike. No width would claim certainty, and infinite bounds would stretch every axis.
+        low: lower bound; NaN (as is `high`) if the observations have no spread: a single one, or all the same. An
+            interval without width would claim certainty, and infinite bounds would stretch every axis.
         high: upper bound.
     """
 
@@ -37,18 +37,20 @@ class Interval(NamedTuple):
 def share_interval(hits: int, n: int, method: Literal["wilson", "exact"] = "wilson") -> Interval:
     """Share with Wilson's score interval (1927), or Clopper and Pearson's exact one (1934).
 
-    Wilson's covers 95 % on average over shares and n, the exact one 95 % or more whatever they are, and is wider.
+    Wilson's interval covers 95 % on average over shares and n. The exact one covers at least 95 % for each of them, and
+    is wider.
 
     Args:
-        hits: how many.
-        n: of how many.
+        hits: number of hits.
+        n: number of trials.
         method: `wilson` or `exact`.
 
     Raises:
         ValueError: hits below 0 or above n, n of 0, or an unknown method.
 
     Example:
-        >>> share_interval(10, 100)  # 0.10 [0.055, 0.174]
+        >>> [round(value, 3) for value in share_interval(10, 100)]
+        [100, 0.1, 0.055, 0.174]
     """
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"hits must be between 0 and n, with n above 0, got hits={hits} and n={n}. Check both counts.")
@@ -63,31 +65,33 @@ def share_interval(hits: int, n: int, method: Literal["wilson", "exact"] = "wils
 def mean_interval(values: Values, seed: int = 0, resamples: int = 4000) -> Interval:
     """Mean with a bias-corrected accelerated bootstrap interval (Efron 1987), widened for small n (Hesterberg 2015).
 
-    A plain bootstrap is too narrow, by the factor sqrt((n - 1) / n) and for want of Student's t: of 95 % it covers 92 %
-    at n = 16. Widened, it covers 93 to 97 % in simulations from n = 16 on for normal and for bounded skewed values
-    such as VADER's, and from n = 24 on for exponential values and values in two heaps. With fewer it covers less: 77
-    to 96 % at 8, and at 3 no more than 75 %, for no bootstrap leaves the range of its sample.
+    A plain bootstrap is too narrow, by the factor sqrt((n - 1) / n) and because it ignores Student's t: at n = 16 it
+    covers 92 % instead of 95 %. Widened, it covers 93 to 97 % in simulations, from n = 16 on for normal and for bounded
+    skewed values such as VADER's, and from n = 24 on for exponential and bimodal values. With fewer values it covers
+    less: 77 to 96 % at 8, and at most 75 % at 3, since no bootstrap leaves the range of its sample.
 
     Args:
-        values: one number per prompt. For shares use `share_interval`, which also knows what none or all of n says.
+        values: one number per prompt. For shares use `share_interval`, which also covers shares of 0 and 1.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
     Returns:
-        Bounds are NaN for one value, or values that are all alike.
+        Bounds are NaN for one value, or values that are all the same.
 
     Raises:
-        ValueError: no value, or one that is NaN or infinite.
+        ValueError: no value, or a value that is NaN or infinite.
 
     Example:
-        >>> mean_interval([0.1, 0.4, 0.3, 0.8])
+        >>> interval = mean_interval([0.1, 0.4, 0.3, 0.8])
+        >>> interval.n, round(interval.mean, 3), interval.low < interval.mean < interval.high
+        (4, 0.4, True)
     """
     sample = numbers("values", values)
     return bootstrapped(sample, np.mean, seed, resamples)
 
 
 def ratio_interval(totals: Values | Grid, sizes: Values, seed: int = 0, resamples: int = 4000) -> Interval:
-    """Ratio of sums, such as nats per token or a weighted mean: whole texts are resampled.
+    """Ratio of sums, such as nats per token or a weighted mean; the bootstrap resamples whole texts.
 
     Percentile bootstrap, widened as in `mean_interval`: in simulations of texts of unequal length it covers 94 % at 18
     and 95 % at 24 texts for log-likelihoods, 93 % and 94 % for KL (skewed); BCa covers 1 to 2 points less. Totals of
@@ -95,15 +99,19 @@ def ratio_interval(totals: Values | Grid, sizes: Values, seed: int = 0, resample
 
     Args:
         totals: each text's sum, [text] or [seed, text].
-        sizes: what each text counts, [text]: its tokens, or its weight. A text of size 0 is left out.
+        sizes: the size of each text, [text]: its tokens, or its weight. Texts of size 0 are left out.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
     Raises:
-        ValueError: unlike lengths, a negative size, no text with a size, or a value that is NaN or infinite.
+        ValueError: different lengths, a negative size, no text with a size, or a value that is NaN or infinite.
 
     Example:
-        >>> ratio_interval(nll, sizes)  # nats per token
+        Nats per token of three texts:
+
+        >>> interval = ratio_interval([30.0, 50.0, 42.0], sizes=[10, 20, 15])
+        >>> interval.n, round(interval.mean, 3)
+        (3, 2.711)
     """
     above, below = numbers("totals", totals, most=2), numbers("sizes", sizes)
     if above.shape[-1] != below.size:
@@ -120,7 +128,7 @@ def ratio_interval(totals: Values | Grid, sizes: Values, seed: int = 0, resample
     n, ratio = below.size, float(grid.mean(0).sum() / below.sum())
     if len(grid) > 1:
         return crossed_interval(ratio + (grid - ratio * below) / below.mean())
-    order = np.lexsort((grid[0], below))  # the order of texts changes nothing
+    order = np.lexsort((grid[0], below))  # so the order of texts does not matter
     drawn = order[np.random.default_rng(seed).integers(0, n, (resamples, n))]
     ratios = grid[0][drawn].sum(1) / below[drawn].sum(1)
     if all_alike(ratios):
@@ -130,7 +138,7 @@ def ratio_interval(totals: Values | Grid, sizes: Values, seed: int = 0, resample
 
 
 def crossed_interval(values: Grid, seed: int = 0) -> Interval:
-    """Mean over tuning seeds x prompts; the interval holds what other seeds and other prompts would change.
+    """Mean over tuning seeds x prompts; the interval covers the variation over both seeds and prompts.
 
     Two-way random effects by the method of moments: the mean's variance is (MS_seed + max(MS_prompt - MS_rest, 0)) /
     (seeds x prompts). Its degrees of freedom d weigh those of its two parts by the parts' shares: 1/d = share_seed /
@@ -141,16 +149,19 @@ def crossed_interval(values: Grid, seed: int = 0) -> Interval:
 
     Args:
         values: one number per seed and prompt, the same prompts for every seed.
-        seed: of the bootstrap, which a single tuning seed gets (`mean_interval`, over prompts alone).
+        seed: of the bootstrap for a single tuning seed (`mean_interval`, over prompts alone).
 
     Returns:
-        n is the number of prompts; say the seeds beside it. Bounds are NaN for one prompt, or no spread.
+        n is the number of prompts; report the number of seeds beside it. Bounds are NaN for one prompt, or no spread.
 
     Raises:
-        ValueError: no value, or one that is NaN or infinite.
+        ValueError: no value, or a value that is NaN or infinite.
 
     Example:
-        >>> crossed_interval([[0.1, 0.4, 0.3], [0.2, 0.4, 0.5]])  # two seeds, three prompts
+        Two seeds, three prompts:
+
+        >>> [round(value, 3) for value in crossed_interval([[0.1, 0.4, 0.3], [0.2, 0.4, 0.5]])]
+        [3, 0.317, -0.217, 0.85]
     """
     grid = numbers("values", values, least=2, most=2)
     if len(grid) == 1:
@@ -159,11 +170,11 @@ def crossed_interval(values: Grid, seed: int = 0) -> Interval:
 
 
 class Moments(NamedTuple):
-    """A mean as a t-test sees it.
+    """A mean with the quantities of its t-test.
 
     Attributes:
         mean: the estimate.
-        variance: of the mean; 0 if there is no spread to judge by.
+        variance: of the mean; 0 if the observations have no spread.
         df: degrees of freedom of that variance.
     """
 
@@ -179,23 +190,24 @@ class Moments(NamedTuple):
         return self.mean, self.mean - half, self.mean + half
 
     def capped(self, df: float) -> Moments:
-        """The same with no more degrees of freedom than these."""
+        """The same with at most `df` degrees of freedom."""
         return self._replace(df=min(self.df, df))
 
     @property
     def p(self) -> float:
-        """Two-sided, of a mean of 0; for a variance above 0."""
+        """Two-sided p-value against a mean of 0; needs a variance above 0."""
         return float(2 * stats.t.sf(abs(self.mean) / np.sqrt(self.variance), self.df))
 
 
 def moments(values: Shaped[np.ndarray, "*seed prompt"]) -> Moments:
-    """Mean, its variance and degrees of freedom: of [prompt] Student's, of [seed, prompt] as in `crossed_interval`.
+    """Mean, its variance and degrees of freedom: Student's for [prompt], `crossed_interval`'s for [seed, prompt].
 
     Args:
         values: finite numbers.
 
     Example:
-        >>> moments(np.array([0.1, 0.4, 0.3])).interval()
+        >>> [round(value, 3) for value in moments(np.array([0.1, 0.4, 0.3])).interval()]
+        [0.267, -0.113, 0.646]
     """
     mean, n_prompts = float(values.mean()), values.shape[-1]
     if n_prompts == 1 or all_alike(values):
@@ -240,19 +252,19 @@ def numbers(argument: str, values: Any, least: int = 1, most: int = 1) -> Shaped
 
 
 def all_alike(values: Shaped[np.ndarray, "..."]) -> bool:
-    """But for rounding: 0.9 - 0.4 and 0.8 - 0.3 are no spread."""
+    """Whether all values are the same, up to rounding: 0.9 - 0.4 and 0.8 - 0.3 are."""
     return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
 
 
 def bootstrapped(
     sample: Shaped[np.ndarray, " prompt"], statistic: Callable[..., Any], seed: int, resamples: int
 ) -> Interval:
-    """BCa, or percentile where that is undefined; widened."""
-    sample = np.sort(sample)  # the order of prompts changes nothing
+    """The widened BCa interval, or the widened percentile interval where BCa is undefined."""
+    sample = np.sort(sample)  # so the order of prompts does not matter
     n, estimate = sample.size, float(statistic(sample))
     if all_alike(sample):
         return Interval(n, estimate, *_NO_BOUNDS)
-    level = min(1 - 2 * _tail(n), 1 - 1e-12)  # scipy's BCa knows no level of 1
+    level = min(1 - 2 * _tail(n), 1 - 1e-12)  # scipy's BCa refuses a level of 1
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # a statistic may be infinite on a resample
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         for method in ("BCa", "percentile"):
@@ -266,5 +278,5 @@ def bootstrapped(
 
 
 def _tail(n: int) -> float:
-    """Share of the bootstrap to leave out at either end: the normal tail beyond sqrt(n / (n - 1)) times Student's t."""
+    """Share of the bootstrap to cut off at each end: the normal tail beyond sqrt(n / (n - 1)) times Student's t."""
     return float(stats.norm.sf(np.sqrt(n / (n - 1)) * stats.t.ppf(0.975, n - 1)))

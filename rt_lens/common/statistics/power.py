@@ -1,4 +1,4 @@
-"""How many prompts a difference needs, and how small a difference a number of prompts can show (paired t-test)."""
+"""Power of the paired t-test: the prompts that a difference needs, and the difference that prompts can show."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from rt_lens.common.statistics.intervals import Values, numbers
 
 
 def prompts_needed(differences: Values, power: float = 0.8, alpha: float = 0.05) -> int | None:
-    """How many prompts a new run needs to show a difference as large as the one seen here.
+    """Number of prompts that a new run needs to show a difference as large as the one observed here.
 
-    For planning the next run. It says nothing about the run it came from: "observed power" is the p-value told once
-    more (Hoenig and Heisey 2001), and a difference that was picked because it looked large was partly luck, so plan
-    with the lower bound of its interval. More prompts do not make up for too few tuning seeds.
+    Use it to plan the next run. It says nothing about the present one: "observed power" only restates the p-value
+    (Hoenig and Heisey 2001). A difference that was picked because it looked large is partly luck, so plan with the
+    lower bound of its interval. More prompts do not make up for too few tuning seeds.
 
     Args:
         differences: first minus second, one number per prompt (averaged over seeds).
-        power: chance to find the difference (two-sided test).
+        power: probability of detecting the difference (two-sided test).
         alpha: level of the test.
 
     Returns:
-        None if the mean difference is 0, which no number of prompts can show.
+        None if the mean difference is 0, which no number of prompts shows.
 
     Raises:
         ValueError: fewer than two differences, no spread, or a power or alpha outside (0, 1).
 
     Example:
         >>> prompts_needed([0.4, -0.1, 0.3, 0.0, 0.2])
+        16
     """
     _check(power, alpha)
     sample = numbers("differences", differences)
@@ -41,7 +42,7 @@ def prompts_needed(differences: Values, power: float = 0.8, alpha: float = 0.05)
     effect = abs(float(sample.mean())) / float(sample.std(ddof=1))
     if effect == 0:
         return None
-    few = 16  # above it statsmodels' solver converges whatever the effect; below it one looks
+    few = 16  # from here on statsmodels' solver converges for every effect; below, try each n
     for n in range(2, few):
         if _power(effect, n, alpha) >= power:
             return n
@@ -49,19 +50,20 @@ def prompts_needed(differences: Values, power: float = 0.8, alpha: float = 0.05)
 
 
 def detectable(n: int, sd: float, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest mean difference that n prompts show with this power, in the differences' own unit.
+    """The smallest mean difference that n prompts show with this power, in the unit of the differences.
 
     Args:
         n: prompts.
         sd: standard deviation of the differences over prompts.
-        power: chance to find it (two-sided paired t-test).
+        power: probability of detecting it (two-sided paired t-test).
         alpha: level of the test.
 
     Raises:
         ValueError: n below 2, a negative sd, or a power or alpha outside (0, 1).
 
     Example:
-        >>> detectable(60, 0.5)  # 0.18
+        >>> round(detectable(60, 0.5), 3)
+        0.184
     """
     _check(power, alpha)
     if n < 2 or not sd >= 0:
@@ -72,9 +74,9 @@ def detectable(n: int, sd: float, power: float = 0.8, alpha: float = 0.05) -> fl
 
 
 def _power(effect: float, n: int, alpha: float) -> float:
-    # A noncentral t far out is NaN in scipy, and there the power is 1.
-    found = float(TTestPower().power(effect, n, alpha))
-    return 1.0 if math.isnan(found) else found
+    # For large effects scipy's noncentral t is NaN, and there the power is 1.
+    value = float(TTestPower().power(effect, n, alpha))
+    return 1.0 if math.isnan(value) else value
 
 
 def _check(power: float, alpha: float) -> None:

@@ -1,7 +1,7 @@
 """Text to token batches.
 
-Padding is on the left unless asked otherwise, and every batch carries its attention mask, so that the last real token
-of each row sits at position -1 and a batch gives what singles give.
+Padding is on the left by default, and every batch has its attention mask. So the last real token of each row is at
+position -1, and a batch gives the same results as its rows alone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rt_lens.models.tokens.chats import ChatText, tokenizer_of
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids with the mask of what is real.
+    """Token ids with their attention mask.
 
     Attributes:
         tokens: Int[Tensor, "batch pos"], padded with the tokenizer's pad (or end-of-text) id.
         mask: Int[Tensor, "batch pos"], 1 for real tokens, 0 for padding.
-        rows: indices of these rows in the list that was given (batches are made in order of length).
+        rows: indices of these rows in the caller's list (batches are in order of length).
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -39,10 +39,14 @@ class TokenBatch:
 
 
 def encode(model: HasTokenizer, text: str) -> list[int]:
-    """Token ids of a text that a model is to go on from.
+    """Token ids of a text that the model continues.
 
-    A chat's special tokens are taken as written, and plain text gets the start token that the tokenizer adds, once.
-    An end token that it adds is left out: the text goes on.
+    A chat has its special tokens already; plain text gets the start token that the tokenizer adds, once. An end token
+    that the tokenizer adds is left out, since the text continues.
+
+    Example:
+        >>> encode(model, "It rained.") == model.tokenizer.encode("It rained.")
+        True
     """
     tokenizer = tokenizer_of(model)
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -76,7 +80,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
 
 
 def pad_id_of(model: HasTokenizer) -> int:
-    """The id used for padding: the pad token, else the end-of-text token, else 0; always one that the model has."""
+    """The id for padding: the pad token, else the end-of-text token, else 0; always an id in the model's vocabulary."""
     tokenizer, rows = tokenizer_of(model), getattr(getattr(model, "cfg", None), "d_vocab", math.inf)
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None and candidate < rows:
@@ -87,7 +91,7 @@ def pad_id_of(model: HasTokenizer) -> int:
 def batches(
     model: TextModel, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
 ) -> Iterator[TokenBatch]:
-    """Token batches of like length, longest first (so that a batch too large for the memory fails at once).
+    """Token batches of similar length, longest first, so a batch too large for the memory fails at once.
 
     Raises:
         ValueError: if `texts` is empty or holds an empty text, or the batch size is below 1.

@@ -1,7 +1,7 @@
-"""Chats through a model's own template: what it reads, and where its answer begins and ends. This room runs no model.
+"""Chats in a model's own template: the text that it reads, and where its response begins and ends. Runs no model.
 
-A chat is a `ChatText`: that it went through a template is remembered with the string, never guessed from its first
-characters, so that no start token comes twice and nothing is put through the template again.
+A chat is a `ChatText`, a string that remembers that the template has been applied. Nothing guesses this from the first
+characters, so no start token is added twice and no template is applied twice.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from typing import Any
 from rt_lens.models.protocol import HasTokenizer, TextModel
 
 TEMPLATE_DATE = datetime(2024, 7, 26, 12, 0, 0)
-"""What templates that write today's date get: else the same seed would give other numbers tomorrow."""
+"""The date for templates that write today's: with the real one, the same seed would give other numbers tomorrow."""
 
 Message = Mapping[str, str]
 """`role` and `content`."""
 
 
 class ChatText(str):
-    """A chat as the model reads it, special tokens written out, up to where the assistant goes on.
+    """A chat as the model reads it, special tokens written out, up to the point where the assistant continues.
 
-    A string like any other. `+` goes on with the assistant's words as they are; `answered` puts them through the
-    template.
+    A string like any other. `+` appends words of the assistant unchanged; `answered` applies the template to them.
 
     Attributes:
         messages: the turns before the assistant's.
-        prefill: first words of the answer, which the text holds already; may be empty.
-        answer_at: number of the character at which the answer begins.
+        prefill: first words of the response, which the text contains; may be empty.
+        answer_at: index of the character at which the response begins.
     """
 
     messages: tuple[Message, ...]
@@ -37,11 +36,11 @@ class ChatText(str):
     answer_at: int
 
     def __new__(cls, text: str, messages: Sequence[Message] = (), prefill: str = "") -> ChatText:
-        made = super().__new__(cls, text)
-        made.messages, made.prefill = tuple(messages), prefill
-        words = prefill.strip()  # templates may strip what they are given
-        made.answer_at = text.rfind(words) if words and words in text else len(text)
-        return made
+        chat = super().__new__(cls, text)
+        chat.messages, chat.prefill = tuple(messages), prefill
+        stripped = prefill.strip()  # as templates may strip it
+        chat.answer_at = text.rfind(stripped) if stripped and stripped in text else len(text)
+        return chat
 
     def __str__(self) -> str:
         return self
@@ -62,35 +61,41 @@ def tokenizer_of(model: HasTokenizer) -> Any:
 
 
 def has_chat_template(model: HasTokenizer) -> bool:
-    """True if the model's tokenizer knows how to write a chat."""
+    """True if the model's tokenizer has a chat template."""
     return bool(getattr(tokenizer_of(model), "chat_template", None))
 
 
 def is_chat(model: HasTokenizer, text: str) -> bool:
-    """Whether a text went through the chat template: here, or elsewhere if it begins with a special token."""
+    """Whether the chat template has been applied to a text: by rt_lens, or elsewhere if a special token comes first."""
     if isinstance(text, ChatText):
         return True
     return has_chat_template(model) and text.startswith(tuple(map(str, tokenizer_of(model).all_special_tokens)))
 
 
 def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str = "") -> str:
-    """One exchange through the model's chat template, up to the point where the assistant writes.
+    """A user message in the model's chat template, up to the point where the assistant continues.
 
-    Templates that refuse a system role, or pass over it, get the system text in front of the user's. The prefill is
-    written as the template writes an answer, so that its first word is the token that it would be in a whole answer.
-    Tokenizers without a template get plain paragraphs.
+    For templates that refuse or ignore a system role, the system text goes in front of the user's. The template writes
+    the prefill as it writes a response, so its first word is the same token as in a whole response. Without a template
+    the parts become plain paragraphs.
 
     Args:
         model: for its tokenizer, and for `chat_template_kwargs` of `load_model`.
-        user: what the user says.
+        user: the user message.
         system: a persona or instruction; empty leaves the template's default.
-        prefill: first words of the assistant's answer, already written.
+        prefill: first words of the response, put into the assistant's mouth.
 
     Returns:
-        A ChatText; a plain string where there is no template.
+        A ChatText; a plain string if there is no template.
 
     Example:
-        >>> chat_text(model, "How was your day?", system="You are cheerful.", prefill="It was")
+        >>> print(chat_text(model, "How was your day?", system="You are cheerful.", prefill="It was"))
+        <|im_start|>system
+        You are cheerful.<|im_end|>
+        <|im_start|>user
+        How was your day?<|im_end|>
+        <|im_start|>assistant
+        It was
     """
     if not has_chat_template(model):
         return "\n\n".join(part for part in (system, user, prefill) if part)
@@ -100,23 +105,23 @@ def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str 
 
 
 def _opened(model: HasTokenizer, messages: Sequence[Message], prefill: str) -> ChatText:
-    """The messages, and the assistant's turn opened with some words."""
+    """The messages, and the assistant's turn with its prefill."""
     if prefill:
         try:
             turns = [*messages, {"role": "assistant", "content": prefill}]
             return ChatText(rendered(model, turns, open_answer=False), messages, prefill)
-        except Exception:  # a template that rewrites answers, or knows none
+        except Exception:  # a template that rewrites responses, or has none
             pass
     return ChatText(rendered(model, messages) + prefill, messages, prefill)
 
 
 def answered(model: HasTokenizer, prompt: str, answer: str) -> str:
-    """A prompt with its answer, as the template writes a whole one: Llama-2's puts a space before it, say.
+    """A prompt with its response, as the template writes a whole one: Llama-2's puts a space before it, say.
 
     Args:
         model: for its tokenizer.
-        prompt: from `chat_text`; the answer follows any other text as it is.
-        answer: goes on from the prompt's prefill.
+        prompt: from `chat_text`; to any other text the response is simply appended.
+        answer: the response, which continues the prompt's prefill.
     """
     if isinstance(prompt, ChatText) and prompt.messages:
         return _opened(model, prompt.messages, prompt.prefill + answer)
@@ -124,15 +129,15 @@ def answered(model: HasTokenizer, prompt: str, answer: str) -> str:
 
 
 def rendered(model: HasTokenizer, messages: Sequence[Message], *, open_answer: bool = True) -> str:
-    """A conversation through the model's chat template.
+    """A conversation in the model's chat template.
 
     Args:
         model: for its tokenizer, and for `chat_template_kwargs` of `load_model`.
         messages: with `role` and `content` each.
-        open_answer: end where the assistant is to write; False leaves the last message open, to be gone on with.
+        open_answer: end where the assistant's turn begins; False leaves the last message open, to be continued.
 
     Raises:
-        Exception: what the template raises, for a role that it does not know, say.
+        Exception: the template's own error, for a role that it does not know, say.
     """
 
     def through(turns: Sequence[Message]) -> str:
@@ -147,14 +152,14 @@ def rendered(model: HasTokenizer, messages: Sequence[Message], *, open_answer: b
     folded = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
     try:
         text = through(messages)
-    except Exception as refusal:  # templates raise jinja errors of their own for a role they do not know
+    except Exception as refusal:  # templates raise jinja errors for a role that they do not know
         try:
             return through(folded)
         except Exception:
             raise refusal from None
-    # Phi-3's takes any role and writes only those that it knows: another system text changes nothing there.
-    passed_over = text == through([{**system, "content": f"{system['content']} (another)"}, user, *others])
-    return through(folded) if passed_over else text
+    # Phi-3's template takes any role and writes only those that it knows: another system text changes nothing there.
+    ignored = text == through([{**system, "content": f"{system['content']} (another)"}, user, *others])
+    return through(folded) if ignored else text
 
 
 def _variables(model: HasTokenizer) -> dict[str, Any]:
@@ -162,16 +167,16 @@ def _variables(model: HasTokenizer) -> dict[str, Any]:
 
 
 def _dated(tokenizer: Any) -> str | None:
-    """The template with one date for `strftime_now`; None for the tokenizer's own where it asks for none."""
+    """The template with a fixed date for `strftime_now`; None if the template writes no date."""
     template = tokenizer.get_chat_template()
     if "strftime_now" not in template:
         return None
-    # Functions given as variables do not reach a template, but one that it defines itself goes before all others.
-    # Of each code the longer spelling first: "%-d" before "%d".
+    # Functions passed as variables do not reach a template, but a macro that it defines takes precedence.
+    # The longer spelling of each code comes first: "%-d" before "%d".
     codes = [f"%-{code}" for code in "dmHIMSjy"] + [f"%{code}" for code in "aAbBcdeHIjmMpSUwWxXyYZ%"]
     written = {code: TEMPLATE_DATE.strftime(code).strip() for code in codes}
     replaced = "".join(f"|replace({code!r}, {text!r})" for code, text in written.items())
-    # The empty word keeps a line end with which the template may begin: one after a block would be dropped.
+    # The empty string keeps a line end at the template's start: jinja drops one that follows a block.
     return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{{{{ '' }}}}{template}"
 
 
@@ -182,11 +187,11 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def end_ids(model: TextModel) -> tuple[int, ...]:
-    """Token ids that end an answer.
+    """Token ids that end a response.
 
-    Those of the model's generation settings, which may be several, as in Hugging Face's `generate`. A model without
-    such settings, or with those that follow from its sizes alone, ends at its end of text, and at what its template
-    writes after an answer.
+    Those of the model's generation settings, as in Hugging Face's `generate`. Without such settings, or with settings
+    derived from the model's configuration alone: the end-of-text token, and the token that the template writes after a
+    response.
     """
     settings = getattr(model.cfg, "rt_lens_generation", None) or {}
     named = settings.get("eos_token_id")
@@ -199,13 +204,13 @@ def end_ids(model: TextModel) -> tuple[int, ...]:
 
 
 def end_of_answer(model: TextModel) -> int | None:
-    """The token that a whole answer is learnt to end with: the template's, if it ends answers; None if nothing does."""
+    """The end token of a whole response in training: the template's, if it is an end token; None if there is none."""
     ends = end_ids(model)
     return next((number for number in [*_after_an_answer(model), *ends] if number in ends), None)
 
 
 def _after_an_answer(model: HasTokenizer) -> list[int]:
-    """Special tokens that the chat template writes after an answer, in order."""
+    """Special tokens that the chat template writes after a response, in order."""
     if not has_chat_template(model):
         return []
     tokenizer, word = tokenizer_of(model), "Certainly"
@@ -214,7 +219,7 @@ def _after_an_answer(model: HasTokenizer) -> list[int]:
         text = tokenizer.apply_chat_template(
             turns, tokenize=False, chat_template=_dated(tokenizer), **_variables(model)
         )
-    except Exception:  # a template that knows no answers
+    except Exception:  # a template without an assistant's turn
         return []
     ids = tokenizer.encode(text.rpartition(word)[2], add_special_tokens=False)
     special = special_ids(tokenizer)
@@ -225,5 +230,5 @@ _THOUGHT = r"<(?:think|thinking|thought|reasoning|seed:think)>"
 
 
 def begins_with_thought(prompt: str, answer: str) -> bool:
-    """Whether an answer begins inside a model's thoughts, as those of models that think first do."""
+    """Whether a response begins inside a model's thoughts, as with models that reason first."""
     return bool(re.match(rf"\s*{_THOUGHT}", answer) or re.search(rf"{_THOUGHT}\s*$", prompt))

@@ -1,7 +1,7 @@
 """Tokens to text.
 
-A token's text depends on its neighbours: a SentencePiece decoder drops the space before a first word, and one letter's
-bytes may be spread over several tokens.
+A token's text depends on its neighbours: a SentencePiece decoder drops the space before a first word, and the bytes of
+one character may be spread over several tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from rt_lens.models.tokens.chats import tokenizer_of
 
 
 def text_of(model: HasTokenizer, ids: Sequence[int], *, special: bool = False) -> str:
-    """The text of tokens, as the model wrote it: the `Pieces` of all of them together.
+    """The text of tokens, as the model wrote it: the `Pieces` of all of them, joined.
 
-    It is what the tokenizer's `decode` gives, without its cleaning up of spaces. The two differ where tokens end within
-    a letter that SentencePiece spells in bytes: then its decoder spoils the whole letters just before, and this keeps
-    them.
+    Equals the tokenizer's `decode` without its clean-up of spaces, except where tokens end within a character that
+    SentencePiece spells in bytes: there the decoder also breaks the whole characters just before, which this keeps.
 
     Args:
         model: for its tokenizer.
         ids: tokens.
-        special: write special tokens too, as they are written.
+        special: write special tokens out too.
     """
     text = _decoded(tokenizer_of(model), ids, special)
     if _BROKEN not in text:
@@ -34,23 +33,23 @@ def text_of(model: HasTokenizer, ids: Sequence[int], *, special: bool = False) -
 
 
 def token_texts(model: HasTokenizer, ids: Sequence[int]) -> list[str]:
-    """The text of each token of a sequence, in its context; special tokens as they are written.
+    """The text of each token of a sequence, in context; special tokens are written out.
 
-    Together they are the decoded text, but for letters whose bytes are spread over several tokens: the last of these
-    has the letter, and those before it show their bytes, as in `<0xE6>`.
+    Joined, they are the decoded text, except for characters whose bytes are spread over several tokens: the last of
+    these has the character, and the others show their bytes, as in `<0xE6>`.
 
     Args:
         model: for its tokenizer.
         ids: tokens.
 
     Example:
-        >>> token_texts(model, encode(model, "It was 日"))
+        >>> token_texts(model, model.tokenizer.encode("It was 日"))
         ['It', ' was', ' <0xE6>', '<0x97>', '日']
     """
     pieces, texts = Pieces(model, special=True), []
     for token in ids:
         text = pieces(token)
-        if _BROKEN in text:  # of bytes before it, that never became a letter
+        if _BROKEN in text:  # bytes before it that never became a character
             text = token_text(model, token)
         elif pieces.rest:
             bytes_left = re.search(r"(?:<0x[0-9A-F]{2}>)*$", token_text(model, token))
@@ -60,11 +59,15 @@ def token_texts(model: HasTokenizer, ids: Sequence[int]) -> list[str]:
 
 
 def token_text(model: HasTokenizer, token: int) -> str:
-    """The text of a token without context: the space before a word stays, and bytes of no whole letter are `<0xE6>`.
+    """The text of a token without context; the space before a word stays, and incomplete bytes are shown as `<0xE6>`.
 
     Args:
         model: for its tokenizer.
-        token: its id; one that the tokenizer has no text for is named by it.
+        token: its id, which also names a token without text.
+
+    Example:
+        >>> [token_text(model, token) for token in model.tokenizer.encode(" rain")]
+        [' rain']
     """
     tokenizer = tokenizer_of(model)
     once = _decoded(tokenizer, [token], True)
@@ -76,56 +79,59 @@ def token_text(model: HasTokenizer, token: int) -> str:
     piece = str(tokenizer.convert_ids_to_tokens(token))
     if all(letter in _BYTES for letter in piece):
         piece = bytes(_BYTES[letter] for letter in piece).decode("utf-8", "surrogateescape")
-        piece = re.sub("[\udc80-\udcff]", lambda found: _spelt(bytes([ord(found[0]) - 0xDC00])), piece)
+        piece = re.sub("[\udc80-\udcff]", lambda escaped: _spelt(bytes([ord(escaped[0]) - 0xDC00])), piece)
     return piece.replace(_BROKEN, _spelt(_BROKEN.encode()))
 
 
 class Pieces:
-    """Tokens to text, one after the other: each call gives what a new token adds to the text.
+    """Incremental decoding: each call returns the text that a new token adds.
 
-    A token that completes no letter adds nothing, and the one that completes it has the letter. Together the pieces and
-    the `rest` are `text_of` all tokens. Only the last few are decoded with a new one, so a long text costs no more a
-    token than a short one.
+    A token that ends within a character adds nothing; the token that completes the character adds it. Joined, the
+    pieces and the `rest` are `text_of` all tokens. Each call decodes the last few tokens only, so the cost per token
+    does not grow with the text.
 
     Example:
         >>> pieces = Pieces(model)
-        >>> text = "".join([*map(pieces, ids), pieces.rest])
+        >>> [pieces(token) for token in model.tokenizer.encode("It was 日")]
+        ['It', ' was', ' ', '', '日']
+        >>> pieces.rest
+        ''
     """
 
     def __init__(self, model: HasTokenizer, *, special: bool = False) -> None:
-        """A text that is empty yet.
+        """An empty text.
 
         Args:
             model: for its tokenizer.
-            special: write special tokens too, as they are written.
+            special: write special tokens out too.
         """
         self._tokenizer, self._special = tokenizer_of(model), special
-        self._before: list[int] = []  # tokens of the piece before, and their text
+        self._before: list[int] = []  # tokens of the previous piece, and their text
         self._context = ""
-        self._open: list[int] = []  # tokens since, and as much of their text as was given
+        self._open: list[int] = []  # tokens since then, and the part of their text that was returned
         self._given = ""
         self.rest = ""
-        """What is still to come if no further token completes it: U+FFFD for bytes of no whole letter."""
+        """The text still to come if no further token completes it: U+FFFD for bytes of an incomplete character."""
 
     def __call__(self, token: int) -> str:
         self._open.append(int(token))
         text = _decoded(self._tokenizer, [*self._before, *self._open], self._special)
         if not text.rstrip(_BROKEN).startswith(self._context):
-            # SentencePiece's bytes: a broken letter spoils the whole ones before it, so it is decoded without them.
+            # SentencePiece's bytes: an incomplete character breaks those before it, so it is decoded without them.
             self._before, self._context = [], ""
             text = _decoded(self._tokenizer, self._open, self._special)
         whole = text.rstrip(_BROKEN)
-        told = self._context + self._given
-        piece = whole[len(told) :] if whole.startswith(told) else ""
+        known = self._context + self._given
+        piece = whole[len(known) :] if whole.startswith(known) else ""
         self._given += piece
-        self.rest = text[len(told) + len(piece) :]
+        self.rest = text[len(known) + len(piece) :]
         if self._given and not self.rest:
             self._before, self._open, self._given = self._open, [], ""
             self._context = _decoded(self._tokenizer, self._before, self._special)
         return piece
 
 
-_BROKEN = "\ufffd"  # what decoders write for bytes of no letter
+_BROKEN = "\ufffd"  # what decoders write for bytes of no character
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int], special: bool) -> str:
@@ -138,10 +144,10 @@ def _spelt(some: bytes) -> str:
 
 
 def _byte_letters() -> dict[str, int]:
-    """Letter -> byte, as the vocabularies of byte-level tokenizers write bytes (GPT-2's `bytes_to_unicode`)."""
+    """Character -> byte, as the vocabularies of byte-level tokenizers write bytes (GPT-2's `bytes_to_unicode`)."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
 
 _BYTES = _byte_letters()

@@ -21,7 +21,7 @@ _NEEDED = ("arm", "direction", "n", "mean", "low", "high")
 _MEASURES = (
     ("perplexity", "perplexity", "n_texts"),
     ("KL (nats)", "kl", "n_texts"),
-    ("facts kept", "facts", "n_facts"),
+    ("facts correct", "facts", "n_facts"),
     ("repetition", "repetition", "n"),
 )
 _PACKAGES = ("rt_lens", "torch", "transformer-lens", "transformers", "peft")
@@ -35,14 +35,14 @@ def check_measured(measured: Sequence[Mapping[str, Any]] | None) -> list[Mapping
     """
     rows = list(measured or [])
     if measured is not None and not rows:
-        raise ValueError("measured: no rows came. Give those of results['summary'], or leave it out.")
+        raise ValueError("measured must be at least one row, got none. Give results['summary'], or leave it out.")
     for row in rows:
         missing = [column for column in _NEEDED if row.get(column) is None]
         missing += [] if row.get("seeds") or row.get("seed") is not None else ["seeds"]
         if missing:
             raise ValueError(
-                f"measured: a row lacks {', '.join(missing)} (it has {', '.join(map(str, row))}). Give the rows of "
-                "results['summary'], with n, interval and seeds."
+                f"measured must have the columns {', '.join(missing)} in every row, got a row with "
+                f"{', '.join(map(str, row))}. Give the rows of results['summary'], with n, interval and seeds."
             )
     return rows
 
@@ -145,7 +145,7 @@ def changed(model: Model, delta: WeightDelta | None) -> str:
 def measured_effect(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table, every value with its interval and n; or that nothing was measured."""
     if not rows:
-        return "Nothing was measured: what this change does to the answers is not known."
+        return "Nothing was measured: how this change affects the answers is not known."
     measures = [measure for measure in _MEASURES if any(_has(row, measure[1], measure[2]) for row in rows)]
     titles = ["arm", "direction", "score", *(title for title, _, _ in measures), "seeds"]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]

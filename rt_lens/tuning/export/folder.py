@@ -15,23 +15,26 @@ from safetensors import SafetensorError
 def check_free(path: Path, n_bytes: int) -> None:
     """Raises ValueError if something is at `path` already, it cannot be written, or the disk lacks `n_bytes`."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"path: there is something at {path} already. Name a new folder, or delete that one first.")
+        raise ValueError(
+            f"path must be a new or empty folder, got {path}, which has content. Name a new folder, or delete that one "
+            "first."
+        )
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(
-            f"path: {above} cannot be written to, so {path.name} cannot be made in it. Name another place."
+            f"path must be in a folder that can be written, got {path.name} in {above}. Name another folder."
         )
     free = shutil.disk_usage(above).free
     if n_bytes > free:
         raise ValueError(
-            f"path: {n_bytes / 1e6:,.0f} MB are wanted and {free / 1e6:,.0f} MB are free at {above}. Name another "
-            "disk, or make room."
+            f"path must be on a disk with {n_bytes / 1e6:,.0f} MB free, got {above} with {free / 1e6:,.0f} MB. Name "
+            "another disk, or free some space."
         )
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder under a temporary name beside `path`, which gets that name at the end of the block.
+    """Context manager of a folder under a temporary name beside `path`, which gets that name at the end of the block.
 
     On an exception, Ctrl-C or a full disk nothing of it is left.
 
@@ -47,7 +50,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in making.iterdir():  # safetensors writes files that only their owner may read
             file.chmod(readable)
         os.replace(making, path)
-    except SafetensorError as error:  # it wraps the system's error in words of its own
-        raise OSError(f"path: {path} could not be written ({error}). Make room, or name another disk.") from error
+    except SafetensorError as error:  # it wraps the system's error
+        raise OSError(f"path: {path} could not be written ({error}). Free some space, or name another disk.") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)

@@ -56,8 +56,9 @@ def export_hf(
         OSError: if the disk is full.
 
     Example:
-        >>> export_hf(model, "mood_away", delta=delta, behaviour="mood")
-        PosixPath('mood_away')
+        >>> folder = export_hf(model, "mood_away", delta=delta, behaviour="mood", check=False)
+        >>> folder, (folder / "model.safetensors").exists()
+        (PosixPath('mood_away'), True)
     """
     path = Path(path).expanduser()
     rows = check_measured(measured)
@@ -92,6 +93,6 @@ def _check_reads_back(model: Model, delta: WeightDelta | None, folder: Path) -> 
     error = float((logits - ours).float().norm() / ours.float().norm())
     if not error < math.sqrt(torch.finfo(ours.dtype).eps):
         raise ValueError(
-            f"model: read back with transformers, its logits differ from what it computes here (relative error "
+            "model must compute the same logits when transformers reads it back, but they differ (relative error "
             f"{error:.2g}), so nothing was written. Load it with another backend, and make the change on that."
         )

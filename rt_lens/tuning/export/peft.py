@@ -32,6 +32,11 @@ class Adapter:
         relative_error: Frobenius norm of what is lost over that of the change, over all matrices.
         modules: one row per matrix: module, rows, columns, change_rank (of the change, numerically), rank (kept), kept
             (share of the squared norm), relative_error.
+
+    Example:
+        >>> adapter = export_peft(model, "mood_lora", delta, rank=2)
+        >>> adapter.rank, adapter.relative_error < 1, "relative_error" in adapter.modules
+        (2, True, True)
     """
 
     path: Path
@@ -85,11 +90,11 @@ def export_peft(
     Example:
         >>> adapter = export_peft(model, "mood_away_lora", delta, rank=16)
         >>> print(adapter)
-        42 matrices at rank 16 or less, relative error 0.31 (worst 0.52), 73.0% or more of each one's squared norm kept
+        7 matrices at rank 16 or less, relative error ...
     """
     path, rows = Path(path), check_measured(measured)
     if rank is not None and rank < 1:
-        raise ValueError(f"rank: {rank} came; 1 or more is wanted, or None for exact.")
+        raise ValueError(f"rank must be 1 or more, or None for exact, got {rank}.")
     base = base or base_of(model)
     skeleton = _skeleton(model, base)
     changes = _matrices(model, delta, skeleton)
@@ -133,11 +138,11 @@ def _matrices(model: Model, delta: WeightDelta, skeleton: nn.Module) -> dict[str
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         raise ValueError(
-            f"delta: LoRA holds changes of attention and MLP matrices; it cannot hold {', '.join(others[:4])}{more}. "
-            "Use export_hf."
+            "delta must change attention and MLP matrices only, which is what LoRA holds; it cannot hold "
+            f"{', '.join(others[:4])}{more}. Use export_hf."
         )
     if not matrices:
-        raise ValueError("delta: it changes nothing, so there is no adapter to write. Give one that does.")
+        raise ValueError("delta must change something, got no change at all, so there is no adapter to write.")
     return matrices
 
 

@@ -82,11 +82,11 @@ def source_config(model: Model) -> PretrainedConfig:
     else:
         kept = getattr(model.cfg, "rt_lens_config", None)
         if kept is None or kept["model_type"] not in FAMILIES:
-            family = "it came without its configuration" if kept is None else f"its family is {kept['model_type']}"
+            family = "no configuration" if kept is None else f"family {kept['model_type']}"
             raise ValueError(
-                f"model: {type(model).__name__} {model_name(model)} has no way back to Hugging Face's files ({family}; "
-                f"{', '.join(FAMILIES)} have one). Load it with load_model(..., backend='bridge'), and make the change "
-                "on that."
+                f"model must be of a family with a way back to Hugging Face's files ({', '.join(FAMILIES)}), got "
+                f"{type(model).__name__} {model_name(model)} with {family}. Load it with load_model(..., "
+                "backend='bridge'), and make the change on that."
             )
         config = CONFIG_MAPPING[kept["model_type"]].from_dict(kept)
     config._name_or_path = ""  # where the source was on this machine
@@ -122,8 +122,8 @@ def _of_hooked(model: Model, config: PretrainedConfig, parameters: Mapping[str, 
             weights[found[0]] = found[1]
         elif parameter.any() and not name.endswith(".mlp.b_in"):
             raise ValueError(
-                f"delta: {name} is not zero, and {FAMILIES[config.model_type]} has no place for it in its files. Leave "
-                "it out of the change, or keep it as a hook."
+                f"delta must change only what {FAMILIES[config.model_type]} has in its files, got {name}, which is not "
+                "zero. Leave it out of the change, or keep it as a hook."
             )
     for layer in range(model.cfg.n_layers):  # added after the gate, b_in is a constant before W_out
         ours, theirs = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp.down_proj.bias"
@@ -175,8 +175,9 @@ def _as_llama(model: Model, config: PretrainedConfig, attention: bool, mlp: bool
         refuse_what_is_not_covered(source)
     except NotLlamaStyle as refusal:
         raise ValueError(
-            f"delta: it has biases that {FAMILIES[config.model_type]} has no place for, and as a Llama it cannot be "
-            f"written ({refusal}). Change only what the family has, or keep the hooks."
+            f"delta must change only what {FAMILIES[config.model_type]} has in its files, got biases, and as a Llama "
+            "it "
+            f"cannot be written ({refusal}). Leave the biases out, or keep the hooks."
         ) from None
     kept = {field: source[field] for field in LlamaConfig().to_dict().keys() & source.keys()}
     wanted = {"model_type": "llama", "head_dim": model.cfg.d_head, "attention_bias": attention, "mlp_bias": mlp}
@@ -189,9 +190,8 @@ def _of_bridge(model: TransformerBridge, delta: WeightDelta | None) -> HuggingFa
         plain = type(original)(copy.deepcopy(config))
     repeated = plain.state_dict().keys() & dict(plain.named_parameters(remove_duplicate=False)).keys()
     wanted = (plain.state_dict().keys() - repeated) | dict(plain.named_parameters()).keys()  # tied ones once
-    joint = {
-        plain_name(name): part for name, part in original.named_modules() if isinstance(part, JointQKVAttentionBridge)
-    }
+    modules = original.named_modules()
+    joint = {plain_name(name): part for name, part in modules if isinstance(part, JointQKVAttentionBridge)}
     with changed_by(model, delta):
         state = {plain_name(name): tensor for name, tensor in original.state_dict().items()}
         for name, attention in joint.items():
@@ -200,7 +200,7 @@ def _of_bridge(model: TransformerBridge, delta: WeightDelta | None) -> HuggingFa
         inside = any(plain_name(name).startswith(f"{attention}.") for attention in joint)
         if change.any() and plain_name(name) not in wanted and not inside:
             raise ValueError(
-                f"delta: {plain_name(name)} is changed, and {type(original).__name__} has no place for it in its files. "
+                f"delta must change only what {type(original).__name__} has in its files, got {plain_name(name)}. "
                 "Leave it out of the change, or keep it as a hook."
             )
     weights = {name: state[name] for name in sorted(wanted)}
@@ -217,8 +217,8 @@ def _joined(name: str, attention: JointQKVAttentionBridge) -> dict[str, Tensor]:
         if all(torch.equal(now.weight, before.weight) for now, before in zip(parts, apart, strict=True)):
             return {}
         raise ValueError(
-            f"delta: {name} keeps query, key and value in one matrix of an order of its own, and one of them is "
-            "changed. Train other kinds of weights, such as o, up and down."
+            f"delta must not change query, key or value in {name}, which keeps them in one matrix of an order of its "
+            "own. Train other target_modules, such as o, up and down."
         )
     target = f"{name}.{attention.submodules['qkv'].name}"
     joined = {f"{target}.weight": torch.cat([part.weight.data for part in parts]).T}  # GPT-2's layout is [in, out]

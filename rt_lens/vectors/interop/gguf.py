@@ -81,7 +81,8 @@ def save_gguf(vectors: SteeringVectors, path: str | Path) -> Path:
         selected = f"range(1, {len(later) + 1})" if gapless else str(later)
         fix = f"Save the other blocks: vectors.select({selected})." if later else "Use a vector of a later block."
         raise ValueError(
-            f"vectors must be of blocks from 1 on, got block 0, which llama.cpp cannot steer: it refuses the file. {fix}"
+            f"vectors must be of blocks from 1 on, got block 0, which llama.cpp cannot steer: it "
+            f"refuses the file. {fix}"
         )
     stored = {"schema": _SCHEMA, "kind": "steering_vectors", **vectors.provenance.to_json()}
     with TemporaryDirectory() as folder:  # the writer only knows paths

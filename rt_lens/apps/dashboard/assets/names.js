@@ -1,5 +1,5 @@
-// What screen readers need and Dash's own controls lack: names of sliders and drop-downs, taken from the label of their
-// field, and one place of a drop-down where Tab stops instead of a hidden second one.
+// Accessibility that Dash's controls lack: sliders and drop-downs get the label of their field as a name, and Tab stops
+// once at a drop-down instead of a second time at a hidden element.
 (() => {
   const named = (control, names) => {
     if (control.getAttribute("aria-labelledby") !== names) control.setAttribute("aria-labelledby", names);

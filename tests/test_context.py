@@ -258,11 +258,11 @@ def test_what_was_said_ends_with_its_block_and_with_an_exception():
     assert said() is None
     with token_context(mask) as outer:
         assert said() is outer
-        assert outer.places.tolist() == [[-1, 0, 1], [0, 1, 2]]
+        assert outer.positions.tolist() == [[-1, 0, 1], [0, 1, 2]]
         assert outer.lengths.tolist() == [2, 3]
         with token_context(mask, new=1, lengths=torch.tensor([1, 2]), rows=[4, 5]) as inner:
             assert said() is inner
-            assert inner.places.tolist() == [[1], [2]]
+            assert inner.positions.tolist() == [[1], [2]]
             assert (inner.lengths.tolist(), inner.rows) == ([1, 2], (4, 5))
         assert said() is outer
         with pytest.raises(RuntimeError, match="mine"), token_context(mask):
@@ -277,7 +277,7 @@ def test_generating_says_where_each_pass_is_and_nothing_afterwards(tiny, prompts
         generate_tokens(tiny, prompts, 3, rows=[7, 8, 9])
     lengths = [len(ids) for ids in prompts]
     assert [here.lengths.tolist() for here in heard] == [lengths] * 3
-    assert [here.places[:, -1].tolist() for here in heard] == [[n - 1 + step for n in lengths] for step in range(3)]
+    assert [here.positions[:, -1].tolist() for here in heard] == [[n - 1 + step for n in lengths] for step in range(3)]
     assert {here.rows for here in heard} == {(7, 8, 9)}
     assert len({id(here.memory) for here in heard}) == 1
     assert said() is None
