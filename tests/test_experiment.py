@@ -342,7 +342,7 @@ def test_vectors_go_from_extraction_through_a_sweep_to_another_tool(tmp_path):
     file, page, gguf = (str(tmp_path / name) for name in ("v.safetensors", "v.html", "v.gguf"))
     said = command("extract", "mood", "--n-pairs", "4", "--hook", "attn_out", "--out", file, "--figure", page)
     assert "rt-lens steer" in said and "n = " in said
-    assert "Are the vectors to be trusted?" in Path(page).read_text()
+    assert "Can these vectors be trusted?" in Path(page).read_text()
     swept = command(
         "sweep", "mood", file, "--layers", "20", "--multipliers=-2,0,2", "--n-prompts", "2", "--max-new-tokens", "3",
         "--out", str(tmp_path / "s.json"), "--figure", page,

@@ -251,7 +251,7 @@ def _lines(plan: Plan) -> list[str]:
         f"Tuning: {plan.runs} runs of at most {plan.steps} steps; a rep-tuned run trains {plan.trained:,} parameters "
         f"({plan.trained / shape.parameters:.1%} of the model).",
         "",
-        f"{'stage':<10}{'tokens':>14}{'on a GPU':>12}{'beside it':>12}{'on the CPU':>12}{'GPU time':>12}{'here':>12}",
+        f"{'stage':<10}{'tokens':>14}{'on a GPU':>12}{'its CPU':>12}{'on the CPU':>12}{'GPU time':>12}{'here':>12}",
     ]
     there, here = plan.seconds(GPU), plan.seconds(plan.here)
     for stage, work in plan.stages.items():

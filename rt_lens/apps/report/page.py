@@ -69,27 +69,27 @@ tbody th { position: sticky; left: 0; background: #fff; font-weight: 600; }
 # Plotly takes up to a second to load, and a chart half a second to draw. Both wait until the text is readable, and only
 # charts in or near the window are drawn, but all of them before printing.
 _SCRIPT = """
-const places = [...document.querySelectorAll(".plotly-graph-div")], drawn = new Set();
+const charts = [...document.querySelectorAll(".plotly-graph-div")], drawn = new Set();
 const load = () => {
   if (window.Plotly) return;
   const script = document.createElement("script");
   script.textContent = document.getElementById("plotly").textContent;
   document.head.append(script);
 };
-const draw = place => {
-  if (drawn.has(place)) return;
-  drawn.add(place);
+const draw = element => {
+  if (drawn.has(element)) return;
+  drawn.add(element);
   load();
-  const figure = JSON.parse(place.nextElementSibling.textContent);
-  Plotly.newPlot(place, figure.data, figure.layout,
+  const figure = JSON.parse(element.nextElementSibling.textContent);
+  Plotly.newPlot(element, figure.data, figure.layout,
     {responsive: true, displaylogo: false, showSendToCloud: false, typesetMath: false});
 };
 const watch = new IntersectionObserver(seen => seen.filter(one => one.isIntersecting).forEach(one => {
   watch.unobserve(one.target);
   draw(one.target);
 }), {rootMargin: "300px"});
-places.forEach(place => watch.observe(place));
-addEventListener("beforeprint", () => places.forEach(draw));
+charts.forEach(element => watch.observe(element));
+addEventListener("beforeprint", () => charts.forEach(draw));
 addEventListener("load", () => setTimeout(load, 200));
 """
 

@@ -160,7 +160,7 @@ def _differences(heading: str, rows: Sequence[Row]) -> list[str]:
         heading: [row for row in rows if holds(row)],
         f"{heading}, significant only before Holm's correction": [row for row in rows if shows(row) and not holds(row)],
     }
-    sentences = [f"{begin}: {listed(found, _score_difference)}." for begin, found in significant.items() if found]
+    sentences = [f"{begin}: {listed(group, _score_difference)}." for begin, group in significant.items() if group]
     not_shown = [row for row in rows if not shows(row) and not holds(row)]
     return sentences + ([f"{heading}, no difference shown: {listed(not_shown, _minus)}."] if not_shown else [])
 
