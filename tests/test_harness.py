@@ -132,9 +132,7 @@ def test_generation_options_are_read_as_the_harness_reads_them(kwargs, expected)
     options = options_of(kwargs, seed=3)
     until, max_new_tokens, sampling = expected
     assert (options.until, options.max_new_tokens) == (until, max_new_tokens)
-    assert options.sampling == (
-        sampling if sampling.temperature else Sampling(0.0, sampling.top_k, sampling.top_p, 3)
-    )
+    assert options.sampling == (sampling if sampling.temperature else Sampling(0.0, sampling.top_k, sampling.top_p, 3))
 
 
 def test_an_option_that_is_not_there_is_refused_before_anything_is_written(tiny):

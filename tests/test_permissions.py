@@ -101,9 +101,7 @@ def test_a_command_writes_nothing_for_a_name_that_leads_elsewhere(tmp_path, monk
 
 def test_a_judge_elsewhere_is_refused_until_its_host_is_allowed(tmp_path, own_settings):
     file = judged(tmp_path, "https://judge.example:8443/v1")
-    says = (
-        r"url must be on a host that you allow, got https://judge\.example:8443 in b\.toml\..*--allow-judge"
-    )
+    says = r"url must be on a host that you allow, got https://judge\.example:8443 in b\.toml\..*--allow-judge"
     with pytest.raises(ValueError, match=says):
         load_experiment(file)
     for other in ("https://judge.example", "http://judge.example:8443", "https://example:8443"):

@@ -170,8 +170,14 @@ def test_a_scorer_of_ones_own_sees_the_whole_answer(tiny):
 
 @pytest.mark.parametrize(
     "given",
-    ["vader", "contains_answer", {"kind": "likelihood", "form": "multiple_choice"}, {"kind": "off_option_mass"}, len,
-     ContainsAnswer()],
+    [
+        "vader",
+        "contains_answer",
+        {"kind": "likelihood", "form": "multiple_choice"},
+        {"kind": "off_option_mass"},
+        len,
+        ContainsAnswer(),
+    ],
 )
 def test_a_scorer_that_is_not_made_says_what_it_would_read(given):
     assert unmade_scorer(given).reads == make_scorer(given).reads
