@@ -39,10 +39,10 @@ class TextClassifier:
 
     Example:
         >>> import warnings
-        >>> with warnings.catch_warnings(action="ignore"):  # 4 pairs are far too few
-        ...     classifier = classifier_of(model, pairs, n_train=4, n_test=2, max_new_tokens=4)
+        >>> with warnings.catch_warnings(action="ignore"):  # 2 pairs are far too few
+        ...     classifier = classifier_of(model, pairs, n_train=2, n_test=1, max_new_tokens=4)
         >>> classifier.name, classifier.n_texts, classifier.reads
-        ('classifier_mood', 8, 'text')
+        ('classifier_mood', 4, 'text')
         >>> scores = classifier([Answer(Question("How are you?"), text) for text in ("I am glad.", "I am sad.")])
         >>> all(-1 <= score <= 1 for score in scores)
         True
@@ -108,8 +108,8 @@ def classifier_of(
 
     Example:
         >>> import warnings
-        >>> with warnings.catch_warnings(action="ignore"):  # 4 pairs are far too few
-        ...     classifier = classifier_of(model, pairs, n_train=4, n_test=2, max_new_tokens=4)
+        >>> with warnings.catch_warnings(action="ignore"):  # 2 pairs are far too few
+        ...     classifier = classifier_of(model, pairs, n_train=2, n_test=1, max_new_tokens=4)
         >>> 0 <= classifier.accuracy.mean <= 1
         True
         >>> evaluate(model, prompts, classifier, max_new_tokens=4).scorer

@@ -114,7 +114,7 @@ def _harness_class() -> type:
 
 
 def prefix_of(model: Model) -> int:
-    """The token before a text without a context: the tokenizer's beginning-of-text token, or else its end-of-text one."""
+    """The token before a text without a context: the tokenizer's beginning-of-text, or else end-of-text, token."""
     tokenizer = tokenizer_of(model)
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
