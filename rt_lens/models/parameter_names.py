@@ -8,7 +8,6 @@ Face (`model.layers.3.self_attn.q_proj.weight`, `gpt_neox.layers.3.mlp.dense_h_t
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
