@@ -248,7 +248,7 @@ def test_it_reads_the_weights_and_changes_none(tiny, tiny_vectors):
     before = fingerprint(tiny)
     delta = rtl.bake(tiny, rtl.add(tiny_vectors, [1], 2.0))
     weight_changes(tiny, delta, tiny_vectors)
-    projection_changes(tiny, tiny_vectors, TEXTS, {"baked": delta})
+    projection_changes(tiny, tiny_vectors, TEXTS, {"baked": delta}, chat=False)
     residual_shifts(tiny, {"baked": delta, "steered": rtl.add(tiny_vectors, [1])}, TEXTS, tiny_vectors)
     assert fingerprint(tiny) == before
     assert not tiny.list_hooks()
@@ -296,7 +296,7 @@ def test_both_backends_tell_the_same_of_one_change(model, bridge):
 
 def test_steering_moves_the_projection_at_its_layer_by_the_multiple_and_below_by_nothing(tiny, tiny_vectors):
     steer = rtl.add(tiny_vectors, [1], -2.5)
-    table = projection_changes(tiny, tiny_vectors, TEXTS, {"steered": steer, "untuned": None}, seed=7)
+    table = projection_changes(tiny, tiny_vectors, TEXTS, {"steered": steer, "untuned": None}, chat=False, seed=7)
     assert list(table.columns) == ["arm", "layer", "n", "mean", "low", "high", "seed"]
     rows = table.set_index(["arm", "layer"])
     length = float(tiny_vectors[L1].norm())
@@ -316,7 +316,7 @@ def test_the_change_is_the_mean_over_all_tokens_but_the_first_of_each_text(tiny,
         with rtl.applied(tiny, steer):
             _, after = token_projections(tiny, tiny_vectors, text)
         expected.append((after - before)[:, 1:].mean(1))
-    table = projection_changes(tiny, tiny_vectors, TEXTS, {"steered": steer})
+    table = projection_changes(tiny, tiny_vectors, TEXTS, {"steered": steer}, chat=False)
     for layer in (0, 1):
         row = table[table["layer"] == layer].iloc[0]
         assert row["mean"] == pytest.approx(float(torch.stack(expected)[:, layer].mean()), abs=1e-4)
@@ -326,7 +326,9 @@ def test_the_change_is_the_mean_over_all_tokens_but_the_first_of_each_text(tiny,
 
 def test_a_baked_arm_moves_texts_as_the_steered_one(tiny, tiny_vectors):
     steer = rtl.add(tiny_vectors, [0], 3.0)
-    table = projection_changes(tiny, tiny_vectors, TEXTS, {"steered": steer, "baked": rtl.bake(tiny, steer)})
+    table = projection_changes(
+        tiny, tiny_vectors, TEXTS, {"steered": steer, "baked": rtl.bake(tiny, steer)}, chat=False
+    )
     steered, baked = (table[table["arm"] == arm]["mean"].to_numpy() for arm in ("steered", "baked"))
     np.testing.assert_allclose(steered, baked, rtol=1e-3, atol=1e-4)
     assert np.abs(steered).min() > 1
@@ -432,12 +434,16 @@ def test_same_seed_same_tables(tiny, tiny_vectors):
 @pytest.mark.parametrize(
     ("texts", "arms", "says"),
     [
-        (TEXTS, {}, "arms: none came"),
+        (TEXTS, {}, "arms must map at least one name to an intervention"),
         ([], {"untuned": None}, "texts must be a list of at least one text, got an empty one"),
         ("one", {"untuned": None}, "texts must be .*got one string"),
-        (TEXTS, {"wrong": "add"}, "arms: 'wrong' is a str"),
-        (TEXTS, {"far": [("blocks.7.hook_resid_post", lambda h, hook: h)]}, "arms: 'far' does not fit this model"),
-        (TEXTS, {"alien": WeightDelta({"w": torch.ones(1)}, "other", {}, [])}, "arms: 'alien' does not fit this model"),
+        (
+            TEXTS,
+            {"wrong": "add"},
+            r"arms\['wrong'\] must be a WeightDelta, a list of hooks as `add` gives, or None, got a str",
+        ),
+        (TEXTS, {"far": [("blocks.7.hook_resid_post", lambda h, hook: h)]}, r"arms\['far'\] must fit this model"),
+        (TEXTS, {"alien": WeightDelta({"w": torch.ones(1)}, "other", {}, [])}, r"arms\['alien'\] must fit this model"),
     ],
 )
 def test_what_is_wrong_is_named(tiny, tiny_vectors, as_a_user, look, texts, arms, says):
@@ -446,10 +452,10 @@ def test_what_is_wrong_is_named(tiny, tiny_vectors, as_a_user, look, texts, arms
 
 
 def test_texts_and_vectors_that_cannot_be_projected_are_named(tiny, tiny_vectors):
-    with pytest.raises(ValueError, match="number 1 has fewer than two tokens"):
-        projection_changes(tiny, tiny_vectors, ["Two words", "One"], {"untuned": None})
+    with pytest.raises(ValueError, match="texts must have two tokens or more.*number 1"):
+        projection_changes(tiny, tiny_vectors, ["Two words", "One"], {"untuned": None}, chat=False)
     with pytest.raises(ValueError, match="one vector per layer, got several at layer 0"):
-        projection_changes(tiny, tiny_vectors.everywhere(tiny, 1), TEXTS, {"untuned": None})
+        projection_changes(tiny, tiny_vectors.everywhere(tiny, 1), TEXTS, {"untuned": None}, chat=False)
     with pytest.raises(ValueError, match="layers.*5"):
         residual_shifts(tiny, {"untuned": None}, TEXTS, tiny_vectors, layers=[5])
 

@@ -154,7 +154,10 @@ def test_what_cannot_be_read_is_refused_first(tiny, tiny_vectors, few, provenanc
         (lambda: mean_projections(tiny, tiny_vectors, "How are you?"), "got one string"),
         (lambda: norms(tiny, tiny_vectors, []), "texts must be a list of at least one text, got an empty one"),
         (lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={}), "arms"),
-        (lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={"mine": wrong_delta}), "arms: 'mine' does not fit"),
+        (
+            lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={"mine": wrong_delta}),
+            r"arms\['mine'\] must fit this model",
+        ),
         (lambda: mean_projections(tiny, tiny_vectors, TEXTS, position=900), "past the end of text 0"),
         (lambda: norms(tiny, two, TEXTS), "vectors must have one vector per layer, got several at layer 0"),
         (lambda: cosines({}), "vectors must be at least one name"),

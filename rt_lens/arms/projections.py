@@ -1,4 +1,8 @@
-"""Where texts lie on a behaviour's direction under each arm, layer by layer, and how far an arm moves them."""
+"""Where texts lie on a behaviour's direction under each arm, layer by layer, and how far an arm moves them.
+
+All functions take user messages and put them through the chat template, as `generate` does; a text that went through
+it already stays as it is, and `chat=False` reads plain text.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import pandas as pd
 from torch import Tensor
 
-from rt_lens.arms.intervention import Intervention, applied
+from rt_lens.arms.intervention import Intervention, applied, check_intervention
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.models.activations import read_activations
@@ -16,8 +20,7 @@ from rt_lens.models.generation import as_chat
 from rt_lens.models.positions import Position, numbers_in, position_of, rows_of
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
-from rt_lens.tuning.delta import WeightDelta
-from rt_lens.vectors.guards import one_per_layer, refuse_heads, refuse_several_per_layer
+from rt_lens.vectors.guards import one_per_layer
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
 
 
@@ -28,6 +31,7 @@ def mean_projections(
     *,
     arms: Mapping[str, Intervention] | None = None,
     position: str | int | Position = "last",
+    chat: bool = True,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Where texts lie on the unit vector of each layer, under each arm: means over texts with their intervals.
@@ -36,8 +40,9 @@ def mean_projections(
         model: HookedTransformer or TransformerBridge.
         vectors: of the residual stream or of what is written into it, one for each layer.
         texts: user messages, put through the chat template as `generate` does.
-        arms: name -> WeightDelta, list of hooks, or None for the model as it is; that alone, as `untuned`, for None.
-        position: what is read of each text, as for `extract_vectors`.
+        arms: name -> Intervention; the untuned model alone, as `untuned`, for None.
+        position: which tokens of each text are read, as for `extract_vectors`.
+        chat: put the texts through the chat template; False for plain text.
         seed: of the bootstrap.
 
     Returns:
@@ -48,29 +53,36 @@ def mean_projections(
         ValueError: names the arm, text, layer or position that is wrong.
 
     Example:
-        >>> table = mean_projections(model, vectors, prompts, arms={"untuned": None, "rep_tuned": delta})
-        >>> plots.projection_curves(table).show()
+        >>> table = mean_projections(model, vectors.select([21]), prompts, arms={"untuned": None, "rep_tuned": delta})
+        >>> table[["arm", "layer", "n"]].values.tolist()
+        [['untuned', 21, 2], ['rep_tuned', 21, 2]]
     """
     units = one_per_layer(model, vectors.unit())
-    chats = as_chat(model, text_list(texts, "texts"))
+    inputs = _inputs(model, texts, chat)
     arms = {"untuned": None} if arms is None else arms
     check_arms(model, arms)
-    place = position_of(position)
-    reads = [[numbers_in(row, place, f"text {number}")] for number, row in enumerate(rows_of(model, chats))]
+    named = position_of(position)
+    reads = [[numbers_in(row, named, f"text {number}")] for number, row in enumerate(rows_of(model, inputs))]
     rows = []
-    for arm, changed in arms.items():
-        with applied(model, changed):
-            found = read_activations(model, chats, list(units), reads)
+    for arm, intervention in arms.items():
+        with applied(model, intervention):
+            activations = read_activations(model, inputs, list(units), reads)
         for name, unit in units.items():
-            interval = mean_interval((found[name][:, 0] @ unit).double().numpy(), seed)
+            interval = mean_interval((activations[name][:, 0] @ unit).double().numpy(), seed)
             rows.append({"arm": arm, "layer": layer_of(name), **interval._asdict(), "seed": seed})
     return pd.DataFrame(rows)
 
 
 def projection_changes(
-    model: Model, vectors: SteeringVectors, texts: Iterable[str], arms: Mapping[str, Intervention], *, seed: int = 0
+    model: Model,
+    vectors: SteeringVectors,
+    texts: Iterable[str],
+    arms: Mapping[str, Intervention],
+    *,
+    chat: bool = True,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """How far each arm moves texts along the unit vector, layer by layer, against the untouched model.
+    """How far each arm moves texts along the unit vector, layer by layer, compared with the untuned model.
 
     The projection is averaged over each text's tokens without the first, whose activations are often so large that
     they would hide the rest. For one text, token by token, see `token_projections`; `plots.projection_heatmap` draws
@@ -79,8 +91,9 @@ def projection_changes(
     Args:
         model: HookedTransformer or TransformerBridge.
         vectors: of the residual stream, one for each layer.
-        texts: taken as they are, of two tokens or more; `pairs.texts(model)` gives some through the chat template.
-        arms: name -> WeightDelta, list of hooks, or None for the untouched model.
+        texts: user messages, put through the chat template as `generate` does; `pairs.texts(model)` are through it.
+        arms: name -> Intervention.
+        chat: put the texts through the chat template; False for plain text, of two tokens or more.
         seed: of the bootstrap.
 
     Returns:
@@ -90,53 +103,61 @@ def projection_changes(
         ValueError: names the arm, text or layer that is wrong.
 
     Example:
-        >>> table = projection_changes(model, vectors, texts, {"steered": add(vectors, [18]), "rep_tuned": delta})
-        >>> plots.projection_changes(table).show()
+        >>> arms = {"steered": add(vectors, [18]), "rep_tuned": delta}
+        >>> table = projection_changes(model, vectors.select([18]), prompts, arms)
+        >>> table["arm"].tolist(), table["mean"][0] > 0
+        (['steered', 'rep_tuned'], True)
     """
     check_arms(model, arms)
-    texts = text_list(texts, "texts", blank=True)
-    vectors.check_fits(model)
-    units = vectors.unit().vectors
-    refuse_heads(units)
-    refuse_several_per_layer(units)
-    lengths = [len(encode(model, text)) for text in texts]
+    inputs = _inputs(model, texts, chat)
+    units = one_per_layer(model, vectors.unit())
+    lengths = [len(encode(model, text)) for text in inputs]
     if min(lengths) < 2:
         raise ValueError(
-            f"texts: number {lengths.index(min(lengths))} has fewer than two tokens, and the first is left out."
+            f"texts must have two tokens or more, since the first is left out, got fewer in number "
+            f"{lengths.index(min(lengths))}. Leave it out."
         )
     reads = [[range(1, length)] for length in lengths]
-    found = by_arm(model, arms, lambda: read_activations(model, texts, list(units), reads))
+    activations = by_arm(model, arms, lambda: read_activations(model, inputs, list(units), reads))
     rows = []
     for arm, (name, unit) in itertools.product(arms, units.items()):
-        moved = (found[arm][name] - found[None][name])[:, 0] @ unit.cpu().float()
-        interval = mean_interval(moved.numpy(), seed)
+        shift = (activations[arm][name] - activations[None][name])[:, 0] @ unit
+        interval = mean_interval(shift.numpy(), seed)
         rows.append({"arm": arm, "layer": layer_of(name), **interval._asdict(), "seed": seed})
     return pd.DataFrame(rows)
 
 
+def _inputs(model: Model, texts: Iterable[str], chat: bool) -> list[str]:
+    """Texts as the model reads them."""
+    plain = text_list(texts, "texts", blank=not chat)
+    return as_chat(model, plain) if chat else plain
+
+
 def check_arms(model: Model, arms: Mapping[str, Intervention]) -> None:
-    """Refuses what is no arm, before anything is run."""
+    """Refuses what is no arm, before anything is run.
+
+    Raises:
+        ValueError: for no arm, something that is no Intervention, or one that does not fit the model.
+    """
     if not arms:
-        raise ValueError("arms: none came, at least one is wanted: {'steered': add(vectors, [18], 2.0)}, say.")
-    for name, arm in arms.items():
-        if not (arm is None or isinstance(arm, WeightDelta | list | tuple)):
-            raise ValueError(
-                f"arms: {name!r} is a {type(arm).__name__}; a WeightDelta, the list of hooks that `add` gives, or None "
-                "is wanted."
-            )
+        raise ValueError(
+            "arms must map at least one name to an intervention, got none. Try {'steered': add(vectors, [18], 2.0)}."
+        )
+    for name, intervention in arms.items():
+        check_intervention(intervention, f"arms[{name!r}]")
         try:
-            with applied(model, arm):
+            with applied(model, intervention):
                 pass
         except ValueError as refusal:
-            raise ValueError(f"arms: {name!r} does not fit this model. {refusal}") from refusal
+            raise ValueError(f"arms[{name!r}] must fit this model. {refusal}") from refusal
 
 
 def by_arm(
     model: Model, arms: Mapping[str, Intervention], read: Callable[[], dict[str, Tensor]]
 ) -> dict[str | None, dict[str, Tensor]]:
-    """What is read under each arm, and under None of the untouched model."""
-    found: dict[str | None, dict[str, Tensor]] = {None: read()}
-    for name, arm in arms.items():
-        with applied(model, arm):
-            found[name] = read()
-    return found
+    """What `read` gives under each arm and, under None, for the untuned model."""
+    by_name: dict[str | None, dict[str, Tensor]] = {None: read()}
+    for name, intervention in arms.items():
+        with applied(model, intervention):
+            by_name[name] = read()
+    return by_name

@@ -86,10 +86,6 @@ class Named:
     meaning: str
     of: Position
 
-    @property
-    def words(self) -> str:  # TODO-RENAME
-        return self.meaning
-
 
 def position_of(position: str | int | Position) -> Named:
     """A position from its name, a token index, or your own function.

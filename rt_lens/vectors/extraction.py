@@ -200,7 +200,7 @@ def covariate_vectors(
     slope = partial(covariate_direction, values=y)
     slopes = {hook_name: _by_head(lambda head: slope, h[:, 0]) for hook_name, h in activations.items()}
     provenance = Provenance(
-        model_name(model), name or ("length" if isinstance(values, str) else "covariate"), "covariate", read_at.words,
+        model_name(model), name or ("length" if isinstance(values, str) else "covariate"), "covariate", read_at.meaning,
         "none", len(texts), "", 0, package_version(), dtype=dtype_name(model),
     )  # fmt: skip
     return SteeringVectors(slopes, provenance)
@@ -238,7 +238,7 @@ def read_sides(
         Sides(
             {name: h[:n, read] for name, h in activations.items()},
             {name: h[n:, read] for name, h in activations.items()},
-            f"{position.words}{OF_A_PAIR}",
+            f"{position.meaning}{OF_A_PAIR}",
             tuple(rows[0].labels[number] for number in reads[0][read]),
             all(_seen(rows[i], reads[i][read]) == _seen(rows[n + i], reads[n + i][read]) for i in range(n)),
             prompts,
