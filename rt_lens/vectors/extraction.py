@@ -180,7 +180,7 @@ def covariate_vectors(
         ValueError: if the values are not as many as the texts, or all the same.
 
     Example:
-        >>> length = covariate_vectors(model, pairs.texts(model).positive[:8], layers=[21])
+        >>> length = covariate_vectors(model, train.texts(model).positive, layers=[21])
         >>> without_length = vectors.select([21]).without(length)
         >>> abs(without_length.cosine(length)["blocks.21.hook_resid_post"]) < 1e-4
         True

@@ -138,8 +138,8 @@ def changed(model: Model, delta: WeightDelta | None) -> str:
     for key in ("direction", "layers", "target_modules", "seed", "vectors"):
         if key in delta.config:
             lines.append(f"- {key}: `{_json(delta.config[key]).replace('`', ' ')}`")
-    every = f"How the change was made, in full:\n\n{_code(_json(delta.config, indent=1), 'json')}"
-    return "\n".join(lines) + f"\n\n{every}"
+    in_full = f"How the change was made, in full:\n\n{_code(_json(delta.config, indent=1), 'json')}"
+    return "\n".join(lines) + f"\n\n{in_full}"
 
 
 def measured_effect(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -62,17 +62,17 @@ def export_hf(
     """
     path = Path(path).expanduser()
     rows = check_measured(measured)
-    found = as_huggingface(model, delta)
-    check_free(path, found.n_bytes)
+    exported = as_huggingface(model, delta)
+    check_free(path, exported.n_bytes)
     with whole_folder(path) as folder:
-        found.config.save_pretrained(folder)
-        if found.generation is not None:
+        exported.config.save_pretrained(folder)
+        if exported.generation is not None:
             (folder / "generation_config.json").write_text(
-                json.dumps(found.generation, indent=2) + "\n", encoding="utf-8"
+                json.dumps(exported.generation, indent=2) + "\n", encoding="utf-8"
             )
         source_tokenizer(model).save_pretrained(folder)
-        save_torch_state_dict(found.weights, folder, max_shard_size=max_shard_size)
-        text = model_card(path.name, model, delta, rows, behaviour=behaviour, note=found.note)
+        save_torch_state_dict(exported.weights, folder, max_shard_size=max_shard_size)
+        text = model_card(path.name, model, delta, rows, behaviour=behaviour, note=exported.note)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if check:
             _check_reads_back(model, delta, folder)
@@ -88,8 +88,8 @@ def _check_reads_back(model: Model, delta: WeightDelta | None, folder: Path) -> 
     mask = torch.ones_like(tokens)
     with changed_by(model, delta):
         ours = model(tokens, attention_mask=mask)
-    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype)
-    logits = theirs.to(tokens.device).eval()(tokens, attention_mask=mask).logits
+    reread: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype)
+    logits = reread.to(tokens.device).eval()(tokens, attention_mask=mask).logits
     error = float((logits - ours).float().norm() / ours.float().norm())
     if not error < math.sqrt(torch.finfo(ours.dtype).eps):
         raise ValueError(

@@ -54,15 +54,15 @@ def as_huggingface(model: Model, delta: WeightDelta | None) -> HuggingFaceModel:
         ValueError: if the model has no form in Hugging Face's files, or the change has no place in them.
     """
     if isinstance(model, TransformerBridge):
-        found = _of_bridge(model, delta)
+        exported = _of_bridge(model, delta)
     else:
         config = source_config(model)
         with changed_by(model, delta):
             parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-        found = _of_hooked(model, config, parameters)
-    found.config.architectures = [_class_name(model, found.config)]
-    found.config.dtype = next(iter(model.parameters())).dtype
-    return found
+        exported = _of_hooked(model, config, parameters)
+    exported.config.architectures = [_class_name(model, exported.config)]
+    exported.config.dtype = next(iter(model.parameters())).dtype
+    return exported
 
 
 def changed_by(model: Model, delta: WeightDelta | None) -> AbstractContextManager[Any]:
@@ -104,9 +104,9 @@ def changes_as_huggingface(model: Model, delta: WeightDelta) -> dict[str, Tensor
     changes = {}
     for name, change in delta.changes.items():
         if change.any():
-            found = None if isinstance(model, TransformerBridge) else to_huggingface(name, change)
-            theirs, tensor = found or (plain_name(name), change)
-            changes[theirs] = tensor
+            renamed = None if isinstance(model, TransformerBridge) else to_huggingface(name, change)
+            their_name, tensor = renamed or (plain_name(name), change)
+            changes[their_name] = tensor
     return changes
 
 
@@ -117,18 +117,18 @@ def _class_name(model: Model, config: PretrainedConfig) -> str:
 def _of_hooked(model: Model, config: PretrainedConfig, parameters: Mapping[str, Tensor]) -> HuggingFaceModel:
     weights: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        found = to_huggingface(name, parameter)
-        if found is not None:
-            weights[found[0]] = found[1]
+        renamed = to_huggingface(name, parameter)
+        if renamed is not None:
+            weights[renamed[0]] = renamed[1]
         elif parameter.any() and not name.endswith(".mlp.b_in"):
             raise ValueError(
                 f"delta must change only what {FAMILIES[config.model_type]} has in its files, got {name}, which is not "
                 "zero. Leave it out of the change, or keep it as a hook."
             )
     for layer in range(model.cfg.n_layers):  # added after the gate, b_in is a constant before W_out
-        ours, theirs = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp.down_proj.bias"
-        if parameters[f"{ours}.b_in"].any():
-            weights[theirs] = weights[theirs] + parameters[f"{ours}.b_in"] @ parameters[f"{ours}.W_out"]
+        hooked, their_bias = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp.down_proj.bias"
+        if parameters[f"{hooked}.b_in"].any():
+            weights[their_bias] = weights[their_bias] + parameters[f"{hooked}.b_in"] @ parameters[f"{hooked}.W_out"]
     if config.tie_word_embeddings and torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
         del weights["lm_head.weight"]
     else:
@@ -179,9 +179,9 @@ def _as_llama(model: Model, config: PretrainedConfig, attention: bool, mlp: bool
             "it "
             f"cannot be written ({refusal}). Leave the biases out, or keep the hooks."
         ) from None
-    kept = {field: source[field] for field in LlamaConfig().to_dict().keys() & source.keys()}
-    wanted = {"model_type": "llama", "head_dim": model.cfg.d_head, "attention_bias": attention, "mlp_bias": mlp}
-    return LlamaConfig.from_dict(kept | wanted)
+    shared = {field: source[field] for field in LlamaConfig().to_dict().keys() & source.keys()}
+    settings = {"model_type": "llama", "head_dim": model.cfg.d_head, "attention_bias": attention, "mlp_bias": mlp}
+    return LlamaConfig.from_dict(shared | settings)
 
 
 def _of_bridge(model: TransformerBridge, delta: WeightDelta | None) -> HuggingFaceModel:
@@ -189,7 +189,7 @@ def _of_bridge(model: TransformerBridge, delta: WeightDelta | None) -> HuggingFa
     with torch.device("meta"):
         plain = type(original)(copy.deepcopy(config))
     repeated = plain.state_dict().keys() & dict(plain.named_parameters(remove_duplicate=False)).keys()
-    wanted = (plain.state_dict().keys() - repeated) | dict(plain.named_parameters()).keys()  # tied ones once
+    in_file = (plain.state_dict().keys() - repeated) | dict(plain.named_parameters()).keys()  # tied ones once
     modules = original.named_modules()
     joint = {plain_name(name): part for name, part in modules if isinstance(part, JointQKVAttentionBridge)}
     with changed_by(model, delta):
@@ -198,12 +198,12 @@ def _of_bridge(model: TransformerBridge, delta: WeightDelta | None) -> HuggingFa
             state |= _joined(name, attention)
     for name, change in (delta.changes if delta else {}).items():
         inside = any(plain_name(name).startswith(f"{attention}.") for attention in joint)
-        if change.any() and plain_name(name) not in wanted and not inside:
+        if change.any() and plain_name(name) not in in_file and not inside:
             raise ValueError(
                 f"delta must change only what {type(original).__name__} has in its files, got {plain_name(name)}. "
                 "Leave it out of the change, or keep it as a hook."
             )
-    weights = {name: state[name] for name in sorted(wanted)}
+    weights = {name: state[name] for name in sorted(in_file)}
     generation = getattr(original, "generation_config", None)
     return HuggingFaceModel(config, weights, generation and generation.to_diff_dict(), "")
 
