@@ -380,14 +380,14 @@ def test_shipped_behaviours_are_whole(name):
         ),
         (("[extract]", "[extrakt]"), "unknown key 'extrakt'. Did you mean 'extract'"),
         (("toward = [0]", "toward = []"), "tune.seeds must have at least one seed for 'toward', got none"),
-        (('negative = ["You adore everything bitter.", ', "negative = ["), "3 positive.* 2 negative"),
+        (('negative = ["You adore everything bitter.", ', "negative = ["), "positive.*3.*2"),
         (
             ("n_prompts = 4", "n_prompts = 40"),
             "test.n_prompts must be at most 4, the number of topics in the test part, got 40",
         ),
         (("layers = [27]", "layers = [99]"), r"layers.* 99.* 0\.\.29"),
         (("[split]", "[split"), "valid TOML"),
-        (('positive = ["You', 'positve = ["You'), "pairs.positive"),
+        (('positive = ["You', 'positve = ["You'), "must have the lists positive, negative and topics, got no positive"),
     ],
 )
 def test_bad_files_are_named(tmp_path, change, says):
@@ -413,7 +413,7 @@ def test_an_old_key_of_a_file_is_still_read_with_a_hint_of_its_new_name(tmp_path
         file.write_text(SMALL.replace(table[table.rindex("[") :], text), encoding="utf-8")
         return load_experiment(file)
 
-    with pytest.warns(UserWarning, match=f"^old.toml: '{old}' is now '{new}'; the old name still works.$") as hints:
+    with pytest.warns(UserWarning, match=f"'{old}' is now '{new}'; the old name still works.$") as hints:
         older = read("old", table)
     assert len(hints) == 1
     with warnings.catch_warnings():
@@ -430,9 +430,9 @@ def load_experiment_of(folder, text):
 def test_old_keys_of_the_honesty_table_are_still_read(tmp_path):
     with pytest.warns(UserWarning, match="is now") as hints:
         older = load_experiment_of(tmp_path, '[honesty]\nopener = "Answer:"\ncorrect_only = false\n')
-    assert [str(hint.message).split(": ")[1].split(";")[0] for hint in hints] == [
+    assert {str(hint.message).split(": ")[1].split(";")[0] for hint in hints} == {
         "'opener' is now 'prefill'", "'correct_only' is now 'filter_pairs'",
-    ]  # fmt: skip
+    }  # fmt: skip
     assert older.honesty == HonestyConfig(prefill="Answer:", filter_pairs=False)
 
 
@@ -452,9 +452,8 @@ def test_old_names_of_scorers_are_still_read(tmp_path, old, new, as_table):
 
 
 def test_a_key_under_both_names_is_refused(tmp_path):
-    text = SMALL.replace("[test]", 'kinds = ["v"]\ntarget_modules = ["o"]\n[test]')
-    with pytest.raises(ValueError, match=r"\[tune\] must not have both 'target_modules' and its old name 'kinds'"):
-        load_experiment_of(tmp_path, text)
+    with pytest.raises(ValueError, match=r"\[honesty\] must not have both 'prefill' and its old name 'opener'"):
+        load_experiment_of(tmp_path, '[honesty]\nopener = "A:"\nprefill = "B:"\n')
 
 
 def test_choices_need_a_multiplier_within_the_bound(tmp_path):

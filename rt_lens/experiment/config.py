@@ -20,7 +20,7 @@ from rt_lens.evaluation.permissions import Permissions, check_model
 from rt_lens.evaluation.registry import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.scorers import Scorer
 from rt_lens.models.registry import DEFAULT_MODEL
-from rt_lens.tuning.config import TuneConfig
+from rt_lens.tuning.config import TuneConfig, modern
 from rt_lens.tuning.losses import Direction
 
 DIRECTIONS: tuple[Direction, ...] = ("toward", "away")
@@ -264,50 +264,30 @@ def load_experiment(
     return experiment
 
 
-_OLD_NAMES = {
-    "honesty": {"opener": "prefill", "correct_only": "filter_pairs"},
-    "tune": {"kinds": "target_modules", "token_rest": "free_nats"},
-}
-"""Table -> key in older files -> key now. [tune.token] has the keys of [tune].
+_OLD_NAMES = {"opener": "prefill", "correct_only": "filter_pairs"}
+"""Keys of [honesty] in older files -> keys now.
 
-Older keys of [pairs] are read by `rt_lens.data.readers`, and older kinds in [scorer] by `rt_lens.evaluation.registry`.
+Older names in [pairs] are read by `rt_lens.data.readers`, in [scorer] by `rt_lens.evaluation.registry`, and in [tune]
+by `rt_lens.tuning.config.modern`.
 """
-_OLD_VALUES = {("tune", "direction"): {"out": "suppress"}}
-"""Table and key -> value in older files -> value now."""
 
 
 def _with_new_names(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The content of a file with the keys and values of this version; each old one gets a one-line warning."""
+    """The content of a file with the names of this version; each old one gets a one-line warning."""
     content = dict(content)
-    for name in ("honesty", "tune"):
-        if isinstance(content.get(name), Mapping):
-            content[name] = _renamed(content[name], name, path)
-    if isinstance(tune := content.get("tune"), Mapping) and isinstance(tune.get("token"), Mapping):
-        content["tune"] = {**tune, "token": _renamed(tune["token"], "tune", path)}
-    return content
-
-
-def _renamed(table: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """One table with the keys and values of this version."""
-    renamed: dict[str, Any] = {}
-    for old, value in table.items():
-        key = _OLD_NAMES.get(name, {}).get(old, old)
-        if key != old:
-            if key in table:
+    if isinstance(honesty := content.get("honesty"), Mapping):
+        for old, new in _OLD_NAMES.items():
+            if old in honesty and new in honesty:
                 raise ValueError(
-                    f"config: [{name}] must not have both {key!r} and its old name {old!r}. Remove {old!r}."
+                    f"config: [honesty] must not have both {new!r} and its old name {old!r}. Remove {old!r}."
                 )
-            _warn_old(path, old, key)
-        values = _OLD_VALUES.get((name, key), {})
-        if isinstance(value, str) and value in values:
-            _warn_old(path, value, values[value])
-            value = values[value]
-        renamed[key] = value
-    return renamed
-
-
-def _warn_old(path: Path, old: str, new: str) -> None:
-    warnings.warn(f"{path.name}: {old!r} is now {new!r}; the old name still works.", UserWarning, stacklevel=5)
+            if old in honesty:
+                warnings.warn(f"{path.name}: {old!r} is now {new!r}; the old name still works.", stacklevel=3)
+        content["honesty"] = {_OLD_NAMES.get(key, key): value for key, value in honesty.items()}
+    if isinstance(tune := content.get("tune"), Mapping):
+        token = tune.get("token")
+        content["tune"] = modern({**tune, "token": modern(token)} if isinstance(token, Mapping) else tune)
+    return content
 
 
 # Both arms share one TuningData: the layers and positions of the cosine loss, and the targets.
