@@ -13,9 +13,8 @@ from rt_lens.arms.comparison import ArmEvaluator, compare_arms
 from rt_lens.common.statistics.comparisons import paired_comparison
 from rt_lens.common.statistics.intervals import crossed_interval, share_interval
 from rt_lens.data.questions import Question
-from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.choices import likelihoods
-from rt_lens.evaluation.tasks import EvalTask
+from rt_lens.evaluation.tasks import EvalTask, evaluate
 from rt_lens.evaluation.texts import perplexity
 from rt_lens.tuning.delta import WeightDelta
 

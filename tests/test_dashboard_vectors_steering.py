@@ -20,10 +20,11 @@ from rt_lens.apps.dashboard import steering, vectors
 from rt_lens.apps.dashboard.app import make_app
 from rt_lens.apps.dashboard.session import MOST_ASIDE, Session, provenance_text
 from rt_lens.apps.dashboard.work import Job, Stopped
-from rt_lens.arms.sweeping import Answers, Options, Sweep
+from rt_lens.arms.sweeping import Sweep
 from rt_lens.common.progress import Step, watched
+from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.experiment.config import Experiment, load_experiment
-from rt_lens.experiment.validation import validation_metric
+from rt_lens.experiment.validation import validation_task
 from rt_lens.results.schema import load_results
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 from rt_lens.vectors.validation import VectorValidation
@@ -281,8 +282,8 @@ def expected(session: Session, layers: list[int], n_prompts: int) -> tuple[Sweep
     _, held_out = session.pairs(BEHAVIOUR)
     prompts = held_out.topics[:n_prompts]
     found = rtl.sweep(
-        session.model, session.vectors(BEHAVIOUR), prompts, layers=layers, multipliers=[-4, 0, 4],
-        metric=Answers("length", 6), progress=False,
+        session.model, session.vectors(BEHAVIOUR), EvalTask(prompts, "length", 6), layers=layers,
+        multipliers=[-4, 0, 4], progress=False,
     )  # fmt: skip
     return found, prompts
 
@@ -347,12 +348,12 @@ def test_a_layer_without_a_vector_is_refused_before_the_others_are_steered(sessi
 def test_honesty_weighs_options_instead_of_answers(tiny, tmp_path, tiny_vectors):
     path = tmp_path / "honest.toml"
     path.write_text('name = "honest"\n[honesty]\nprotocol = "likelihood"\nn_calibration = 4\nn_items = 4\n')
-    prompts, metric = validation_metric(load_experiment(path), tiny, 5)
-    assert isinstance(metric, Options) and prompts == [question.prompt for question in metric.questions]
+    task = validation_task(load_experiment(path), tiny, 5, n_prompts=2)
+    assert task.name == "likelihood_share" and len(task.prompts) == 2
     session = Session(tiny, {"honest": tiny_vectors}, experiments=[path])
     job = done(steering.plan(session, "honest", "1", "-2,0,2", 2, 5)[1])
     wanted = rtl.sweep(
-        tiny, tiny_vectors, prompts[:2], layers=[1], multipliers=[-2, 0, 2], metric=metric, progress=False
+        tiny, tiny_vectors, task, layers=[1], multipliers=[-2, 0, 2], progress=False
     )  # fmt: skip
     told = text(job.shown["summary"])
     assert str(wanted.dose_response(1)) in told and "optimistic" not in told  # of one layer nothing was picked

@@ -24,8 +24,8 @@ from rt_lens.data.honesty import (
     true_or_false,
 )
 from rt_lens.data.questions import Question, load_questions
-from rt_lens.evaluation.answering import evaluate
 from rt_lens.evaluation.choices import _asks
+from rt_lens.evaluation.tasks import evaluate
 from rt_lens.experiment.config import load_experiment, questions_of
 from rt_lens.experiment.protocols import calibrate, parts, protocol_of
 from rt_lens.experiment.run import run_experiment

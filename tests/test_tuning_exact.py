@@ -148,9 +148,7 @@ def test_a_steps_gradients_are_those_of_the_plain_sum(tiny, untuned, tiny_vector
     assert_same(grads, {name: sum(alone[loss][name] for loss in alone) for name in names})
 
 
-@pytest.mark.parametrize(
-    "target_modules", [SEPARATE, {**SEPARATE, "kl": ["q", "o", "up"]}], ids=["kl left out", "kl named"]
-)
+@pytest.mark.parametrize("kinds", [SEPARATE, {**SEPARATE, "kl": ["q", "o", "up"]}], ids=["kl left out", "kl named"])
 @pytest.mark.parametrize("micro", [None, 3])
 def test_each_loss_trains_its_own_kinds_and_no_others(tiny, untuned, tiny_vectors, kinds, micro):
     config = replace(CONFIG, target_modules=kinds, micro_batch_size=micro)
