@@ -113,6 +113,12 @@ class ResidualShifts:
             layer's vector; NaN where nothing is shifted or the layer has no vector), seed.
         between: columns a, b (arms), layer, n (texts that both shift), mean, low, high (cosine of the two shifts, text
             by text; NaN where n is 0), seed.
+
+    Example:
+        >>> arms = {"steered": add(vectors, [21]), "rep_tuned": delta}
+        >>> shifts = residual_shifts(model, arms, prompts, vectors, layers=[21])
+        >>> shifts.between[["a", "b", "layer", "n"]].values.tolist()
+        [['steered', 'rep_tuned', 21, 2]]
     """
 
     along: pd.DataFrame = field(repr=False)
@@ -129,13 +135,13 @@ def residual_shifts(
     hook: str = "resid_post",
     seed: int = 0,
 ) -> ResidualShifts:
-    """Whether tuning does inside what steering does: each arm's shift of the residual stream, and their cosines.
+    """How each arm shifts the residual stream, and whether tuning shifts it as steering does (cosines between arms).
 
-    The shift is the arm's activation minus the untouched model's at the prompt's last token, where the answer begins.
+    The shift is the arm's activation minus the untuned model's at the prompt's last token, where the response begins.
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        arms: name -> WeightDelta, list of hooks, or None for the untouched model.
+        arms: name -> Intervention.
         texts: user messages, put through the chat template as `generate` does.
         vectors: of the residual stream.
         layers: block indices; all of the model for None.
@@ -146,14 +152,18 @@ def residual_shifts(
         ValueError: names the arm, layer or hook point that is wrong.
 
     Example:
-        >>> shifts = residual_shifts(model, {"steered": add(vectors, [18]), "rep_tuned": delta}, prompts, vectors)
+        >>> shifts = residual_shifts(model, {"steered": add(vectors, [21])}, prompts, vectors, layers=[20, 21])
+        >>> shifts.along[["arm", "layer", "n"]].values.tolist()
+        [['steered', 20, 2], ['steered', 21, 2]]
         >>> plots.residual_shifts(shifts.along, shifts.between).show()
     """
     check_arms(model, arms)
     units, names = _units(model, vectors, hook), hook_names(check_layers(model, layers), hook)
     chats = as_chat(model, text_list(texts, "texts"))
-    found = by_arm(model, arms, lambda: last_token_activations(model, chats, names))
-    shifts = {(arm, name): (found[arm][name] - found[None][name]).double() for arm in arms for name in names}
+    activations = by_arm(model, arms, lambda: last_token_activations(model, chats, names))
+    shifts = {
+        (arm, name): (activations[arm][name] - activations[None][name]).double() for arm in arms for name in names
+    }
     along, between = [], []
     for arm, name in itertools.product(arms, names):
         shift, unit = shifts[arm, name], units.get(layer_of(name))

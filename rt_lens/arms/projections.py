@@ -105,7 +105,7 @@ def projection_changes(
     Example:
         >>> arms = {"steered": add(vectors, [18]), "rep_tuned": delta}
         >>> table = projection_changes(model, vectors.select([18]), prompts, arms)
-        >>> table["arm"].tolist(), table["mean"][0] > 0
+        >>> table["arm"].tolist(), bool(table["mean"][0] > 0)
         (['steered', 'rep_tuned'], True)
     """
     check_arms(model, arms)

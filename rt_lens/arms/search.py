@@ -31,10 +31,16 @@ _MLP = (("gate", "up"), ("down",), ("gate", "up", "down"))
 
 
 def candidates_of(config: TuneConfig) -> list[TuneConfig]:
-    """A first look: all matrices for both losses, and each side's subsets for one loss beside the other's.
+    """Candidates for a first search: all matrices for both losses, or attention for one loss and MLP for the other.
 
-    The cosine on subsets of the attention with the tokens on subsets of the MLP (Ackerman 2024), and the other way
-    round; 19 in all.
+    The cosine loss trains subsets of the attention while the token loss trains subsets of the MLP (Ackerman 2024), and
+    the other way round: 19 in all.
+
+    Example:
+        >>> len(candidates_of(config))
+        19
+        >>> candidates_of(config)[1].target_modules
+        {'cosine': ('v', 'o'), 'token': ('gate', 'up')}
     """
     both = [(a, m) for a in _ATTENTION for m in _MLP] + [(m, a) for a in _ATTENTION for m in _MLP]
     return [
