@@ -107,7 +107,7 @@ def test_a_fused_matrix_is_trained_whole_or_not_at_all():
     model = nn.Module()
     model.cfg = SimpleNamespace(n_layers=1)
     for attribute in ("hook_dict", "blocks", "ln_final", "W_U", "hooks", "run_with_cache", "to_tokens"):
-        setattr(model, attribute, None)  # what a Model has besides
+        setattr(model, attribute, object())  # what a Model has besides
     model.h = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"c_attn": nn.Linear(4, 12, bias=False)})})])
     config = TuneConfig(layers=[0], trained_layers=[0], token_weight=0.0, kl_weight=0.0)
     assert set(trained_by(model, replace(config, target_modules=["q", "k", "v"]))["cosine"]) == {
