@@ -430,7 +430,7 @@ def test_other_hook_points_are_refused_with_those_that_can_be_folded(tiny, vecto
 
 
 def test_hook_points_that_are_not_there_are_refused_with_the_nearest(tiny):
-    message = r"blocks\.7\.hook_resid_post.*2 blocks.*Near.*blocks\.\d\.hook_resid"
+    message = r"blocks\.7\.hook_resid_post.*2 blocks.*(Near|Did you mean).*blocks\.\d\.hook_resid"
     refused(tiny, [("blocks.7.hook_resid_post", Edit(Add(torch.ones(32))))], message)
 
 
