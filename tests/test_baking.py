@@ -391,7 +391,7 @@ def test_a_gap_or_a_late_start_in_the_residual_stream_is_refused(tiny, vectors):
     rtl.bake(tiny, hooks)
     for some in (hooks[1:], hooks[:2] + hooks[3:], ablate(everywhere(tiny, vectors), [1], hook="any")):
         refused(
-            tiny, some, r"it must act at every point from blocks\.0\.hook_resid_pre on, since .*Use `vectors\.everywhere"
+            tiny, some, r"must act at every point from blocks\.0\.hook_resid_pre on, since .*Use `vectors\.everywhere"
         )
 
 
