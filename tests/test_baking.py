@@ -391,7 +391,7 @@ def test_a_gap_or_a_late_start_in_the_residual_stream_is_refused(tiny, vectors):
     rtl.bake(tiny, hooks)
     for some in (hooks[1:], hooks[:2] + hooks[3:], ablate(everywhere(tiny, vectors), [1], hook="any")):
         refused(
-            tiny, some, r"it must act at every point from blocks\.0\.hook_resid_pre on, or .*Use `vectors\.everywhere"
+            tiny, some, r"must act at every point from blocks\.0\.hook_resid_pre on, since .*Use `vectors\.everywhere"
         )
 
 
@@ -430,7 +430,7 @@ def test_other_hook_points_are_refused_with_those_that_can_be_folded(tiny, vecto
 
 
 def test_hook_points_that_are_not_there_are_refused_with_the_nearest(tiny):
-    message = r"blocks\.7\.hook_resid_post.*2 blocks.*Near.*blocks\.\d\.hook_resid"
+    message = r"blocks\.7\.hook_resid_post.*2 blocks.*(Near|Did you mean).*blocks\.\d\.hook_resid"
     refused(tiny, [("blocks.7.hook_resid_post", Edit(Add(torch.ones(32))))], message)
 
 

@@ -85,14 +85,14 @@ def test_the_disk_shelf_is_not_in_the_processs_own_memory(tmp_path):
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from types import SimpleNamespace
-from rt_lens.tuning.shelf import Shelf
+from rt_lens.tuning.activation_store import ActivationStore
 def own():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
     return int(status["RssAnon"].split()[0]) / 1024
 like = SimpleNamespace(d_model=1024, dtype=torch.float32, device="cpu")
 grew = []
 for where in ("disk", "memory"):
-    before, kept = own(), Shelf([1024] * 64, like, where)
+    before, kept = own(), ActivationStore([1024] * 64, like, where)
     last = [kept.put(torch.full((1024, 1024), float(n))) for n in range(64)][-1]
     assert last.mean() == 63
     grew.append(own() - before)
@@ -114,8 +114,8 @@ def test_a_killed_process_leaves_no_file(tmp_path):
 import os, sys, time, torch
 sys.path.insert(0, sys.argv[1])
 from types import SimpleNamespace
-from rt_lens.tuning.shelf import Shelf
-kept = Shelf([1000] * 10, SimpleNamespace(d_model=64, dtype=torch.float32, device="cpu"), "disk")
+from rt_lens.tuning.activation_store import ActivationStore
+kept = ActivationStore([1000] * 10, SimpleNamespace(d_model=64, dtype=torch.float32, device="cpu"), "disk")
 row = kept.put(torch.ones(1000, 64))
 mapped = any(os.environ["TMPDIR"] in line for line in open("/proc/self/maps"))
 print("there" if mapped and row.sum() == 64_000 else "not there", flush=True)

@@ -169,7 +169,7 @@ def test_an_unknown_hook_point_is_refused_with_the_nearest(backend, backends, pr
         pytest.raises(
             ValueError,
             match=r"'?blocks\.31\.hook_resid_post'?.*30 blocks.*"
-            r"Near: .*blocks\.\d+\.hook_resid_post",
+            r"(Near: |Did you mean).*blocks\.\d+\.hook_resid_post",
         ),
         steered(model, [known], add(vectors)),
     ):

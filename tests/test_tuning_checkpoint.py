@@ -551,7 +551,7 @@ def test_a_full_disk_warns_once_for_each_write_and_the_run_ends_well(run, tmp_pa
     said = [str(warning.message) for warning in warned]
     assert len(said) == 3
     for step, message in zip((3, 6, 8), said, strict=True):
-        assert f"step {step} could not be kept in {path}" in message
+        assert f"{path} could not be written at step {step}" in message
         assert "File too large" in message
         assert "there is none before it" in message
     assert same(delta, unbroken)

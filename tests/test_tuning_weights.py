@@ -106,6 +106,8 @@ def test_wrong_kinds_and_layers_are_named_when_the_settings_are_made(settings, s
 def test_a_fused_matrix_is_trained_whole_or_not_at_all():
     model = nn.Module()
     model.cfg = SimpleNamespace(n_layers=1)
+    for attribute in ("tokenizer", "hook_dict", "blocks", "ln_final", "W_U", "hooks", "run_with_cache", "to_tokens"):
+        setattr(model, attribute, object())  # what a Model has besides
     model.h = nn.ModuleList([nn.ModuleDict({"attn": nn.ModuleDict({"c_attn": nn.Linear(4, 12, bias=False)})})])
     config = TuneConfig(layers=[0], trained_layers=[0], token_weight=0.0, kl_weight=0.0)
     assert set(trained_by(model, replace(config, target_modules=["q", "k", "v"]))["cosine"]) == {

@@ -8,6 +8,7 @@ Face (`model.layers.3.self_attn.q_proj.weight`, `gpt_neox.layers.3.mlp.dense_h_t
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -148,7 +149,9 @@ def stored_input_first(model: Model, name: str) -> bool:
         >>> stored_input_first(model, "blocks.0.attn.W_Q")
         False
     """
-    owner = dict(model.named_modules()).get(name.rpartition(".")[0])
+    owner: Any = model
+    for part in name.split(".")[:-1]:  # a bridge's `named_modules` leaves out the modules that it wraps
+        owner = getattr(owner, part)
     return type(owner).__name__ == "Conv1D"
 
 

@@ -138,7 +138,7 @@ def extract_offsets(
     Example:
         >>> by_token = extract_offsets(model, train.sample(4), last=3, layers=[21])
         >>> list(by_token), by_token[-2].provenance.position
-        ([-1, -2, -3], "token 2 from the end of the chat prompt and the answer's prefill")
+        ([-1, -2, -3], ...token 2 from the end of the chat prompt...)
     """
     find, label = method_of(method, seed)
     if last < 1:

@@ -53,11 +53,11 @@ class VectorValidation:
         seed: of every random choice.
 
     Example:
-        >>> validated = validate_vectors(model, train, held_out, layers=[18, 21], splits=2)
+        >>> validated = validate_vectors(model, train.sample(8), held_out, layers=[18, 21], splits=2)
         >>> validated.vectors.hook_names
         ['blocks.18.hook_resid_post', 'blocks.21.hook_resid_post']
         >>> sorted(set(validated.learning["n_pairs"]))
-        [2, 4, 8, 16]
+        [2, 4, 8]
     """
 
     vectors: SteeringVectors
@@ -117,7 +117,9 @@ def validate_vectors(
         >>> table = validated.layers.set_index("layer")
         >>> bool((table["d_prime"] > table["control_d_prime"]).all())  # better than random directions
         True
-        >>> plots.validation(table.reset_index(), validated.learning, validated.cosines).show()
+        >>> figure = plots.validation(
+        ...     validated.layers, validated.learning, validated.cosines, recommended=validated.recommended
+        ... )
     """
     if len(train) < 4:
         raise ValueError(f"train must be at least 4 pairs, so that two halves can be compared, got {len(train)}.")
