@@ -332,7 +332,7 @@ def test_the_page_can_be_used_without_mouse_or_eyes(page):
     assert {"main", "nav", "header", "h1"} <= set(tags)
     assert dict(page.elements)["html"]["lang"] == "en"
     first = next(attributes for tag, attributes in page.elements if tag == "a")
-    assert first["class"] == "skip" and first["href"] == "#what-was-found"
+    assert first["class"] == "skip" and first["href"] == "#results"
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.elements if tag == "th")
     boxes = [attributes for _, attributes in page.elements if attributes.get("class") == "scroll"]
     assert len(boxes) == tags.count("table")
@@ -357,12 +357,17 @@ def test_the_arms_are_joined_by_the_p_values_of_their_set(html):
     assert not [note for note in charts_of(html)["arms-1"]["layout"]["annotations"] if note.get("name") == "p"]
 
 
+def on_page(numbers: str) -> str:
+    """The numbers with a minus sign, as the page has them."""
+    return numbers.replace("-", "−")
+
+
 def test_the_numbers_are_those_of_the_files(page):
     text = "".join(page.texts)
     for row in make_results()["summary"]:
-        assert f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in text
+        assert on_page(f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]") in text
     for row in make_results()["comparisons"]:
-        assert f"{row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in text
+        assert on_page(f"{row['difference']:.3f} [{row['low']:.3f}, {row['high']:.3f}]") in text
     assert "Largest score within the bound." in text and "640.5" in text
 
 
@@ -386,10 +391,11 @@ def test_summary_sentences_carry_numbers_n_interval_and_seeds():
     (priced,) = [sentence for sentence in sentences if sentence.startswith("The highest perplexity")]
     assert priced == (
         "The highest perplexity is 23.10 [22.70, 23.50] (steered, away), and 21.40 [21.00, 21.80] untuned "
-        "(n = 18 texts, seeds 0, 1, 2). The choice of multipliers allows at most 1.1 times the untuned one."
+        "(n = 18 texts, seeds 0, 1, 2). Multipliers were restricted to those that keep perplexity within 1.1 times "
+        "the untuned model's."
     ), "a ratio would need an interval, and a verdict a test"
     assert all(re.search(r"seeds? \d", sentence) for sentence in sentences)
-    assert brackets == "Brackets are 95 % intervals."
+    assert brackets == "Brackets are 95 % confidence intervals."
 
 
 def test_summary_sentences_do_without_what_was_not_measured():
@@ -461,7 +467,7 @@ def test_a_run_without_tuning_still_has_a_page(tmp_path):
 def test_a_page_of_six_sets_has_a_heading_for_each_and_one_figure(honesty):
     text = "".join(honesty.texts)
     sections = [attributes["id"] for tag, attributes in honesty.elements if tag == "section"]
-    assert sum(re.fullmatch(r"arms-\d+", name) is not None for name in sections) == len(SETS)
+    assert sum(re.fullmatch(r"scores-by-arm-\d+", name) is not None for name in sections) == len(SETS)
     figures = [attributes.get("id", "") for _, attributes in honesty.elements]
     for kind in ("arms", "pareto"):
         assert sum(name.startswith(f"figure-{kind}-") for name in figures) == len(SETS)
@@ -472,13 +478,13 @@ def test_a_page_of_six_sets_has_a_heading_for_each_and_one_figure(honesty):
 def test_a_page_of_six_sets_holds_every_number(honesty):
     text = "".join(honesty.texts)
     for row in make_honesty()["summary"]:
-        assert f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in text
+        assert on_page(f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]") in text
     for row in make_honesty()["side_effects"]:
-        assert f"0.900 [{row['low']:.3f}, {row['high']:.3f}]" in text
+        assert on_page(f"0.900 [{row['low']:.3f}, {row['high']:.3f}]") in text
     assert f"instructions {HOSTILE[0]}" in text
     assert text.count("0.512 [0.381, 0.640]") == 2, "the calibration"
     assert "0.360" in text and "0.012" in text, "Holm's p beside p"
-    assert f"about one in twenty of {len(make_honesty()['comparisons'])} comparisons" in text
+    assert f"about 1 in 20 of {len(make_honesty()['comparisons'])} comparisons" in text
 
 
 def test_hostile_names_of_a_new_run_are_inert(honesty):
@@ -497,12 +503,12 @@ def test_the_sentences_of_a_new_run_tell_the_protocol_and_p_before_and_after_the
     sampled = "(n = 216, seeds 0, 1, 2)."
     found = (
         "Paired differences (role-plays, toward): rep_tuned scores 0.230 [0.180, 0.280] higher than token_tuned, "
-        "p < 0.001 (by Holm = 0.006)"
+        "p < 0.001, Holm-adjusted p = 0.006"
     )
     assert f"{found} {sampled}" in sentences
-    quiet = "rep_tuned minus steered 0.090 [0.040, 0.140], p = 0.200 (by Holm = 1.000)"
-    assert f"Paired differences (role-plays, toward), no difference shown: {quiet} {sampled}" in sentences
-    assert "Holm's p is corrected for all 48 comparisons of this run." in sentences
+    quiet = "rep_tuned minus steered 0.090 [0.040, 0.140], p = 0.200, Holm-adjusted p = 1.000"
+    assert f"Paired differences (role-plays, toward), no significant difference: {quiet} {sampled}" in sentences
+    assert "p-values are Holm-adjusted for all 48 comparisons of this run." in sentences
     assert not any(SCORERS[1] in line for line in sentences), "the first scorer speaks for a set"
 
 
@@ -546,7 +552,7 @@ AGAIN = {
     [
         (AGAIN, [*(AGAIN[key] for key in ("command", "call", "toml", "sha256")), "Save the settings below as"], []),
         ({**AGAIN, "command": "rt-lens run mood", "file": "mood.toml"}, ["rt-lens run mood"], ["Save the settings"]),
-        ({**dict.fromkeys(AGAIN), "settings": {"model": "x"}}, ["No command repeats this run", '"model": "x"'], []),
+        ({**dict.fromkeys(AGAIN), "settings": {"model": "x"}}, ["No command reproduces this run", '"model": "x"'], []),
         (None, ["The command is not recorded"], ["rt-lens run"]),
     ],
 )
@@ -581,11 +587,11 @@ def test_how_sure_the_findings_are_counts_seeds_comparisons_and_prompts():
     text = "\n".join(sentences)
     assert "Tuned once, with seed 4: rep_tuned, away." in text
     assert "Tuned with seeds 0, 1 and 2: token_tuned, toward; token_tuned, away; rep_tuned, toward." in text
-    assert "In this run a seed draws only the order of the batches" in text
+    assert "In this run the seed controls only the order of the batches" in text
     drawn = ["the targets", "the order of the batches"]
     told = "\n".join(uncertainty_sentences({**results, "seed_draws": drawn}))
-    assert "A seed draws the targets and the order of the batches. All arms of a seed share these draws." in told
-    assert "The run makes 48 comparisons. If no arms differed, about one in twenty would have p below 0.05." in text
+    assert "The seed controls the targets and the order of the batches. All arms with the same seed share" in told
+    assert "The run makes 48 comparisons. If no arms truly differed, about 1 in 20 p-values would fall below" in text
     assert "16 are significant; 16 more are significant only before the correction" in text
     assert "72 validation prompts" in text and "mean over 216 prompts" in text
     assert "three or more seeds for every tuned arm" in sentences[-1]
@@ -600,18 +606,16 @@ def test_more_prompts_halve_the_interval_of_one_seed_only(kept, halved, seeded):
         row["seeds"] = kept or ([0] if row["arm"] == "untuned" else [0, 1, 2])
     first, *_, last = uncertainty_sentences(results)
     assert ("four times as many halve the interval of an arm with one seed" in last) == halved
-    assert ("with several seeds how much other seeds" in first) == seeded
+    assert ("for an arm with several seeds, with other seeds" in first) == seeded
 
 
 def test_weights_are_not_said_to_have_seen_training_topics_only():
     tuned = "\n".join(uncertainty_sentences(make_results()))
-    assert "weights saw" not in tuned, "the validation loss picks those that are kept"
-    assert (
-        "Vectors and gradients saw training topics only; when to stop tuning was chosen on validation topics" in tuned
-    )
+    assert "weights used" not in tuned, "the validation loss picks those that are kept"
+    assert "Vectors and gradients used training topics only. Early stopping used validation topics; layer" in tuned
     steered = "\n".join(uncertainty_sentences({**make_results(), "history": []}))
-    assert "Vectors saw training topics only; layer and multiplier were chosen on" in steered
-    assert "when to stop" not in steered
+    assert "Vectors used training topics only. Layer and multiplier were selected on" in steered
+    assert "stopping" not in steered
 
 
 def test_how_sure_the_findings_are_without_comparisons_or_corrections():
@@ -621,13 +625,27 @@ def test_how_sure_the_findings_are_without_comparisons_or_corrections():
     assert any("The run has no paired comparisons" in told for told in alone)
 
 
+def test_why_holm_adjusted_p_can_look_too_large_is_said_once_where_there_are_several_seeds():
+    results, note = make_honesty(), "degrees of freedom are limited by the number of seeds"
+    for sentences in (summary_sentences, uncertainty_sentences):
+        assert sum(note in sentence for sentence in sentences(results)) == 1
+        assert not any(note in sentence for sentence in sentences(make_results())), "it has no Holm-adjusted p"
+        one = {**results, "comparisons": [{**row, "seeds": [0]} for row in results["comparisons"]]}
+        assert not any(note in sentence for sentence in sentences(one))
+
+
+def test_plain_sentences_have_no_sign_that_a_terminal_cannot_print():
+    told = "\n".join(summary_sentences(make_results()))
+    assert "-0.27 [-0.33, -0.21]" in told and told.isascii()
+
+
 def test_a_difference_that_does_not_survive_holm_is_told_apart():
     results = make_honesty()
     for row in results["comparisons"]:
         row["p"], row["p_holm"] = 0.01, 0.4
-    told = [line for line in summary_sentences(results) if ", significant only before Holm's correction: " in line]
+    told = [line for line in summary_sentences(results) if ", not significant after Holm correction: " in line]
     assert len(told) == 2 * len(SETS)
-    assert all("(by Holm = 0.400)" in line and "[" in line and "seeds 0, 1, 2" in line for line in told)
+    assert all("Holm-adjusted p = 0.400" in line and "[" in line and "seeds 0, 1, 2" in line for line in told)
 
 
 def run_of(means: dict[str, float], p: float | None = None, p_holm: float | None = None) -> dict[str, Any]:
@@ -651,24 +669,24 @@ def run_of(means: dict[str, float], p: float | None = None, p_holm: float | None
 def test_the_headline_names_the_arm_with_the_largest_effect_and_what_was_tested(page):
     text = "".join(page.texts)
     claim = "Representation tuning raised the mood score most, from 0.31 [0.25, 0.37] (untuned) to 0.71 [0.65, 0.77]"
-    assert f"{claim} (test; n = 216, seeds 0, 1, 2). It was not compared with the untuned model in pairs." in text
+    assert f"{claim} (test; n = 216, seeds 0, 1, 2). No paired test against the untuned model was run." in text
     support = (
         "Paired differences: rep_tuned scores 0.090 [0.040, 0.140] higher than steered, p = 0.012; rep_tuned scores"
     )
     assert f"{support} 0.23" in text
     lowered = (
-        "Representation tuning lowered the mood score most, from 0.31 [0.25, 0.37] (untuned) to -0.27 [-0.33, -0.21]"
+        "Representation tuning lowered the mood score most, from 0.31 [0.25, 0.37] (untuned) to −0.27 [−0.33, −0.21]"
     )
     assert lowered in text
-    assert text.count("This arm has the best mean of 3, and choosing the best overstates its effect.") == 2
+    assert text.count("This is the best of 3 arms, so its effect is likely overestimated (selection bias).") == 2
 
 
 def test_no_arm_is_said_to_have_an_effect_where_none_has():
     ((claim, ground),) = headline(run_of({"untuned": 0.5, "steered": 0.4, "rep_tuned": 0.45}, p=0.6, p_holm=1.0))
     nearest = "untuned 0.50 [0.40, 0.60], rep_tuned, the closest of 2, 0.45 [0.35, 0.55] (test; n = 20, seed 7)"
     assert claim == f"No arm raised the mood score: {nearest}."
-    assert ground.startswith("Paired differences, no difference shown: rep_tuned minus untuned -0.050 [")
-    assert "by Holm = 1.000" in ground and "overstates" not in ground
+    assert ground.startswith("Paired differences, no significant difference: rep_tuned minus untuned −0.050 [")
+    assert "Holm-adjusted p = 1.000" in ground and "overestimated" not in ground
     ((claim, _),) = headline(run_of({"untuned": 0.5, "rep_tuned": 0.5}))
     assert claim.startswith("No arm raised the mood score: untuned 0.50 [0.40, 0.60], rep_tuned 0.50 ["), (
         "an equal score is no rise"
@@ -683,23 +701,25 @@ def test_no_arm_is_said_to_have_an_effect_where_none_has():
         (
             0.01,
             0.2,
-            " The difference is significant only before Holm's correction.",
-            "Paired differences, significant only before Holm's correction: rep_tuned scores 0.300 [",
+            " The difference is not significant after Holm correction.",
+            "Paired differences, not significant after Holm correction: rep_tuned scores 0.300 [",
         ),
         (
             0.3,
             0.6,
-            " The paired test shows no difference.",
-            "Paired differences, no difference shown: rep_tuned minus untuned 0.300 [",
+            " The paired test shows no significant difference.",
+            "Paired differences, no significant difference: rep_tuned minus untuned 0.300 [",
         ),
-        (None, None, " It was not compared with the untuned model in pairs.", "This arm has the best mean"),
+        (None, None, " No paired test against the untuned model was run.", "This is the best of 2 arms"),
     ],
 )
 def test_the_headline_claims_no_more_than_the_paired_difference_bears(p, p_holm, verdict, ground):
     ((claim, told),) = headline(run_of({"untuned": 0.2, "steered": 0.4, "rep_tuned": 0.5}, p, p_holm))
     raised = "Representation tuning raised the mood score most, from 0.20 [0.10, 0.30] (untuned) to 0.50 [0.40, 0.60]"
     assert claim == f"{raised} (test; n = 20, seed 7).{verdict}"
-    assert told.startswith(ground) and told.endswith("best mean of 2, and choosing the best overstates its effect.")
+    assert told.startswith(ground) and told.endswith(
+        "best of 2 arms, so its effect is likely overestimated (selection bias)."
+    )
     assert p is None or "(n = 20, seed 7)" in told
     assert "steered" not in told, "the arm's own comparison with the untuned model"
 
@@ -709,7 +729,7 @@ def test_only_the_headlines_own_set_and_scorer_are_compared():
     for row, other in zip(results["comparisons"], ({"scorer": "another"},), strict=True):
         row.update(other)
     ((claim, ground),) = headline(results)
-    assert claim.endswith("not compared with the untuned model in pairs.") and ground == "", (
+    assert claim.endswith("No paired test against the untuned model was run.") and ground == "", (
         "one arm is no choice of the best"
     )
 
@@ -720,7 +740,7 @@ def test_each_score_has_its_own_n_where_scorers_differ(n_second):
     results["summary"] += [{**row, "scorer": "judge", "n": n_second, "mean": 0.3} for row in results["summary"]]
     results |= {"history": [], "logit_lens": [], "separability": [], "dose_response": []}
     text = {"prompt": "", "tokens": ["a"], "layers": [18], "arms": {"untuned": [[0.5]]}}
-    part = next(part for part in sections(results, [], text) if part.name == "Arms")
+    part = next(part for part in sections(results, [], text) if part.name == "Scores by arm")
     table = Page(part.parts[0].html.partition("</figure>")[2])
     heads = [attributes["scope"] for tag, attributes in table.elements if tag == "th"].count("col")
     told = "|".join(table.texts)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="rt-lens",
-    help="Find the direction of a behaviour in a language model, steer with it, tune it into the weights, compare.",
+    help="Find the direction of a behaviour in a language model, steer with it, "
+    "fine-tune it into the weights, and compare the results.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -30,21 +31,21 @@ Behaviour = Annotated[
 Model = Annotated[str | None, typer.Option(help="Bundled model, Hugging Face folder, .gguf file or hub name.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16; by default the type of the vectors, delta or experiment."),
+    typer.Option(help="float32, bfloat16 or float16; default: dtype of the vectors, delta or experiment."),
 ]
 ChatTemplateKwargs = Annotated[
     str | None,
-    typer.Option(help="JSON with keywords for the chat template: '{\"enable_thinking\": false}'."),
+    typer.Option(help="Extra chat-template variables, as JSON: '{\"enable_thinking\": false}'."),
 ]
 VectorFile = Annotated[
-    Path, typer.Argument(help="A file from `rt-lens extract`, or the .gguf, .pt or .npz of another tool.")
+    Path, typer.Argument(help="A file from `rt-lens extract`, or a .gguf, .pt or .npz file of another tool.")
 ]
 AllowJudge = Annotated[
     list[str] | None,
     typer.Option(help="https://host[:port] of a judge that the behaviour's file may use. Can be repeated."),
 ]
 JudgeKeyEnv = Annotated[
-    str | None, typer.Option(help="Environment variable with the key for the judge of --allow-judge.")
+    str | None, typer.Option(help="Environment variable that holds the API key of the judge allowed by --allow-judge.")
 ]
 
 

@@ -31,11 +31,9 @@ def dashboard(
     run: Annotated[
         Path | None, typer.Argument(help="Folder of a finished run. Leave it out to work on a model alone.")
     ] = None,
-    vectors: Annotated[
-        list[Path] | None, typer.Option(help="A file of steering vectors to open. Can be repeated.")
-    ] = None,
+    vectors: Annotated[list[Path] | None, typer.Option(help="Steering-vector file to load. Can be repeated.")] = None,
     behaviour: Annotated[
-        list[str] | None, typer.Option(help="A file of your own behaviour to offer. Can be repeated.")
+        list[str] | None, typer.Option(help="Custom behaviour file to include. Can be repeated.")
     ] = None,
     port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1; by default 8050, or any free one.")] = None,
     model: Model = None,
@@ -44,7 +42,7 @@ def dashboard(
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Show a finished run and work live on the model, in a browser on this machine."""
+    """Browse a finished run and experiment with the live model in a local dashboard."""
     from rt_lens.apps.dashboard.opening import dashboard as open_dashboard
     from rt_lens.experiment.config import load_experiment
 

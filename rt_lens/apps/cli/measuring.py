@@ -69,14 +69,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A name, pattern:REGEX, or a .toml file with a [scorer] table. Can be repeated."),
     ] = None,
-    delta: Annotated[Path | None, typer.Option(help="A weight delta: adds a tuned arm to the untuned one.")] = None,
-    vectors: Annotated[
-        Path | None, typer.Option(help="Steering vectors: add a steered arm to the untuned one.")
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Block for --vectors.")] = None,
+    delta: Annotated[Path | None, typer.Option(help="Weight delta to evaluate as a tuned arm.")] = None,
+    vectors: Annotated[Path | None, typer.Option(help="Steering vectors to evaluate as a steered arm.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer at which to add --vectors.")] = None,
     multiplier: Annotated[float, typer.Option(help="Multiplier for --vectors.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the responses in tokens.")] = 40,
-    seed: Annotated[int, typer.Option(help="Seed of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder for scores and responses.")] = None,
     model: Model = None,
     dtype: Dtype = None,
@@ -116,7 +114,9 @@ def evaluate(
     _print(scores.summary()[["arm", "set", "scorer", "n", "mean", "low", "high"]])
     if len(arms) > 1:
         _print(scores.comparisons()[["a", "b", "scorer", "n", "difference", "low", "high", "p", "p_holm"]])
-    typer.echo(f"Intervals are of 95 %; p_holm is corrected for the number of comparisons. Seed {seed}.")
+    typer.echo(
+        f"Low and high are 95 % confidence intervals; p_holm is adjusted for the number of comparisons. Seed {seed}."
+    )
     if out is not None:
         write_scores(out, scores)
         typer.echo(f"Saved {out / 'scores.csv'}. Next: read the responses in {out / 'responses.jsonl'}")
@@ -145,12 +145,12 @@ def _scorer(text: str, permissions: Permissions) -> Any:
 @app.command(epilog="Example: rt-lens compare runs/mood runs/mood_after --fail-on-change")
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Folder of a finished run: the reference.")],
-    run_b: Annotated[Path, typer.Argument(help="Folder of the run to judge.")],
+    run_b: Annotated[Path, typer.Argument(help="Run to compare with the reference.")],
     fail_on_change: Annotated[
         bool, typer.Option("--fail-on-change", help="Exit with 1 if anything changed beyond noise.")
     ] = False,
 ) -> None:
-    """Report what changed from one run to another beyond noise: scores and side effects of every arm, row by row."""
+    """Report differences between two runs that exceed noise: scores and side effects of every arm, row by row."""
     from rt_lens.results.comparing import compare_runs
     from rt_lens.results.schema import load_results
 

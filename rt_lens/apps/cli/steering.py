@@ -37,7 +37,7 @@ def extract(
     position: Annotated[str, typer.Option(help="last, mean, mean prompt, mean response, mean last 5, ...")] = "last",
     hook: Annotated[str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out or mlp_out.")] = "resid_post",
     n_pairs: Annotated[int, typer.Option(help="Contrast pairs to use, spread over topics.")] = 96,
-    seed: Annotated[int, typer.Option(help="Seed of the selection of pairs and of the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the selection of pairs and the bootstrap.")] = 0,
     figure: Annotated[Path | None, typer.Option(help="HTML file for the figure of the validation.")] = None,
     model: Model = None,
     dtype: Dtype = None,
@@ -45,7 +45,7 @@ def extract(
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Extract a vector per layer, and validate them on held-out pairs, halves of the data and random vectors."""
+    """Extract a vector per layer, and validate it with held-out pairs, split halves and random-vector controls."""
     from rt_lens import plots
     from rt_lens.common.files import check_can_write
     from rt_lens.experiment.run import check_writable
@@ -85,7 +85,7 @@ def vectors(
     gguf: Annotated[Path | None, typer.Option(help="Write a control vector for llama.cpp and repeng.")] = None,
     layers: Annotated[str | None, typer.Option(help="Blocks, such as 14-22 or 14,18; all by default.")] = None,
 ) -> None:
-    """Show the content of a file of steering vectors (also .gguf, .pt, .npz of other tools), or convert it."""
+    """Show the contents of a file of steering vectors (also .gguf, .pt, .npz of other tools), or convert it."""
     from rt_lens.results.schema import checked_file
     from rt_lens.vectors.interop.gguf import save_gguf
     from rt_lens.vectors.interop.tensors import import_vectors
@@ -106,12 +106,10 @@ def sweep(
     behaviour: Behaviour,
     file: VectorFile,
     layers: Annotated[str, typer.Option(help="Blocks, such as 14-22 or 14,18.")] = "14-22",
-    multipliers: Annotated[str, typer.Option(help="Numbers, with commas.")] = "-3,-2,-1,0,1,2,3",
+    multipliers: Annotated[str, typer.Option(help="Comma-separated numbers.")] = "-3,-2,-1,0,1,2,3",
     n_prompts: Annotated[int, typer.Option(help="Validation prompts to use.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the responses in tokens.")] = 24,
-    out: Annotated[
-        Path, typer.Option(help="File for finished layers; the same command continues an interrupted sweep.")
-    ] = Path("sweep.json"),
+    out: Annotated[Path, typer.Option(help="Checkpoint file; rerun the same command to resume.")] = Path("sweep.json"),
     figure: Annotated[Path | None, typer.Option(help="HTML file for the heat map.")] = None,
     model: Model = None,
     dtype: Dtype = None,
@@ -119,7 +117,7 @@ def sweep(
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Steer over layers x multipliers on validation prompts, and score the responses with the behaviour's scorer."""
+    """Sweep layers x multipliers on validation prompts, and score the responses with the behaviour's scorer."""
     from rt_lens import plots
     from rt_lens.arms.sweeping import sweep as sweep_layers
     from rt_lens.experiment.config import load_experiment
@@ -155,7 +153,7 @@ def sweep(
 @app.command(epilog='Example: rt-lens steer mood.safetensors "Tell me about your weekend." --layer 18 --multiplier -2')
 def steer(
     file: VectorFile,
-    prompt: Annotated[str, typer.Argument(help="The message of the user.")],
+    prompt: Annotated[str, typer.Argument(help="User message.")],
     layer: Annotated[int, typer.Option(help="Block whose output the vector is added to.")],
     multiplier: Annotated[float, typer.Option(help="Times the vector's own norm; a negative one steers away.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the responses in tokens.")] = 60,
@@ -163,7 +161,7 @@ def steer(
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
 ) -> None:
-    """Answer a prompt without and with steering."""
+    """Generate a response with and without steering."""
     from rt_lens.models.generation import generate
     from rt_lens.results.schema import checked_file
     from rt_lens.steering.binding import add

@@ -33,13 +33,11 @@ def tune(
     file: VectorFile,
     direction: Annotated[str, typer.Option(help="toward, away or suppress.")] = "away",
     out: Annotated[Path | None, typer.Option(help="File to write; NAME_DIRECTION.safetensors by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the targets and of the batch order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for target sampling and batch order.")] = 0,
     lora_rank: Annotated[
         int | None, typer.Option(help="Rank of low-rank factors; by default that of the behaviour's file.")
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="File for the state of the run; the same command continues an interrupted run.")
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint file; rerun the same command to resume.")] = None,
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
@@ -87,7 +85,7 @@ def tune(
 def export(
     file: Annotated[Path, typer.Argument(help="A weight delta from `rt-lens tune`.")],
     out: Annotated[Path, typer.Option(help="New folder to write.")],
-    model: Annotated[str | None, typer.Option(help="Model of the delta; by default the name in the file.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model of the delta; by default the name in the file.")] = None,
     peft: Annotated[
         str | None, typer.Option(help="Rank of a LoRA adapter, or `exact`; without it a whole model is written.")
     ] = None,
@@ -96,7 +94,7 @@ def export(
     ] = None,
     dtype: Dtype = None,
 ) -> None:
-    """Write a tuned model as a Hugging Face folder, or as a LoRA adapter with the error of its low rank."""
+    """Write a tuned model as a Hugging Face folder, or a LoRA adapter, reporting the low-rank approximation error."""
     from rt_lens.results.schema import checked_file
     from rt_lens.tuning.delta import WeightDelta
     from rt_lens.tuning.export.hf import export_hf
@@ -109,12 +107,14 @@ def export(
     if peft is None:
         export_hf(loaded, out, delta=delta, measured=measured, behaviour=behaviour)
         typer.echo(
-            f"Saved {out}, with its card {out / 'README.md'}. Next: AutoModelForCausalLM.from_pretrained('{out}')"
+            f"Saved {out}, with its model card {out / 'README.md'}. Next: AutoModelForCausalLM.from_pretrained('{out}')"
         )
         return
     adapter = export_peft(loaded, out, delta, rank, measured=measured, behaviour=behaviour)
     typer.echo(str(adapter))
-    typer.echo(f"Saved {out}, with its card {out / 'README.md'}. Next: PeftModel.from_pretrained(base_model, '{out}')")
+    typer.echo(
+        f"Saved {out}, with its model card {out / 'README.md'}. Next: PeftModel.from_pretrained(base_model, '{out}')"
+    )
 
 
 def _rank(text: str) -> int:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from rt_lens.common import formatting
 from rt_lens.common.arm_labels import ArmLabel
-from rt_lens.common.formatting import number as number
 from rt_lens.common.formatting import p_value as p_value
 
 Row = Mapping[str, Any]
@@ -53,10 +52,18 @@ def seeds(row: Row) -> str:
     return f"{'seed' if len(row['seeds']) == 1 else 'seeds'} {', '.join(map(str, row['seeds']))}"
 
 
+def number(value: float | None, digits: int = 3) -> str:
+    """`rt_lens.common.formatting.number` with a minus sign in place of the hyphen."""
+    return formatting.number(value, digits).replace("-", "−")
+
+
 def estimate(row: Row, key: str = "mean", digits: int = 3) -> str:
-    """A number of a row with its interval, as `0.512 [0.430, 0.594]`; the number alone if it has no interval."""
+    """A number of a row with its interval, as `0.512 [0.430, 0.594]`; the number alone if it has no interval.
+
+    Negative numbers have a minus sign, not a hyphen.
+    """
     low, high = ("low", "high") if key in ("mean", "difference") else (f"{key}_low", f"{key}_high")
-    return formatting.estimate(row[key], row.get(low), row.get(high), digits)
+    return formatting.estimate(row[key], row.get(low), row.get(high), digits).replace("-", "−")
 
 
 def brief(row: Row, key: str = "mean") -> str:

@@ -19,10 +19,10 @@ from rt_lens.results.schema import load_results
 
 _SETS_UNFOLDED = 2
 _ARMS = {
-    "untuned": "the model without any change",
-    "steered": "the vector is added to the activations in every forward pass",
-    "token_tuned": "the weights are trained on target responses alone",
-    "rep_tuned": "the weights are trained on the same responses and on the direction in the activations",
+    "untuned": "the original model",
+    "steered": "the vector is added to the residual stream in every forward pass",
+    "token_tuned": "the weights are trained with the token loss only",
+    "rep_tuned": "the weights are trained with the token loss and a cosine loss on the activations",
 }
 # The page loads nothing from elsewhere, and this policy makes the browser enforce it.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -122,8 +122,8 @@ def write_report(run_dir: str | Path) -> Path:
 def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections: Mapping[str, Any]) -> str:
     title = f"{results['behaviour']} on {results['model']}"
     summary = [
-        Part("What was found", _findings(results)),
-        Part("How sure is this?", items(uncertainty_sentences(results))),
+        Part("Results", _findings(results)),
+        Part("How certain are these results?", items(uncertainty_sentences(results))),
     ]
     rest = [*sections(results, responses, projections), repeat(results)]
     first = "\n".join(map(rendered, summary))
@@ -134,7 +134,7 @@ def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<a class="skip" href="#what-was-found">Skip to what was found</a>\n'
+        f'<a class="skip" href="#results">Skip to the results</a>\n'
         f"<header>\n<h1>{escape(title)}</h1>\n<p>{escape(results['description'])}</p>\n</header>\n"
         f'{contents([*summary, *rest])}\n<main>\n<div class="summary">\n{first}\n</div>\n{body}\n</main>\n'
         f'<script type="text/plain" id="plotly">{get_plotlyjs()}</script>\n'

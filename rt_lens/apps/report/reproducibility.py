@@ -1,4 +1,4 @@
-"""How to repeat a run: the command, the settings file, the machine."""
+"""How to reproduce a run: the command, the settings file, the machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _IMPORTS = "from pathlib import Path\nfrom rt_lens.experiment import load_experi
 
 
 def repeat(results: Mapping[str, Any]) -> Part:
-    """The part of the page that says how to repeat this run, as far as the run recorded it."""
-    return Part("How to repeat this run", _command(results.get("reproducibility")) + _machine(results))
+    """The part of the page that says how to reproduce this run, as far as the run recorded it."""
+    return Part("Reproducing this run", _command(results.get("reproducibility")) + _machine(results))
 
 
 def _command(record: Mapping[str, Any] | None) -> str:
@@ -24,7 +24,7 @@ def _command(record: Mapping[str, Any] | None) -> str:
     settings = folded("All settings of the run", _code("Settings", json.dumps(record["settings"], indent=1)))
     if record["command"] is None:
         return (
-            "<p>No command repeats this run: its settings come from Python, and no file has them. They are listed "
+            "<p>No command reproduces this run: its settings come from Python, and no file has them. They are listed "
             f"below, and under <code>reproducibility</code> in results.json.</p>{settings}"
         )
     own_file = record["file"] if shlex.split(record["command"])[2].endswith(".toml") else None

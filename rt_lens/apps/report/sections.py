@@ -17,7 +17,7 @@ from rt_lens.results.schema import choices_of
 from rt_lens.results.tables import efficient
 
 _PROMPTS_SHOWN = 12
-_SIDE_EFFECTS = {"perplexity": "perplexity", "kl": "KL", "facts": "facts right", "repetition": "repetition"}
+_SIDE_EFFECTS = {"perplexity": "perplexity", "kl": "KL", "facts": "facts correct", "repetition": "repetition"}
 _NONE = "<p>None in this run.</p>"
 
 
@@ -68,7 +68,7 @@ def _arms(results: Mapping[str, Any]) -> Part:
         for row in results["arms"]
     ]
     seeds = folded("Scores of each seed", table("scores of each seed", header, single))
-    return Part("Arms", seeds, tuple(parts))
+    return Part("Scores by arm", seeds, tuple(parts))
 
 
 def _scored(label: str, rows: Sequence[Row]) -> str:
@@ -87,7 +87,7 @@ def _comparisons(results: Mapping[str, Any]) -> Part:
     if not results["comparisons"]:
         return Part("Comparisons", _NONE)
     n, parts = len(results["comparisons"]), []
-    header = ("a", "b", "scorer", "a minus b [95 %]", "p", "p, Holm", "test", "n", "seeds")
+    header = ("a", "b", "scorer", "a minus b [95 %]", "p", "Holm-adjusted p", "test", "n", "seeds")
     for (name,), rows in grouped(results["comparisons"], "set").items():
         body = [
             [
@@ -99,8 +99,9 @@ def _comparisons(results: Mapping[str, Any]) -> Part:
         ]
         parts.append(Part(name, table(f"comparisons, {name}", header, body)))
     note = (
-        "<p>Comparisons are paired by prompt. An interval without zero shows a difference before any correction. If no "
-        f"arms differed, about one in twenty of {n} comparisons would show one; Holm’s p is corrected for that.</p>"
+        "<p>Comparisons are paired by prompt. An interval that excludes zero shows a difference before any "
+        f"correction. If no arms truly differed, about 1 in 20 of {n} comparisons would show one; Holm-adjusted "
+        "p-values account for that.</p>"
     )
     return Part("Comparisons", note, tuple(parts))
 
@@ -109,7 +110,7 @@ def _side_effects(results: Mapping[str, Any]) -> Part:
     """Perplexity, KL, facts and repetition of each arm, its score against them, and the other sets and scorers."""
     summary = results["summary"]
     n_facts = _ns(results, "n_facts")
-    facts = f"Facts right is the share of {n_facts} plain questions that the model answers. " if n_facts else ""
+    facts = f"Facts correct is the share of {n_facts} plain questions that the model gets right. " if n_facts else ""
     note = (
         f"<p>Perplexity and KL to the untuned model (nats per token) are measured on {_ns(results, 'n_texts') or 'no'} "
         f"neutral texts. {facts}Repetition is the share of word pairs in a response that occur earlier in it.</p>"
@@ -195,17 +196,17 @@ def _responses(responses: Sequence[Row]) -> Part:
 
 def _answered(name: str, responses: Sequence[Row], n_shown: int) -> str:
     """A row per prompt, and a column per arm and direction with the responses of its first seed."""
-    answers: dict[str, dict[str, str]] = {}
+    columns: dict[str, dict[str, str]] = {}
     for rows in grouped(responses, "arm", "direction").values():
         first = rows[0]["seed"]
-        answers[arm(rows[0])] = {
+        columns[arm(rows[0])] = {
             row["prompt"]: f'{escape(row["response"])}<span class="score">score {number(row["score"])}</span>'
             for row in rows
             if row["seed"] == first
         }
     prompts = list(dict.fromkeys(row["prompt"] for row in responses))[:n_shown]
-    body = [[escape(prompt), *(column.get(prompt, "–") for column in answers.values())] for prompt in prompts]
-    return boxed(f"answers{', ' * bool(name)}{name}", ("prompt", *answers), body, kind="responses")
+    body = [[escape(prompt), *(column.get(prompt, "–") for column in columns.values())] for prompt in prompts]
+    return boxed(f"responses{', ' * bool(name)}{name}", ("prompt", *columns), body, kind="responses")
 
 
 def _figure(name: str, draw: Callable[..., go.Figure], rows: Sequence[Row], **options: Any) -> str:

@@ -24,7 +24,7 @@ _IN_WORDS = {"rep_tuned": "Representation tuning", "token_tuned": "Token tuning"
 
 
 def summary_sentences(results: Mapping[str, Any]) -> list[str]:
-    """The findings of a run as plain text: scores, paired differences, side effects; with n, 95 % intervals and seeds.
+    """The findings of a run as plain text: scores, paired differences, side effects; with n, 95 % intervals, seeds.
 
     A set with several scorers is described by its first; the tables of the page have the others.
 
@@ -40,11 +40,16 @@ def summary_sentences(results: Mapping[str, Any]) -> list[str]:
         >>> print(sentences[0])
         The untuned tiny scores 0... [0..., 0...] (mood, test, scored by vader; n = 24, seed 0).
         >>> sentences[-1]
-        'Brackets are 95 % intervals.'
+        'Brackets are 95 % confidence intervals.'
     """
     parts = findings(results)
     of_sets = [sentence for sentences in parts.sets.values() for sentence in sentences]
-    return [*parts.opening, *of_sets, *parts.side_effects, *parts.notes]
+    return [*parts.opening, *map(_plain, [*of_sets, *parts.side_effects, *parts.notes])]
+
+
+def _plain(sentence: str) -> str:
+    """With the hyphen and the apostrophe that every terminal can print."""
+    return sentence.replace("−", "-").replace("’", "'")
 
 
 class Findings(NamedTuple):
@@ -75,9 +80,10 @@ def findings(results: Mapping[str, Any]) -> Findings:
             sentences += _differences(f"Paired differences {_setting(name, direction)}", pairs)
         sets[name] = sentences
     n, corrected = len(results["comparisons"]), any(row["p_holm"] is not None for row in results["comparisons"])
-    holm = [f"Holm's p is corrected for all {n} comparisons of this run."] if corrected else []
+    holm = [f"p-values are Holm-adjusted for all {n} comparisons of this run."] if corrected else []
+    holm += holm_note(results["comparisons"])
     opening = [results["protocol"]["why"]] if results["protocol"]["why"] else []
-    return Findings(opening, sets, _side_effect_sentences(results), [*holm, "Brackets are 95 % intervals."])
+    return Findings(opening, sets, _side_effect_sentences(results), [*holm, "Brackets are 95 % confidence intervals."])
 
 
 def headline(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -115,7 +121,7 @@ def _claim(results: Mapping[str, Any], best: Row, untuned: Row, *, n_arms: int, 
         claim = f"{name} {verb} {score} most, from {brief(untuned)} (untuned) to {brief(best)} {measure}."
         claim += _verdict(against_untuned)
         # The largest of several means is partly large by chance.
-        support += [f"This arm has the best mean of {n_arms}, and choosing the best overstates its effect."] * (
+        support += [f"This is the best of {n_arms} arms, so its effect is likely overestimated (selection bias)."] * (
             n_arms > 1
         )
     else:
@@ -127,15 +133,25 @@ def _claim(results: Mapping[str, Any], best: Row, untuned: Row, *, n_arms: int, 
 def _verdict(against_untuned: Sequence[Row]) -> str:
     """A second sentence for a claim that no test supports."""
     if not against_untuned:
-        return " It was not compared with the untuned model in pairs."
+        return " No paired test against the untuned model was run."
     row = against_untuned[0]
     if holds(row):
         return ""
     return (
-        " The difference is significant only before Holm's correction."
+        " The difference is not significant after Holm correction."
         if shows(row)
-        else " The paired test shows no difference."
+        else " The paired test shows no significant difference."
     )
+
+
+def holm_note(comparisons: Sequence[Row]) -> list[str]:
+    """Why a Holm-adjusted p can look too large; nothing for a run without it or with one seed."""
+    if not any(row["p_holm"] is not None and len(row["seeds"]) > 1 for row in comparisons):
+        return []
+    return [
+        "Holm-adjusted p-values start from a t-test whose degrees of freedom are limited by the number of seeds, so "
+        "they can exceed the plain p times the number of comparisons."
+    ]
 
 
 def _setting(name: str, direction: str) -> str:
@@ -144,13 +160,13 @@ def _setting(name: str, direction: str) -> str:
 
 
 def holds(row: Row) -> bool:
-    """Whether the difference is significant after Holm's correction; before it in older runs, which have none."""
+    """Whether the difference is significant after Holm correction; before it in older runs, which have none."""
     p = row["p"] if row["p_holm"] is None else row["p_holm"]
     return p is not None and p < _ALPHA
 
 
 def shows(row: Row) -> bool:
-    """Whether the difference is significant before Holm's correction."""
+    """Whether the difference is significant before Holm correction."""
     return row["p"] is not None and row["p"] < _ALPHA
 
 
@@ -158,11 +174,11 @@ def _differences(heading: str, rows: Sequence[Row]) -> list[str]:
     """Sentences on significant differences, on those significant only before the correction, and on all others."""
     significant = {
         heading: [row for row in rows if holds(row)],
-        f"{heading}, significant only before Holm's correction": [row for row in rows if shows(row) and not holds(row)],
+        f"{heading}, not significant after Holm correction": [row for row in rows if shows(row) and not holds(row)],
     }
     sentences = [f"{begin}: {listed(group, _score_difference)}." for begin, group in significant.items() if group]
     not_shown = [row for row in rows if not shows(row) and not holds(row)]
-    return sentences + ([f"{heading}, no difference shown: {listed(not_shown, _minus)}."] if not_shown else [])
+    return sentences + ([f"{heading}, no significant difference: {listed(not_shown, _minus)}."] if not_shown else [])
 
 
 def _score_difference(row: Row) -> str:
@@ -178,12 +194,12 @@ def _minus(row: Row) -> str:
 
 
 def _significance(row: Row) -> str:
-    corrected = "" if row["p_holm"] is None else f" (by Holm {p_value(row['p_holm'])})"
+    corrected = "" if row["p_holm"] is None else f", Holm-adjusted p {p_value(row['p_holm'])}"
     return f"p {p_value(row['p'])}{corrected}"
 
 
 def _side_effect_sentences(results: Mapping[str, Any]) -> list[str]:
-    """The highest perplexity, the fewest right facts and the most repetition, each beside the untuned model's."""
+    """The highest perplexity, the lowest accuracy on facts and the most repetition, each beside the untuned model's."""
     untuned = next((row for row in results["summary"] if row["arm"] == "untuned"), None)
     if untuned is None:
         return []
@@ -200,12 +216,13 @@ def _side_effect_sentences(results: Mapping[str, Any]) -> list[str]:
     if untuned["perplexity"] and (row := worst("perplexity", max)):
         # A ratio of the two would need an interval of its own, which no table has.
         bound = results["bound"]
-        allowed = "" if bound is None else f" The choice of multipliers allows at most {bound:g} times the untuned one."
+        rule = " Multipliers were restricted to those that keep perplexity within {:g} times the untuned model’s."
+        allowed = "" if bound is None else rule.format(bound)
         texts = f"n = {row['n_texts']} texts, {seeds(row)}"
         sentences.append(f"The highest perplexity is {compared(row, 'perplexity')} ({texts}).{allowed}")
     if row := worst("facts", min):
         n = f"n = {row['n_facts']}, {seeds(row)}"
-        sentences.append(f"The smallest share of facts answered right is {compared(row, 'facts')} ({n}).")
+        sentences.append(f"The lowest accuracy on facts is {compared(row, 'facts')} ({n}).")
     if row := worst("repetition", max):
         sentences.append(f"The highest repetition is {compared(row, 'repetition')} ({sample(row)}).")
     return sentences

@@ -1,4 +1,4 @@
-"""How sure the findings of a run are, in plain sentences."""
+"""How certain the results of a run are, in plain sentences."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rt_lens.apps.report.labels import arm, counted, grouped, joined
-from rt_lens.apps.report.sentences import holds, shows
+from rt_lens.apps.report.sentences import holds, holm_note, shows
 from rt_lens.results.schema import checked
+
+_SCORERS = {"vader": "VADER"}
 
 
 def uncertainty_sentences(results: Mapping[str, Any]) -> list[str]:
-    """What the intervals, seeds and corrections of this run show and do not show, and what would make it more certain.
+    """What the intervals, seeds and corrections of this run show and do not show, and what would strengthen it.
 
     Args:
         results: the content of results.json.
@@ -25,7 +27,7 @@ def uncertainty_sentences(results: Mapping[str, Any]) -> list[str]:
         >>> sentences[0].startswith("Each score is a mean over 24 prompts.")
         True
         >>> sentences[-1]
-        'More certain results need more seeds; more test prompts (four times as many halve the interval ...
+        'To strengthen these results: use more seeds; use more test prompts (four times as many halve the ...
     """
     results = checked(results)
     return [_intervals(results), *_seeds(results), *_corrected(results), *_choices(results), _improvements(results)]
@@ -33,10 +35,11 @@ def uncertainty_sentences(results: Mapping[str, Any]) -> list[str]:
 
 def _intervals(results: Mapping[str, Any]) -> str:
     sizes, several = [row["n"] for row in results["summary"]], any(len(row["seeds"]) > 1 for row in results["summary"])
-    over_seeds = ", and for an arm with several seeds how much other seeds could change it" if several else ""
+    over_seeds = " (and, for an arm with several seeds, with other seeds)" if several else ""
     return (
-        f"Each score is a mean over {counted(sizes)} prompts. The 95 % interval in brackets shows how much other "
-        f"prompts of the same kind could change it{over_seeds}. About 95 in 100 such intervals contain the true mean."
+        f"Each score is a mean over {counted(sizes)} prompts. The 95 % confidence interval in brackets shows how much "
+        f"the mean would vary with another sample of prompts{over_seeds}. About 95 in 100 such "
+        "intervals contain the true mean."
     )
 
 
@@ -50,19 +53,18 @@ def _seeds(results: Mapping[str, Any]) -> list[str]:
         arms = "; ".join(dict.fromkeys(map(arm, seed_rows)))
         if len(seeds) == 1:
             sentences.append(
-                f"Tuned once, with seed {seeds[0]}: {arms}. Another seed can give another number, which the interval "
-                "does not include."
+                f"Tuned once, with seed {seeds[0]}: {arms}. This interval does not reflect variation between seeds."
             )
         else:
             sentences.append(
-                f"Tuned with seeds {joined(map(str, seeds))}: {arms}. The interval includes the differences between "
-                "the seeds, which makes it wider."
+                f"Tuned with seeds {joined(map(str, seeds))}: {arms}. The interval reflects seed-to-seed "
+                "variance, which makes it wider."
             )
     draws = results.get("seed_draws")
     if sentences and draws:
-        sentences.append(f"A seed draws {joined(draws)}. All arms of a seed share these draws.")
+        sentences.append(f"The seed controls {joined(draws)}. All arms with the same seed share these random choices.")
     elif sentences:
-        sentences.append("In this run a seed draws only the order of the batches (an older version of rt_lens).")
+        sentences.append("In this run the seed controls only the order of the batches (an older version of rt_lens).")
     return sentences
 
 
@@ -76,31 +78,32 @@ def _corrected(results: Mapping[str, Any]) -> list[str]:
     else:
         uncorrected = sum(shows(row) and not holds(row) for row in rows)
         result = (
-            f"The run makes {len(rows)} comparisons. If no arms differed, about one in twenty would have p below 0.05. "
-            f"After Holm’s correction for their number, {beyond} are significant; {uncorrected} more are significant "
-            "only before the correction."
+            f"The run makes {len(rows)} comparisons. If no arms truly differed, about 1 in 20 p-values would fall "
+            f"below 0.05. After Holm correction, {beyond} are significant; {uncorrected} more are significant only "
+            "before the correction."
         )
-    return [result, "Where no difference is shown, there can still be one: its interval shows how large it can be."]
+    caution = "A non-significant result does not mean there is no difference; the interval shows how large it could be."
+    return [result, *holm_note(rows), caution]
 
 
 def _choices(results: Mapping[str, Any]) -> list[str]:
     sizes = [row["n"] for row in results["dose_response"]]
     prompts = f"{counted(sizes)} validation prompts" if sizes else "validation prompts"
-    data = "Vectors saw training topics only; layer and multiplier were chosen on"
+    data = "Vectors used training topics only. Layer and multiplier were selected on"
     if results["history"]:
         # The validation loss stops the tuning and selects the weights.
         data = (
-            "Vectors and gradients saw training topics only; when to stop tuning was chosen on validation topics, "
-            "layer and multiplier on"
+            "Vectors and gradients used training topics only. Early stopping used validation topics; layer and "
+            "multiplier were selected on"
         )
     sentences = [
-        f"{data} {prompts}. The test prompts were asked once, at the end, and decided nothing in this run. This page "
-        "cannot show whether somebody changed the settings after seeing test responses of an earlier run."
+        f"{data} {prompts}. The test prompts were used once, at the end, and for no choice. This report cannot rule "
+        "out that settings were adjusted after the test responses of an earlier run were seen."
     ]
     if results["protocol"]["calibration"]:
         sentences.append("The protocol was chosen by what the untuned model is able to do (see Protocol).")
-    scorers = joined(dict.fromkeys(row["scorer"] for row in results["summary"]))
-    sentences.append(f"The scores come from {scorers}. Read some of the responses before you rely on them.")
+    scorers = joined(dict.fromkeys(_SCORERS.get(row["scorer"], row["scorer"]) for row in results["summary"]))
+    sentences.append(f"Scores are computed with {scorers}. Read some of the responses before you rely on them.")
     return sentences
 
 
@@ -112,6 +115,6 @@ def _improvements(results: Mapping[str, Any]) -> str:
     single_seed = any(len(row["seeds"]) == 1 for row in results["summary"])
     halve = " (four times as many halve the interval of an arm with one seed)" if single_seed else ""
     return (
-        f"More certain results need {seeds}; more test prompts{halve}; another split of the topics; another scorer, "
-        "behaviour and model."
+        f"To strengthen these results: use {seeds}; use more test prompts{halve}; replicate with another split of the "
+        "topics, another scorer, behaviour and model."
     )
