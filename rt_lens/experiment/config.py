@@ -115,7 +115,7 @@ class Experiment:
         scorer: name, `[scorer]` table or Scorer.
         tune: settings of the rep-tuned arm.
         tune_seeds: direction -> seeds. A seed draws everything that is random: the pairs of the vectors, the training
-            and validation targets, the neutral answers, the order of the batches. All arms of a seed share its draws.
+            and validation targets, the neutral responses, the order of the batches. All arms of a seed share its draws.
         token: settings in which the token-tuned arm differs from `tune`, such as its learning rate. It never has a
             cosine loss.
         model: name or path for `load_model`.

@@ -49,7 +49,7 @@ from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.reading import logit_lens, separability, token_projections
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
-_SEED_DRAWS = ["the pairs of the vectors", "the targets", "the neutral answers", "the order of the batches"]
+_SEED_DRAWS = ["the pairs of the vectors", "the targets", "the neutral responses", "the order of the batches"]
 _PAIRED = (("rep_tuned", "token_tuned"), ("rep_tuned", "steered"), ("token_tuned", "untuned"), ("steered", "untuned"))
 
 
@@ -270,7 +270,7 @@ class _Run:
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
 
     def _tuned_arms(self, seed: int, vectors: SteeringVectors, shown: SteeringVectors, evaluator: ArmEvaluator) -> None:
-        """Tunes and measures both tuned arms of one seed on the vectors, targets and neutral answers of that seed.
+        """Tunes and measures both tuned arms of one seed on the vectors, targets and neutral responses of that seed.
 
         Each arm is measured as soon as it is tuned, so that memory holds one delta at a time.
 

@@ -92,7 +92,7 @@ class TuneConfig:
             (run them at every step).
         n_targets: how many targets to have the model write.
         target_tokens: length of a target.
-        target_temperature: at which targets and neutral answers are sampled; learning one's own greedy answers
+        target_temperature: at which targets and neutral responses are sampled; learning one's own greedy answers
             sharpens a model until it repeats itself.
         validation_share: share of topics held out for early stopping, where no validation pairs are given.
         validate_every: steps between validations.

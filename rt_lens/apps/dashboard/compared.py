@@ -83,13 +83,13 @@ def differences(rows: Sequence[Row], n_compared: int, *, live: bool = False) -> 
         }
         for row in rows
     ]  # fmt: skip
-    caption = f"Paired differences over prompts. Holm’s p is corrected for all {n_compared} comparisons"
+    caption = f"Paired differences over prompts. p-values are Holm-adjusted for all {n_compared} comparisons"
     return table(cells, f"{caption} of this job, and no others. {_CAUTION}" if live else f"{caption}.")
 
 
 def side_effects_table(rows: Sequence[Row], n_responses: int | None) -> Component:
     """A table of the measured side effects of each arm; `n_responses` were scored for repetition."""
-    heads = {"perplexity": "perplexity", "kl": "KL (nats per token)", "facts": "facts kept", "repetition": "repetition"}
+    heads = {"perplexity": "perplexity", "kl": "KL (nats per token)", "facts": "facts correct", "repetition": "repetition"}
     shown = {key: head for key, head in heads.items() if any(row[key] is not None for row in rows)}
     if not shown:
         return html.P("No side effect was measured.")
@@ -101,7 +101,7 @@ def side_effects_table(rows: Sequence[Row], n_responses: int | None) -> Componen
         }
         for of_arm in grouped(rows, "arm", "direction").values()
     ]
-    measured = {"n_texts": "perplexity and KL on {} neutral texts", "n_facts": "facts kept of {}"}
+    measured = {"n_texts": "perplexity and KL on {} neutral texts", "n_facts": "facts correct of {}"}
     ns = [text.format(rows[0][key]) for key, text in measured.items() if rows[0][key] is not None]
     ns += [f"repetition in {n_responses} responses"] if "repetition" in shown and n_responses else []
     return table(cells, f"Side effects of each arm{': ' if ns else ''}{', '.join(ns)}.")
