@@ -20,7 +20,7 @@ from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import bridge_logits, model_name, quick, unembed
 from rt_lens.models.positions import numbers_in, position_of, rows_of
-from rt_lens.models.protocol import Model
+from rt_lens.models.protocol import Model, TextModel
 from rt_lens.models.tokens.batches import encode, pad_id_of
 from rt_lens.models.tokens.chats import answered, end_ids, end_of_answer, tokenizer_of
 from rt_lens.steering.edits import FwdHook
@@ -300,7 +300,7 @@ def logits_of(model: Model, final: Float[Tensor, "read width"]) -> Float[Tensor,
     return unembed(model, final) if isinstance(model, HookedTransformer) else final
 
 
-def _row(model: Model, target: TokenTarget, positions: Sequence[str]) -> Row:
+def _row(model: TextModel, target: TokenTarget, positions: Sequence[str]) -> Row:
     prompt = encode(model, target.prompt) if target.prompt else []
     if isinstance(target, Choice):
         tokens, start = torch.tensor(prompt), len(prompt) - 1
@@ -322,7 +322,7 @@ def _row(model: Model, target: TokenTarget, positions: Sequence[str]) -> Row:
     return Row(target.prompt, tokens, predicts, choices, shares, masks)
 
 
-def _answer_ids(model: Model, target: Target, prompt: list[int]) -> list[int]:
+def _answer_ids(model: TextModel, target: Target, prompt: list[int]) -> list[int]:
     """The tokens that a target's answer adds to its prompt, as the template writes a whole answer, with its end."""
     whole = answered(model, target.prompt, target.answer)
     if not whole.startswith(target.prompt):  # a template that opens a thought, which the answer then stands in
@@ -336,7 +336,7 @@ def _answer_ids(model: Model, target: Target, prompt: list[int]) -> list[int]:
     return answer if end is None or not answer or answer[-1] in end_ids(model) else [*answer, end]
 
 
-def _single(model: Model, prompt: str, option: str) -> int:
+def _single(model: TextModel, prompt: str, option: str) -> int:
     # In its context, since some tokenizers give " A" alone an additional token for its beginning.
     before, after = encode(model, prompt), encode(model, answered(model, prompt, option))
     if len(after) != len(before) + 1 or after[:-1] != before:
@@ -348,7 +348,7 @@ def _single(model: Model, prompt: str, option: str) -> int:
     return int(after[-1])
 
 
-def _mask(model: Model, target: TokenTarget, position: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
+def _mask(model: TextModel, target: TokenTarget, position: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
     """Where a position of `extract_vectors` lies in a target: its prompt is the text that the model is given."""
     mask = torch.zeros(len(tokens), dtype=torch.bool)
     start = len(encode(model, target.prompt)) if target.prompt else 0
