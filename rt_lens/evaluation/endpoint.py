@@ -72,7 +72,7 @@ class EndpointJudge:
         timeout: seconds to wait for one request.
         retries: retries after refused connections, time-outs, 429 and 5xx, with growing pauses.
         workers: number of concurrent requests.
-        most_unread: largest share of abstentions that a call accepts.
+        most_unread: largest fraction of abstentions that a call accepts.
         progress: show a progress bar, with tokens and cost.
         name: the scorer's name in tables; made from the criterion if empty.
         usage: requests and tokens so far.

@@ -31,7 +31,7 @@ class Adapter:
         rank: the largest rank of a module.
         relative_error: Frobenius norm of what is lost over that of the change, over all matrices.
         modules: one row per matrix: module, rows, columns, change_rank (of the change, numerically), rank (kept), kept
-            (share of the squared norm), relative_error.
+            (fraction of the squared norm), relative_error.
 
     Example:
         >>> adapter = export_peft(model, "mood_lora", delta, rank=2)
