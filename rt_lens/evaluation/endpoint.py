@@ -62,7 +62,8 @@ class EndpointJudge:
         model: the model's name on that server.
         criterion: completes "the answer ...", as in "sounds happy".
         pairs: compare each response with its baseline.
-        cache: file of JSON lines, one for each reply, with the prompts; None for `judge.jsonl` in the cache folder.
+        cache: file of JSON lines, one for each reply, with the prompts. Defaults to `judge.jsonl` in the cache
+            folder.
         api_key_env: environment variable with the API key; only a local server may do without. The key is sent to this
             server alone, and no redirect is followed. Empty: no key is sent.
         price_in: price of a million prompt tokens.

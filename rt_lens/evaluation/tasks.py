@@ -172,12 +172,12 @@ def evaluate(
         model: the model, measured with its current hooks and weights. If the scorer itself queries a model, pass it a
             different model object, or use `compare_arms`, which scores after reverting the intervention.
         test: an `EvalTask`; or prompts, questions, or contrast pairs (each topic once, without a persona).
-        scorer: `vader`, a `[scorer]` table, a function from a response to a number, or a Scorer; None for `vader`. A
-            task has its scorers; `evaluate` uses the first.
-        max_new_tokens: length of a response; None for 40. A task has its own.
+        scorer: `vader`, a `[scorer]` table, a function from a response to a number, or a Scorer. Defaults to
+            `vader`. A task has its scorers; `evaluate` uses the first.
+        max_new_tokens: length of a response. Defaults to 40. A task has its own.
         temperature: 0 for greedy.
         seed: seed for sampling and bootstrap.
-        batch_size: prompts per batch; None for 64, or the task's. It affects speed and memory only.
+        batch_size: prompts per batch; it affects speed and memory only. Defaults to 64, or the task's.
         progress: show a progress bar.
 
     Raises:

@@ -123,8 +123,8 @@ def perplexity(
         reference: an earlier result with `keep=True` on the same texts and windows.
         keep: keep the log-probabilities (4 bytes x tokens x vocabulary; 8 bytes for a model in float64).
         batch_size: windows per forward pass; it affects speed and memory only.
-        window: maximum number of tokens per forward pass; None for the model's context.
-        stride: tokens from the start of one window to the start of the next; None for half the window.
+        window: maximum number of tokens per forward pass. Defaults to the model's context.
+        stride: tokens from the start of one window to the start of the next. Defaults to half the window.
         seed: seed for the bootstrap.
 
     Raises:

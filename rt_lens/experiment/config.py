@@ -207,7 +207,7 @@ def load_experiment(
         model: overrides the model of the file.
         dtype: overrides that of the file.
         chat_template_kwargs: override those of the file.
-        permissions: which judges behind endpoints the file may use; None for what the user's settings allow.
+        permissions: which judges behind endpoints the file may use. Defaults to what the user's settings allow.
 
     Raises:
         ValueError: for an unknown behaviour, an unknown table or key (the message names the nearest), a value out of

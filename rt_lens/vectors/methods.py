@@ -140,7 +140,7 @@ class Random:
     """Gaussian direction, the control: it sees no activation, only the norm of their mean difference.
 
     Attributes:
-        seed: the same seed gives the same direction at every layer of one width; give each layer its own.
+        seed: seed for the direction; give each layer its own, since the same seed gives the same direction at each.
 
     Example:
         >>> import torch

@@ -149,7 +149,7 @@ def crossed_interval(values: Grid, seed: int = 0) -> Interval:
 
     Args:
         values: one number per seed and prompt, the same prompts for every seed.
-        seed: seed for the bootstrap for a single tuning seed (`mean_interval`, over prompts alone).
+        seed: seed for the bootstrap of a single tuning seed (`mean_interval`, over prompts alone).
 
     Returns:
         n is the number of prompts; report the number of seeds beside it. Bounds are NaN for one prompt, or no spread.

@@ -73,7 +73,7 @@ def export_peft(
         model: the model that the delta was made on; it stays as it is.
         path: a folder that does not exist yet, or an empty one. It appears whole or not at all.
         delta: the change; only attention and MLP matrices.
-        rank: at most this; None for the smallest that is exact to a relative error of 1e-5, for each matrix.
+        rank: largest rank of a matrix. Defaults to the smallest that is exact to a relative error of 1e-5, per matrix.
         base: name or folder of the base model, written into the adapter; by default its name on the model hub where
             rt_lens knows it, else the name it was loaded by.
         measured: rows on the card, as for `export_hf`; they are of the whole change.
