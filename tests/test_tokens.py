@@ -164,7 +164,7 @@ def test_what_cannot_be_batched_is_refused(stand_in, texts, batch_size, message)
 
 
 def test_an_empty_text_is_refused_before_any_batch_is_run(stand_in):
-    with pytest.raises(ValueError, match="number 2"):
+    with pytest.raises(ValueError, match="at index 2"):
         next(batches(stand_in, ["a b c d", "b c d e f", ""], 1))
 
 
