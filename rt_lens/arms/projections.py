@@ -114,7 +114,7 @@ def projection_changes(
     lengths = [len(encode(model, text)) for text in inputs]
     if min(lengths) < 2:
         raise ValueError(
-            f"texts must have two tokens or more, since the first is left out, got fewer in number "
+            f"texts must have two tokens or more, since the first is left out, got fewer at index "
             f"{lengths.index(min(lengths))}. Leave it out."
         )
     reads = [[range(1, length)] for length in lengths]
