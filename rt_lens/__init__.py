@@ -1,7 +1,7 @@
 """Find a behaviour's direction in a language model, steer with it, tune it into the weights, see what changed.
 
-The names here are imported when they are first used (PEP 562); `__init__.pyi` lists them. The rest is in subpackages:
-`rt_lens.data`, `vectors`, `steering`, `tuning`, `evaluation`, `arms`, `results`, `plots`.
+The names here are imported when they are first used (PEP 562); `__init__.pyi` lists them. The rest is in the
+subpackages: `rt_lens.data`, `vectors`, `steering`, `tuning`, `evaluation`, `arms`, `results`, `plots`.
 """
 
 from importlib.metadata import PackageNotFoundError, version

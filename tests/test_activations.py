@@ -115,8 +115,8 @@ def test_known_hook_names_pass(tiny):
     ("texts", "batch_size", "message"),
     [
         ([], 4, "texts must be a list of at least one text, got an empty one"),
-        ("one string", 4, "texts must be a list of at least one text, got one string. Put a single text in brackets"),
-        (["a", ""], 4, "texts must have at least one token each, got none in number 1"),
+        ("one string", 4, "texts must be a list of at least one text, got a str\. Wrap it in a list"),
+        (["a", ""], 4, "texts must have at least one token each, got none at index 1"),
         (["a"], 0, "batch_size must be a whole number of at least 1, got 0"),
     ],
 )

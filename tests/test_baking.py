@@ -438,7 +438,7 @@ def test_vectors_and_heads_of_another_model_are_refused_as_the_hooks_would(tiny,
     post = "blocks.0.hook_resid_post"
     for operator in (Add(torch.ones(48)), Clamp(torch.ones(48), 1.0), Ablate(torch.ones(2, 48))):
         for name in (post, "blocks.0.hook_mlp_out"):
-            message = r"d_model 48; these activations have 32\. Extract vectors on this model first\."
+            message = r"d_model 48; these activations have 32\. Extract vectors from this model first\."
             refused(tiny, [(name, Edit(operator))], message)
     refused(
         tiny,

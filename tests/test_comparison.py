@@ -225,7 +225,7 @@ def test_bad_input_is_named(tiny, call, says):
 def test_an_arm_is_measured_once_and_a_table_without_texts_has_no_damage(tiny):
     board = ArmEvaluator(tiny, {"choices": EvalTask(CHOICES, ["likelihood"])})
     board.measure("untuned")
-    with pytest.raises(ValueError, match="arm must be a new one, got untuned, none, seed 0"):
+    with pytest.raises(ValueError, match=r"arm 'untuned' \(none, seed 0\) was already measured"):
         board.measure("untuned")
     found = board.scores()
     assert "kl" not in found.summary()

@@ -361,7 +361,7 @@ def test_mood_moves_in_small_talk_and_arithmetic_in_the_same_batch_stays_token_f
     [
         ({"positive": TEXTS[:3]}, r"positive must be at least 4 different prompts, .*got 3"),
         ({"negative": []}, r"negative must be a list of at least one text, got an empty one"),
-        ({"positive": "How was your day?"}, r"positive must be .*got one string"),
+        ({"positive": "How was your day?"}, r"positive must be .*got a str"),
         ({"positive": [*TEXTS, None]}, r"positive must be a list of texts, got None"),
         ({"by": "row"}, r"got by='row' and position='last'"),
         ({"position": "first"}, r"got by='example' and position='first'"),

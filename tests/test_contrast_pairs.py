@@ -100,7 +100,7 @@ def test_a_group_may_be_a_number_in_json(tmp_path):
 def test_an_empty_cell_of_a_table_is_refused_as_a_side():
     for side in ("negative", "prefill", "negative_user"):
         with pytest.raises(
-            ValueError, match=rf"pairs: {side} of number 1 of 'mine' must be a text, got nan\. Leave out"
+            ValueError, match=rf"pairs: {side} at index 1 of 'mine' must be a string, got nan\. Leave out"
         ):
             ContrastPairs(
                 "mine",
@@ -211,7 +211,7 @@ def test_no_pair_and_an_empty_side_are_refused():
     with pytest.raises(ValueError, match=r"pairs must hold at least one pair, got none for 'mine'"):
         ContrastPairs("mine", ())
     with pytest.raises(
-        ValueError, match=r"pairs: negative of number 1 of 'mine' must be a text, got an empty one\. Fill it in"
+        ValueError, match=r"pairs: negative at index 1 of 'mine' must be a string, got an empty one\. Fill it in"
     ):
         ContrastPairs("mine", (Pair("a", "b", "c"), Pair("a", " ", "c")))
 

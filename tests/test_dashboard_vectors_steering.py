@@ -125,7 +125,7 @@ def test_the_vectors_page_draws_what_trust_says_and_no_other_page_uses_its_vecto
     _, aside = session.aside(remembered(job)["key"])
     assert aside.provenance.seed == 3 and aside.provenance.n_pairs == 6
     assert all(torch.equal(aside[name], vector) for name, vector in wanted.vectors.vectors.items())
-    assert "hese very pairs" in wanted.reason or wanted.best is None
+    assert "on the same pairs" in wanted.reason or wanted.best is None
     head, *rows = cells(job.shown["table"])
     assert head == ["layer", "pair accuracy [95 %]", "AUC [95 %]", "cosine of two halves [95 %]", "n"]
     first = wanted.layers.iloc[0]

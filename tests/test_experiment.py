@@ -219,7 +219,7 @@ def test_a_table_for_the_token_tuned_arm_is_checked(tmp_path):
         ("layers = [3]", r"\[tune\.token\] must not have 'layers', which both arms share"),
         (
             "learning_rat = 1e-3",
-            r"\[tune\.token\] must not have the unknown key 'learning_rat'\. Did you mean 'learning_rate'",
+            r"unknown key 'learning_rat' in \[tune\.token\]\. Did you mean 'learning_rate'",
         ),
         ("learning_rate = -1.0", r"learning_rate.*-1\.0"),
     ):
@@ -376,9 +376,9 @@ def test_shipped_behaviours_are_whole(name):
     [
         (
             ("max_steps = 2", "max_stepz = 2"),
-            r"\[tune\] must not have the unknown key 'max_stepz'. Did you mean 'max_steps'",
+            r"unknown key 'max_stepz' in \[tune\]\. Did you mean 'max_steps'",
         ),
-        (("[extract]", "[extrakt]"), "unknown key 'extrakt'. Did you mean 'extract'"),
+        (("[extract]", "[extrakt]"), "unknown key 'extrakt' in .*\. Did you mean 'extract'"),
         (("toward = [0]", "toward = []"), "tune.seeds must have at least one seed for 'toward', got none"),
         (('negative = ["You adore everything bitter.", ', "negative = ["), "positive.*3.*2"),
         (

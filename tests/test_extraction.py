@@ -374,7 +374,7 @@ def test_length_is_the_slope_on_the_number_of_tokens(tiny, ragged):
     ("values", "says"),
     [
         ([1, 0], "values must be one number for each text, got 2 for 5 texts"),
-        ([2, 2, 2, 2, 2], "values must have at least two different ones, got 2"),
+        ([2, 2, 2, 2, 2], "values must differ between texts, got 5 equal values \(2\)"),
         ("lenght", "values must be 'length' or one number for each text, got 'lenght'"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_folder_without_permission_is_told(tmp_path):
     if as_root:  # whom permissions do not hold
         os.seteuid(65534)
     try:
-        with pytest.raises(OSError, match=r"place must be .*Permission denied.*Give another path"):
+        with pytest.raises(OSError, match=r"place must be .*Permission denied.*Choose a different path"):
             check_can_write(tmp_path / "locked" / "a", "place")
     finally:
         if as_root:

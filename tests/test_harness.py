@@ -84,9 +84,9 @@ def test_what_does_not_fit_loses_its_beginning_and_that_is_said(make_tiny):
         (cut, _), (whole, _) = continued(small, [(before, after), (before[:4], after)], 2)
     assert cut == pytest.approx(direct(small, before[-10:], after)[0], rel=1e-10)  # 10 + 3 - 1 tokens are run
     assert whole == pytest.approx(direct(small, before[:4], after)[0], rel=1e-10)
-    with pytest.raises(ValueError, match=r"requests must have continuations of 1 to 12 tokens, .*, got 13 in number 1"):
+    with pytest.raises(ValueError, match=r"requests must have continuations of 1 to 12 tokens, .*, got 13 at index 1"):
         continued(small, [(before, after), (before, list(range(13)))], 2)
-    with pytest.raises(ValueError, match=r"requests must have continuations of .*, got 0 in number 0"):
+    with pytest.raises(ValueError, match=r"requests must have continuations of .*, got 0 at index 0"):
         continued(small, [(before, [])], 2)
 
 
@@ -136,7 +136,7 @@ def test_generation_options_are_read_as_the_harness_reads_them(kwargs, expected)
 
 
 def test_an_option_that_is_not_there_is_refused_before_anything_is_written(tiny):
-    with pytest.raises(ValueError, match=r"generation_kwargs must be out of until, .*, got num_beams"):
+    with pytest.raises(ValueError, match=r"generation_kwargs must be among until, .*, got num_beams"):
         written(tiny, [("a", {}), ("b", {"num_beams": 4})], 2)
     with pytest.raises(ValueError, match=r"generation_kwargs must ask for 1 to 255 new tokens, .* got 256"):
         written(tiny, [("a", {})], 2)

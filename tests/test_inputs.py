@@ -42,8 +42,8 @@ def test_texts_are_listed_from_whatever_holds_them(held):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("Hi.", r"got one string\. Put a single text in brackets"),
-        (b"Hi.", r"got one string"),
+        ("Hi.", r"got a str\. Wrap it in a list: \['\.\.\.'\]"),
+        (b"Hi.", r"got a bytes"),
         ([], r"at least one text, got an empty one"),
         (pd.Series([], dtype=object), r"got an empty one"),
         (None, r"got a NoneType"),
@@ -55,14 +55,14 @@ def test_texts_are_listed_from_whatever_holds_them(held):
         ({"Hi."}, r"got a set"),
         (
             ["Hi.", float("nan")],
-            r"got nan as number 1 \(the first is number 0\)\. Leave empty cells out \(dropna in pandas\)",
+            r"got nan at index 1\. Leave empty cells out \(dropna in pandas\)",
         ),
-        (pd.Series(["Hi.", None, "Ho."]), r"got (None|nan) as number 1"),
-        (pd.Series(["Hi.", pd.NA], dtype="string"), r"got <NA> as number 1"),
-        (["Hi.", 3], r"got 3 as number 1"),
-        (["Hi.", ["Ho."]], r"got \['Ho\.'\] as number 1"),
-        (["Hi.", b"Ho."], r"got b'Ho\.' as number 1"),
-        (["Hi.", " \n"], r"got an empty one as number 1 .*Leave it out"),
+        (pd.Series(["Hi.", None, "Ho."]), r"got (None|nan) at index 1"),
+        (pd.Series(["Hi.", pd.NA], dtype="string"), r"got <NA> at index 1"),
+        (["Hi.", 3], r"got 3 at index 1"),
+        (["Hi.", ["Ho."]], r"got \['Ho\.'\] at index 1"),
+        (["Hi.", b"Ho."], r"got b'Ho\.' at index 1"),
+        (["Hi.", " \n"], r"got an empty one at index 1.*Leave it out"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")
@@ -118,18 +118,18 @@ def test_a_column_and_a_generator_give_what_the_list_gives(tiny, tiny_vectors, c
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.usefixtures("as_a_user")
 def test_an_empty_cell_and_one_string_are_refused_at_every_door(tiny, tiny_vectors, call):
-    for given, says in (([*TEXTS, "a", float("nan")], "got nan as number 4"), ("Hi.", "got one string"),
+    for given, says in (([*TEXTS, "a", float("nan")], "got nan at index 4"), ("Hi.", "got a str"),
                         (pd.DataFrame({"prompt": TEXTS}), "got a DataFrame")):  # fmt: skip
         with pytest.raises(ValueError, match=rf"^(prompts|texts|holds) must be a list of .*{says}"):
             CALLS[call](tiny, tiny_vectors, given)
 
 
 def test_a_message_of_nothing_is_refused_and_a_text_of_nothing_only_where_it_has_no_token(tiny):
-    with pytest.raises(ValueError, match=r"prompts must be a list of texts, got an empty one as number 1"):
+    with pytest.raises(ValueError, match=r"prompts must be a list of texts, got an empty one at index 1"):
         rtl.generate(tiny, ["Hi.", ""])
-    with pytest.raises(ValueError, match=r"prompt must be a text, got an empty one"):
+    with pytest.raises(ValueError, match=r"prompt must be a string, got an empty one"):
         next(rtl.stream(tiny, " "))
-    with pytest.raises(ValueError, match=r"prompts must have at least one token each, got none in number 1"):
+    with pytest.raises(ValueError, match=r"prompts must have at least one token each, got none at index 1"):
         rtl.generate(tiny, ["Hi.", ""], chat=False)
 
 
@@ -142,7 +142,7 @@ def test_neutral_prompts_may_be_a_column_and_hold_no_empty_cell(tiny, tiny_vecto
     ]
     for delta in deltas[1:]:
         assert all(torch.equal(delta.changes[name], change) for name, change in deltas[0].changes.items())
-    for neutral, says in ((["Hi.", float("nan")], "got nan as number 1"), ("Hi.", "got one string")):
+    for neutral, says in ((["Hi.", float("nan")], "got nan at index 1"), ("Hi.", "got a str")):
         with pytest.raises(ValueError, match=rf"neutral must be a list of .*{says}"):
             rtl.tune(tiny, tiny_vectors, pairs, config, neutral=neutral, progress=False)
 
@@ -151,10 +151,10 @@ def test_neutral_prompts_may_be_a_column_and_hold_no_empty_cell(tiny, tiny_vecto
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda m, v: rtl.token_projections(m, v, float("nan")), "text must be a text, got nan"),
-        (lambda m, v: rtl.token_projections(m, v, ["Hi."]), r"text must be a text, got \['Hi\.'\]"),
-        (lambda m, v: next(rtl.stream(m, None)), "prompt must be a text, got None"),
-        (lambda m, v: rtl.data.Question(float("nan")), "prompt must be a text, got nan"),
+        (lambda m, v: rtl.token_projections(m, v, float("nan")), "text must be a string, got nan"),
+        (lambda m, v: rtl.token_projections(m, v, ["Hi."]), r"text must be a string, got \['Hi\.'\]"),
+        (lambda m, v: next(rtl.stream(m, None)), "prompt must be a string, got None"),
+        (lambda m, v: rtl.data.Question(float("nan")), "prompt must be a string, got nan"),
         (lambda m, v: rtl.data.Question("Hi.", right=(float("nan"),)), "must be texts, got"),
     ],
 )

@@ -436,7 +436,7 @@ def test_same_seed_same_tables(tiny, tiny_vectors):
     [
         (TEXTS, {}, "arms must map at least one name to an intervention"),
         ([], {"untuned": None}, "texts must be a list of at least one text, got an empty one"),
-        ("one", {"untuned": None}, "texts must be .*got one string"),
+        ("one", {"untuned": None}, "texts must be .*got a str"),
         (
             TEXTS,
             {"wrong": "add"},
@@ -452,7 +452,7 @@ def test_what_is_wrong_is_named(tiny, tiny_vectors, as_a_user, look, texts, arms
 
 
 def test_texts_and_vectors_that_cannot_be_projected_are_named(tiny, tiny_vectors):
-    with pytest.raises(ValueError, match="texts must have two tokens or more.*number 1"):
+    with pytest.raises(ValueError, match="texts must have two tokens or more.*index 1"):
         projection_changes(tiny, tiny_vectors, ["Two words", "One"], {"untuned": None}, chat=False)
     with pytest.raises(ValueError, match="one vector per layer, got several at layer 0"):
         projection_changes(tiny, tiny_vectors.everywhere(tiny, 1), TEXTS, {"untuned": None}, chat=False)

@@ -151,7 +151,7 @@ def test_what_cannot_be_read_is_refused_first(tiny, tiny_vectors, few, provenanc
     two = SteeringVectors({name: torch.ones(32) for name in ("blocks.0.hook_resid_post", "blocks.0.hook_mlp_out")},
                           provenance)  # fmt: skip
     for refused, message in [
-        (lambda: mean_projections(tiny, tiny_vectors, "How are you?"), "got one string"),
+        (lambda: mean_projections(tiny, tiny_vectors, "How are you?"), "got a str"),
         (lambda: norms(tiny, tiny_vectors, []), "texts must be a list of at least one text, got an empty one"),
         (lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={}), "arms"),
         (
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_is_refused_first(tiny, tiny_vectors, few, provenanc
 
 def test_vectors_of_different_widths_have_no_cosine(tiny_vectors, provenance):
     wide = SteeringVectors({LAYERS[0]: torch.ones(64)}, provenance)
-    with pytest.raises(ValueError, match=r"vectors must be of one width, got \[32, 64\]"):
+    with pytest.raises(ValueError, match=r"vectors must have the same d_model, got \[32, 64\]"):
         cosines({"mood": tiny_vectors, "wide": wide}, layers=[0])
 
 

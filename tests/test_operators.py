@@ -156,7 +156,9 @@ def test_gradients_of_activations_and_strength_are_those_of_finite_differences(k
 def test_another_width_is_refused_with_both_widths_and_a_fix(kind, shape, made_for, width):
     _, operator = made(kind, shape)
     has = " x ".join(map(str, width))
-    message = rf"extracted from a model with d_model {made_for}; these activations have {has}\. Extract vectors on this"
+    message = (
+        rf"extracted from a model with d_model {made_for}; these activations have {has}\. Extract vectors from this"
+    )
     with pytest.raises(ValueError, match=message):
         operator(torch.ones(2, POS, *width))
 

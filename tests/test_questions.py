@@ -44,9 +44,9 @@ def test_a_csv_that_a_spreadsheet_wrote_is_read(tmp_path):
         ("q.jsonl", '{"prompt": "Hi.", "right": [null]}', "line 1, right must be a list of texts, got [None]"),
         ("q.jsonl", '{"prompt": "Hi."}\n\nHi.', "q.jsonl, line 3 must be a JSON object, got 'Hi.'"),
         ("q.jsonl", '{"right": ["a"]}', "line 1 must have a prompt"),
-        ("q.jsonl", '{"prompt": 3}', "line 1: prompt must be a text, got 3"),
+        ("q.jsonl", '{"prompt": 3}', "line 1: prompt must be a string, got 3"),
         ("q.jsonl", '{"prompt": "Hi.", "right": 3}', "line 1, right must be a list of texts, got 3"),
-        ("q.jsonl", '{"prompt": " "}', "line 1: prompt must be a text, got an empty one"),
+        ("q.jsonl", '{"prompt": " "}', "line 1: prompt must be a string, got an empty one"),
         (
             "q.jsonl",
             '{"prompt": "Hi.", "right": ["a"], "wrong": ["a"]}',
@@ -95,7 +95,7 @@ def test_pairs_prompts_and_questions_can_be_asked():
 
 @pytest.mark.usefixtures("as_a_user")
 def test_one_string_for_options_is_refused():
-    with pytest.raises(ValueError, match="right must be a list of texts, got one string"):
+    with pytest.raises(ValueError, match="right must be a list of texts, got a str"):
         Question("Hi.", "abc")  # type: ignore[arg-type]
 
 

@@ -277,7 +277,7 @@ def test_a_report_of_the_run_before_goes_with_it(board, run):
 
 def test_scores_alone_do_not_take_the_place_of_a_runs(board, run):
     before = (run / "scores.csv").read_bytes()
-    with pytest.raises(ValueError, match="out must be a folder without a run, got .*Give another folder"):
+    with pytest.raises(ValueError, match="out must be a folder without a run, got .*Choose a different folder"):
         write_scores(run, make_board(1))
     assert (run / "scores.csv").read_bytes() == before
 

@@ -195,7 +195,7 @@ def test_nested_blocks_take_off_their_own_hooks_only(tiny, tiny_vectors, hooks_o
 
 def test_an_edit_that_fails_leaves_no_hook(tiny, tiny_vectors, hooks_on):
     with (
-        pytest.raises(ValueError, match=r"positions='generated' needs to know where the prompt ends"),
+        pytest.raises(ValueError, match=r"positions='generated' needs the end of the prompt"),
         steered(tiny, add(tiny_vectors, positions="generated")),
     ):
         logits(tiny)
@@ -225,7 +225,7 @@ def test_a_mask_that_is_not_boolean_is_refused(tiny_vectors, mask, as_a_user):
 
 
 def test_what_is_no_place_and_no_strength_is_refused_with_the_mend(tiny_vectors, as_a_user):
-    with pytest.raises(ValueError, match=r"positions must be token numbers in a list, .*got 3"):
+    with pytest.raises(ValueError, match=r"positions must be token indices in a list, .*got 3"):
         add(tiny_vectors, [0], positions=3)
     for multiplier in ([1.0, 2.0], torch.tensor(2.0), torch.ones(2, 3)):
         with pytest.raises(ValueError, match=r"(?s)multiplier must be a finite number, or a tensor"):
@@ -272,12 +272,12 @@ def test_what_cannot_be_told_apart_is_refused_outside_rt_lenss_own_loops(tiny, t
     whole, one = torch.tensor([encode(tiny, TEXT)]), torch.tensor([[5]])
     for positions, tokens in (("generated", whole), ("generated", one), ("last", one), ("prompt", one), ([0], one)):
         with (
-            pytest.raises(ValueError, match=r"positions=.* needs to know where the prompt ends.*Use rt_lens's"),
+            pytest.raises(ValueError, match=r"positions=.* rt_lens does not know where the prompt ends.*Use rt_lens's"),
             tiny.hooks(fwd_hooks=add(tiny_vectors, positions=positions)),
         ):
             tiny(tokens)
     with (
-        pytest.raises(ValueError, match=r"schedule needs to know which tokens were generated"),
+        pytest.raises(ValueError, match=r"schedule needs the end of the prompt"),
         tiny.hooks(fwd_hooks=add(tiny_vectors, schedule=Linear(1.0, 0.0, 3))),
     ):
         tiny(whole)
@@ -329,7 +329,7 @@ def test_heads_of_a_residual_stream_and_heads_that_are_not_are_refused(tiny, tin
 
 
 def test_empty_lists_of_positions_and_heads_are_refused(tiny_vectors):
-    with pytest.raises(ValueError, match=r"positions must be token numbers in a list, .*got \[\]"):
+    with pytest.raises(ValueError, match=r"positions must be token indices in a list, .*got \[\]"):
         add(tiny_vectors, [0], positions=[])
     with pytest.raises(ValueError, match=r"heads must name at least one head"):
         add(tiny_vectors, [0], heads=[])
@@ -351,5 +351,5 @@ def test_part_of_a_component_is_removed_or_set_by_row(tiny, tiny_vectors):
 
 
 def test_floats_as_positions_are_refused(tiny_vectors, as_a_user):
-    with pytest.raises(ValueError, match=r"positions must be token numbers in a list, .*got \[1\.5\]"):
+    with pytest.raises(ValueError, match=r"positions must be token indices in a list, .*got \[1\.5\]"):
         add(tiny_vectors, [0], positions=[1.5])

@@ -233,7 +233,7 @@ def test_a_file_of_other_settings_is_refused_and_says_which(tmp_path, tiny, tiny
     swept(tiny, tiny_vectors, Projection(), path=path)
     before = path.read_bytes()
     asked = {"vectors": tiny_vectors, "task": Projection(), "multipliers": DOSES, **changed}
-    said = rf"must be the file of a sweep with the same settings, got .*s\.json with other .*{says}.*Give another name"
+    said = rf"must be the file of a sweep with the same settings, got .*s\.json with other .*{says}.*Choose a different"
     with pytest.raises(ValueError, match=said):
         rtl.sweep(tiny, **{**asked, "vectors": changed.get("vectors", 1) * tiny_vectors}, path=path, progress=False)
     assert path.read_bytes() == before
@@ -280,7 +280,7 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path, tiny, tiny_vector
         path.write_bytes(content[: int(share * len(content))])
         with pytest.raises(
             ValueError,
-            match=r"must be the file of a sweep, got .*s\.json, which is none\. Give another name, or remove it",
+            match=r"must be the file of a sweep, got .*s\.json, which is none\. Choose a different name, or remove it",
         ):
             swept(tiny, tiny_vectors, Projection(), path=path)
 

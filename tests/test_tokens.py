@@ -121,7 +121,7 @@ def test_the_mask_finds_the_sequences_again_on_either_side(sequences):
 def test_nothing_and_an_empty_sequence_are_refused():
     with pytest.raises(ValueError, match=r"texts must have at least one token each, got an empty list"):
         pad([], 0)
-    with pytest.raises(ValueError, match=r"texts must have at least one token each, got none in number 1"):
+    with pytest.raises(ValueError, match=r"texts must have at least one token each, got none at index 1"):
         pad([[1], [], [2]], 0)
 
 
@@ -153,9 +153,9 @@ def test_every_text_is_in_one_batch_once_under_its_own_number_longest_first(shar
     ("texts", "batch_size", "message"),
     [
         ([], 4, r"texts must be a list of at least one text, got an empty one"),
-        ("one string", 4, r"texts must be a list of at least one text, got one string. Put a single text in brackets"),
+        ("one string", 4, r"texts must be a list of at least one text, got a str\. Wrap it in a list"),
         (["a"], 0, r"batch_size must be a whole number of at least 1, got 0"),
-        (["a", "b c d e", "", "f"], 2, r"texts must have at least one token each, got none in number 2"),
+        (["a", "b c d e", "", "f"], 2, r"texts must have at least one token each, got none at index 2"),
     ],
 )
 def test_what_cannot_be_batched_is_refused(stand_in, texts, batch_size, message):
@@ -164,7 +164,7 @@ def test_what_cannot_be_batched_is_refused(stand_in, texts, batch_size, message)
 
 
 def test_an_empty_text_is_refused_before_any_batch_is_run(stand_in):
-    with pytest.raises(ValueError, match="number 2"):
+    with pytest.raises(ValueError, match="at index 2"):
         next(batches(stand_in, ["a b c d", "b c d e f", ""], 1))
 
 

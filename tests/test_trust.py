@@ -80,7 +80,9 @@ def test_a_planted_direction_is_recommended_where_it_is_and_believed(plant):
         truth = torch.randn(D, generator=torch.Generator().manual_seed(layer))
         (name,) = hook_names([layer])
         assert torch.cosine_similarity(found.vectors[name], truth, dim=0) > 0.97
-    assert found.reason.startswith("Layers 2 to 4 are the first to tell held-out texts apart nearly as well as any")
+    assert found.reason.startswith(
+        "Layers 2 to 4 are the earliest layers to separate held-out texts nearly as well as the best layer"
+    )
     assert "pair accuracy 1.00" in found.reason and "n = 60 pairs" in found.reason
 
 
@@ -243,7 +245,7 @@ def layers_table(auc: list[float], accuracy: Any = 0.95, stability: Any = 0.9, *
 def test_the_rule_takes_the_earliest_run_of_layers_that_are_nearly_best(table, run):
     chosen, best, reason = recommend(table)
     assert (chosen, best) == (run, run[0])
-    expected = f"Layers {run[0]} to {run[-1]} are the first" if len(run) > 1 else f"Layer {run[0]} is the first"
+    expected = f"Layers {run[0]} to {run[-1]} are the earliest" if len(run) > 1 else f"Layer {run[0]} is the earliest"
     assert reason.startswith(expected) and f"at layer {best} AUC" in reason and "n = 40" in reason
 
 

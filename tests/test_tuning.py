@@ -314,7 +314,7 @@ def test_pairs_give_targets_in_the_models_own_words_without_the_persona(model, p
         ({"max_steps": 0}, "max_steps must be more than 0, got 0"),
         ({"micro_batch_size": 0}, "micro_batch_size must be more than 0, got 0"),
         ({"token_learning_rate": 0.0}, "token_learning_rate must be more than 0, got 0.0"),
-        ({"warmup": 1.0}, "warmup must be a share from 0 to below 1, got 1.0"),
+        ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1\.0"),
     ],
 )
 @pytest.mark.usefixtures("as_a_user")

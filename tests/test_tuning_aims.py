@@ -195,7 +195,7 @@ def test_a_cosine_is_read_at_a_choices_last_token(tiny, tiny_vectors):
     [
         ((" A",), (1.0,), r"options and shares must be two or more of each"),
         ((" A", " B"), (1.0,), r"options and shares must be two or more of each"),
-        ((" A", " B"), (0.6, 0.6), r"shares must be 0 or more each and have sum 1, got \(0\.6, 0\.6\)"),
+        ((" A", " B"), (0.6, 0.6), r"shares must be non-negative and sum to 1, got \(0\.6, 0\.6\)"),
         ((" A", " B"), (1.5, -0.5), r"shares must be .*got \(1\.5, -0\.5\)"),
     ],
 )

@@ -200,7 +200,7 @@ def test_vectors_with_nothing_in_common_are_not_added(tiny_vectors, other_vector
     for combine in (lambda a, b: a + b, lambda a, b: a - b, lambda a, b: a.cosine(b)):
         with pytest.raises(ValueError, match=r"vectors must share a hook point, got blocks\.0.* and blocks\.2"):
             combine(tiny_vectors, other_vectors.select([2]))
-        with pytest.raises(ValueError, match=r"got \(32,\) \(tiny\) and \(48,\) \(tiny\). Extract both on one"):
+        with pytest.raises(ValueError, match=r"got \(32,\) \(tiny\) and \(48,\) \(tiny\). Extract both from one"):
             combine(tiny_vectors, SteeringVectors({POST.format(1): torch.ones(48)}, provenance))
 
 

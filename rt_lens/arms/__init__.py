@@ -1,4 +1,4 @@
-"""Arms: what acts on a model, and what compares: interventions, sweeps, searches, resistance, what changed inside."""
+"""Interventions on a model: hooks, weight deltas, both, or none. Also comparisons, sweeps, searches and inspection."""
 
 import lazy_loader
 

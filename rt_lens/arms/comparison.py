@@ -41,7 +41,7 @@ class ArmEvaluator:
         model: the untuned model.
         tasks: set name -> EvalTask.
         texts: for perplexity and KL; none measures neither.
-        seed: of the bootstraps.
+        seed: seed for the bootstraps.
         batch_size: texts per batch.
 
     Example:
@@ -81,7 +81,7 @@ class ArmEvaluator:
         """
         label = {"arm": arm, "direction": direction, "seed": seed}
         if any(label.items() <= row.items() for row in self._scores):
-            raise ValueError(f"arm must be a new one, got {arm}, {direction}, seed {seed} again. Give it another name.")
+            raise ValueError(f"arm {arm!r} ({direction}, seed {seed}) was already measured. Choose a different name.")
         answers: dict[str, list[Answer]] = {}
         with applied(self.model, *interventions):
             for name, task in self.tasks.items():
@@ -146,7 +146,7 @@ class ArmScores:
         scores: a row per arm, direction, seed, set, scorer and item: with category and score.
         texts: a row per arm, direction, seed and text: tokens, nll and kl, both in nats summed over its tokens.
         answers: a dictionary per arm, direction, seed, set and item: prompt, response, and each scorer's number.
-        seed: of the bootstraps.
+        seed: seed for the bootstraps.
         shares: names of the scorers that give 0 or 1.
 
     Example:
@@ -203,9 +203,9 @@ class ArmScores:
         both arms have several tuning seeds, each seed is compared with the same seed.
 
         Args:
-            pairs: of (arm, direction); every arm against the first one for None.
-            of: (set, scorer) pairs to compare; all for None. Holm's correction grows with the number of rows, so name
-                only those that you need.
+            pairs: pairs of (arm, direction). Defaults to every arm against the first one.
+            of: (set, scorer) pairs to compare. Defaults to all. Holm's correction grows with the number of rows, so
+                name only those that you need.
 
         Returns:
             Columns a, a_direction, b, b_direction, set, scorer, n, difference, low, high, p, test, p_holm, seeds.
@@ -294,9 +294,9 @@ def compare_arms(
         model: the untuned model.
         arms: name -> Intervention, a tuple of them, or {tuning seed: one of these}. KL, pairwise judges and the default
             comparisons refer to the first arm, usually `"untuned": None`.
-        tasks: set name -> EvalTask; one EvalTask is the set `test`.
+        tasks: set name -> EvalTask; a single EvalTask is named `test`.
         texts: neutral texts for perplexity and KL.
-        seed: of the bootstraps.
+        seed: seed for the bootstraps.
         batch_size: texts per batch.
         progress: show a bar.
 

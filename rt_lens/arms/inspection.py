@@ -144,9 +144,9 @@ def residual_shifts(
         arms: name -> Intervention.
         texts: user messages, put through the chat template as `generate` does.
         vectors: of the residual stream.
-        layers: block indices; all of the model for None.
+        layers: block indices. Defaults to all.
         hook: kind of hook point at which to look; the vectors are those of the same kind.
-        seed: of the bootstrap.
+        seed: seed for the bootstrap.
 
     Raises:
         ValueError: names the arm, layer or hook point that is wrong.

@@ -1,4 +1,4 @@
-"""What acts on a model: hooks, a change of its weights, both, or nothing. This module measures nothing."""
+"""Interventions on a model: hooks, weight deltas, both, or none. This module measures nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Intervention: TypeAlias = WeightDelta | Sequence[FwdHook] | None
 
 @contextmanager
 def applied(model: Model, *interventions: Intervention) -> Iterator[Any]:
-    """The model with these interventions, in order, while the block lasts; afterwards it is as before.
+    """Context manager: applies the interventions in order, and reverts them on exit.
 
     Args:
         model: HookedTransformer or TransformerBridge.

@@ -59,8 +59,8 @@ def check_older(
         differing.append("weights or hooks of the model (its logits)")
     if differing:
         raise ValueError(
-            f"path must be a file with the same settings, got {path} with other {', '.join(differing)}. Give another "
-            "name, or remove the file."
+            f"path must be a file with the same settings, got {path} with other {', '.join(differing)}. Choose a "
+            "different name, or remove the file."
         )
     warnings.warn(
         f"path: {path} was written by an older rt_lens, and its measure cannot be compared with this one. Remove the "

@@ -40,10 +40,10 @@ def mean_projections(
         model: HookedTransformer or TransformerBridge.
         vectors: of the residual stream or of what is written into it, one for each layer.
         texts: user messages, put through the chat template as `generate` does.
-        arms: name -> Intervention; the untuned model alone, as `untuned`, for None.
+        arms: name -> Intervention. Defaults to the untuned model alone, as `untuned`.
         position: which tokens of each text are read, as for `extract_vectors`.
         chat: put the texts through the chat template; False for plain text.
-        seed: of the bootstrap.
+        seed: seed for the bootstrap.
 
     Returns:
         Columns arm, layer, n (texts), mean, low, high (95 % bootstrap interval over texts, NaN for one text; activation
@@ -94,7 +94,7 @@ def projection_changes(
         texts: user messages, put through the chat template as `generate` does; `pairs.texts(model)` are through it.
         arms: name -> Intervention.
         chat: put the texts through the chat template; False for plain text, of two tokens or more.
-        seed: of the bootstrap.
+        seed: seed for the bootstrap.
 
     Returns:
         Columns arm, layer, n (texts), mean, low, high (95 % bootstrap interval over texts; activation units), seed.
@@ -114,7 +114,7 @@ def projection_changes(
     lengths = [len(encode(model, text)) for text in inputs]
     if min(lengths) < 2:
         raise ValueError(
-            f"texts must have two tokens or more, since the first is left out, got fewer in number "
+            f"texts must have two tokens or more, since the first is left out, got fewer at index "
             f"{lengths.index(min(lengths))}. Leave it out."
         )
     reads = [[range(1, length)] for length in lengths]

@@ -24,8 +24,8 @@ class Resistance:
     Attributes:
         table: a row per arm and multiplier: arm, multiplier, n, mean, low, high (of the score), seed.
         moved: a row per arm: arm, multiplier, n, mean, low, high of score at +multiplier minus score at -multiplier,
-            prompt by prompt; of_first, of_first_low, of_first_high: that mean as a share of the first arm's; seed.
-        scores: a row per arm, multiplier and prompt: arm, multiplier, prompt (its number), score.
+            prompt by prompt; of_first, of_first_low, of_first_high: that mean as a fraction of the first arm's; seed.
+        scores: a row per arm, multiplier and prompt: arm, multiplier, prompt (its index), score.
 
     Example:
         >>> rows = [("untuned", m, p, m + p) for m in (-1, 1) for p in (0, 1)]
@@ -78,7 +78,7 @@ def resistance(
         layer: the block whose output they are added to.
         multipliers: in units of the vector's own length; the largest must be there with both signs.
         hook: kind of hook point.
-        seed: of the bootstrap intervals, over prompts.
+        seed: seed for the bootstrap intervals, over prompts.
         progress: show a bar for each arm.
 
     Raises:

@@ -73,7 +73,7 @@ def block_search(
             number per prompt. Without one the table has the losses only.
         validation: as for `tune`.
         neutral: as for `tune`.
-        path: JSON file that keeps finished candidates; a search of the same settings, weights and measure goes on from
+        path: JSON file that keeps finished candidates; a search with the same settings, weights and measure resumes
             there.
         progress: show bars.
 
@@ -124,7 +124,7 @@ def _key(trained: Mapping[str, str]) -> str:
 
 
 def _store(path: str | Path | None, settings: Mapping[str, Any], model: Model) -> Store:
-    """The store of finished candidates; a file of an older version goes on in the new format, if it fits."""
+    """The store of finished candidates; a file of an older version is continued in the new format, if it fits."""
     older = None if path is None else older_search(Path(path))
     if path is None or older is None:
         return Store(None if path is None else Path(path), settings, kind="block search")

@@ -42,10 +42,10 @@ class Sweep:
     """The scores of a sweep.
 
     Attributes:
-        table: a row per layer, multiplier and prompt: layer, multiplier, prompt (its number), score.
+        table: a row per layer, multiplier and prompt: layer, multiplier, prompt (its index), score.
         prompts: the prompts; empty if a function of your own was swept, which does not say them.
         metric: name of the scorer or function.
-        seed: of the bootstraps.
+        seed: seed for the bootstraps.
 
     Example:
         >>> result = sweep(model, vectors, EvalTask(prompts, len, 2), layers=[21], multipliers=[0, 1], progress=False)
@@ -106,10 +106,10 @@ class DoseResponse:
         layer: block index.
         spearman: rank correlation of multiplier and mean metric (0 if nothing moves); bootstrap interval over prompts.
         slope: metric per unit of the multiplier (steerability, Tan et al. 2024), mean over prompts.
-        wrong_way: share of the prompts whose own slope is below zero, with a Wilson interval.
-        table: columns layer, multiplier, prompt (its number), score, wrong_way: for `plots.steerability`.
+        wrong_way: fraction of the prompts whose own slope is below zero, with a Wilson interval.
+        table: columns layer, multiplier, prompt (its index), score, wrong_way: for `plots.steerability`.
         summary: columns layer, multiplier, n, mean, low, high, seed: for `plots.steerability` too.
-        seed: of the bootstrap.
+        seed: seed for the bootstrap.
 
     Example:
         >>> task = LogitDifference(prompts, " happy", " sad")
@@ -152,24 +152,24 @@ def sweep(
     seed: int = 0,
     progress: bool = True,
 ) -> Sweep:
-    """Steers at each layer with each multiplier, and measures every prompt.
+    """Steers at each layer with each multiplier, measures every prompt, and returns a tidy table.
 
     For an EvalTask or a LogitDifference, all multipliers of a layer run as one list of prompts, each with its own; a
     function of your own is called once per multiplier. Multiplier 0 runs once for all layers.
 
     Args:
-        model: HookedTransformer or TransformerBridge, with whatever hooks it has.
+        model: HookedTransformer or TransformerBridge, including any hooks already attached.
         vectors: the directions.
         task: what is measured: an EvalTask, a LogitDifference, or a function from a model to one number per prompt.
             Prompts alone are scored with `vader`.
-        layers: block indices; every block that has a vector for None.
+        layers: block indices. Defaults to every block that has a vector.
         multipliers: in units of the vectors' own lengths.
         steer: `add`, `add_preserving_norm`, or another function with the keywords layers, multiplier and hook.
         hook: kind of hook point.
-        path: JSON file that keeps finished layers; a sweep with the same settings, weights and hooks goes on from
-            there. Hooks are compared by their code and by all that they hold, so a hook that has counted or gathered
-            something counts as another; measures by their code, and by the tensors and functions that they hold.
-        seed: of the bootstrap intervals.
+        path: JSON file that keeps finished layers; a sweep with the same settings and weights resumes there.
+            Resuming requires the same hooks: they are compared by source code and captured state, so a stateful hook
+            counts as changed. Measures are compared by source code, and by the tensors and functions that they hold.
+        seed: seed for the bootstrap intervals.
         progress: show a bar.
 
     Returns:
@@ -273,7 +273,7 @@ def _name(measure: Measure) -> str:
 def _store(
     path: str | Path | None, model: Model, vectors: SteeringVectors, doses: Sequence[float], measure: Any, steer: Any
 ) -> Store:
-    """The store of finished layers; a file of an older version goes on in the new format, if it fits."""
+    """The store of finished layers; a file of an older version is continued in the new format, if it fits."""
     if path is None:
         return Store(None, {}, kind="sweep")
     path, settings = Path(path), _settings(model, vectors, doses, measure, steer)

@@ -1,1 +1,1 @@
-"""Files, progress, statistics, and checks of arguments. This room knows no model."""
+"""Files, progress, statistics, and checks of arguments. This subpackage knows no model."""

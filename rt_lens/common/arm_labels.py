@@ -18,7 +18,7 @@ class ArmLabel(NamedTuple):
     Attributes:
         arm: its name, `rep_tuned` say.
         direction: `toward`, `away`, `suppress`, or `none`.
-        seed: of the tuning run.
+        seed: seed of the tuning run.
 
     Example:
         >>> str(ArmLabel("rep_tuned", "away"))

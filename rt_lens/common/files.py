@@ -219,7 +219,7 @@ def check_can_write(path: Path, argument: str) -> None:
             (folder / path.name).touch()
     except OSError as error:
         raise OSError(
-            f"{argument} must be a path that can be written, got {path} ({error}). Give another path."
+            f"{argument} must be a path that can be written, got {path} ({error}). Choose a different path."
         ) from error
 
 

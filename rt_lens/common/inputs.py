@@ -16,7 +16,7 @@ def text_list(given: Iterable[str], argument: str = "prompts", *, blank: bool = 
         none: allow an empty list.
 
     Raises:
-        ValueError: for one string, a table, a container without order, or an item that is empty or no text (NaN,
+        ValueError: for a str, a table, a container without order, or an item that is empty or no text (NaN,
             None); the message names its index.
 
     Example:
@@ -25,7 +25,7 @@ def text_list(given: Iterable[str], argument: str = "prompts", *, blank: bool = 
         ['How was your day?', 'Tell me about rivers.']
         >>> text_list("How was your day?")
         Traceback (most recent call last):
-        ValueError: prompts must be a list of at least one text, got one string. Put a single text in brackets.
+        ValueError: prompts must be a list of at least one text, got a str. Wrap it in a list: ['...'].
     """
     items = listed(given, argument, none=none)
     return [as_text(item, argument, number, blank=blank) for number, item in enumerate(items)]
@@ -35,7 +35,7 @@ def listed(given: Any, argument: str, *, none: bool = False) -> list[Any]:
     """The items of any ordered container, unchecked; see `text_list`."""
     rule = f"{argument} must be a list of {'texts' if none else 'at least one text'}"
     if isinstance(given, str | bytes):
-        raise ValueError(f"{rule}, got one string. Put a single text in brackets.")
+        raise ValueError(f"{rule}, got a {type(given).__name__}. Wrap it in a list: ['...'].")
     if isinstance(given, Mapping | set | frozenset) or not isinstance(given, Iterable):
         raise ValueError(f"{rule}, got a {type(given).__name__}. Put the texts in a list.")
     if (n := getattr(given, "ndim", 1)) != 1:  # a table's items are the names of its columns
@@ -48,12 +48,12 @@ def listed(given: Any, argument: str, *, none: bool = False) -> list[Any]:
 
 def as_text(given: Any, argument: str, number: int | None = None, *, blank: bool = False) -> str:
     """One text; a ValueError if it is something else, or empty and not `blank`. `number` is its index in a list."""
-    rule = f"{argument} must be {'a text' if number is None else 'a list of texts'}"
-    where = "" if number is None else f" as number {number} (the first is number 0)"
+    rule = f"{argument} must be {'a string' if number is None else 'a list of texts'}"
+    where = "" if number is None else f" at index {number}"
     if not isinstance(given, str):
         shown = repr(given) if len(repr(given)) <= 60 else f"a {type(given).__name__}"
         is_cell = number is not None and (given is None or isinstance(given, float) or type(given).__name__ == "NAType")
-        fix = "Leave empty cells out (dropna in pandas)" if is_cell else "Give a text"
+        fix = "Leave empty cells out (dropna in pandas)" if is_cell else "Give a string"
         raise ValueError(f"{rule}, got {shown}{where}. {fix}.")
     if not blank and not given.strip():
         raise ValueError(f"{rule}, got an empty one{where}. {'Fill it in' if number is None else 'Leave it out'}.")

@@ -1,4 +1,4 @@
-"""Finished parts of a long computation in a JSON file, so that an interrupted one goes on where it stopped."""
+"""Finished parts of a long computation in a JSON file, so that an interrupted one resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Store:
         if differing:
             raise ValueError(
                 f"path must be the file of a {self.kind} with the same settings, got {self.path} with other "
-                f"{', '.join(differing)}. Give another name, or remove the file."
+                f"{', '.join(differing)}. Choose a different name, or remove the file."
             )
         self.parts = {**stored["parts"], **self.parts}
 
@@ -107,4 +107,6 @@ def read_parts(path: Path, kind: str) -> dict[str, Any]:
             return {"settings": dict(stored["settings"]), "parts": dict(stored["parts"])}
     except (KeyError, TypeError, ValueError):
         pass
-    raise ValueError(f"path must be the file of a {kind}, got {path}, which is none. Give another name, or remove it.")
+    raise ValueError(
+        f"path must be the file of a {kind}, got {path}, which is none. Choose a different name, or remove it."
+    )

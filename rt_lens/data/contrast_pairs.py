@@ -99,16 +99,16 @@ class ContrastPairs:
                 f"pairs must hold at least one pair, got none for {self.name!r}. Give a positive and a negative side."
             )
         for number, pair in enumerate(self.pairs):
-            where = f"number {number} of {self.name!r}"
+            where = f"index {number} of {self.name!r}"
             if any(not isinstance(text, str) for text in _fields_of(pair)):
                 side, text = next((name, text) for name, text in asdict(pair).items() if not isinstance(text, str))
                 raise ValueError(
-                    f"pairs: {side} of {where} must be a text, got {text!r}. Leave out rows with empty cells, or give "
-                    "'' where a field may be empty."
+                    f"pairs: {side} at {where} must be a string, got {text!r}. Leave out rows with empty cells, or "
+                    "give '' where a field may be empty."
                 )
             for side in ("user",) if pair.negative_user or pair.negative_prefill else ("positive", "negative", "user"):
                 if not getattr(pair, side).strip():
-                    raise ValueError(f"pairs: {side} of {where} must be a text, got an empty one. Fill it in.")
+                    raise ValueError(f"pairs: {side} at {where} must be a string, got an empty one. Fill it in.")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -173,9 +173,9 @@ class ContrastPairs:
         as a persona that all of them have, does not: the parts share it.
 
         Args:
-            shares: share of the topics in each part but the last, which gets the rest: `split(0.7)` gives two parts.
-                For rows: share of the pairs, as nearly as whole groups allow.
-            seed: of the shuffle.
+            shares: fraction of the topics in each part but the last, which gets the rest: `split(0.7)` gives two parts.
+                For rows: fraction of the pairs, as nearly as whole groups allow.
+            seed: seed for the shuffle.
 
         Returns:
             `len(shares) + 1` parts, with `left_out`, the number of pairs that are in none.
@@ -310,7 +310,7 @@ def _keys(*texts: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def _deviation(parts: Sequence[int], bounds: Sequence[float]) -> float:
-    """The largest difference between a part's size and its intended size, as a share of all items."""
+    """The largest difference between a part's size and its intended size, as a fraction of all items."""
     sizes = sizes_of(bounds, len(parts))
     return max(abs(parts.count(part) - size) for part, size in enumerate(sizes)) / len(parts)
 
@@ -395,7 +395,7 @@ def pairs_from_table(name: str, table: dict[str, Any], source: str = "the table"
             )
     if not isinstance(table.get("prefills", []), list):
         raise ValueError(
-            f"pairs: prefills of {source} must be a list, got {table['prefills']!r}. Put a single prefill in brackets."
+            f"pairs: prefills of {source} must be a list, got {table['prefills']!r}. Wrap a single prefill in a list."
         )
     positive, negative = table["positive"], table["negative"]
     if len(positive) != len(negative):

@@ -122,7 +122,7 @@ def persona_pairs(facts: Sequence[Fact], seed: int = 0) -> ContrastPairs:
 
     Args:
         facts: the statements.
-        seed: of the choice of personas.
+        seed: seed for the choice of personas.
 
     Example:
         >>> honesty_pairs = persona_pairs(load_facts()[:2])

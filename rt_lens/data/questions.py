@@ -45,13 +45,13 @@ class Question:
     def __post_init__(self) -> None:
         for name in ("prompt", "category", "system", "prefill"):
             if not isinstance(text := getattr(self, name), str):
-                raise ValueError(f"{name} must be a text, got {text!r}. Leave rows with empty cells out.")
+                raise ValueError(f"{name} must be a string, got {text!r}. Leave rows with empty cells out.")
         if not self.prompt.strip():
-            raise ValueError("prompt must be a text, got an empty one. Fill it in.")
+            raise ValueError("prompt must be a string, got an empty one. Fill it in.")
         for side in ("right", "wrong"):
             if isinstance(getattr(self, side), str):
                 raise ValueError(
-                    f"{side} must be a list of texts, got one string for {self.prompt[:60]!r}. Put it in brackets."
+                    f"{side} must be a list of texts, got a str for {self.prompt[:60]!r}. Wrap it in a list."
                 )
         options = [*self.right, *self.wrong]
         if not all(isinstance(option, str) for option in options):
@@ -122,7 +122,7 @@ def as_questions(asked: Asked) -> list[Question]:
     """Pairs, prompts or questions, as a list of questions.
 
     Raises:
-        ValueError: for an empty list, for one string instead of a list, or for an item that is empty or no text.
+        ValueError: for an empty list, for a str instead of a list, or for an item that is empty or no text.
     """
     if isinstance(asked, ContrastPairs):
         return [Question(topic) for topic in asked.topics]

@@ -21,8 +21,8 @@ def cut(values: Sequence[Hashable], bounds: Sequence[float], seed: int) -> list[
 
     Args:
         values: equal values belong to one part.
-        bounds: where each part but the last ends, as a share of the different values.
-        seed: of the shuffle.
+        bounds: where each part but the last ends, as a fraction of the different values.
+        seed: seed for the shuffle.
     """
     distinct = list(dict.fromkeys(values))
     random.Random(f"{seed}-{len(distinct)}").shuffle(distinct)
@@ -64,8 +64,8 @@ def share_out(groups: Sequence[int], bounds: Sequence[float], seed: int) -> list
 
     Args:
         groups: the group of each item.
-        bounds: where each part but the last ends, as a share of the items.
-        seed: of the random assignment.
+        bounds: where each part but the last ends, as a fraction of the items.
+        seed: seed for the random assignment.
 
     Returns:
         None if there are fewer groups than parts, since no part may be empty.

@@ -1,6 +1,6 @@
 """Measures a model as it is handed over: its responses, the options it prefers, how well it predicts texts.
 
-This room knows nothing of steering or tuning; callers apply those to the model first.
+This subpackage knows nothing of steering or tuning; callers apply those to the model first.
 """
 
 import lazy_loader

@@ -40,7 +40,7 @@ def ask(
             the options in that form).
         max_new_tokens: length of a generated response.
         temperature: 0 for greedy.
-        seed: seed of sampling.
+        seed: seed for sampling.
         batch_size: texts per batch; for options, a quarter as many questions per batch.
         progress: show a progress bar.
 
@@ -87,7 +87,7 @@ class FilteredPairs:
 
     Attributes:
         pairs: the pairs that pass.
-        share: share of all pairs that pass, with a Wilson 95 % interval (pairs of one topic are not independent).
+        share: fraction of all pairs that pass, with a Wilson 95 % interval (pairs of one topic are not independent).
         scorer: name of the scorer.
 
     Example:

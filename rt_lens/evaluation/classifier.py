@@ -32,10 +32,10 @@ class TextClassifier:
 
     Attributes:
         behaviour: name of the pairs' behaviour.
-        accuracy: share of sides classified correctly on held-out topics (with held-out personas and prefills, where
+        accuracy: fraction of sides classified correctly on held-out topics (with held-out personas and prefills, where
             there are enough), averaged by topic, with n topics and a 95 % interval over them.
         n_texts: number of responses the classifier was trained on.
-        seed: seed of split, sample and interval.
+        seed: seed for split, sample and interval.
 
     Example:
         >>> import warnings
@@ -94,10 +94,10 @@ def classifier_of(
             whose sides differ in their prefills keep them.
         n_train: maximum number of pairs to train on; each gives two responses.
         n_test: maximum number of pairs to measure the accuracy on.
-        test_share: share of the topics to hold out.
+        test_share: fraction of the topics to hold out.
         max_new_tokens: length of a response; use the length of the responses to score.
         batch_size: texts per batch.
-        seed: seed of split, sample and interval.
+        seed: seed for split, sample and interval.
         progress: show a progress bar.
 
     Warns:

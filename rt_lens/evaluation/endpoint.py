@@ -62,7 +62,8 @@ class EndpointJudge:
         model: the model's name on that server.
         criterion: completes "the answer ...", as in "sounds happy".
         pairs: compare each response with its baseline.
-        cache: file of JSON lines, one for each reply, with the prompts; None for `judge.jsonl` in the cache folder.
+        cache: file of JSON lines, one for each reply, with the prompts. Defaults to `judge.jsonl` in the cache
+            folder.
         api_key_env: environment variable with the API key; only a local server may do without. The key is sent to this
             server alone, and no redirect is followed. Empty: no key is sent.
         price_in: price of a million prompt tokens.
@@ -72,7 +73,7 @@ class EndpointJudge:
         timeout: seconds to wait for one request.
         retries: retries after refused connections, time-outs, 429 and 5xx, with growing pauses.
         workers: number of concurrent requests.
-        most_unread: largest share of abstentions that a call accepts.
+        most_unread: largest fraction of abstentions that a call accepts.
         progress: show a progress bar, with tokens and cost.
         name: the scorer's name in tables; made from the criterion if empty.
         usage: requests and tokens so far.

@@ -24,7 +24,7 @@ def length(answer: str) -> float:
 
 
 def distinct(answer: str, n: int = 2) -> float:
-    """Distinct-n: the number of different n-grams of words, as a share of all n-grams (after Li et al. 2016).
+    """Distinct-n: the number of different n-grams of words, as a fraction of all n-grams (after Li et al. 2016).
 
     Li et al. divide by the number of words. Dividing by the number of n-grams, as most authors do since, makes 1 the
     maximum for every n.
@@ -51,7 +51,7 @@ def distinct(answer: str, n: int = 2) -> float:
 
 
 def repetition(answer: str) -> float:
-    """Share of a response's word pairs that repeat an earlier one: 0 for none, near 1 for a loop.
+    """Fraction of a response's word pairs that repeat an earlier one: 0 for none, near 1 for a loop.
 
     Example:
         >>> repetition("the cat saw the cat")

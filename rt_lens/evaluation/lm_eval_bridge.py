@@ -36,7 +36,7 @@ def harness_model(model: Model, *, batch_size: int = 16, seed: int = 0) -> Any:
     Args:
         model: HookedTransformer or TransformerBridge.
         batch_size: requests per forward pass; it affects speed only.
-        seed: seed of requests that sample their responses.
+        seed: seed for requests that sample their responses.
 
     Returns:
         An object with `loglikelihood`, `loglikelihood_rolling`, `generate_until` and a chat template.
@@ -157,7 +157,7 @@ def continued(
         if not 1 <= len(continuation) <= n_ctx:
             raise ValueError(
                 f"requests must have continuations of 1 to {n_ctx} tokens, this model's context, got "
-                f"{len(continuation)} in number {number}. Leave it out."
+                f"{len(continuation)} at index {number}. Leave it out."
             )
         kept = list(context)[max(0, len(context) + len(continuation) - 1 - n_ctx) :]
         pieces.append(Piece(number, 0, (*kept, *continuation[:-1]), len(kept), tuple(continuation), len(kept)))
@@ -230,7 +230,7 @@ def options_of(kwargs: Mapping[str, Any], seed: int = 0) -> GenerationOptions:
     known = ("until", "do_sample", "temperature", "top_k", "top_p", *_LENGTHS)
     if unknown := sorted(set(kwargs) - set(known)):
         raise ValueError(
-            f"generation_kwargs must be out of {', '.join(known)}, got {', '.join(unknown)}. Leave the others out."
+            f"generation_kwargs must be among {', '.join(known)}, got {', '.join(unknown)}. Leave the others out."
         )
     until = kwargs.get("until") or ()
     max_new_tokens = next((int(kwargs[name]) for name in _LENGTHS if kwargs.get(name) is not None), 256)
@@ -253,7 +253,7 @@ def written(
         model: the model, measured with its current hooks and weights.
         requests: contexts with their `generation_kwargs`; a context that does not fit loses its beginning.
         batch_size: contexts per batch.
-        seed: seed of sampling; each request has its own random stream.
+        seed: seed for sampling; each request has its own random stream.
 
     Raises:
         ValueError: for an option that rt_lens does not have, or more new tokens than the context holds.

@@ -243,7 +243,7 @@ class Likelihood:
     def __post_init__(self) -> None:
         if self.measure not in _MEASURES:
             known = ", ".join(map(repr, _MEASURES))
-            raise ValueError(f"scorer 'likelihood' must have a measure out of {known}, got measure {self.measure!r}.")
+            raise ValueError(f"scorer 'likelihood' must have as measure one of {known}, got {self.measure!r}.")
         check_form(self.form)
 
     @property
@@ -391,8 +391,8 @@ class FollowsInstruction:
         passes = _CHECKS.get(kind) if isinstance(kind, str) else None
         if passes is None:
             raise ValueError(
-                f"scorer {self.name!r} must have questions with a check out of {', '.join(_CHECKS)}, got {kind!r} for "
-                f"{question.prompt[:60]!r}. Add one, as in Question(prompt, check={{'kind': 'one_word'}})."
+                f"scorer {self.name!r} must have questions whose check is one of {', '.join(_CHECKS)}, got {kind!r} "
+                f"for {question.prompt[:60]!r}. Add one, as in Question(prompt, check={{'kind': 'one_word'}})."
             )
         return passes(text, question.check)
 

@@ -57,11 +57,11 @@ class Repeatable(Protocol):
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Questions and the scorers of their responses. Called on a model, a task gives the first scorer's numbers.
+    """Questions and the scorers of their responses. Calling a task on a model returns the first scorer's scores.
 
     Attributes:
         questions: prompts, questions, or contrast pairs (each topic once, without a persona).
-        scorers: one scorer or a list of them: names, `[scorer]` tables, functions or Scorers. Figures show the first.
+        scorers: one scorer or a list of them: names, `[scorer]` tables, functions or Scorers. Plots use the first.
         max_new_tokens: length of a response, where a scorer reads text.
         batch_size: texts per batch.
 
@@ -139,7 +139,7 @@ class Evaluation:
         responses: the model's response to each prompt; for a scorer of options, the likeliest option.
         scores: one score for each response.
         interval: mean score with n and its 95 % interval over prompts: Wilson's for shares, else a bootstrap.
-        seed: seed of generation and bootstrap.
+        seed: seed for generation and bootstrap.
 
     Example:
         >>> evaluation = evaluate(model, prompts, max_new_tokens=4)
@@ -169,15 +169,15 @@ def evaluate(
     """The model's responses to prompts, scored.
 
     Args:
-        model: the model, measured with its current hooks and weights. Give a scorer that itself asks a model another
-            model, or use it in `compare_arms`, which scores after it has reverted the arm.
+        model: the model, measured with its current hooks and weights. If the scorer itself queries a model, pass it a
+            different model object, or use `compare_arms`, which scores after reverting the intervention.
         test: an `EvalTask`; or prompts, questions, or contrast pairs (each topic once, without a persona).
-        scorer: `vader`, a `[scorer]` table, a function from a response to a number, or a Scorer; None for `vader`. A
-            task has its scorers; `evaluate` uses the first.
-        max_new_tokens: length of a response; None for 40. A task has its own.
+        scorer: `vader`, a `[scorer]` table, a function from a response to a number, or a Scorer. Defaults to
+            `vader`. A task has its scorers; `evaluate` uses the first.
+        max_new_tokens: length of a response. Defaults to 40. A task has its own.
         temperature: 0 for greedy.
-        seed: seed of sampling and bootstrap.
-        batch_size: prompts per batch; None for 64, or the task's. It affects speed and memory only.
+        seed: seed for sampling and bootstrap.
+        batch_size: prompts per batch; it affects speed and memory only. Defaults to 64, or the task's.
         progress: show a progress bar.
 
     Raises:

@@ -38,7 +38,7 @@ class PerplexityResult:
         kl: KL(reference || model) in nats, summed over each text's tokens; None without a reference.
         sizes: number of tokens predicted in each text.
         texts_sha256: checksum of the texts.
-        seed: seed of the bootstrap.
+        seed: seed for the bootstrap.
         log_probabilities: Float[Tensor, "token d_vocab"] if kept, so that this result can be a reference. Tokens are
             in the order of the forward passes, longest windows first.
         window: tokens per forward pass, if a text is longer than that; None if all texts fit.
@@ -123,9 +123,9 @@ def perplexity(
         reference: an earlier result with `keep=True` on the same texts and windows.
         keep: keep the log-probabilities (4 bytes x tokens x vocabulary; 8 bytes for a model in float64).
         batch_size: windows per forward pass; it affects speed and memory only.
-        window: maximum number of tokens per forward pass; None for the model's context.
-        stride: tokens from the start of one window to the start of the next; None for half the window.
-        seed: seed of the bootstrap.
+        window: maximum number of tokens per forward pass. Defaults to the model's context.
+        stride: tokens from the start of one window to the start of the next. Defaults to half the window.
+        seed: seed for the bootstrap.
 
     Raises:
         ValueError: for no text, a text of a single token, a window beyond the context, a stride beyond the window, or a
@@ -303,7 +303,7 @@ def _encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
         if len(ids) < 2:
             raise ValueError(
                 "texts must have at least two tokens each, so that there is one to predict, got "
-                f"{len(ids) or 'no'} token{'s' * (len(ids) != 1)} in number {number}, {texts[number]!r}. Leave it out, "
+                f"{len(ids) or 'no'} token{'s' * (len(ids) != 1)} at index {number}, {texts[number]!r}. Leave it out, "
                 "or join it to another text."
             )
     return encoded

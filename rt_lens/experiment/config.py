@@ -114,8 +114,9 @@ class Experiment:
         pairs: contrast pairs.
         scorer: name, `[scorer]` table or Scorer.
         tune: settings of the rep-tuned arm.
-        tune_seeds: direction -> seeds. A seed draws everything that is random: the pairs of the vectors, the training
-            and validation targets, the neutral responses, the order of the batches. All arms of a seed share its draws.
+        tune_seeds: direction -> seeds. A seed controls everything that is random: the pairs of the vectors, the
+            training and validation targets, the neutral answers, the order of the batches. All arms of one seed share
+            these.
         token: settings in which the token-tuned arm differs from `tune`, such as its learning rate. It never has a
             cosine loss.
         model: name or path for `load_model`.
@@ -206,7 +207,7 @@ def load_experiment(
         model: overrides the model of the file.
         dtype: overrides that of the file.
         chat_template_kwargs: override those of the file.
-        permissions: which judges behind endpoints the file may use; None for what the user's settings allow.
+        permissions: which judges behind endpoints the file may use. Defaults to what the user's settings allow.
 
     Raises:
         ValueError: for an unknown behaviour, an unknown table or key (the message names the nearest), a value out of
@@ -371,7 +372,7 @@ def _table(kind: type[T], name: str, values: Any) -> T:
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except TypeError as error:
-        raise ValueError(f"config: [{name}] must have values of the right types, got another ({error}).") from None
+        raise ValueError(f"config: [{name}]: wrong type for one of its values ({error}).") from None
 
 
 def _refuse_unknown(table: str, values: Mapping[str, Any], known: set[str]) -> None:
@@ -379,4 +380,4 @@ def _refuse_unknown(table: str, values: Mapping[str, Any], known: set[str]) -> N
         if key not in known:
             near = get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
-            raise ValueError(f"config: {table} must not have the unknown key {key!r}. {hint}")
+            raise ValueError(f"config: unknown key {key!r} in {table}. {hint}")

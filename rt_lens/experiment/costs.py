@@ -1,7 +1,7 @@
 """Estimates the computation and memory of each operation of a run, from numbers of tokens and the model's sizes.
 
-The rules follow the code of the rooms below: what it caches, copies and keeps. They are estimates, and a test compares
-them with a real run.
+The rules follow the code of the subpackages below: what it caches, copies and keeps. They are estimates, and a test
+compares them with a real run.
 """
 
 from __future__ import annotations

@@ -187,7 +187,8 @@ def _check(experiment: Experiment, shape: Shape) -> None:
     ):  # fmt: skip
         if wrong := [block for block in blocks if not 0 <= block < shape.n_layers]:
             raise ValueError(
-                f"{name} contains {wrong[0]}, but this model has blocks 0..{shape.n_layers - 1}. Name others."
+                f"{name} contains {wrong[0]}, but this model has blocks 0..{shape.n_layers - 1}. "
+                "Choose different layers."
             )
 
 

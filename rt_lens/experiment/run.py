@@ -64,7 +64,8 @@ def check_writable(folder: Path) -> Path:
         write_atomically(folder / ".writable", b"").unlink()
     except OSError as error:
         raise ValueError(
-            f"out must be a folder that can be written, got {folder} ({error.strerror}). Give another one with --out."
+            f"out must be a folder that can be written, got {folder} ({error.strerror}). Choose a different "
+            "one with --out."
         ) from None
     return folder
 
@@ -275,7 +276,7 @@ class _Run:
         Each arm is measured as soon as it is tuned, so that memory holds one delta at a time.
 
         Args:
-            seed: of everything that is random.
+            seed: seed for everything that is random.
             vectors: those of the seed.
             shown: vectors for the projections, the same for all arms.
             evaluator: measures the arms.

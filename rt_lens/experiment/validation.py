@@ -17,7 +17,7 @@ def validation_task(
         experiment: of the behaviour. Honesty is measured by the likelihood of options, and no response is generated.
         model: is measured first where the protocol of honesty is `auto`.
         max_new_tokens: length of a response.
-        n_prompts: only so many prompts; all for None.
+        n_prompts: number of prompts to use. Defaults to all.
 
     Raises:
         ValueError: as `protocol_of`.

@@ -1,4 +1,4 @@
-"""Models: loading and running them; tokens, positions, activations and generation. The only room that builds one."""
+"""Loads and runs models: tokens, positions, activations and generation. Only this subpackage builds models."""
 
 import lazy_loader
 

@@ -65,7 +65,7 @@ def token_context(
 
     Args:
         mask: 1 for real tokens, 0 for padding, of all tokens so far; padding may be on either side.
-        new: how many of the last columns this pass covers (1 for a step with a key-value cache); None for all.
+        new: how many of the last columns this pass covers (1 for a step with a key-value cache). Defaults to all.
         lengths: tokens of each row's prompt; None if all real tokens are the prompt's.
         rows: indices of these rows in the caller's list, for multipliers by row.
         n_rows: length of that list.

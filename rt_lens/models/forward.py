@@ -365,7 +365,7 @@ def finest_dtype(device: Any) -> torch.dtype:
 
 
 def check_layers(model: Model, layers: Iterable[int] | None) -> list[int]:
-    """The block indices as a list; all blocks for None.
+    """The block indices as a list. If None, all blocks.
 
     Raises:
         ValueError: if an index is outside the model, or the list is empty.

@@ -57,7 +57,7 @@ class Sampling:
         temperature: softmax temperature; 0 takes the most likely token.
         top_k: sample from the `top_k` most likely tokens; 0 for all.
         top_p: sample from the fewest tokens whose probabilities reach this sum.
-        seed: of the random streams, one per prompt.
+        seed: seed for the random streams, one per prompt.
     """
 
     temperature: float = 0.0
@@ -152,7 +152,7 @@ def generate(
         temperature: softmax temperature; 0 takes the most likely token.
         top_k: sample from the `top_k` most likely tokens; 0 for all.
         top_p: sample from the fewest tokens whose probabilities reach this sum; 1 for all.
-        seed: of the sampling.
+        seed: seed for the sampling.
         batch_size: prompts per batch.
         use_cache: False runs the whole text again for each token. This is slow, and needed to hook attention patterns.
         trace: vectors on which each new token's activation is projected, for `on_token`.
@@ -196,7 +196,7 @@ def generate(
     encoded = [encode(model, text) for text in texts]
     if [] in encoded:
         raise ValueError(
-            f"prompts must have at least one token each, got none in number {encoded.index([])}. Leave it out."
+            f"prompts must have at least one token each, got none at index {encoded.index([])}. Leave it out."
         )
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i])) if len(encoded) > batch_size else None
     rows_left = order or list(range(len(encoded)))

@@ -40,8 +40,8 @@ def hub_folder(name: str, *, with_code: bool = False) -> Path:
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"model: {name} must be on the hub with a config.json and weights in safetensors, got "
-            f"{', '.join(sorted(file.name for file in folder.iterdir())[:6]) or 'nothing'}. Give another name, or "
-            "convert it to a folder with transformers' save_pretrained."
+            f"{', '.join(sorted(file.name for file in folder.iterdir())[:6]) or 'nothing'}. Choose a different name, "
+            "or convert it to a folder with transformers' save_pretrained."
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""Loading: from a name, a folder or a file to a model with its tokenizer."""
+"""Loads a model and its tokenizer from a name, a folder or a file."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def load_model(
     """Loads a language model with TransformerLens hook points, its tokenizer and its chat template.
 
     Weights are unprocessed (nothing folded, nothing centred), so they equal Hugging Face's. Padding is on the left, and
-    `model.to_tokens` adds no second start token. A name on the hub becomes a folder (its snapshot, or offline the one
-    in the local cache), which is then read as any folder is.
+    `model.to_tokens` does not prepend a second BOS token. Hub names are downloaded (or read from the local cache when
+    offline) and loaded like a local folder.
 
     Args:
         name_or_path: a bundled model (`rt-lens models` lists them), a local Hugging Face folder, a local `.gguf` file,
@@ -44,8 +44,8 @@ def load_model(
             wherever rt_lens's conversion covers the architecture.
         device: torch device; by default CUDA if there is one, else the CPU.
         dtype: `float32`, `bfloat16`, `float16`, or the torch dtype.
-        trust_remote_code: run the Python code that a repository brings for its model or tokenizer. This code can do
-            anything that you can, so trust its author first.
+        trust_remote_code: run custom code shipped with the repository; it has your full permissions, so enable it only
+            for authors you trust.
         chat_template_kwargs: variables for the chat template besides the messages, such as {"enable_thinking": False}.
 
     Returns:

@@ -11,7 +11,7 @@ DirectionTarget). A model is *given* a text (the chat prompt, and a prefill of t
 - `mean`: all tokens of the text, given or, in a loss, given and to be learnt.
 - `mean prompt`: the tokens of the chat prompt, without a prefill (vectors, losses).
 - `mean response`: the tokens of the response themselves: the prefill of a pair, the answer of a target.
-- `mean last 5`, `mean "some words"`, a token number: the last tokens of the given text, the last occurrence of some
+- `mean last 5`, `mean "some words"`, a token index: the last tokens of the given text, the last occurrence of some
   words in it, one of its tokens (vectors, losses; edits take lists of numbers).
 - `all`, `prompt`, `generated`: every token, every token given, every token written (edits). A generated token is edited
   as the model reads it; it was chosen at the token before, the first one at `last`.
@@ -182,7 +182,7 @@ def rows_of(model: HasTokenizer, texts: Sequence[str], prompt_ends: Sequence[int
     Args:
         model: for its tokenizer.
         texts: with the chat template applied.
-        prompt_ends: character at which each response begins; the text's end for None.
+        prompt_ends: character at which each response begins. Defaults to the text's end.
     """
     tokenizer = tokenizer_of(model)
     rows = []

@@ -1,4 +1,4 @@
-"""A run's results: files on disk, tables for a paper, and what changed between two runs. This room meets no model."""
+"""A run's results: files on disk, tables for a paper, and what changed between two runs. It meets no model."""
 
 import lazy_loader
 

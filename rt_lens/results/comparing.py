@@ -54,7 +54,7 @@ class RunComparison:
         only_b: rows that only the second run has.
         settings: a row per setting or version that differs: what, a, b.
         notes: how the runs were compared, where a reader needs to know.
-        seed: of the permutation test, which is used where a row has no spread.
+        seed: seed for the permutation test, which is used where a row has no spread.
 
     Example:
         >>> comparison = compare_runs(load_results("runs/mood"), load_results("runs/mood_after"))
@@ -137,7 +137,7 @@ def compare_runs(a: Results, b: Results, *, seed: int = 0) -> RunComparison:
     Args:
         a: the reference run.
         b: the run to judge.
-        seed: of the permutation test, which is used where all prompts changed alike.
+        seed: seed for the permutation test, which is used where all prompts changed alike.
 
     Raises:
         ValueError: if the runs have different behaviours, or no row in common.

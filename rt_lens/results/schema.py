@@ -37,12 +37,12 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 | history | a row per arm, direction, seed, split and step of tuning: losses |
 | logit_lens | a row per layer and sign: tokens |
 | seconds | stage -> seconds |
-| seed_draws | what a tuning seed draws, in words; in runs without it a seed draws the order of the batches only |
+| seed_draws | what a tuning seed controls, in words; in runs without it a seed controls the order of the batches only |
 | files | name -> SHA-256 of each other file of the run; `Results.files` when it is read |
 
 Columns of arms and summary: arm, direction, set, scorer, n, mean, low, high (score); perplexity, perplexity_low,
-perplexity_high, kl, kl_low, kl_high (nats per token), n_texts; facts, facts_low, facts_high, n_facts (share of plain
-questions answered right); repetition, repetition_low, repetition_high.
+perplexity_high, kl, kl_low, kl_high (nats per token), n_texts; facts, facts_low, facts_high, n_facts (fraction of
+plain questions answered right); repetition, repetition_low, repetition_high.
 
 Older runs still load. Schema 1 used other names: `_OLD_NAMES` maps them, and what is read back has the names of
 schema 2. Runs without `files`, `reproducibility`, `side_effects`, `protocol`, scores.csv and texts.csv, or with
@@ -259,7 +259,7 @@ def checked_file(path: str | Path) -> Path:
 def check_no_run(folder: Path) -> None:
     """Raises ValueError if a folder holds a finished run, whose scores would be replaced."""
     if (folder / "results.json").exists():
-        raise ValueError(f"out must be a folder without a run, got {folder}, which has one. Give another folder.")
+        raise ValueError(f"out must be a folder without a run, got {folder}, which has one. Choose a different folder.")
 
 
 def files_of_run(folder: Path) -> list[str]:

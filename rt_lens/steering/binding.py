@@ -70,16 +70,16 @@ def add(
 
     Args:
         vectors: the directions.
-        layers: block indices; all blocks that have a vector for None.
+        layers: block indices. Defaults to all blocks that have a vector.
         multiplier: in units of the vector's own length; negative steers the other way. A tensor with one number per
-            prompt makes one batch a dose-response.
+            prompt gives a dose-response curve in a single batch.
         hook: kind of hook point.
-        positions: which tokens; as in `rt_lens.steering`.
-        schedule: factor by generated token.
+        positions: which token positions (see `rt_lens.steering`).
+        schedule: scaling factor per generated token.
         heads: with hook="z".
 
     Returns:
-        `(hook name, function)` pairs for `model.hooks(fwd_hooks=...)`; lists add up.
+        `(hook name, function)` pairs for `model.hooks(fwd_hooks=...)`; lists can be concatenated with `+`.
 
     Raises:
         ValueError: if a layer has no vector, the multiplier is not finite, or the positions are unknown.
@@ -132,15 +132,15 @@ def ablate(
     """Hooks that remove a direction, or the subspace of several (directional ablation, Arditi et al. 2024).
 
     With `vectors.everywhere(model, layer=18)` and hook="any" one direction is removed at every point of the residual
-    stream, which can be baked into the weights.
+    stream. `bake` writes this into the weights (weight orthogonalization, Arditi et al. 2024).
 
     Args:
         vectors: one set, or several whose span is removed together.
-        layers: block indices; all that have a vector for None.
-        multiplier: share of the component that is removed, or one for each prompt.
+        layers: block indices. Defaults to all that have a vector.
+        multiplier: fraction of the component to remove, or one for each prompt.
         hook: kind of hook point; `any` for whatever the vectors have.
-        positions: which tokens.
-        schedule: factor by generated token.
+        positions: which token positions (see `rt_lens.steering`).
+        schedule: scaling factor per generated token.
         heads: with hook="z".
 
     Raises:
@@ -180,12 +180,12 @@ def clamp(
 
     Args:
         vectors: the directions; their lengths do not matter.
-        layers: block indices; all that have a vector for None.
+        layers: block indices. Defaults to all that have a vector.
         value: the projection to set; 0 is an ablation.
-        multiplier: share of the way to the value, or one for each prompt.
+        multiplier: fraction of the way to the value, or one for each prompt.
         hook: kind of hook point.
-        positions: which tokens.
-        schedule: share of the way to the value, by generated token.
+        positions: which token positions (see `rt_lens.steering`).
+        schedule: fraction of the way to the value, per generated token.
         heads: with hook="z".
 
     Example:
@@ -212,8 +212,8 @@ def scale(
     Args:
         alphas: hook name -> alpha: one number, one for each dimension, or (at `attn.hook_z`) Float[Tensor, "head 1"].
         multiplier: beta of the paper; 1 and -1 act in opposite directions.
-        positions: which tokens.
-        schedule: factor by generated token.
+        positions: which token positions (see `rt_lens.steering`).
+        schedule: scaling factor per generated token.
 
     Example:
         >>> scale({"blocks.12.hook_mlp_out": -0.5, "blocks.14.hook_attn_out": 0.3}, multiplier=1.0)
@@ -248,11 +248,11 @@ def erase(
 
     Args:
         vectors: extracted with method="leace", which fits the erasers.
-        layers: block indices; all that have an eraser for None.
-        multiplier: share of what is removed, or one for each prompt.
+        layers: block indices. Defaults to all that have an eraser.
+        multiplier: fraction to remove, or one for each prompt.
         hook: kind of hook point.
-        positions: which tokens.
-        schedule: factor by generated token.
+        positions: which token positions (see `rt_lens.steering`).
+        schedule: scaling factor per generated token.
         heads: with hook="z".
 
     Raises:

@@ -29,10 +29,10 @@ class FittedCondition(Condition):
     """A condition with how often it errs on prompts that it was not fitted on.
 
     Attributes:
-        misses: share of the positive prompts where it does not hold, with its Wilson 95 % interval; by token, the mean
-            share of such tokens, with a bootstrap interval over prompts.
-        false_alarms: share of the negative prompts, or their tokens, where it holds.
-        seed: of the split into fitted and held-out prompts.
+        misses: fraction of the positive prompts where it does not hold, with its Wilson 95 % interval; by token, the
+            mean fraction of such tokens, with a bootstrap interval over prompts.
+        false_alarms: fraction of the negative prompts, or their tokens, where it holds.
+        seed: seed for the split into fitted and held-out prompts.
 
     Example:
         >>> chats = ["How was your day?", "Did you sleep well?", "Any plans tonight?", "Do you like tea?"]
@@ -72,8 +72,8 @@ def fit_condition(
         hook: kind of hook point.
         by: `example` decides once for each prompt, `token` for each token.
         position: what of a prompt `example` reads: its `last` token or the `mean` of its tokens.
-        vectors: directions to use; the mean difference of the two kinds of prompt for None.
-        seed: of the split.
+        vectors: directions to use. Defaults to the mean difference of the two kinds of prompt.
+        seed: seed for the split.
 
     Raises:
         ValueError: if a kind has fewer than four different prompts, or the two are the same.
@@ -128,7 +128,7 @@ def _distinct(argument: str, prompts: Iterable[str]) -> list[str]:
 
 
 def _rate(wrong: Sequence[float], by: str, seed: int) -> Interval:
-    """Over prompts: share of wrong verdicts, or mean share of wrong tokens."""
+    """Over prompts: fraction of wrong verdicts, or mean fraction of wrong tokens."""
     return mean_interval(wrong, seed) if by == "token" else share_interval(int(sum(wrong)), len(wrong))
 
 

@@ -81,8 +81,9 @@ class Gate:
         else:
             if context is None and scores.shape[1] == 1:
                 raise ValueError(
-                    "condition must be read on whole prompts, but this forward pass has one token and does not declare "
-                    "its prompt. Use rt_lens's generate, or `with token_context(mask, lengths=..., memory=...)`."
+                    "condition must be read on whole prompts, but this forward pass has one token and rt_lens does "
+                    "not know where the prompt ends. Use rt_lens's generate, or `with token_context(mask, lengths=..., "
+                    "memory=...)`."
                 )
             context = context or default_context(scores.shape[0], scores.shape[1], scores.device)
             verdict = self._of_prompts(scores, context)

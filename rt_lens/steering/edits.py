@@ -154,8 +154,8 @@ def _chosen(positions: Positions, context: TokenContext | None, batch: int, pos:
         # A single token may be a prompt's, or come after one.
         if pos == 1 or (isinstance(positions, str) and positions == "generated"):
             raise ValueError(
-                f"positions={positions!r} needs to know where the prompt ends, and this forward pass does not declare "
-                "it. Use rt_lens's generate, or `with token_context(mask, lengths=...)`."
+                f"positions={positions!r} needs the end of the prompt, but rt_lens does not know where the prompt ends "
+                "in this forward pass. Use rt_lens's generate, or `with token_context(mask, lengths=...)`."
             )
         context = default_context(batch, pos, device)
     numbers, lengths = context.positions, context.lengths[:, None]
@@ -197,8 +197,8 @@ def _check_number(number: int, lengths: list[int], rows: Sequence[int] | None) -
 def _scheduled(schedule: Schedule, context: TokenContext | None) -> Float[Tensor, "batch pos"]:
     if context is None:
         raise ValueError(
-            "schedule needs to know which tokens were generated, and this forward pass does not declare it. Use "
-            "rt_lens's generate, or `with token_context(mask, lengths=...)`."
+            "schedule needs the end of the prompt, but rt_lens does not know where the prompt ends in this forward "
+            "pass. Use rt_lens's generate, or `with token_context(mask, lengths=...)`."
         )
     numbers = context.positions - context.lengths[:, None]  # of generated tokens; negative in the prompt
     factor_by_number = {number: float(schedule(number)) for number in numbers.unique().tolist() if number >= 0}
@@ -229,7 +229,7 @@ def check_positions(positions: Positions) -> None:
             near = get_close_matches(positions, names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"positions must be one of {', '.join(map(repr, names))}, a list of token numbers or a boolean mask, "
+                f"positions must be one of {', '.join(map(repr, names))}, a list of token indices or a boolean mask, "
                 f"got {positions!r}.{hint}"
             )
     elif isinstance(positions, Tensor):
@@ -240,7 +240,7 @@ def check_positions(positions: Positions) -> None:
             )
     elif not isinstance(positions, Sequence) or not positions or any(type(number) is not int for number in positions):
         raise ValueError(
-            f"positions must be token numbers in a list, or a mask as a boolean tensor, got {positions!r}. "
+            f"positions must be token indices in a list, or a mask as a boolean tensor, got {positions!r}. "
             "Try [0, -1] or torch.tensor([True, False])."
         )
 

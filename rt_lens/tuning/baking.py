@@ -44,7 +44,7 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
 
     Args:
         model: a HookedTransformer; it stays as it is.
-        hooks: from `add`, `ablate` and so on; lists add up.
+        hooks: from `add`, `ablate` and so on; lists can be concatenated with `+`.
 
     Returns:
         A WeightDelta: `with delta.applied(model)` computes without hooks what the hooks did.

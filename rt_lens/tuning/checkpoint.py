@@ -92,12 +92,12 @@ class Checkpoint:
             known = False
         if not known:
             raise ValueError(
-                f"checkpoint must be a checkpoint of schema {_SCHEMA}, got {self.path}. Give another name."
+                f"checkpoint must be a checkpoint of schema {_SCHEMA}, got {self.path}. Choose a different name."
             )
         if differing := [name for name, value in self.run.items() if run.get(name) != value]:
             raise ValueError(
                 f"checkpoint must be of this run, got {self.path}, which belongs to a run with other "
-                f"{', '.join(differing)}. Give another name, or remove the file to start again."
+                f"{', '.join(differing)}. Choose a different name, or remove the file to start again."
             )
         return tensors, state
 
@@ -130,7 +130,7 @@ class Checkpoint:
         return State(best, **state)
 
     def save(self, state: State, leaves: Mapping[str, TrainableParam], optimiser: torch.optim.Optimizer) -> None:
-        """Writes the state; if the disk refuses, it warns and the run goes on, with the last file as it was."""
+        """Writes the state; if the disk refuses, it warns and the run continues, with the last file as it was."""
         tensors = {f"best/{name}": tensor for name, tensor in state.best.items()}
         for name, leaf in named_tensors(leaves).items():
             tensors[f"now/{name}"] = leaf

@@ -59,45 +59,49 @@ class TuneConfig:
 
     Attributes:
         direction: `toward` the vector, `away` from it, or `suppress` (no component left, either way).
-        layers: blocks whose activations the cosine loss reads.
-        hook: kind of hook point of the cosine loss.
-        positions: tokens that it reads: `response` (those that predict the response, one before each of its tokens),
-            `vector` (those that the vector was made from), or a position of `extract_vectors`, such as `last` (the
-            last token of the target's prompt) or `mean response`; `rt_lens.models.positions` defines the words.
-        centred: subtract the untuned model's mean activation before the cosine.
-        trained_layers: blocks that may change; by default from three below the first of `layers` up to the last of
-            them. Or by loss, `{"cosine": [...], "token": [...]}`.
-        target_modules: which of their weights: q, k, v, o, gate, up, down, bias, norm. Or by loss, as `trained_layers`:
-            then a weight gets gradients only from the losses that name it. A `kl` left out trains what any other loss
-            does.
-        lora_rank: train low-rank factors of each matrix (Hu et al. 2021; scale 1); 0 trains whole matrices.
-        cosine_weight: of the cosine loss; 0 leaves it out.
-        token_weight: of the cross-entropy on the targets; 0 leaves it out.
-        free_nats: nats above its floor within which a target position has no gradient; 0 always gives one.
-        kl_weight: of the KL to the untuned model on neutral prompts; 0 leaves it out.
-        learning_rate: peak of AdamW's, after a linear warm-up and before a linear decay to zero.
-        token_learning_rate: for weights that the cosine loss does not train; `learning_rate` for None.
-        warmup: share of the steps.
-        weight_decay: of AdamW.
-        max_grad_norm: gradient clipping.
-        epochs: passes over the targets.
-        max_steps: stop after so many steps, whatever the epochs.
-        batch_size: targets per step.
-        neutral_batch_size: neutral prompts per step, for the KL term.
-        micro_batch_size: rows run at once; the step is the same, its memory less. All at once for None.
+        layers: Blocks whose activations enter the cosine loss.
+        hook: Kind of hook point at which the cosine loss is computed.
+        positions: Token positions at which the cosine loss is computed: `response` (those that predict the response,
+            one before each of its tokens), `vector` (those that the vector was extracted from), or a position of
+            `extract_vectors`, such as `last` (the last token of the target's prompt) or `mean response`;
+            `rt_lens.models.positions` defines the words.
+        centred: Whether to subtract the untuned model's mean activation before the cosine.
+        trained_layers: Blocks to train. Defaults to those from three below the first of `layers` up to the last of
+            them. Or a mapping by loss, `{"cosine": [...], "token": [...]}`.
+        target_modules: Which of their weights to train: q, k, v, o, gate, up, down, bias, norm. Or a mapping by loss,
+            as for `trained_layers`: then a weight gets gradients only from the losses that name it. If `kl` is left
+            out, it trains whatever any other loss trains.
+        lora_rank: Rank of the low-rank factors of each matrix (Hu et al. 2021; scale 1); 0 trains whole matrices.
+        cosine_weight: Weight of the cosine loss; 0 disables it.
+        token_weight: Weight of the cross-entropy on the targets; 0 disables it.
+        free_nats: A target token whose loss is within this many nats of its minimum is not trained on; 0 trains on all.
+        kl_weight: Weight of the KL to the untuned model on neutral prompts; 0 disables it.
+        learning_rate: Peak AdamW learning rate (linear warm-up, then linear decay to zero).
+        token_learning_rate: Peak learning rate of weights that the cosine loss does not train. Defaults to
+            `learning_rate`.
+        warmup: Fraction of the steps used for warm-up.
+        weight_decay: AdamW weight decay.
+        max_grad_norm: Norm to which the gradient is clipped.
+        epochs: Passes over the targets.
+        max_steps: Maximum number of steps, even if epochs are left.
+        batch_size: Targets per step.
+        neutral_batch_size: Neutral prompts per step, for the KL term.
+        micro_batch_size: Gradient accumulation: rows per forward and backward pass; less memory, same step. Defaults
+            to all rows at once.
         precision: `bfloat16` runs the blocks in mixed precision (weights and losses stay float32, and so does the whole
-            KL term: the rounding would be as large as what it measures), `auto` does so where a GPU has it, `float32`
-            never.
-        prefix_cache: where the untrained first blocks' output is kept: `memory`, `disk`, `auto` (by size), or `off`
-            (run them at every step).
-        n_targets: how many targets to have the model write.
-        target_tokens: length of a target.
-        target_temperature: at which targets and neutral responses are sampled; learning one's own greedy answers
+            KL term: the rounding would be as large as what it measures), `auto` does so where a GPU supports it,
+            `float32` never.
+        prefix_cache: Where to cache the activations that enter the first trained block: `memory`, `disk`, `auto` (by
+            size), or `off` (run the blocks before it at every step).
+        n_targets: Number of target responses to generate.
+        target_tokens: Maximum length of a target, in tokens.
+        target_temperature: Sampling temperature of targets and neutral responses; learning its own greedy responses
             sharpens a model until it repeats itself.
-        validation_share: share of topics held out for early stopping, where no validation pairs are given.
-        validate_every: steps between validations.
-        patience: validations without improvement before stopping.
-        seed: of target selection, order and initial factors.
+        validation_share: Fraction of topics held out for early stopping, if no validation pairs are given.
+        validate_every: Steps between validations.
+        patience: Validations without improvement before stopping.
+        seed: Seed for the selection and sampling of targets, the validation split, batch order and initial low-rank
+            factors.
 
     Example:
         >>> config = TuneConfig(direction="away", layers=range(20, 23), target_modules=["v", "o"], lora_rank=8)
@@ -265,7 +269,7 @@ def _check_numbers(config: TuneConfig) -> None:
             raise ValueError(f"{name} must be more than 0, got {value}.")
     for name in ("warmup", "validation_share"):
         if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} must be a share from 0 to below 1, got {getattr(config, name)}.")
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}.")
     if config.cosine_weight == config.token_weight == config.kl_weight == 0:
         raise ValueError(
             "cosine_weight, token_weight or kl_weight must be above 0, got 0 for all, so there is nothing to tune."

@@ -88,7 +88,9 @@ class WeightDelta:
 
     def _check_can_join(self, other: WeightDelta) -> None:
         if not isinstance(other, WeightDelta):
-            raise ValueError(f"delta must be a WeightDelta, got {type(other).__name__}. Deltas add up.")
+            raise ValueError(
+                f"delta must be a WeightDelta, got {type(other).__name__}. Deltas can be added and scaled."
+            )
         if other.model.casefold() != self.model.casefold():
             raise ValueError(f"deltas must be of one model, got {self.model} and {other.model}. Tune both on one.")
         for name in self.changes.keys() & other.changes.keys():

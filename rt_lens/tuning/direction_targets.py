@@ -65,7 +65,7 @@ class ResolvedTarget:
     Attributes:
         vectors: hook name -> Float[Tensor, "d_model"].
         direction: `toward`, `away` or `suppress`.
-        weight: its share of the cosine loss; the shares of all targets add up to 1.
+        weight: its fraction of the cosine loss; the fractions of all targets sum to 1.
         positions: `response`, or a name that `position_of` knows.
     """
 

@@ -68,11 +68,12 @@ def tune(
     checkpoint_every: int = 25,
     progress: bool = True,
 ) -> WeightDelta:
-    """Tunes directions into, or out of, the weights.
+    """Fine-tunes the model so that its activations align with the directions (or point away from them).
 
-    Each step adds up the weighted cosine loss at hook points (Ackerman 2024), the cross-entropy of the targets, and the
-    KL divergence from the untuned model on neutral prompts; terms of weight 0 are not computed. The result has the
-    weights of the lowest validation loss. Blocks before the first trained one run once, and their output is stored.
+    The loss of each step is the weighted sum of the cosine loss at hook points (Ackerman 2024), the cross-entropy of
+    the targets, and the KL divergence from the untuned model on neutral prompts; terms of weight 0 are not computed.
+    The result has the weights of the lowest validation loss. Blocks before the first trained one run once, and their
+    output is stored.
 
     Args:
         model: HookedTransformer or TransformerBridge; left as it was, also on an exception or Ctrl-C.
@@ -81,11 +82,11 @@ def tune(
         train: pairs, for which the model writes its own targets; or targets and choices; or what `prepare_data` made of
             them, which several runs can share (`validation` and `neutral` are part of it then).
         config: see TuneConfig.
-        validation: held-out pairs or targets; by default a share of the training topics.
+        validation: held-out pairs or targets; by default a fraction of the training topics.
         neutral: prompts (or targets) for the KL term; needed if its weight is above 0.
         steer: computes the losses under random steering, see KLThenSteer.
-        checkpoint: file for the run's state. If it exists, the run resumes from it, and ends with the same bits as an
-            uninterrupted run; the checkpoint of a finished run gives its delta at once.
+        checkpoint: file for the run's state. If it exists, the run resumes from it, which gives bit-identical results
+            to an uninterrupted run; the checkpoint of a finished run gives its delta at once.
         checkpoint_every: steps between writes.
         progress: show a bar with the losses.
 
@@ -337,7 +338,7 @@ def _optimiser(
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over a share of the steps, then linear decay."""
+    """Linear warm-up over a fraction of the steps, then linear decay."""
     warm = max(1, round(steps * warmup))
     return (step + 1) / warm if step < warm else max(0.0, (steps - step) / max(1, steps - warm))
 

@@ -80,7 +80,7 @@ class Objective:
     def _terms(
         self, rows: Sequence[Row], neutral: Sequence[Row], hooks: Sequence[FwdHook]
     ) -> Iterator[dict[str, Tensor]]:
-        """The losses in portions that add up to their averages over all rows."""
+        """The losses in portions that sum to their averages over all rows."""
         positions = rows[0].places if rows else ()
         counts = {position: sum(int(row.places[position].sum()) for row in rows) for position in positions}
         predicted, of_neutral = (sum(int(row.predicts.sum()) for row in part) for part in (rows, neutral))

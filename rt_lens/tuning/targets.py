@@ -39,12 +39,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Choice:
-    """A prompt and the shares that the next token's candidates are to have (Ackerman 2024).
+    """A prompt and the probabilities that the next token's candidates are to have (Ackerman 2024).
 
     Attributes:
         prompt: through the chat template already.
         options: candidates, each one token with its leading space if it has one.
-        shares: of each, with sum 1: (1, 0) is a hard choice, (0.5, 0.5) a soft one that only holds the output's form.
+        shares: target probability of each, summing to 1: (1, 0) is a hard choice, (0.5, 0.5) a soft one that only
+            holds the output's form.
 
     Example:
         >>> soft = Choice("Is water wet? (A) yes (B) no. Answer:", (" A", " B"), (0.5, 0.5))
@@ -68,7 +69,7 @@ class Choice:
                 f"{self.options} and {self.shares} for prompt {self.prompt[:60]!r}."
             )
         if not (min(self.shares) >= 0 and abs(sum(self.shares) - 1) <= 1e-6):
-            raise ValueError(f"shares must be 0 or more each and have sum 1, got {self.shares}.")
+            raise ValueError(f"shares must be non-negative and sum to 1, got {self.shares}.")
 
 
 TokenTarget: TypeAlias = Target | Choice

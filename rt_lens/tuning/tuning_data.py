@@ -150,11 +150,11 @@ def prepare_data(
         vectors: whose hook points are read.
         train: pairs, targets or choices to learn from.
         config: its layers, hook, positions, trained layers, prefix cache, and number and length of targets are used.
-        validation: held-out pairs or targets; by default a share of the training topics.
+        validation: held-out pairs or targets; by default a fraction of the training topics.
         neutral: prompts or targets for the KL term.
         steer: steering that the losses are computed under; the stored prefix ends before its layers.
         progress: show bars.
-        weights: checksum of the model's weights, where it is known already; read for None.
+        weights: checksum of the model's weights, where it is known already. If None, it is computed.
 
     Raises:
         ValueError: if there is nothing to train or validate on, or a position that a text does not have.
@@ -405,7 +405,7 @@ def _targets(
 
 
 def _parted(targets: Sequence[TokenTarget], config: TuneConfig) -> tuple[list[TokenTarget], list[TokenTarget]]:
-    """A seeded share of the prompts held out, with all their targets."""
+    """A seeded fraction of the prompts held out, with all their targets."""
     prompts = list(dict.fromkeys(target.prompt for target in targets))
     random.Random(config.seed).shuffle(prompts)
     held = set(prompts[: min(max(1, round(len(prompts) * config.validation_share)), len(prompts) - 1)])

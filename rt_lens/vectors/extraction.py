@@ -73,21 +73,23 @@ def extract_vectors(
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        pairs: what differs between the two sides is what the vectors will mean.
+        pairs: the vectors capture whatever differs between the two sides.
         method: `mean_diff`, `pca`, `pca_centred`, `logistic`, `mass_mean`, `random`, `leace` (with its erasers), or a
-            function from the two sides' activations to a direction. All built-in ones give the mean difference's norm.
+            function from the two sides' activations to a direction. All built-in methods are scaled to the norm of the
+            mean difference.
         position: the token that is read: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`,
-            `mean "some words"`, a token number, or a function; `rt_lens.models.positions` defines the words.
-        layers: block indices; all for None.
+            `mean "some words"`, a token index, or a function; `rt_lens.models.positions` defines the words.
+        layers: block indices. Defaults to all.
         hook: kind of hook point: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out`, or `z` by head.
         norm: `keep` leaves the method's norm, `unit` gives length 1.
-        winsorised: share of the pairs' differences that is clipped at either end of each dimension.
+        winsorised: fraction of the pairs' differences clipped at each tail, per dimension.
         batch_size: texts per forward pass; it changes nothing but speed.
-        seed: of `random`, and of the pairs' selection; kept in the provenance.
+        seed: seed for the method `random`; kept in the provenance.
         progress: show a bar.
 
     Returns:
-        Vectors keyed by hook name: multiplier 1 is the mean difference's length.
+        Vectors keyed by hook name. Built-in methods give the mean difference's norm (unless norm="unit"), so a
+        multiplier of 1 adds one mean-difference norm.
 
     Raises:
         ValueError: unknown method, position, layer or hook point, sides that are the same, or a position that a text
@@ -130,7 +132,7 @@ def extract_offsets(
     Keeps all activations in memory: 8 bytes x pairs x `last` x blocks x d_model.
 
     Returns:
-        Token number from the end (-1, -2, ...) -> vectors, without those at which the two sides are the same.
+        Token index from the end (-1, -2, ...) -> vectors, without those at which the two sides are the same.
 
     Raises:
         ValueError: as `extract_vectors`; also if a text is shorter than `last`.
@@ -172,7 +174,7 @@ def covariate_vectors(
         values: one number for each text (1 where the answer letter is A, 0 where it is B), or `length` in tokens.
         name: what the numbers are; `length` by default where they are that.
         position: as for `extract_vectors`.
-        layers: block indices; all for None.
+        layers: block indices. Defaults to all.
         hook: kind of hook point.
         batch_size: texts per forward pass.
 

@@ -39,7 +39,7 @@ def norms(model: Model, vectors: SteeringVectors, texts: Iterable[str], *, seed:
         model: HookedTransformer or TransformerBridge.
         vectors: of the residual stream or of what is written into it, one for each layer.
         texts: user messages, put through the chat template as `generate` does.
-        seed: of the bootstrap.
+        seed: seed for the bootstrap.
 
     Returns:
         Columns layer, vector (its length), n (texts), mean, low, high (length of the activations, with a 95 %
@@ -73,7 +73,7 @@ def cosines(
 
     Args:
         vectors: name -> its vectors, all of one model.
-        layers: block indices; all of each for None.
+        layers: block indices. Defaults to all blocks that each has.
         hook: kind of hook point.
 
     Returns:
@@ -81,7 +81,7 @@ def cosines(
         pairs of random directions have a cosine between this and its negative). No sampling, so no interval.
 
     Raises:
-        ValueError: if there are no vectors, a layer has no vector, or the vectors are of different widths.
+        ValueError: if there are no vectors, a layer has no vector, or the vectors differ in d_model.
 
     Example:
         >>> table = cosines({"mood": vectors, "the opposite": -1 * vectors}, layers=[21])
@@ -98,7 +98,7 @@ def cosines(
         for hook_name, vector in of_behaviour.at_layers(chosen, hook).items()
     }
     if len(widths := {vector.numel() for vector in by_layer.values()}) > 1:
-        raise ValueError(f"vectors must be of one width, got {sorted(widths)}. Extract all of them on one model.")
+        raise ValueError(f"vectors must have the same d_model, got {sorted(widths)}. Extract them all from one model.")
     labels = [layer if len(vectors) == 1 else f"{name}, layer {layer}" for name, layer in by_layer]
     flat = torch.stack([vector.flatten() for vector in by_layer.values()])
     flat = flat / flat.norm(dim=-1, keepdim=True)  # a vector of zeros has no direction: NaN
@@ -137,17 +137,17 @@ def activation_map(
     Args:
         model: HookedTransformer or TransformerBridge.
         pairs: three or more; some 60 are enough to see, `pairs.sample(60)`.
-        layers: block indices; all for None.
+        layers: block indices. Defaults to all.
         hook: kind of hook point; heads at `z` are taken together.
         position: what is read of each text, as for `extract_vectors`.
         method: `pca` or `tsne`.
         paired: subtract what the two sides of a pair share.
-        seed: of t-SNE.
+        seed: seed for t-SNE.
 
     Returns:
         Columns layer, side (positive or negative), x, y (activation units for PCA, none for t-SNE), text (user message
-        and prefill), explained_x, explained_y, explained (share of the variance along x, y and both; NaN for t-SNE, or
-        where all activations are the same), method, paired, n (pairs), seed.
+        and prefill), explained_x, explained_y, explained (fraction of the variance along x, y and both; NaN for t-SNE,
+        or where all activations are the same), method, paired, n (pairs), seed.
 
     Raises:
         ValueError: unknown method, layer, hook point or position; too few pairs.
@@ -186,7 +186,7 @@ def activation_map(
 def _plane(
     whole: Float[np.ndarray, "text d"], points: Float[np.ndarray, "text d"], method: str, seed: int
 ) -> tuple[Float[np.ndarray, "text 2"], tuple[float, float]]:
-    """Two coordinates of each point, and their shares of the variance."""
+    """Two coordinates of each point, and the fraction of the variance along each."""
     unknown = float("nan")
     # The embedding of the same last token, for example: what is left is rounding, and no axis of it means anything.
     if np.linalg.norm(points.std(axis=0)) <= 1e-6 * np.linalg.norm(whole, axis=1).mean():

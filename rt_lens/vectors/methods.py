@@ -140,7 +140,7 @@ class Random:
     """Gaussian direction, the control: it sees no activation, only the norm of their mean difference.
 
     Attributes:
-        seed: the same seed gives the same direction at every layer of one width; give each layer its own.
+        seed: seed for the direction; give each layer its own, since the same seed gives the same direction at each.
 
     Example:
         >>> import torch
@@ -225,7 +225,7 @@ METHODS: dict[str, Callable[[int], Method]] = {
 def winsorise(rows: Float[Tensor, "pair d"], share: float) -> Float[Tensor, "pair d"]:
     """Clip each dimension at its `share` and 1 - `share` quantiles over the rows (interpolated linearly).
 
-    For differences, or one side, in which a few texts are outliers. A share of 0 changes nothing.
+    For differences, or one side, in which a few texts are outliers. A `share` of 0 changes nothing.
     """
     if not 0 <= share < 0.5:
         raise ValueError(f"share must be at least 0 and below 0.5, got {share}. Try 0.02.")
@@ -247,7 +247,7 @@ def covariate_direction(h: Float[Tensor, "text d"], values: Float[Tensor, "text"
     values64 = values.detach().cpu().double()
     centred = values64 - values64.mean()
     if values64.min() == values64.max():
-        raise ValueError(f"values must have at least two different ones, got {values64[0]:g} for all texts.")
+        raise ValueError(f"values must differ between texts, got {len(values64)} equal values ({values64[0]:g}).")
     return (centred @ h.detach().cpu().double() / centred.square().sum()).to(h)
 
 
@@ -271,7 +271,7 @@ def _sides(
     difference = (positive64 - negative64).mean(0)
     if difference.norm() <= 1e-12 * (positive64.norm() + negative64.norm()):
         raise ValueError(
-            "positive and negative must have different means, but the two sides are the same in the mean, so there is "
+            "positive and negative must have different means, but the two sides have identical means, so there is "
             "no direction. Give pairs whose sides differ."
         )
     return positive64, negative64, difference

@@ -229,7 +229,7 @@ def _like(part: Tensor, h: Tensor, skip: int = 0) -> Tensor:
     if part.shape[-1] != h.shape[-1] or heads != h.shape[2:-1]:
         raise ValueError(
             f"vectors were extracted from a model with d_model {_width(heads, part.shape[-1])}; these activations have "
-            f"{_width(h.shape[2:-1], h.shape[-1])}. Extract vectors on this model first."
+            f"{_width(h.shape[2:-1], h.shape[-1])}. Extract vectors from this model first."
         )
     return part.to(h)
 

@@ -27,7 +27,7 @@ def separability(
     batch_size: int = 32,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Share of pairs whose positive side projects higher than its negative side, at each block.
+    """Fraction of pairs whose positive side projects higher than its negative side, at each block.
 
     Give pairs that the vectors were not made from, and the position that they were read at.
 

@@ -37,7 +37,7 @@ class Provenance:
         processing: weight processing of the model (`none` for Hugging Face's numbers).
         n_pairs: number of contrast pairs.
         data_sha256: checksum of the pairs.
-        seed: of the pairs' selection.
+        seed: seed for the pairs' selection.
         version: of rt_lens.
         position_tokens: the tokens read in the first pair's positive side, as the model's tokenizer writes them.
         prompts_sha256: checksum of the texts as the model read them, through its chat template.
@@ -176,7 +176,7 @@ class SteeringVectors:
         return self.vectors[hook_name]
 
     def at_layers(self, layers: Iterable[int] | None, hook: str = "resid_post") -> dict[str, Tensor]:
-        """The vectors of some blocks at one kind of hook point; all blocks for None, all kinds for `any`.
+        """The vectors of some blocks at one kind of hook point. If None, all blocks; `any` means all kinds.
 
         Raises:
             ValueError: if a layer has no vector; the message says which have.
@@ -306,7 +306,7 @@ class SteeringVectors:
             if self[name].shape != other[name].shape:
                 raise ValueError(
                     f"vectors must have one shape at {name}, got {tuple(self[name].shape)} ({self.provenance.model}) "
-                    f"and {tuple(other[name].shape)} ({other.provenance.model}). Extract both on one model."
+                    f"and {tuple(other[name].shape)} ({other.provenance.model}). Extract both from one model."
                 )
         return shared
 
@@ -321,7 +321,7 @@ class SteeringVectors:
         return {**provenance, "sha256": content.hexdigest()}
 
     def check_fits(self, model: Model) -> None:
-        """Refuses a model of another width or without these hook points.
+        """Refuses a model with another d_model or without these hook points.
 
         Raises:
             ValueError: says what the vectors were made for and what this model has.
@@ -333,13 +333,13 @@ class SteeringVectors:
                 theirs, ours = (" x ".join(map(str, sizes)) for sizes in (vector.shape, shape))
                 raise ValueError(
                     f"vectors were extracted from a model with {'heads' if heads else 'd_model'} {theirs} "
-                    f"({self.provenance.model}); this model has {ours}. Extract vectors on this model first."
+                    f"({self.provenance.model}); this model has {ours}. Extract vectors from this model first."
                 )
         try:
             check_hook_names(model, self.hook_names)
         except ValueError as refusal:
             raise ValueError(
-                f"vectors must be at hook points of this model. {refusal} Extract vectors on this model first."
+                f"vectors must be at hook points of this model. {refusal} Extract vectors from this model first."
             ) from None
 
     def save(self, path: str | Path) -> Path:

@@ -50,7 +50,7 @@ class VectorValidation:
         recommended: layers to use.
         best: of these, the first; None if there are none.
         reason: in a sentence.
-        seed: of every random choice.
+        seed: seed for every random choice.
 
     Example:
         >>> validated = validate_vectors(model, train.sample(8), held_out, layers=[18, 21], splits=2)
@@ -87,9 +87,9 @@ def validate_vectors(
     seed: int = 0,
     progress: bool = False,
 ) -> VectorValidation:
-    """Extracts vectors and gathers the evidence for and against them.
+    """Extracts vectors and evaluates them.
 
-    Of the held-out pairs one for each topic is used, since pairs of one topic are not independent of each other.
+    Only one held-out pair per topic is used, since pairs of one topic are not independent of each other.
 
     Args:
         model: HookedTransformer or TransformerBridge.
@@ -98,13 +98,13 @@ def validate_vectors(
             you will report on, since layers are chosen here.
         method: as for `extract_vectors`.
         position: as for `extract_vectors`.
-        layers: block indices; all for None.
+        layers: block indices. Defaults to all.
         hook: kind of hook point of the residual stream, or of what is written into it.
         winsorised: as for `extract_vectors`.
         others: vectors of other behaviours, to compare with.
         splits: random halves, and random subsets at each size of the learning curve.
         batch_size: texts per forward pass.
-        seed: of every random choice.
+        seed: seed for every random choice.
         progress: show bars.
 
     Raises:
@@ -113,7 +113,7 @@ def validate_vectors(
     Example:
         >>> validated = validate_vectors(model, train, held_out, layers=[18, 21], splits=2)
         >>> print(validated.reason)
-        Layer... to tell held-out texts apart nearly as well as any (...
+        Layer... to separate held-out texts nearly as well as the best layer (...
         >>> table = validated.layers.set_index("layer")
         >>> bool((table["d_prime"] > table["control_d_prime"]).all())  # better than random directions
         True
@@ -170,7 +170,7 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
     n = int(table["n"].iloc[0])
     if not eligible.any():
         return (), None, (
-            "None: no layer beats random directions, agrees between halves of the data and tells held-out texts apart "
+            "None: no layer beats random directions, agrees between halves of the data and separates held-out texts "
             f"(n = {n} pairs)."
         )  # fmt: skip
     groups = [
@@ -181,13 +181,13 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
     best = chosen.iloc[0]
     gapless = run == tuple(range(run[0], run[-1] + 1))
     listed = f"{run[0]} to {run[-1]}" if gapless else ", ".join(map(str, run))
-    subject = f"Layers {listed} are the first" if len(run) > 1 else f"Layer {run[0]} is the first"
+    subject = f"Layers {listed} are the earliest layers" if len(run) > 1 else f"Layer {run[0]} is the earliest layer"
     reason = (
-        f"{subject} to tell held-out texts apart nearly as well as any (at layer {run[0]} AUC {best['auc']:.2f} "
-        f"[{best['auc_low']:.2f}, {best['auc_high']:.2f}], pair accuracy {best['accuracy']:.2f} "
+        f"{subject} to separate held-out texts nearly as well as the best layer (at layer {run[0]} AUC "
+        f"{best['auc']:.2f} [{best['auc_low']:.2f}, {best['auc_high']:.2f}], pair accuracy {best['accuracy']:.2f} "
         f"[{best['accuracy_low']:.2f}, {best['accuracy_high']:.2f}], n = {n} pairs; random directions reach "
         f"{best['control_high']:.2f}) with halves of the data that agree (cosine {best['stability']:.2f}). "
-        "These layers were chosen on these very pairs, so their numbers are somewhat too good."
+        "These layers were selected on the same pairs, so their numbers are optimistically biased."
     )
     return run, run[0], reason
 

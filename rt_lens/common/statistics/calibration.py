@@ -10,7 +10,7 @@ from rt_lens.common.statistics.intervals import Values, numbers, share_interval
 
 
 def calibration_curve(probabilities: Values, outcomes: Values, bins: int = 10) -> pd.DataFrame:
-    """Stated probability against the share of outcomes 1, in bins of equal width (a reliability diagram's table).
+    """Stated probability against the fraction of outcomes 1, in bins of equal width (a reliability diagram's table).
 
     Args:
         probabilities: of the outcome 1, 0 to 1.
@@ -18,8 +18,8 @@ def calibration_curve(probabilities: Values, outcomes: Values, bins: int = 10) -
         bins: number of bins; empty ones are left out.
 
     Returns:
-        A row per bin: bin_low, bin_high, n, predicted (mean probability), right, low, high (share of 1s with Wilson's
-        95 % interval). A probability on an edge belongs to the bin above it, 1 to the last.
+        A row per bin: bin_low, bin_high, n, predicted (mean probability), right, low, high (fraction of 1s with
+        Wilson's 95 % interval). A probability on an edge belongs to the bin above it, 1 to the last.
 
     Raises:
         ValueError: different lengths, a probability outside 0 to 1, an outcome other than 0 and 1, or no bin.
@@ -64,8 +64,8 @@ def _checked(
         )
     if not np.isin(observed, (0, 1)).all():
         raise ValueError(
-            f"outcomes must be 0 or 1, got {observed[~np.isin(observed, (0, 1))][0]:g}. Give 1 for what happened, "
-            "else 0."
+            f"outcomes must be 0 or 1, got {observed[~np.isin(observed, (0, 1))][0]:g}. Use 1 if the event "
+            "occurred, otherwise 0."
         )
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}. The default is 10.")

@@ -63,7 +63,7 @@ def paired_comparison(
     Args:
         first: [prompt] or [seed, prompt].
         second: as many prompts, in the same order; as many seeds, or none.
-        seed: of the bootstrap and the permutations.
+        seed: seed for the bootstrap and the permutations.
         cautious: limit p's degrees of freedom to those of the seeds, for `holm`.
 
     Raises:
@@ -127,7 +127,7 @@ def unpaired_comparison(
     Args:
         first: [prompt] or [seed, prompt].
         second: likewise, with its own prompts and seeds.
-        seed: of the permutation test that replaces Welch's if neither side has a spread.
+        seed: seed for the permutation test that replaces Welch's if neither side has a spread.
 
     Raises:
         ValueError: no value, or a value that is NaN or infinite.
@@ -176,7 +176,7 @@ def holm(p_values: Values) -> Float[np.ndarray, " test"]:
 
 
 def cliffs_delta(first: Values, second: Values) -> Interval:
-    """Share of the prompts on which first is higher minus share on which it is lower (Cliff 1993, within subjects).
+    """Fraction of prompts on which first is higher minus fraction on which it is lower (Cliff 1993, within subjects).
 
     From -1 to 1, independent of the scorer's unit. The interval is Newcombe's for the difference of two paired shares,
     so it has a width even if first is higher on all prompts.

@@ -71,8 +71,8 @@ def mean_interval(values: Values, seed: int = 0, resamples: int = 4000) -> Inter
     less: 77 to 96 % at 8, and at most 75 % at 3, since no bootstrap leaves the range of its sample.
 
     Args:
-        values: one number per prompt. For shares use `share_interval`, which also covers shares of 0 and 1.
-        seed: of the bootstrap.
+        values: one number per prompt. For fractions use `share_interval`, which also covers 0 and 1.
+        seed: seed for the bootstrap.
         resamples: of the bootstrap.
 
     Returns:
@@ -100,7 +100,7 @@ def ratio_interval(totals: Values | Grid, sizes: Values, seed: int = 0, resample
     Args:
         totals: each text's sum, [text] or [seed, text].
         sizes: the size of each text, [text]: its tokens, or its weight. Texts of size 0 are left out.
-        seed: of the bootstrap.
+        seed: seed for the bootstrap.
         resamples: of the bootstrap.
 
     Raises:
@@ -149,7 +149,7 @@ def crossed_interval(values: Grid, seed: int = 0) -> Interval:
 
     Args:
         values: one number per seed and prompt, the same prompts for every seed.
-        seed: of the bootstrap for a single tuning seed (`mean_interval`, over prompts alone).
+        seed: seed for the bootstrap of a single tuning seed (`mean_interval`, over prompts alone).
 
     Returns:
         n is the number of prompts; report the number of seeds beside it. Bounds are NaN for one prompt, or no spread.
@@ -234,7 +234,7 @@ def numbers(argument: str, values: Any, least: int = 1, most: int = 1) -> Shaped
         array = np.asarray(values, dtype=float)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{argument} must be numbers in a regular array, got a list that makes none ({error}). "
+            f"{argument} must be numbers in a regular array, got a ragged list, or one with other values ({error}). "
             "Give every seed the same prompts."
         ) from None
     if not least <= array.ndim <= most:

@@ -1,1 +1,1 @@
-"""Text to tokens, through a model's own chat template and tokenizer. This room never runs a model."""
+"""Text to tokens, through a model's own chat template and tokenizer. This subpackage never runs a model."""

@@ -67,7 +67,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
     """
     if not sequences or any(len(ids) == 0 for ids in sequences):
         empty = next((i for i, ids in enumerate(sequences) if len(ids) == 0), None)
-        received = "an empty list" if empty is None else f"none in number {empty}"
+        received = "an empty list" if empty is None else f"none at index {empty}"
         raise ValueError(f"texts must have at least one token each, got {received}. Leave empty texts out.")
     length = max(len(ids) for ids in sequences)
     tokens = torch.full((len(sequences), length), pad_id, dtype=torch.long)
@@ -101,7 +101,7 @@ def batches(
     encoded = [encode(model, text) for text in text_list(texts, "texts", blank=True)]
     if [] in encoded:
         raise ValueError(
-            f"texts must have at least one token each, got none in number {encoded.index([])}. Leave empty texts out."
+            f"texts must have at least one token each, got none at index {encoded.index([])}. Leave empty texts out."
         )
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     for start in range(0, len(order), batch_size):

@@ -22,7 +22,7 @@ def check_free(path: Path, n_bytes: int) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(
-            f"path must be in a folder that can be written, got {path.name} in {above}. Name another folder."
+            f"path must be in a folder that can be written, got {path.name} in {above}. Choose a different folder."
         )
     free = shutil.disk_usage(above).free
     if n_bytes > free:

@@ -93,6 +93,6 @@ def _check_reads_back(model: Model, delta: WeightDelta | None, folder: Path) -> 
     error = float((logits - ours).float().norm() / ours.float().norm())
     if not error < math.sqrt(torch.finfo(ours.dtype).eps):
         raise ValueError(
-            "model must compute the same logits when transformers reads it back, but they differ (relative error "
-            f"{error:.2g}), so nothing was written. Load it with another backend, and make the change on that."
+            f"exported model's logits differ from the original's (relative error {error:.2g}); nothing was written. "
+            "Load the model with another backend, and make the change on that."
         )

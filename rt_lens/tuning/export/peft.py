@@ -31,7 +31,7 @@ class Adapter:
         rank: the largest rank of a module.
         relative_error: Frobenius norm of what is lost over that of the change, over all matrices.
         modules: one row per matrix: module, rows, columns, change_rank (of the change, numerically), rank (kept), kept
-            (share of the squared norm), relative_error.
+            (fraction of the squared norm), relative_error.
 
     Example:
         >>> adapter = export_peft(model, "mood_lora", delta, rank=2)
@@ -73,7 +73,7 @@ def export_peft(
         model: the model that the delta was made on; it stays as it is.
         path: a folder that does not exist yet, or an empty one. It appears whole or not at all.
         delta: the change; only attention and MLP matrices.
-        rank: at most this; None for the smallest that is exact to a relative error of 1e-5, for each matrix.
+        rank: largest rank of a matrix. Defaults to the smallest that is exact to a relative error of 1e-5, per matrix.
         base: name or folder of the base model, written into the adapter; by default its name on the model hub where
             rt_lens knows it, else the name it was loaded by.
         measured: rows on the card, as for `export_hf`; they are of the whole change.

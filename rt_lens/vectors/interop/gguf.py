@@ -48,7 +48,7 @@ def save_gguf(vectors: SteeringVectors, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: if a vector is at another hook point or block 0, or loses digits in float32, or there are erasers.
+        ValueError: if a vector is at another hook point or layer 0, would lose precision in float32, or has an eraser.
 
     Example:
         >>> save_gguf(vectors.select(range(1, 30)), "mood.gguf")  # llama-cli --control-vector-scaled mood.gguf:2
@@ -71,8 +71,8 @@ def save_gguf(vectors: SteeringVectors, path: str | Path) -> Path:
         row = vector.detach().cpu().to(torch.float32)
         if not torch.equal(row.to(vector.dtype), vector.detach().cpu()):
             raise ValueError(
-                f"vectors must be exact in float32, the only type that llama.cpp reads, got {vector.dtype} with more "
-                f"digits at {name}. Round it first: vector.float()."
+                f"vectors would lose precision when stored as float32, the only type that llama.cpp reads: {name} is "
+                f"{vector.dtype}. Round it first: vector.float()."
             )
         rows[int(block[1])] = row.numpy()
     if 0 in rows:
@@ -80,10 +80,7 @@ def save_gguf(vectors: SteeringVectors, path: str | Path) -> Path:
         gapless = later == list(range(1, len(later) + 1))
         selected = f"range(1, {len(later) + 1})" if gapless else str(later)
         fix = f"Save the other blocks: vectors.select({selected})." if later else "Use a vector of a later block."
-        raise ValueError(
-            f"vectors must be of blocks from 1 on, got block 0, which llama.cpp cannot steer: it "
-            f"refuses the file. {fix}"
-        )
+        raise ValueError(f"vectors must not include layer 0, which llama.cpp cannot steer. {fix}")
     stored = {"schema": _SCHEMA, "kind": "steering_vectors", **vectors.provenance.to_json()}
     with TemporaryDirectory() as folder:  # the writer only knows paths
         written = Path(folder) / "vectors.gguf"

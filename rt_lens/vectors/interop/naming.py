@@ -28,7 +28,7 @@ _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 class RefusedError(ValueError):
-    """A fault that this room names itself, which `reading` lets through as it is."""
+    """A fault that this subpackage names itself, which `reading` lets through as it is."""
 
 
 @contextmanager
