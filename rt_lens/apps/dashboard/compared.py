@@ -89,7 +89,12 @@ def differences(rows: Sequence[Row], n_compared: int, *, live: bool = False) -> 
 
 def side_effects_table(rows: Sequence[Row], n_responses: int | None) -> Component:
     """A table of the measured side effects of each arm; `n_responses` were scored for repetition."""
-    heads = {"perplexity": "perplexity", "kl": "KL (nats per token)", "facts": "facts correct", "repetition": "repetition"}
+    heads = {
+        "perplexity": "perplexity",
+        "kl": "KL (nats per token)",
+        "facts": "facts correct",
+        "repetition": "repetition",
+    }
     shown = {key: head for key, head in heads.items() if any(row[key] is not None for row in rows)}
     if not shown:
         return html.P("No side effect was measured.")
