@@ -79,7 +79,6 @@ def test_empty_texts_and_no_text_pass_where_they_make_sense():
 # At every front door
 
 SUMS = ["What is 1 + 1?", "Add 2 and 2.", "3 + 4?", "5 + 5?"]
-METRIC = LogitDifference(["Hi.", "Yes?"], " a", " b")
 POST = "blocks.0.hook_resid_post"
 CALLS: dict[str, Callable[..., Any]] = {
     "generate": lambda m, v, t: rtl.generate(m, t, max_new_tokens=3),
@@ -89,10 +88,10 @@ CALLS: dict[str, Callable[..., Any]] = {
     "batches": lambda m, v, t: [batch.tokens.tolist() for batch in batches(m, t, 2)],
     "activations": lambda m, v, t: last_token_activations(m, t, [POST])[POST].tolist(),
     "sweep": lambda m, v, t: rtl.sweep(
-        m, v, t, layers=[0], multipliers=[0, 1], metric=METRIC, progress=False
+        m, v, LogitDifference(t, " a", " b"), layers=[0], multipliers=[0, 1], progress=False
     ).table.to_dict(),
     "resistance": lambda m, v, t: rtl.arms.resistance(
-        m, {"a": None, "b": None}, v, t, layer=0, multipliers=[-1, 1], metric=METRIC, progress=False
+        m, {"a": None, "b": None}, v, EvalTask(t, len, 2), layer=0, multipliers=[-1, 1], progress=False
     ).scores.to_dict(),
     "mean_projections": lambda m, v, t: rtl.arms.mean_projections(m, v, t).to_dict(),
     "norms": lambda m, v, t: rtl.vectors.norms(m, v, t).to_dict(),
@@ -120,7 +119,7 @@ def test_a_column_and_a_generator_give_what_the_list_gives(tiny, tiny_vectors, c
 def test_an_empty_cell_and_one_string_are_refused_at_every_door(tiny, tiny_vectors, call):
     for given, says in (([*TEXTS, "a", float("nan")], "got nan at index 4"), ("Hi.", "got a str"),
                         (pd.DataFrame({"prompt": TEXTS}), "got a DataFrame")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^(prompts|texts|holds) must be a list of .*{says}"):
+        with pytest.raises(ValueError, match=rf"^(prompts|texts|questions|positive) must be a list of .*{says}"):
             CALLS[call](tiny, tiny_vectors, given)
 
 

@@ -158,7 +158,7 @@ def test_what_cannot_be_read_is_refused_first(tiny, tiny_vectors, few, provenanc
             lambda: mean_projections(tiny, tiny_vectors, TEXTS, arms={"mine": wrong_delta}),
             r"arms\['mine'\] must fit this model",
         ),
-        (lambda: mean_projections(tiny, tiny_vectors, TEXTS, position=900), "past the end of text 0"),
+        (lambda: mean_projections(tiny, tiny_vectors, TEXTS, position=900), "position must be between .* for text 0"),
         (lambda: norms(tiny, two, TEXTS), "vectors must have one vector per layer, got several at layer 0"),
         (lambda: cosines({}), "vectors must be at least one name"),
         (lambda: cosines({"mood": tiny_vectors}, layers=[9]), "layers contains 9"),
