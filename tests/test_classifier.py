@@ -119,5 +119,5 @@ def test_numbers_out_of_range_are_named(tiny, change):
 
 
 def test_too_few_topics_are_refused(tiny):
-    with pytest.raises(ValueError, match="topics cannot be split"):
+    with pytest.raises(ValueError, match="shares must leave every part a topic"):
         classifier_of(tiny, asked("Be kind.", "Be rude.", n=1))

@@ -254,7 +254,7 @@ def test_a_model_that_can_do_neither_is_refused(tiny):
 
 
 def test_the_experiment_runs_to_its_end_and_its_files_hold_together(small, tmp_path):
-    results = run_experiment(load_experiment(small("likelihood")), tmp_path / "suppress", progress=False)
+    results = run_experiment(load_experiment(small("likelihood")), tmp_path / "out", progress=False)
     assert results["protocol"]["name"] == "likelihood" and "chance" in results["protocol"]["why"]
     sets = {row["set"] for row in results["summary"]}
     assert {"same categories", "held-out categories", "misconceptions", "role-plays", "situations"} <= sets
@@ -264,8 +264,8 @@ def test_the_experiment_runs_to_its_end_and_its_files_hold_together(small, tmp_p
     assert len(arms) == 1 + 3 * 2
     assert all(0 <= row["p"] <= row["p_holm"] <= 1 for row in results["comparisons"])
     assert {row["set"] for row in results["side_effects"]} >= {"talk", "instructions"}
-    assert load_results(tmp_path / "suppress").content["behaviour"] == "honesty"
-    assert "held-out categories" in write_report(tmp_path / "suppress").read_text()
+    assert load_results(tmp_path / "out").content["behaviour"] == "honesty"
+    assert "held-out categories" in write_report(tmp_path / "out").read_text()
     told = [json.loads(line) for line in (tmp_path / "out/responses.jsonl").read_text().splitlines()]
     assert {row["set"] for row in told} >= sets
 
