@@ -257,7 +257,7 @@ def test_an_official_name_keeps_its_configuration_and_is_written(source, tmp_pat
 import torch, rt_lens as rtl
 from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
-from rt_lens.export import export_hf
+from rt_lens.tuning.export.hf import export_hf
 model = rtl.load_model("Qwen/Qwen2-0.5B", backend="hooked")
 assert isinstance(model, HookedTransformer)
 tokens = torch.arange(100, 120)[None]
@@ -395,7 +395,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_of_the_system(plain, tmp_pat
     """Under a limit of the size of a file, which safetensors meets as a write that fails."""
     code = f"""
 import resource, signal, rt_lens as rtl
-from rt_lens.export import export_hf
+from rt_lens.tuning.export.hf import export_hf
 model = rtl.load_model({str(tmp_path / "plain")!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (6_000_000, 6_000_000))
@@ -599,13 +599,13 @@ def test_the_command_writes_a_folder_or_an_adapter_and_says_what_to_do_next(plai
     def refusal(*more: str) -> str:
         return str(CliRunner().invoke(app, [*given, "--out", str(tmp_path / "no"), *more]).exception)
 
-    assert "peft: 'two' came; a rank such as 16" in refusal("--peft", "two")
+    assert "peft must be a rank such as 16" in refusal("--peft", "two")
     results.write_text(json.dumps({"behaviour": "mood", "model": "other", "summary": rows}))
-    assert "no row of rep_tuned away on plain" in refusal()
+    assert "results must be those of the run that made this delta, with a row of rep_tuned, away on plain" in refusal()
     results.write_text("[]")
-    assert "is no results.json of a run" in refusal()
+    assert "results must be the results.json of a run" in refusal()
     results.unlink()
-    assert "results: there is no file" in refusal()
+    assert "results must be a file that exists" in refusal()
     assert not (tmp_path / "no").exists()
 
 

@@ -275,12 +275,12 @@ def test_a_model_without_a_tokenizer_is_refused(tiny):
 def test_a_shared_beginning_is_run_once_and_changes_no_answer(tiny):
     prompts = ["Hello.", "Tell me about rivers and lakes.", "Why?"]
     encoded = [encode(tiny, text) for text in as_chat(tiny, prompts)]
-    shared = generation._shared_beginning(tiny, encoded)
+    shared = generation._shared_prefix(tiny, encoded)
     assert 8 <= shared < min(len(ids) for ids in encoded)
     assert len({tuple(ids[:shared]) for ids in encoded}) == 1
     once = generate(tiny, prompts, max_new_tokens=8)
     with tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda h, hook: None)]):  # hooks may act by row
-        assert generation._shared_beginning(tiny, encoded) == 0
+        assert generation._shared_prefix(tiny, encoded) == 0
         assert generate(tiny, prompts, max_new_tokens=8) == once
 
 
@@ -558,7 +558,7 @@ def test_a_trace_that_cannot_be_is_refused(tiny, tiny_vectors, provenance):
     with pytest.raises(ValueError, match=r"trace must come with on_token, got on_token=None\. Give a function"):
         generate(tiny, PROMPTS, trace=tiny_vectors)
     wide = SteeringVectors({POST[0]: torch.ones(48)}, provenance)
-    with pytest.raises(ValueError, match=r"vectors: made for d_model 48"):
+    with pytest.raises(ValueError, match="extracted from a model with d_model 48"):
         generate(tiny, PROMPTS, trace=wide, on_token=print)
     heads = SteeringVectors({"blocks.0.attn.hook_z": torch.ones(4, 8)}, provenance)
     with pytest.raises(
@@ -588,7 +588,7 @@ def test_a_multiplier_is_its_prompts_whatever_the_batches(tiny, tiny_vectors, ba
 def test_more_prompts_than_multipliers_are_refused(tiny, tiny_vectors):
     with (
         pytest.raises(
-            ValueError, match=r"multiplier: 2 numbers came for 3 rows\. Give one number, or one for each row"
+            ValueError, match="multiplier must be one number, or one for each of the 3 rows of the batch, got 2 numbers"
         ),
         tiny.hooks(fwd_hooks=add(tiny_vectors, [1], torch.ones(2))),
     ):

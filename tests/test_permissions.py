@@ -59,7 +59,7 @@ def judged(folder: Path, url: str, **more: Any) -> Path:
 def test_a_name_that_is_no_files_name_is_refused_when_it_is_read(tmp_path, name):
     escaped = "".join(f"\\U{ord(sign):08x}" for sign in name)
     file = toml(tmp_path, f'name = "{escaped}"\n{PAIRS}')
-    with pytest.raises(ValueError, match=r"name in b\.toml: must be of letters, digits, spaces and - _ \."):
+    with pytest.raises(ValueError, match=r"name in b\.toml must be 1 to 100 letters, digits, spaces and - _ \."):
         load_experiment(file)
     assert as_name(as_name(name)) == as_name(name)
     check_name(as_name(name), "name")

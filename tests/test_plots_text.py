@@ -134,7 +134,7 @@ def test_a_token_longer_than_a_line_is_cut_but_not_within_an_entity(letter):
 @given(tokens=st.lists(st.text(max_size=100), min_size=1, max_size=8))
 def test_any_text_fits_the_page(tokens):
     labels = [text._label(token) for token in tokens]
-    starts, lines = text._places(tokens, labels)
+    starts, lines = text._wrapped_positions(tokens, labels)
     assert all(start + text._width(label) <= text.COLUMNS for start, label in zip(starts, labels, strict=True))
     assert lines == sorted(lines)
     assert len(set(zip(starts, lines, strict=True))) == len(tokens) or any(text._width(label) == 0 for label in labels)

@@ -350,7 +350,7 @@ def test_the_order_of_the_doses_in_the_table_does_not_matter():
     [
         ({"multipliers": []}, r"multipliers must be finite numbers, at least one, got \[\]"),
         ({"multipliers": [1, float("nan")]}, "multipliers must be finite numbers.*nan"),
-        ({"layers": [2]}, r"layers: 2 is outside these vectors' blocks 0\.\.1"),
+        ({"layers": [2]}, r"layers contains 2, but these vectors are of blocks 0\.\.1"),
     ],
 )
 def test_bad_arguments_are_named(tiny, tiny_vectors, arguments, says):
@@ -376,7 +376,7 @@ def test_a_metric_that_gives_too_few_numbers_is_refused(tiny, tiny_vectors, mult
 
 def test_vectors_of_another_model_are_refused_before_anything_runs(make_tiny, tiny_vectors):
     metric = Projection()
-    with pytest.raises(ValueError, match="made for d_model 32 .*this model has 48"):
+    with pytest.raises(ValueError, match="with d_model 32 .*this model has 48"):
         swept(make_tiny(d_model=48, n_heads=6), tiny_vectors, metric)
     assert not metric.asked
 

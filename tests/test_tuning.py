@@ -252,7 +252,7 @@ def test_material_is_refused_on_other_weights_of_the_same_name(tiny, tiny_vector
 def test_weights_are_read_once_a_run_and_only_where_something_is_compared(tiny, tiny_vectors, tmp_path, monkeypatch):
     read = []
     whole = checksums.parameters_sha256
-    for module in (tuning.loop, tuning.material, tuning.checkpoint):
+    for module in (tuning.loop, tuning.tuning_data, tuning.checkpoint):
         monkeypatch.setattr(module, "parameters_sha256", lambda model: read.append(model) or whole(model))
     tune(tiny, tiny_vectors, TARGETS, QUICK, progress=False)
     assert len(read) == 0

@@ -493,7 +493,7 @@ def test_damaged_and_foreign_files_are_refused_and_kept(run, tiny, tmp_path):
     content = json.loads(header["rt_lens"])
     fewer = {name: tensor for name, tensor in tensors.items() if name != first}
     cases = {
-        "truncated or no safetensors file": [b"", b"text", whole[:100], whole[:-4], whole + b"x"],
+        "must be a complete safetensors file": [b"", b"text", whole[:100], whole[:-4], whole + b"x"],
         "must be a checkpoint of schema 1": [
             foreign(None), foreign({"rt_lens": "{"}), foreign({"rt_lens": "[]"}), foreign({"rt_lens": "3"}),
             foreign({"rt_lens": json.dumps({**content, "kind": "weight_delta"})}),

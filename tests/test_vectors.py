@@ -328,13 +328,13 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, tiny_vectors, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(
-        ValueError, match=r"vectors: .*v\.safetensors is truncated or no safetensors file.*Make it again"
+        ValueError, match=r"vectors must be a complete safetensors file, got .*v\.safetensors.*Write the file again"
     ):
         SteeringVectors.load(path)
 
 
 def test_an_absent_file_is_refused_by_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"vectors: there is no file .*v\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"vectors must be a file, got .*v\.safetensors, which does not exist"):
         SteeringVectors.load(tmp_path / "v.safetensors")
 
 
