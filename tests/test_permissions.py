@@ -67,7 +67,7 @@ def test_a_name_that_is_no_files_name_is_refused_when_it_is_read(tmp_path, name)
 
 @pytest.mark.parametrize("name", [3, ["mood"], {"a": "b"}])
 def test_a_name_that_is_no_text_is_refused(name):
-    with pytest.raises(ValueError, match="name: must be of letters"):
+    with pytest.raises(ValueError, match="name must be 1 to 100 letters"):
         check_name(name, "name")
 
 
