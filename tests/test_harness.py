@@ -249,7 +249,7 @@ def test_what_cannot_be_handed_over_is_refused(tiny):
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         harness_model(tiny, batch_size=0)
     tiny.tokenizer = None
-    with pytest.raises(ValueError, match="model: it has no tokenizer"):
+    with pytest.raises(ValueError, match="model must have a tokenizer"):
         harness_model(tiny)
 
 

@@ -514,13 +514,19 @@ def test_damaged_and_foreign_files_are_refused_and_kept(run, tiny, tmp_path):
     assert run().changes
 
 
-@pytest.mark.parametrize(("name", "says"), [("folder", "is a folder"), ("file/run.safetensors", "cannot be written")])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("folder", "must be the name of a file, got the folder"),
+        ("file/run.safetensors", "must be a path that can be written"),
+    ],
+)
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(run, tiny, tmp_path, name, says):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("a file")
     calls: list[int] = []
     tiny.add_hook("hook_embed", lambda embedded, hook: calls.append(1), is_permanent=True)
-    with pytest.raises((ValueError, OSError), match=f"checkpoint: .*{says}"):
+    with pytest.raises((ValueError, OSError), match=f"checkpoint {says}"):
         run(checkpoint=tmp_path / name)
     assert not calls
     run(checkpoint=str(tmp_path / "new" / "folder" / "run.safetensors"))  # a folder that is not there yet is made
