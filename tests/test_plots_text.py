@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from drawn import HOSTILE, as_drawn, check_drawn_as_it_is
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rt_lens import plots
@@ -197,6 +197,7 @@ def test_a_traces_axes_hold_still_while_tokens_arrive():
     assert plots.trace(trace_rows(21)).layout.xaxis.range == (-0.5, 39.5)
 
 
+@example([5e-324])
 @given(values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
 def test_a_traces_axis_holds_every_value_and_zero(values):
     low, high = text._steps(np.array(values))

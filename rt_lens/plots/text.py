@@ -305,7 +305,9 @@ def _inks(shades: Float[np.ndarray, "pos rgb"]) -> list[str]:
 
 def _steps(values: Any) -> tuple[float, float]:
     """The ends of an axis that holds the values and 0, rounded outwards to half of the next 1, 2 or 5 times 10^k."""
-    limit = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    # Below the smallest normal numbers no power of ten fits; values all but zero get the axis of zero.
+    largest = float(np.nanmax(np.abs(values), initial=0.0))
+    limit = largest if largest > 1e-300 else 1.0
     power = 10.0 ** math.floor(math.log10(limit))
     step = next(nice * power for nice in (1, 2, 5, 10) if nice * power >= limit) / 2
     low, high = math.floor(float(np.nanmin(values)) / step), math.ceil(float(np.nanmax(values)) / step)
