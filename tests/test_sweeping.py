@@ -601,10 +601,11 @@ def as_older(path: Path, model: Any, schema: int) -> None:
     stored = json.loads(path.read_text())
     settings, parts = stored["settings"], stored["parts"]
     kept = {name: settings[name] for name in ("model", "vectors", "multipliers")}
-    del kept["vectors"]["erasers"]
+    code = {"vectors": kept["vectors"].pop("erasers"), "metric": "of an older version", "steer": "of an older version"}
+    kept |= {"prompts_sha256": settings["prompts"], "steer": settings["steer"]["is"]}
     on_model = {name: settings[name] for name in ("weights", "buffers", "hooks")}
-    more = {"fingerprint": fingerprint(model)} if schema == 1 else on_model
-    older = {**kept, **more, "schema": schema, "kind": "sweep", "metric": "Projection", "steer": "add"}
+    more = {"fingerprint": fingerprint(model)} if schema == 1 else {**on_model, "code": code}
+    older = {**kept, **more, "schema": schema, "kind": "sweep", "metric": "Projection"}
     unsteered = parts.pop("unsteered")
     path.write_text(json.dumps({"settings": older, "baseline": unsteered, "layers": parts}))
 
@@ -619,6 +620,14 @@ def test_an_older_file_goes_on_where_the_model_is_the_same_with_a_warning(tmp_pa
         pytest.raises(ValueError, match=r"with other (hooks|weights or hooks of the model \(its logits\))"),
     ):
         swept(tiny, tiny_vectors, Projection(), path=path)
+    for says, changed in (
+        ("prompts", {"metric": Projection(prompts=[*PROMPTS[:2], "Name a river."])}),
+        ("steer", {"metric": Projection(), "steer": rtl.steering.add_preserving_norm}),
+        ("multipliers", {"metric": Projection(), "multipliers": [0.0, 1.0]}),
+        ("vectors", {"metric": Projection(), "vectors": 2 * tiny_vectors}),
+    ):
+        with pytest.raises(ValueError, match=f"same settings, got .* with other {says}"):
+            swept(tiny, **{"vectors": tiny_vectors, "path": path, **changed})
     metric = Projection()
     with pytest.warns(UserWarning, match=r"s\.json was written by an older rt_lens"):
         found = swept(tiny, tiny_vectors, metric, path=path, layers=[0, 1])

@@ -90,13 +90,16 @@ def test_an_older_file_goes_on_with_a_warning(tiny, tiny_vectors, tmp_path):
     stored = json.loads(path.read_text())
     rows = {key.replace("blocks 1", "blocks 1-1"): row for key, row in stored["parts"].items()}
     rows.popitem()
-    path.write_text(json.dumps({"settings": {**stored["settings"], "code": "of an older version"}, "rows": rows}))
+    settings = {**stored["settings"], "code": "of an older version"}
+    settings["token_rest"] = settings.pop("free_nats")
+    path.write_text(json.dumps({"settings": settings, "rows": rows}))
     with pytest.warns(UserWarning, match="search.json was written by an older rt_lens"):
         resumed = block_search(tiny, tiny_vectors, TARGETS, CANDIDATES[:2], measure=logit, path=path, progress=False)
     assert resumed.to_dict("records") == whole.to_dict("records")
-    path.write_text(json.dumps({"settings": {**stored["settings"], "seed": 4}, "rows": rows}))
-    with pytest.raises(ValueError, match="path must be a file with the same settings, got .* other seed"):
-        block_search(tiny, tiny_vectors, TARGETS, CANDIDATES[:2], measure=logit, path=path, progress=False)
+    for says, changed in (("seed", {"seed": 4}), ("free_nats", {"token_rest": 0.25})):
+        path.write_text(json.dumps({"settings": {**settings, **changed}, "rows": rows}))
+        with pytest.raises(ValueError, match=f"path must be a file with the same settings, got .* other {says}"):
+            block_search(tiny, tiny_vectors, TARGETS, CANDIDATES[:2], measure=logit, path=path, progress=False)
 
 
 def test_without_a_measure_the_losses_stand_alone(tiny, tiny_vectors):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,25 @@ from rt_lens.models.context import token_context
 from rt_lens.models.forward import logits_where
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import batches
+from rt_lens.tuning.config import modern
+
+_OF_MEASURE = {"measure", "code"}
 
 
 def older_sweep(path: Path) -> dict[str, Any] | None:
-    """Settings and finished layers of a sweep's file of schema 1 or 2; None for any other file."""
+    """Settings, by today's names, and finished layers of a sweep's file of schema 1 or 2; None for any other file.
+
+    What such a file says of its measure cannot be compared, and is left out.
+    """
     stored = _read(path)
     try:
         settings = dict(stored["settings"])
         if settings["schema"] in (1, 2) and settings["kind"] == "sweep":
+            erasers = _known("erasers", settings.get("code", {}).get("vectors"))
+            settings |= {
+                "vectors": settings["vectors"] | erasers, "prompts": settings["prompts_sha256"],
+                "steer": {"is": settings["steer"]},
+            }  # fmt: skip
             parts = dict(stored["layers"])
             return {"settings": settings, "parts": parts | _known("unsteered", stored["baseline"])}
     except (KeyError, TypeError, ValueError):
@@ -32,29 +43,28 @@ def older_sweep(path: Path) -> dict[str, Any] | None:
 
 
 def older_search(path: Path) -> dict[str, Any] | None:
-    """Settings and finished candidates of a block search's older file; None for any other file."""
+    """Settings, by today's names, and finished candidates of a block search's older file; None for any other file.
+
+    What such a file says of its measure cannot be compared, and is left out.
+    """
     stored = _read(path)
     try:
         if "schema" not in stored:
             parts = {re.sub(r"blocks (\d+)-\1\b", r"blocks \1", key): row for key, row in stored["rows"].items()}
-            return {"settings": dict(stored["settings"]), "parts": parts}
+            settings = modern(stored["settings"])
+            return {"settings": {name: settings[name] for name in settings.keys() - _OF_MEASURE}, "parts": parts}
     except (KeyError, TypeError, ValueError):
         pass
     return None
 
 
-def check_older(
-    path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], compared: Iterable[str], model: Model
-) -> None:
+def check_older(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any], model: Model) -> None:
     """Refuses an older file whose settings differ, as far as both say; warns that it says less than a new one.
 
     Raises:
         ValueError: names what differs.
     """
-    differing = [
-        name for name in compared
-        if name in theirs and name in ours and not _same(name, theirs[name], ours[name])
-    ]  # fmt: skip
+    differing = [name for name in ours if name in theirs and not _same(theirs[name], ours[name])]
     if "fingerprint" in theirs and not _same_logits(theirs["fingerprint"], model):
         differing.append("weights or hooks of the model (its logits)")
     if differing:
@@ -80,7 +90,7 @@ def _known(key: str, part: Any) -> dict[str, Any]:
     return {} if part is None else {key: part}
 
 
-def _same(name: str, theirs: Any, ours: Any) -> bool:
+def _same(theirs: Any, ours: Any) -> bool:
     ours = json.loads(json.dumps(ours))
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return all(ours[key] == value for key, value in theirs.items() if key in ours)

@@ -128,8 +128,7 @@ def _store(path: str | Path | None, settings: Mapping[str, Any], model: Model) -
     older = None if path is None else older_search(Path(path))
     if path is None or older is None:
         return Store(None if path is None else Path(path), settings, kind="block search")
-    compared = [name for name in settings if name not in ("measure", "code", "free_nats")]
-    check_older(Path(path), older["settings"], settings, compared, model)
+    check_older(Path(path), older["settings"], settings, model)
     return Store.of_older(Path(path), settings, older["parts"], kind="block search")
 
 

@@ -280,11 +280,8 @@ def _store(
     older = older_sweep(path)
     if older is None:
         return Store(path, settings, kind="sweep")
-    check_older(path, older["settings"], settings, ("kind", "model", "vectors", "multipliers", *_ON_MODEL), model)
+    check_older(path, older["settings"], settings, model)
     return Store.of_older(path, settings, older["parts"], kind="sweep")
-
-
-_ON_MODEL = ("weights", "buffers", "hooks")
 
 
 def _settings(

@@ -101,6 +101,19 @@ def permissions_of(allow_judge: list[str] | None, judge_key_env: str | None) -> 
     return Permissions.of_user(allow_judge or [], judge_key_env)
 
 
+def experiment_of(
+    behaviour: str, model: str | None, dtype: str | None, chat_template_kwargs: str | None,
+    allow_judge: list[str] | None, judge_key_env: str | None,
+) -> Experiment:  # fmt: skip
+    """The experiment of a behaviour's file, with what the command's options change of it."""
+    from rt_lens.experiment.config import load_experiment
+
+    return load_experiment(
+        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
+        permissions=permissions_of(allow_judge, judge_key_env),
+    )  # fmt: skip
+
+
 def parts_of(behaviour: str, permissions: Permissions) -> tuple[str, ContrastPairs, ContrastPairs]:
     """A behaviour's name, its training pairs and its validation pairs. Neither has the test topics of an experiment."""
     from rt_lens.common.files import as_name

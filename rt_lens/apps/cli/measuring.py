@@ -15,9 +15,9 @@ from rt_lens.apps.cli.app import (
     JudgeKeyEnv,
     Model,
     app,
+    experiment_of,
     loaded_model,
     permissions_of,
-    template_kwargs,
 )
 
 if TYPE_CHECKING:
@@ -40,14 +40,10 @@ def run(
     """Run the four arms (untuned, steered, token-tuned, rep-tuned) in both directions and write report.html."""
     from rt_lens.apps.report.page import write_report
     from rt_lens.apps.report.sentences import summary_sentences
-    from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.plan import plan_of
     from rt_lens.experiment.run import check_writable, run_experiment
 
-    experiment = load_experiment(
-        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
-        permissions=permissions_of(allow_judge, judge_key_env),
-    )  # fmt: skip
+    experiment = experiment_of(behaviour, model, dtype, chat_template_kwargs, allow_judge, judge_key_env)
     if plan:
         typer.echo(str(plan_of(experiment)))
         return

@@ -16,12 +16,12 @@ from rt_lens.apps.cli.app import (
     Model,
     VectorFile,
     app,
+    experiment_of,
     loaded_model,
     model_for,
     model_of,
     parts_of,
     permissions_of,
-    template_kwargs,
     write_page,
 )
 from rt_lens.common.parsing import layers_of, multipliers_of
@@ -120,16 +120,12 @@ def sweep(
     """Sweep layers x multipliers on validation prompts, and score the responses with the behaviour's scorer."""
     from rt_lens import plots
     from rt_lens.arms.sweeping import sweep as sweep_layers
-    from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.run import check_writable
     from rt_lens.experiment.validation import validation_task
     from rt_lens.results.schema import checked_file
     from rt_lens.vectors.interop.tensors import import_vectors
 
-    experiment = load_experiment(
-        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
-        permissions=permissions_of(allow_judge, judge_key_env),
-    )  # fmt: skip
+    experiment = experiment_of(behaviour, model, dtype, chat_template_kwargs, allow_judge, judge_key_env)
     directions, chosen, doses = import_vectors(checked_file(file)), layers_of(layers), multipliers_of(multipliers)
     check_writable(out.parent)
     loaded = model_for(experiment, dtype, directions)

@@ -16,10 +16,9 @@ from rt_lens.apps.cli.app import (
     Model,
     VectorFile,
     app,
+    experiment_of,
     loaded_model,
     model_for,
-    permissions_of,
-    template_kwargs,
 )
 from rt_lens.data.builtin import behaviours
 
@@ -49,7 +48,6 @@ def tune(
 
     from rt_lens.common.files import check_can_write
     from rt_lens.data.builtin import neutral_prompts
-    from rt_lens.experiment.config import load_experiment
     from rt_lens.experiment.protocols import family_of
     from rt_lens.experiment.run import check_writable
     from rt_lens.results.schema import checked_file
@@ -57,10 +55,7 @@ def tune(
     from rt_lens.tuning.loop import tune as tune_weights
     from rt_lens.vectors.steering_vectors import SteeringVectors
 
-    experiment = load_experiment(
-        behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
-        permissions=permissions_of(allow_judge, judge_key_env),
-    )  # fmt: skip
+    experiment = experiment_of(behaviour, model, dtype, chat_template_kwargs, allow_judge, judge_key_env)
     config = replace(experiment.tune, direction=direction, seed=seed)  # type: ignore[arg-type]
     config = config if lora_rank is None else replace(config, lora_rank=lora_rank)
     path = out or Path(f"{experiment.name}_{direction}.safetensors")
