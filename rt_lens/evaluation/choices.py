@@ -18,8 +18,9 @@ from rt_lens.common.progress import Bar
 from rt_lens.data.questions import LETTERS, Likelihoods, Question, lettered
 from rt_lens.evaluation.scorers import Form, check_form
 from rt_lens.evaluation.texts import log_normaliser
+from rt_lens.models.backends import backend_of
 from rt_lens.models.context import token_context
-from rt_lens.models.forward import KeyValueCache, can_be_quick, logits_where, quick, unembed
+from rt_lens.models.forward import logits_where
 from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import answered, chat_text, has_chat_template, is_chat
@@ -167,7 +168,7 @@ def _shared(sequences: Sequence[Sequence[int]]) -> int:
 
 def _measured(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
     """Log-likelihoods of the options of each ask."""
-    return (_branched if can_be_quick(model) else _whole)(model, asks, n_rows)
+    return (_branched if backend_of(model).branches() else _whole)(model, asks, n_rows)
 
 
 def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
@@ -175,13 +176,12 @@ def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[floa
     batch = pad([ask.start for ask in asks], pad_id_of(model)).to(model.cfg.device)
     rows, lengths = [ask.number for ask in asks], batch.mask.sum(1)
     memory: dict[Any, Any] = {}
-    with quick(model):
-        cache = KeyValueCache(model, len(asks), batch.mask.shape[1])
+    backend = backend_of(model)
+    with backend.quick():
+        cache = backend.cache(len(asks), batch.mask.shape[1])
         with token_context(batch.mask, rows=rows, n_rows=n_rows, memory=memory):
-            last = model(
-                batch.tokens, attention_mask=batch.mask, past_kv_cache=cache, stop_at_layer=model.cfg.n_layers
-            )[:, -1]
-        logits = unembed(model, last)
+            last = backend.extend(batch.tokens, batch.mask, cache)[:, -1]
+        logits = backend.unembed(last)
         first = logits.double().cpu() - log_normaliser(logits)[:, None]
         totals = [[first[row, ids[0]].item() for ids in ask.options] for row, ask in enumerate(asks)]
         longer = [
@@ -198,10 +198,8 @@ def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[floa
             mask, new=rest.tokens.shape[1], lengths=lengths[question_rows], rows=[rows[row] for row in question_rows],
             n_rows=n_rows, memory={key: values[question_rows] for key, values in memory.items()},
         ):  # fmt: skip
-            residual = model(
-                rest.tokens, attention_mask=rest.mask, past_kv_cache=branch, stop_at_layer=model.cfg.n_layers
-            )
-        chunks = (unembed(model, part) for part in residual[rest.mask.bool()].split(128))
+            residual = backend.extend(rest.tokens, rest.mask, branch)
+        chunks = (backend.unembed(part) for part in residual[rest.mask.bool()].split(128))
         targets = [list(asks[row].options[option][1:]) for row, option in longer]
         for (row, option), total in zip(longer, _totals(chunks, targets), strict=True):
             totals[row][option] += total

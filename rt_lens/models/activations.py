@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar
+from rt_lens.models.backends import backend_of
 from rt_lens.models.context import token_context
-from rt_lens.models.forward import keeps_logits, quick, unknown_hook
+from rt_lens.models.forward import quick, unknown_hook
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import TokenBatch, batches, encode, pad, pad_id_of
 from rt_lens.models.tokens.texts import token_texts
@@ -88,28 +88,14 @@ def read_activations(
 def _run(model: Model, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) -> Any:
     """The cache of one batch. Hooks learn from the token context which of the caller's texts it holds."""
     with token_context(batch.mask, rows=batch.rows, n_rows=n_rows):
-        _, cache = model.run_with_cache(
-            batch.tokens,
-            attention_mask=batch.mask,
-            names_filter=list(hook_names),
-            stop_at_layer=_stop(model, hook_names),
-            return_type=None,
-            **_no_logits(model),
-        )
-    return cache
+        return backend_of(model).run_with_cache(batch.tokens, batch.mask, hook_names, _stop(hook_names))
 
 
-def _stop(model: Model, hook_names: Sequence[str]) -> int | None:
+def _stop(hook_names: Sequence[str]) -> int | None:
     """The first block that need not run (after the last block: the unembedding); None to run everything."""
     if not all(name.startswith("blocks.") for name in hook_names):
         return None
-    stop = 1 + max(int(name.split(".")[1]) for name in hook_names)
-    return stop if stop < model.cfg.n_layers or isinstance(model, HookedTransformer) else None
-
-
-def _no_logits(model: Model) -> dict[str, int]:
-    """Arguments that make a TransformerBridge, which always runs its unembedding, compute as few logits as possible."""
-    return {} if isinstance(model, HookedTransformer) or not keeps_logits(model) else {"logits_to_keep": 1}
+    return 1 + max(int(name.split(".")[1]) for name in hook_names)
 
 
 def _weights(batch: TokenBatch, reads: Sequence[Sequence[Sequence[int]]]) -> Float[Tensor, "batch read pos"]:

@@ -13,24 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
 from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar, breathe
+from rt_lens.models.backends import backend_of
 from rt_lens.models.context import token_context
-from rt_lens.models.forward import (
-    KeyValueCache,
-    bridge_logits,
-    cache_error,
-    caches_rightly,
-    can_be_quick,
-    final_residual,
-    keeps_logits,
-    model_name,
-    quick,
-    unembed,
-)
+from rt_lens.models.forward import model_name
 from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
@@ -311,10 +299,6 @@ def generate_tokens(
     return [_until_end(row, ends) for row in torch.stack(columns, 1).tolist()]
 
 
-Step = Callable[[Tensor, Tensor, Tensor], Float[Tensor, "batch d_vocab"]]
-"""A function from new tokens, their mask, and the mask of all tokens so far to the logits after them."""
-
-
 class _Run:
     """One batch in generation: the tokens so far, their mask, and the step that computes the next logits."""
 
@@ -339,13 +323,8 @@ class _Run:
         self.mask = torch.cat([batch.mask.new_ones(len(encoded), shared), batch.mask], dim=1)
         self.memory: dict[Any, Any] = {}
         self.use_cache = use_cache
-        self._forward: Step
-        if not use_cache:
-            self._forward = _plain_stepper(model)
-        elif isinstance(model, HookedTransformer):
-            self._forward = _cached_stepper(model, encoded[0][:shared], len(encoded), longest + n)
-        else:
-            self._forward = _bridge_stepper(model)
+        self.cache = _started(model, encoded[0][:shared], len(encoded), longest + n) if use_cache else None
+        self.so_far: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, "batch new"] | None = None) -> Float[Tensor, "batch d_vocab"]:
@@ -359,7 +338,14 @@ class _Run:
         with token_context(
             self.mask, new=new, lengths=self.lengths, rows=self.rows, n_rows=self.n_rows, memory=self.memory
         ):
-            return self._forward(batch.tokens, batch.mask, self.mask)
+            return self._next_logits(batch)
+
+    def _next_logits(self, batch: TokenBatch) -> Float[Tensor, "batch d_vocab"]:
+        backend = backend_of(self.model)
+        if self.cache is not None:
+            return backend.next_logits(batch.tokens, batch.mask, self.cache)
+        self.so_far.append(batch.tokens)  # without a cache the whole text runs again for each token
+        return backend.next_logits(torch.cat(self.so_far, dim=1), self.mask, None)
 
     def columns(self, sampling: Sampling, ends: Int[Tensor, "n"]) -> Iterator[Int[Tensor, "batch"]]:
         """The tokens of all rows, one new position after the other, until every row has ended."""
@@ -435,84 +421,42 @@ def _shared_prefix(model: Model, encoded: Sequence[Sequence[int]]) -> int:
 
     0 under hooks: they may act by row, and would see a single row.
     """
-    if not can_be_quick(model) or len(encoded) == 1 or any(point._forward_hooks for point in model.hook_dict.values()):
+    if len(encoded) == 1 or not backend_of(model).branches():
+        return 0
+    if any(point._forward_hooks for point in model.hook_dict.values()):
         return 0
     most = min(len(ids) for ids in encoded) - 1  # each row needs a token of its own to continue from
     columns = itertools.islice(zip(*encoded, strict=False), most)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def _cached_stepper(model: HookedTransformer, shared: Sequence[int], rows: int, longest: int) -> Step:
-    """Steps of a HookedTransformer with a key-value cache.
-
-    Args:
-        model: the model.
-        shared: token ids that every row begins with; they run here, once.
-        rows: number of rows in the batch.
-        longest: largest number of tokens that a row will hold.
-    """
-    cache: Any
-    if can_be_quick(model):
-        cache = KeyValueCache(model, rows, longest)
-    else:
-        cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, rows)
-
-    def step(tokens: Tensor, mask: Tensor, everything: Tensor | None = None, into: Any = cache) -> Tensor:
-        with quick(model):
-            residual = model(tokens, attention_mask=mask, past_kv_cache=into, stop_at_layer=model.cfg.n_layers)
-            return unembed(model, residual[:, -1])
-
+@torch.no_grad()
+def _started(model: Model, shared: Sequence[int], rows: int, longest: int) -> Any:
+    """A key-value cache for `rows` rows of at most `longest` tokens, in which those that all share have run once."""
+    backend = backend_of(model)
+    cache = backend.cache(rows, longest)
     if shared:
         beginning = torch.tensor([list(shared)], device=model.cfg.device)
-        once = KeyValueCache(model, 1, len(shared))
-        with torch.no_grad():
-            step(beginning, torch.ones_like(beginning), into=once)
+        once = backend.cache(1, len(shared))
+        with backend.quick():
+            backend.extend(beginning, torch.ones_like(beginning), once)
         cache.start_from(once)
-    return step
+    return cache
 
 
-def _may_cache(model: Any) -> bool:
+def _may_cache(model: Model) -> bool:
     """Whether decoding with a cache is exact; warns, once per model, if it is not."""
-    if isinstance(model, HookedTransformer) or caches_rightly(model):
+    backend = backend_of(model)
+    if backend.caches():
         return True
     if not getattr(model.cfg, "rt_lens_cache_warned", False):
         model.cfg.rt_lens_cache_warned = True
         warnings.warn(
-            f"model: TransformerLens's bridge of {model_name(model)} ({type(model.original_model).__name__}) gives "
-            f"other logits with a key-value cache than without (relative error {cache_error(model):.2g}). Generation "
-            "runs without a cache, which is exact and slower.",
+            f"model: {model_name(model)} ({backend.family}) gives other logits with a key-value cache than without. "
+            "Generation runs without a cache, which is exact and slower.",
             stacklevel=2,
         )
     return False
-
-
-def _bridge_stepper(model: Model) -> Step:
-    state: dict[str, Any] = {"logits_to_keep": 1} if keeps_logits(model) else {}
-
-    def step(tokens: Tensor, mask: Tensor, everything: Tensor) -> Tensor:
-        logits, state["past_key_values"] = model(
-            tokens, attention_mask=everything, return_type="logits_and_cache", use_cache=True, **state
-        )
-        return logits[:, -1]
-
-    return step
-
-
-def _plain_stepper(model: Model) -> Step:
-    """Steps that run the whole text again for each token."""
-    so_far: list[Tensor] = []
-
-    def step(tokens: Tensor, mask: Tensor, everything: Tensor) -> Tensor:
-        so_far.append(tokens)
-        together = torch.cat(so_far, dim=1)
-        if not isinstance(model, HookedTransformer):
-            last = torch.zeros_like(everything, dtype=torch.bool)
-            last[:, -1] = True
-            return bridge_logits(model, together, everything, last)
-        with quick(model):
-            return unembed(model, final_residual(model, together, everything)[:, -1])
-
-    return step
 
 
 def _draws(seed: int, streams: Iterable[int], n: int) -> Float[Tensor, "batch n"]:

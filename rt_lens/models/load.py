@@ -6,15 +6,16 @@ import json
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformer_lens import HookedTransformer
 
-from rt_lens.models.bridges import bridge_from_folder
+from rt_lens.models.backends import backend_of, has_hooked
+from rt_lens.models.backends.bridge_folder import bridge_from_folder
 from rt_lens.models.hub import hub_folder
-from rt_lens.models.llama import NotLlamaStyle, hooked_from_folder
+from rt_lens.models.llama import NotLlamaStyle
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder, cache_home, gguf_folder
 from rt_lens.models.tokenizers import give_tokenizer, read_tokenizer
@@ -40,8 +41,8 @@ def load_model(
     Args:
         name_or_path: a bundled model (`rt-lens models` lists them), a local Hugging Face folder, a local `.gguf` file,
             or a name on the model hub; TransformerLens's short names work too.
-        backend: `hooked` for a HookedTransformer, `bridge` for a TransformerBridge, `auto` for a HookedTransformer
-            wherever rt_lens's conversion covers the architecture.
+        backend: `hooked` for a HookedTransformer (TransformerLens 3), `bridge` for a TransformerBridge, `auto` for a
+            HookedTransformer where there is one and rt_lens's conversion covers the architecture, else for a bridge.
         device: torch device; by default CUDA if there is one, else the CPU.
         dtype: `float32`, `bfloat16`, `float16`, or the torch dtype.
         trust_remote_code: run custom code shipped with the repository; it has your full permissions, so enable it only
@@ -128,15 +129,24 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _from_folder(folder: Path, name: str, backend: Backend, settings: Mapping[str, Any]) -> Any:
     trusted: bool = settings["trust_remote_code"]
-    model: Any = None if backend == "bridge" else _hooked(folder, name, backend, settings)
+    model: Any = None
+    if backend == "hooked" or (backend == "auto" and has_hooked()):
+        model = _hooked(folder, name, backend, settings)
     if model is None:
         model = bridge_from_folder(folder, name, **settings)
     give_tokenizer(model, read_tokenizer(folder, trust_remote_code=trusted))
     return _with_origin(model, folder, trusted)
 
 
-def _hooked(folder: Path, name: str, backend: Backend, settings: Mapping[str, Any]) -> HookedTransformer | None:
+def _hooked(folder: Path, name: str, backend: Backend, settings: Mapping[str, Any]) -> Any:
     """The folder as a HookedTransformer; None if it needs a bridge and may be one."""
+    if not has_hooked():
+        raise ValueError(
+            f"backend must be 'auto' or 'bridge' with transformer-lens {version('transformer-lens')}, got 'hooked'. "
+            "HookedTransformer is in transformer-lens 3: pip install 'transformer-lens<4'."
+        )
+    from rt_lens.models.backends.hooked_folder import hooked_from_folder
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*HookedTransformer is deprecated.*")
@@ -151,11 +161,10 @@ def _with_origin(model: Any, folder: Path, trust_remote_code: bool) -> Any:
     """Keeps Hugging Face's configuration and generation settings on `model.cfg`, for exports and end tokens."""
     from transformers import AutoConfig, GenerationConfig
 
-    if isinstance(model, HookedTransformer):
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model.cfg.rt_lens_config = config.to_dict()  # type: ignore[attr-defined]
-    else:
-        config = model.original_model.config
+    config: Any = backend_of(model).source_config()
+    if config is None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model.cfg.rt_lens_config = config.to_dict()
     generation = None
     with suppress(OSError, ValueError):  # many folders have no such file
         generation = GenerationConfig.from_pretrained(folder)

@@ -10,8 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformer_lens import HookedTransformer
-
+from rt_lens.models.backends import backend_of
 from rt_lens.models.hub import hub_token
 from rt_lens.models.protocol import Model
 
@@ -25,8 +24,6 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
 
 def give_tokenizer(model: Any, tokenizer: Any) -> Any:
     """Sets a model's tokenizer, for batches padded on the left."""
-    # Not through set_tokenizer or the bridge's setter: both rebuild the tokenizer to add a start token to every text,
-    # which chat templates already write.
     before = {"padding_side": tokenizer.padding_side, "pad_token": tokenizer.pad_token}
     # A padding token that was added to the tokenizer alone has no row in the embedding.
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= model.cfg.d_vocab:
@@ -35,10 +32,7 @@ def give_tokenizer(model: Any, tokenizer: Any) -> Any:
     model.cfg.rt_lens_tokenizer = {
         name: (value, getattr(tokenizer, name)) for name, value in before.items() if value != getattr(tokenizer, name)
     }
-    if isinstance(model, HookedTransformer):
-        model.tokenizer = tokenizer
-    else:
-        model._tokenizer = tokenizer
+    backend_of(model).give_tokenizer(tokenizer)  # chat templates already write a start token
     model.cfg.default_prepend_bos = False
     model.cfg.tokenizer_prepends_bos = _begins_with_start(tokenizer)
     return model

@@ -13,12 +13,12 @@ from einops import pack
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformer_lens import HookedTransformer
 
 from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.models.backends import backend_of
 from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.context import token_context
-from rt_lens.models.forward import bridge_logits, model_name, quick, unembed
+from rt_lens.models.forward import model_name
 from rt_lens.models.positions import numbers_in, position_of, rows_of
 from rt_lens.models.protocol import Model, TextModel
 from rt_lens.models.tokens.batches import encode, pad_id_of
@@ -197,8 +197,8 @@ def unmixed(model: Model) -> AbstractContextManager[Any]:
 
 
 def _first_block(model: Model, config: TuneConfig, steer: KLThenSteer | None) -> int:
-    """The first block that training or steering changes anything in; 0 where the model cannot start later."""
-    if config.prefix_cache == "off" or not isinstance(model, HookedTransformer):
+    """The first block that training or steering changes anything in; 0 without a prefix cache."""
+    if config.prefix_cache == "off":
         return 0
     return min([*config.blocks, *(steer.layers if steer else ())])
 
@@ -212,12 +212,12 @@ def _rows(
     storage = "memory" if config.prefix_cache == "off" else config.prefix_cache
     prefixes = ActivationStore([len(row.tokens) for row in rows] if first else [], model.cfg, storage)
     read_at = [int(row.predicts.sum()) for row in rows]
-    finals = ActivationStore(read_at if reference and isinstance(model, HookedTransformer) else [], model.cfg, storage)
+    finals = ActivationStore(read_at if reference else [], model.cfg, storage)
     computed: list[Row] = []
     for batch_rows, batch in _in_batches(model, rows):
         if first:
-            with quick(model), unmixed(model):
-                prefix = model(batch.tokens, attention_mask=batch.mask, stop_at_layer=first)
+            with backend_of(model).quick(), unmixed(model):
+                prefix = backend_of(model).residual(batch.tokens, batch.mask, stop=first)
             batch_rows = [
                 replace(row, prefix=prefixes.put(prefix[i, : len(row.tokens)])) for i, row in enumerate(batch_rows)
             ]
@@ -227,9 +227,7 @@ def _rows(
                 _, final = read(model, batch, [], first, final=True)
             assert final is not None
             parts = final.split([int(row.predicts.sum()) for row in batch_rows])
-            if isinstance(model, HookedTransformer):
-                parts = [finals.put(part) for part in parts]
-            batch_rows = [replace(row, reference=part) for row, part in zip(batch_rows, parts, strict=True)]
+            batch_rows = [replace(row, reference=finals.put(p)) for row, p in zip(batch_rows, parts, strict=True)]
         computed += batch_rows
     return computed
 
@@ -265,9 +263,9 @@ def _centres(
 def read(
     model: Model, batch: Batch, names: Sequence[str], first: int, *, final: bool, hooks: Sequence[FwdHook] = ()
 ) -> tuple[dict[str, Float[Tensor, "row pos d_model"]], Float[Tensor, "read width"] | None]:
-    """Activations at hook points, and with `final` the final residual (a bridge: logits) where tokens are predicted.
+    """Activations at hook points, and with `final` the final residual where tokens are predicted.
 
-    A HookedTransformer starts at block `first` where the batch has a prefix, and stops where nothing more is read.
+    The model starts at block `first` where the batch has a prefix, and stops where nothing more is read.
 
     Args:
         hooks: edits to run under; `names` are read after them.
@@ -282,22 +280,19 @@ def read(
 
         return name, store
 
+    backend = backend_of(model)
     everything = torch.ones_like(batch.mask)
     reading = model.hooks(fwd_hooks=[*hooks, *map(storing, names)])
-    with quick(model), reading, token_context(batch.mask) if hooks else nullcontext():
-        if not isinstance(model, HookedTransformer):
-            logits_at = batch.predicts if final else torch.zeros_like(batch.predicts)
-            logits = bridge_logits(model, batch.tokens, everything, logits_at)
-            return activations, logits if final else None
-        start, inputs = (None, batch.tokens) if batch.prefix is None else (first, batch.prefix)
-        stop = model.cfg.n_layers if final else 1 + max(layer_of(name) for name in names)
-        output = model(inputs, start_at_layer=start, stop_at_layer=stop, attention_mask=everything)
+    with backend.quick(), reading, token_context(batch.mask) if hooks else nullcontext():
+        start, inputs = (0, batch.tokens) if batch.prefix is None else (first, batch.prefix)
+        stop = None if final else 1 + max(layer_of(name) for name in names)
+        output = backend.residual(inputs, everything, start=start, stop=stop)
     return activations, output[batch.predicts] if final else None
 
 
 def logits_of(model: Model, final: Float[Tensor, "read width"]) -> Float[Tensor, "read d_vocab"]:
     """Logits of what `read` gave as final."""
-    return unembed(model, final) if isinstance(model, HookedTransformer) else final
+    return backend_of(model).unembed(final)
 
 
 def _row(model: TextModel, target: TokenTarget, positions: Sequence[str]) -> Row:

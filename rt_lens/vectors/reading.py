@@ -10,6 +10,7 @@ from torch import Tensor
 from rt_lens.common.statistics.intervals import share_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.activations import token_activations
+from rt_lens.models.backends import backend_of
 from rt_lens.models.positions import Position, position_of
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.texts import token_text
@@ -97,9 +98,11 @@ def logit_lens(model: Model, vectors: SteeringVectors, *, top: int = 8) -> pd.Da
     refuse_heads(vectors.vectors)
     vectors.check_fits(model)
     rows = []
+    backend = backend_of(model)
+    unembedding = backend.unembedding()
     for name in vectors.hook_names:
-        vector = vectors[name].to(model.W_U)[None, None]
-        scores = ((model.ln_final(vector) - model.ln_final(-vector)) / 2)[0, 0] @ model.W_U
+        vector = vectors[name].to(unembedding)[None, None]
+        scores = ((backend.final_norm(vector) - backend.final_norm(-vector)) / 2)[0, 0] @ unembedding
         for sign, ranked in (("+v", scores), ("-v", -scores)):
             tokens = [token_text(model, token) for token in ranked.topk(top).indices.tolist()]
             rows.append({"layer": layer_of(name), "sign": sign, "tokens": tokens})

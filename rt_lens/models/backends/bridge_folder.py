@@ -20,7 +20,9 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from rt_lens.models.forward import allowed_error, unknown_hook
+from rt_lens.models.backends.base import allowed_error, positions_of
+from rt_lens.models.backends.plain import separate_fused
+from rt_lens.models.forward import unknown_hook
 
 
 class CheckedBridge(TransformerBridge):
@@ -37,6 +39,10 @@ class CheckedBridge(TransformerBridge):
     def run_with_hooks(self, *args: Any, **kwargs: Any) -> Any:
         self._check_known([*kwargs.get("fwd_hooks", ()), *kwargs.get("bwd_hooks", ())])
         return super().run_with_hooks(*args, **kwargs)
+
+    def process_weights(self, *args: Any, **kwargs: Any) -> Any:
+        separate_fused(self)
+        return super().process_weights(*args, **kwargs)
 
     def _check_known(self, hooks: Sequence[Any]) -> None:
         known = self.hook_dict if hooks else {}
@@ -107,7 +113,7 @@ class _Loader:
         parameters = inspect.signature(model.forward).parameters
         try:
             for tokens, mask in _probes(model.get_input_embeddings().num_embeddings, self.device):
-                positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "position_ids" in parameters else {}
+                positions = {"position_ids": positions_of(mask)} if "position_ids" in parameters else {}
                 with torch.no_grad():
                     logits = model(tokens, attention_mask=mask, use_cache=False, **positions).logits
                 self.expected.append(logits[mask.bool()])

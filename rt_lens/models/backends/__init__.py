@@ -1,0 +1,54 @@
+"""The kinds of model behind one interface: HookedTransformer of TransformerLens 3, TransformerBridge of 3 and 4.
+
+`backend_of(model)` gives a model's backend. No other room asks what kind a model is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from rt_lens.models.backends.base import Backend
+from rt_lens.models.backends.bridged import BridgeBackend
+
+try:
+    from transformer_lens import HookedTransformer
+except ImportError:  # TransformerLens 4 has no HookedTransformer
+    HookedTransformer = None  # type: ignore[assignment, misc]
+
+_KEPT = "rt_lens_backend"
+
+
+def has_hooked() -> bool:
+    """Whether this release of TransformerLens has HookedTransformer."""
+    return HookedTransformer is not None
+
+
+def backend_of(model: Any) -> Backend:
+    """The backend of a model, made at first use and kept with it.
+
+    Raises:
+        ValueError: a model of another kind.
+
+    Example:
+        >>> backend_of(model).kind in ("hooked", "bridge")
+        True
+    """
+    kept = vars(model).get(_KEPT) if hasattr(model, "__dict__") else None
+    if kept is not None and kept.model is model:
+        return kept
+    made: Backend
+    if isinstance(model, TransformerBridge):
+        made = BridgeBackend(model)
+    elif has_hooked() and isinstance(model, HookedTransformer):
+        from rt_lens.models.backends.hooked import HookedBackend
+
+        made = HookedBackend(model)
+    else:
+        raise ValueError(
+            f"model must be a HookedTransformer or a TransformerBridge, got a {type(model).__name__}. Load it with "
+            "rt_lens.load_model."
+        )
+    vars(model)[_KEPT] = made
+    return made

@@ -1,0 +1,160 @@
+"""The interface of a backend: what rt_lens asks of a model, whichever kind it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens so far, for all rows of a batch.
+
+    Attributes:
+        mask: 1 for the real tokens among them.
+    """
+
+    mask: Int[Tensor, "batch pos"]
+
+    def start_from(self, prefix: Any) -> None:
+        """Starts every row with the keys and values of one row: the prefix that all prompts share."""
+
+    def branch(self, model: Any, rows: list[int], room: int) -> Any:
+        """A new cache whose row i continues row `rows[i]` of this one, with room for `room` more tokens."""
+
+
+class Backend(ABC):
+    """One model, of one kind.
+
+    Attributes:
+        model: the model.
+    """
+
+    kind: str
+    """Its name in `load_model(backend=...)`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copied model gets a backend of its own."""
+        return None
+
+    @abstractmethod
+    def quick(self) -> AbstractContextManager[Any]:
+        """Context manager under which the model runs faster; hooks, weights and results stay the same."""
+
+    @abstractmethod
+    def residual(
+        self, inputs: Tensor, mask: Int[Tensor, "batch pos"], *, start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that enters block `stop` (by default: that leaves the last block).
+
+        Args:
+            inputs: tokens, Int[Tensor, "batch pos"]; with `start` the residual stream that enters that block.
+            mask: 1 for real tokens; padding is not counted in positions.
+            start: the block to go on from; the blocks before it do not run.
+            stop: the block to stop before.
+        """
+
+    @abstractmethod
+    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """Logits of chosen residuals: the final norm, the unembedding, and what the family does to logits."""
+
+    @abstractmethod
+    def cache(self, rows: int, capacity: int) -> Cache:
+        """An empty key-value cache for at most `capacity` tokens a row."""
+
+    @abstractmethod
+    def extend(
+        self, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"], cache: Any
+    ) -> Float[Tensor, "batch new d_model"]:
+        """The residual stream after the last block at new tokens, which are added to the cache."""
+
+    def next_logits(
+        self, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"], cache: Any
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits after new tokens, which are added to the cache; without a cache the tokens are the whole text."""
+        with self.quick():
+            final = self.residual(tokens, mask) if cache is None else self.extend(tokens, mask, cache)
+            return self.unembed(final[:, -1])
+
+    def logits(
+        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor, size: int
+    ) -> Iterator[Float[Tensor, "chosen d_vocab"]]:
+        """Logits at chosen positions (True in `where`), in chunks of `size`; no others are computed."""
+        with self.quick():
+            final = self.residual(tokens, mask)[where]
+            yield from (self.unembed(part) for part in final.split(size))
+
+    def run_with_cache(self, tokens: Tensor, mask: Tensor, hook_names: Sequence[str], stop: int | None) -> Any:
+        """TransformerLens's `run_with_cache` at these hook points, which stops before block `stop`."""
+        _, cache = self.model.run_with_cache(
+            tokens, attention_mask=mask, names_filter=list(hook_names), stop_at_layer=stop, return_type=None
+        )
+        return cache
+
+    @abstractmethod
+    def caches(self) -> bool:
+        """Whether decoding with a key-value cache gives the logits that it gives without."""
+
+    @abstractmethod
+    def branches(self) -> bool:
+        """Whether rows may share a prefix in the cache, and a cache may be branched."""
+
+    @abstractmethod
+    def unembedding(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The matrix that reads logits off the normalised residual stream."""
+
+    @abstractmethod
+    def final_norm(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """The norm before the unembedding."""
+
+    @abstractmethod
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, each parameter once, in the names that deltas have on this kind of model."""
+
+    @abstractmethod
+    def source_config(self) -> Any:
+        """A copy of the Hugging Face configuration that the model was made from; None if there is none."""
+
+    @property
+    @abstractmethod
+    def family(self) -> str:
+        """The name of the class of transformers that holds such models."""
+
+    @abstractmethod
+    def give_tokenizer(self, tokenizer: Any) -> None:
+        """Sets the model's tokenizer as it is."""
+
+
+_OF_LIBRARIES = ("transformer_lens.", "transformers.")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(modules: Sequence[nn.Module]) -> bool:
+    """Whether any of these modules has a hook, other than those with which the libraries themselves work."""
+    return any(
+        isinstance(module, HookPoint) or not getattr(hook, "__module__", "").startswith(_OF_LIBRARIES)
+        for module in modules
+        for kind in _HOOKS
+        if (hooks := getattr(module, kind))
+        for hook in hooks.values()
+    )
+
+
+def positions_of(mask: Int[Tensor, "batch pos"], new: int | None = None) -> Int[Tensor, "batch new"]:
+    """The position of each token among the real tokens of its row; of the last `new` columns, by default of all."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return positions if new is None else positions[:, positions.shape[1] - new :]
+
+
+def allowed_error(dtype: torch.dtype) -> float:
+    """Relative error of logits, in norm, that rounding may explain; correct families stay below half of it."""
+    return {torch.float16: 0.02, torch.bfloat16: 0.05}.get(dtype, 1e-3)

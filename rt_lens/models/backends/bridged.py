@@ -1,0 +1,317 @@
+"""TransformerBridge of TransformerLens 3 and 4: Hugging Face's own blocks wherever nobody listens inside one.
+
+A bridge runs a Hugging Face model whose parts it has wrapped, which costs time in every part and computes attention
+without fused kernels. Under `quick` a block without hooks between its input and its output runs as Hugging Face wrote
+it, on the same parameters; a block with such hooks runs as the bridge wrote it. The hooks on inputs and outputs of
+blocks, embedding, final norm and unembedding are called in both.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
+from transformers import DynamicCache
+
+from rt_lens.models.backends.base import Backend, allowed_error, hooked, positions_of
+from rt_lens.models.backends.plain import join_fused, plain_copy, unwrapped
+
+_FORKS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+"""Settings of TransformerLens under which a block has hook points that Hugging Face's does not compute."""
+
+
+@dataclass
+class _Span:
+    """Which blocks run: those before `start` give `residual` instead, and block `stop` and later ones do not run.
+
+    Attributes:
+        plain: whether blocks may run as Hugging Face wrote them.
+    """
+
+    start: int = 0
+    residual: Tensor | None = None
+    stop: int | None = None
+    plain: bool = True
+
+
+class BridgeCache:
+    """transformers' key-value cache, with the mask of the tokens in it."""
+
+    def __init__(self, state: Any, mask: Int[Tensor, "batch pos"]) -> None:
+        self.state, self.mask = state, mask
+
+    def start_from(self, prefix: BridgeCache) -> None:
+        """Starts every row with the keys and values of one row: the prefix that all prompts share."""
+        rows = self.mask.shape[0]
+        self.state = copy.deepcopy(prefix.state)
+        self.state.batch_repeat_interleave(rows)
+        self.mask = prefix.mask.expand(rows, -1)
+
+    def branch(self, model: Any, rows: list[int], room: int) -> BridgeCache:
+        """A new cache whose row i continues row `rows[i]` of this one."""
+        state = copy.deepcopy(self.state)
+        state.batch_select_indices(torch.tensor(rows, device=self.mask.device))
+        return BridgeCache(state, self.mask[rows])
+
+
+class BridgeBackend(Backend):
+    """A TransformerBridge."""
+
+    kind = "bridge"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        join_fused(model)
+        self.original: Any = model.original_model
+        attention = "sdpa" if getattr(self.original, "_supports_sdpa", False) else None
+        self.plain, copies = plain_copy(self.original, attention)
+        self.blocks = [copies[id(unwrapped(block))] for block in model.blocks]
+        outer = [(block.hook_in, block.hook_out) for block in model.blocks]
+        self.inside = [
+            [part for part in block.modules() if part is not block and part not in points]
+            for block, points in zip(model.blocks, outer, strict=True)
+        ]
+        self.takes = inspect.signature(self.original.forward).parameters
+        self.cache_errors: dict[bool, float] = {}
+        self._span = _Span()
+        self._tuples: bool | None = None
+
+    @property
+    def family(self) -> str:
+        return type(self.original).__name__
+
+    @contextmanager
+    def quick(self) -> Iterator[Any]:
+        blocks = self.model.blocks
+        if any("forward" in vars(block) for block in blocks):
+            yield self.model
+            return
+        try:
+            for index, block in enumerate(blocks):
+                vars(block)["forward"] = partial(self._run_block, index, block)
+            yield self.model
+        finally:
+            for block in blocks:
+                vars(block).pop("forward", None)
+
+    def _run_block(self, index: int, block: Any, *args: Any, **kwargs: Any) -> Any:
+        span = self._span
+        if index < span.start:
+            return (span.residual, None, None) if self._tuples else span.residual
+        output = (
+            self._run_plain(index, block, args, kwargs)
+            if span.plain and self._may_be_plain(index)
+            else type(block).forward(block, *args, **kwargs)
+        )
+        if index + 1 == span.stop:
+            raise StopAtLayerException(output[0] if isinstance(output, tuple) else output)
+        return output
+
+    def _may_be_plain(self, index: int) -> bool:
+        model = self.model
+        processed = getattr(model, "compatibility_mode", False) or any(
+            getattr(model.cfg, name, False) for name in _FORKS
+        )
+        return not processed and not hooked(self.inside[index])
+
+    def _run_plain(self, index: int, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(block, "_stop_at_layer_idx", None) is not None:
+            block._check_stop_at_layer(*args, **kwargs)
+        if args:
+            args = (block.hook_in(args[0]), *args[1:])
+        else:
+            kwargs["hidden_states"] = block.hook_in(kwargs["hidden_states"])
+        output = self.blocks[index](*args, **kwargs)
+        if isinstance(output, tuple):
+            return (block.hook_out(output[0]), *output[1:])
+        return block.hook_out(output)
+
+    @contextmanager
+    def _over(self, span: _Span) -> Iterator[None]:
+        before, self._span = self._span, span
+        try:
+            with self.quick():
+                yield
+        finally:
+            self._span = before
+
+    def _call(self, inputs: Tensor, mask: Tensor | None, **settings: Any) -> Any:
+        """Hugging Face's forward pass, by tokens or by the residual stream."""
+        named = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        if "position_ids" in self.takes and mask is not None:
+            settings["position_ids"] = positions_of(mask, inputs.shape[1])
+        return self.original(**{named: inputs}, attention_mask=mask, **{"use_cache": False, **settings})
+
+    def residual(self, inputs: Tensor, mask: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.model.cfg.n_layers if stop is None else stop
+        if stop == start:
+            return inputs if start else self._embedded(inputs, mask)
+        self._learn_outputs(start)
+        with self._over(_Span(start, inputs if start else None, stop)):
+            return self._stopped(inputs, mask)
+
+    def _stopped(self, inputs: Tensor, mask: Tensor, **settings: Any) -> Tensor:
+        try:
+            self._call(inputs, mask, **settings)
+        except StopAtLayerException as stopped:
+            return stopped.layer_output
+        raise RuntimeError(f"{self.family} must run its blocks in order, got a forward pass that left some out.")
+
+    def _embedded(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        block = self.model.blocks[0]
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise StopAtLayerException(args[0] if args else kwargs["hidden_states"])
+
+        with self.quick():
+            kept, vars(block)["forward"] = vars(block)["forward"], stop
+            try:
+                return self._stopped(tokens, mask)
+            finally:
+                vars(block)["forward"] = kept
+
+    @torch.no_grad()
+    def _learn_outputs(self, start: int) -> None:
+        """Whether the blocks of this family give tuples, which is needed only where some do not run."""
+        if not start or self._tuples is not None:
+            return
+        seen: list[Any] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            seen.append(plain(*args, **kwargs))
+            raise StopAtLayerException(self.model.W_E)
+
+        block, plain = self.model.blocks[0], self.blocks[0]
+        tokens = torch.zeros(1, 1, dtype=torch.long, device=self.model.cfg.device)
+        with self.quick():
+            kept, vars(block)["forward"] = vars(block)["forward"], note
+            try:
+                self._stopped(tokens, torch.ones_like(tokens))
+            finally:
+                vars(block)["forward"] = kept
+        self._tuples = isinstance(seen[0], tuple)
+
+    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        n = self.model.cfg.n_layers
+        self._learn_outputs(n)
+        flat = residual.reshape(-1, 1, residual.shape[-1])  # rows of one token each: no masks, no positions
+        with self._over(_Span(n, flat)):
+            logits = self._call(flat, torch.ones(flat.shape[:2], dtype=torch.long, device=flat.device)).logits
+        return logits.reshape(*residual.shape[:-1], -1)
+
+    def final_norm(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        return self.model.ln_final(residual)
+
+    def unembedding(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.model.W_U
+
+    def cache(self, rows: int, capacity: int) -> BridgeCache:
+        state = DynamicCache(config=self.original.config)
+        return BridgeCache(state, torch.empty(rows, 0, dtype=torch.long, device=self.model.cfg.device))
+
+    def extend(self, tokens: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch new d_model"]:
+        cache.mask = torch.cat([cache.mask, mask], dim=1)
+        with self._over(_Span(stop=self.model.cfg.n_layers)):
+            return self._stopped(tokens, cache.mask, past_key_values=cache.state, use_cache=True)
+
+    def next_logits(self, tokens: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch d_vocab"]:
+        settings: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits() else {}
+        if cache is not None:
+            cache.mask = mask = torch.cat([cache.mask, mask], dim=1)
+            settings |= {"past_key_values": cache.state, "use_cache": True}
+        with self.quick():
+            return self._call(tokens, mask, **settings).logits[:, -1]
+
+    def logits(self, tokens: Tensor, mask: Tensor, where: Tensor, size: int) -> Iterator[Tensor]:
+        if self._keeps_logits():
+            yield from super().logits(tokens, mask, where, size)
+            return
+        with self.quick():  # hooks on logits, and models that cannot leave any out
+            yield from self._call(tokens, mask).logits[where].split(size)
+
+    def _keeps_logits(self) -> bool:
+        """Whether the model can compute the logits of some positions only; hooks on logits need all of them."""
+        ends = [part for name in ("ln_final", "unembed") if hasattr(self.model, name) for part in
+                getattr(self.model, name).modules()]  # fmt: skip
+        return "logits_to_keep" in self.takes and not hooked(ends)
+
+    def run_with_cache(self, tokens: Tensor, mask: Tensor, hook_names: Sequence[str], stop: int | None) -> Any:
+        # The bridge's own stop has no "after the last block", and runs the unembedding.
+        settings: dict[str, Any] = {"position_ids": positions_of(mask)} if "position_ids" in self.takes else {}
+        if stop is None and self._keeps_logits():
+            settings["logits_to_keep"] = 1
+        with self._over(_Span(stop=stop)):
+            _, cache = self.model.run_with_cache(
+                tokens, attention_mask=mask, names_filter=list(hook_names), return_type=None, **settings
+            )
+        return cache
+
+    def caches(self) -> bool:
+        plain = all(self._may_be_plain(index) for index in range(len(self.blocks)))
+        if plain not in self.cache_errors:
+            with _without_hooks(self.model):  # an edit by row, say, would meet rows that are not its own
+                self.cache_errors[plain] = self._measured_cache_error(plain)
+        return self.cache_errors[plain] < allowed_error(next(self.original.parameters()).dtype)
+
+    def branches(self) -> bool:
+        return self.caches()
+
+    @torch.no_grad()
+    def _measured_cache_error(self, plain: bool, n: int = 8, steps: int = 4) -> float:
+        """Relative error of logits with a key-value cache, on two rows of which one is padded; infinite if it fails.
+
+        Args:
+            plain: of Hugging Face's blocks, or of the bridge's, which run where there are hooks inside of them.
+            n: tokens of the prompt.
+            steps: tokens after it.
+        """
+        cfg = self.model.cfg
+        tokens = torch.linspace(0, cfg.d_vocab - 1, 2 * (n + steps)).long().view(2, -1).to(cfg.device)
+        mask = torch.ones_like(tokens)
+        mask[1, : n // 2] = 0
+        with_cache: list[Tensor] = []
+        cache = self.cache(2, n + steps)
+        with self._over(_Span(plain=plain)), suppress(Exception):  # any error of a family that has no such cache
+            whole = self._call(tokens, mask).logits[:, n - 1 :].double()
+            for end in range(n, n + steps + 1):
+                new = slice(0 if end == n else end - 1, end)
+                with_cache.append(self.next_logits(tokens[:, new], mask[:, new], cache).double())
+            error = float((torch.stack(with_cache, 1) - whole).norm() / whole.norm())
+            return error if math.isfinite(error) else math.inf
+        return math.inf
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.plain.named_parameters())
+
+    def source_config(self) -> Any:
+        return copy.deepcopy(self.original.config)
+
+    def give_tokenizer(self, tokenizer: Any) -> None:
+        # Not through the bridge's setter, which rebuilds the tokenizer to add a start token to every text.
+        self.model._tokenizer = tokenizer
+
+
+@contextmanager
+def _without_hooks(model: Any) -> Iterator[None]:
+    """Context manager under which no hook runs."""
+    points = [part for part in model.modules() if isinstance(part, HookPoint)]
+    kept = [(point._forward_hooks, point._backward_hooks) for point in points]
+    try:
+        for point in points:
+            point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for point, (forward, backward) in zip(points, kept, strict=True):
+            point._forward_hooks, point._backward_hooks = forward, backward

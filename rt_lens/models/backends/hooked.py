@@ -1,0 +1,260 @@
+"""HookedTransformer of TransformerLens 3: a faster forward pass with the same results and the same hooks.
+
+`QuickAttention` computes masks and rotary angles once per forward pass instead of once per layer, uses torch's fused
+attention, and appends to a preallocated key-value cache. Every hook point is still called. The fused kernel never forms
+attention scores or patterns, so a layer with a hook on either runs TransformerLens's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+from rt_lens.models.backends.base import Backend
+from rt_lens.models.llama import FAMILIES
+
+
+class CacheSlot:
+    """Keys and values of one layer; keys are stored with their rotation already applied."""
+
+    def __init__(self, batch: int, capacity: int, n_heads: int, d_head: int, like: Tensor) -> None:
+        self._keys = like.new_empty(batch, capacity, n_heads, d_head)
+        self._values = torch.empty_like(self._keys)
+        self.length = 0
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self._keys, self._values
+
+    @property
+    def past_keys(self) -> Float[Tensor, "batch past head d_head"]:
+        return self._keys[:, : self.length]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + keys.shape[1]
+        self._keys[:, self.length : end] = keys
+        self._values[:, self.length : end] = values
+        self.length = end
+        return self._keys[:, :end], self._values[:, :end]
+
+
+class KeyValueCache:
+    """A preallocated key-value cache that `HookedTransformer.forward` takes as `past_kv_cache`, inside `quick`."""
+
+    def __init__(self, model: Any, batch: int, capacity: int) -> None:
+        cfg, like = model.cfg, next(model.parameters()).detach()
+        heads = cfg.n_key_value_heads or cfg.n_heads
+        self.batch = batch
+        self.slots = [CacheSlot(batch, capacity, heads, cfg.d_head, like) for _ in range(cfg.n_layers)]
+        self.mask = torch.empty(batch, 0, dtype=torch.long, device=like.device)
+
+    def __getitem__(self, layer: int) -> CacheSlot:
+        return self.slots[layer]
+
+    def start_from(self, prefix: KeyValueCache) -> None:
+        """Starts every row with the keys and values of one row: the prefix that all prompts share."""
+        for slot, shared in zip(self.slots, prefix.slots, strict=True):
+            slot.append(*(part[:, : shared.length].expand(self.batch, -1, -1, -1) for part in shared.pair))
+        self.mask = prefix.mask.expand(self.batch, -1)
+
+    def branch(self, model: Any, rows: list[int], room: int) -> KeyValueCache:
+        """A new cache whose row i continues row `rows[i]` of this one, with room for `room` more tokens."""
+        branched = KeyValueCache(model, len(rows), self.mask.shape[1] + room)
+        for slot, source in zip(branched.slots, self.slots, strict=True):
+            slot.append(*(part[rows, : source.length] for part in source.pair))
+        branched.mask = self.mask[rows]
+        return branched
+
+    def append_attention_mask(self, mask: Int[Tensor, "batch new"]) -> Int[Tensor, "batch pos"]:
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        return self.mask
+
+
+@dataclass
+class _Frame:
+    """What all layers of one forward pass share: its mask, rotary angles, and which positions may attend to which."""
+
+    layer: int
+    made_for: Tensor | None
+    shape: tuple[int, int, int]
+    cos: Tensor
+    sin: Tensor
+    allowed: Tensor | None
+    causal: bool
+
+
+def can_be_quick(model: Any) -> bool:
+    """True if the faster attention covers this model: rotary embeddings and plain causal attention."""
+    cfg = model.cfg
+    unusual = (
+        cfg.use_attn_result, cfg.use_split_qkv_input, cfg.use_attn_in, cfg.ungroup_grouped_query_attention,
+        cfg.use_local_attn, cfg.use_qk_norm, cfg.load_in_4bit, cfg.scale_attn_by_inverse_layer_idx,
+        cfg.use_dynamic_ntk_rope, cfg.use_logn_attn, cfg.use_attention_sinks, cfg.rotary_adjacent_pairs,
+        cfg.attn_scores_soft_cap > 0, cfg.clip_qkv is not None, cfg.n_devices > 1,
+    )  # fmt: skip
+    attention = model.blocks[0].attn
+    plain = cfg.positional_embedding_type == "rotary" and cfg.attention_dir == "causal" and attention.q_norm is None
+    return plain and cfg.rotary_dim == cfg.d_head and not any(unusual)
+
+
+def _attention(
+    attn: Any,
+    shared: list[_Frame],
+    query_input: Float[Tensor, "batch pos d_model"],
+    key_input: Float[Tensor, "batch pos d_model"],
+    value_input: Float[Tensor, "batch pos d_model"],
+    past_kv_cache_entry: Any = None,
+    additive_attention_mask: Tensor | None = None,
+    attention_mask: Int[Tensor, "batch all_pos"] | None = None,
+    position_bias: Tensor | None = None,
+) -> Float[Tensor, "batch pos d_model"]:
+    """TransformerLens's AbstractAttention.forward with the same hook points, on torch's fused attention."""
+    foreign_cache = past_kv_cache_entry is not None and not isinstance(past_kv_cache_entry, CacheSlot)
+    watched = attn.hook_attn_scores._forward_hooks or attn.hook_pattern._forward_hooks
+    watched = watched or attn.hook_attn_scores._backward_hooks or attn.hook_pattern._backward_hooks
+    if isinstance(past_kv_cache_entry, CacheSlot) and watched:
+        raise ValueError(
+            "hooks must leave attention scores and patterns alone while a cache is used, got one at "
+            f"blocks.{attn.layer_id}.attn. Hook hook_z instead, or generate with use_cache=False."
+        )
+    if foreign_cache or watched or additive_attention_mask is not None or position_bias is not None:
+        return type(attn).forward(
+            attn, query_input, key_input, value_input, past_kv_cache_entry, additive_attention_mask, attention_mask,
+            position_bias,
+        )  # fmt: skip
+    q, k, v = attn.calculate_qkv_matrices(query_input, key_input, value_input)
+    past = past_kv_cache_entry.length if past_kv_cache_entry is not None else 0
+    frame = _frame(attn, shared, attention_mask, (q.shape[0], q.shape[1], past))
+    q = attn.hook_rot_q(_rotate(q, frame.cos, frame.sin))
+    k = attn.hook_rot_k(_rotate(k, frame.cos, frame.sin))
+    if past_kv_cache_entry is not None:
+        k, v = past_kv_cache_entry.append(k, v)
+    q, k, v = (rearrange(x, "batch pos head d -> batch head pos d") for x in (q, k, v))
+    z = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=frame.allowed, is_causal=frame.causal, scale=1.0 / attn.attn_scale,
+        enable_gqa=k.shape[1] != q.shape[1],
+    )  # fmt: skip
+    z = attn.hook_z(rearrange(z, "batch head pos d -> batch pos head d"))
+    output = rearrange(attn.W_O, "head d model -> model (head d)")
+    return F.linear(rearrange(z, "batch pos head d -> batch pos (head d)"), output, attn.b_O)
+
+
+def _rotate(x: Float[Tensor, "batch pos head d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "batch pos head d"]:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[int, int, int]) -> _Frame:
+    """The values that all layers of this forward pass share, computed at its first layer."""
+    # A layer that does not follow the last one starts another pass, before which the mask may have been overwritten.
+    if shared and shared[0].layer < attn.layer_id and shared[0].made_for is mask and shared[0].shape == shape:
+        shared[0].layer = attn.layer_id
+        return shared[0]
+    _, n_query, past = shape
+    total, device = past + n_query, attn.rotary_cos.device
+    if total > attn.rotary_cos.shape[0]:
+        attn._extend_rotary_embeddings(min(attn.cfg.n_ctx, max(total, 2 * attn.rotary_cos.shape[0])))
+        if total > attn.rotary_cos.shape[0]:
+            raise ValueError(
+                f"tokens must fit this model's context of {attn.cfg.n_ctx} positions, got {total}. Shorten the texts."
+            )
+    if mask is None or bool(mask.all()):
+        positions = torch.arange(past, total, device=device)[None]
+        allowed = None if past == 0 or n_query == 1 else _causal(n_query, total, device)[None, None]
+        causal = past == 0 and n_query > 1
+    else:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        # Padding attends to itself: the softmax of a row that attends to nothing is NaN.
+        itself = torch.arange(past, total, device=device)[:, None] == torch.arange(total, device=device)[None, :]
+        allowed = ((_causal(n_query, total, device) & mask.bool()[:, None, :]) | itself)[:, None]
+        causal = False
+    cos, sin = (angles[positions][:, :, None] for angles in (attn.rotary_cos, attn.rotary_sin))
+    frame = _Frame(attn.layer_id, mask, shape, cos, sin, allowed, causal)
+    shared[:] = [frame]
+    return frame
+
+
+def _causal(n_query: int, total: int, device: torch.device) -> Tensor:
+    """Bool[Tensor, "n_query total"]: True where a query may attend to a key."""
+    return torch.ones(n_query, total, dtype=torch.bool, device=device).tril(total - n_query)
+
+
+class HookedBackend(Backend):
+    """A HookedTransformer."""
+
+    kind = "hooked"
+
+    @contextmanager
+    def quick(self) -> Iterator[Any]:
+        model = self.model
+        if not can_be_quick(model) or any("forward" in vars(block.attn) for block in model.blocks):
+            yield model
+            return
+        shared: list[_Frame] = []
+        try:
+            for block in model.blocks:
+                block.attn.forward = partial(_attention, block.attn, shared)
+            yield model
+        finally:
+            for block in model.blocks:
+                vars(block.attn).pop("forward", None)
+
+    def residual(self, inputs: Tensor, mask: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.model.cfg.n_layers if stop is None else stop
+        return self.model(inputs, attention_mask=mask, start_at_layer=start or None, stop_at_layer=stop)
+
+    def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        flat = residual.reshape(1, -1, residual.shape[-1])
+        logits = self.model.unembed(self.final_norm(flat))
+        cap = self.model.cfg.output_logits_soft_cap
+        if cap > 0:
+            logits = cap * torch.tanh(logits / cap)
+        return logits.reshape(*residual.shape[:-1], -1)
+
+    def final_norm(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        return self.model.ln_final(residual) if self.model.cfg.normalization_type is not None else residual
+
+    def unembedding(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.model.W_U
+
+    def cache(self, rows: int, capacity: int) -> Any:
+        if can_be_quick(self.model):
+            return KeyValueCache(self.model, rows, capacity)
+        return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.cfg.device, rows)
+
+    def extend(self, tokens: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch new d_model"]:
+        return self.model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=self.model.cfg.n_layers)
+
+    def caches(self) -> bool:
+        return True
+
+    def branches(self) -> bool:
+        return can_be_quick(self.model)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def source_config(self) -> Any:
+        from transformers import CONFIG_MAPPING
+
+        kept = getattr(self.model.cfg, "rt_lens_config", None)
+        return None if kept is None else CONFIG_MAPPING[kept["model_type"]].from_dict(kept)
+
+    @property
+    def family(self) -> str:
+        kept = getattr(self.model.cfg, "rt_lens_config", None) or {}
+        return FAMILIES.get(kept.get("model_type", ""), type(self.model).__name__)
+
+    def give_tokenizer(self, tokenizer: Any) -> None:
+        # Not through set_tokenizer, which rebuilds the tokenizer to add a start token to every text.
+        self.model.tokenizer = tokenizer
