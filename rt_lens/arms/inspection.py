@@ -22,18 +22,18 @@ from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.models.activations import last_token_activations
+from rt_lens.models.backends import slots_of
 from rt_lens.models.forward import check_layers, finest_dtype
 from rt_lens.models.generation import as_chat
 from rt_lens.models.parameter_names import (
     block_and_modules,
     module_label,
     reads_from_stream,
-    stored_input_first,
     writes_to_stream,
     written_by_read,
 )
 from rt_lens.models.protocol import Model
-from rt_lens.tuning.delta import WeightDelta
+from rt_lens.tuning.delta import WeightDelta, fitting
 from rt_lens.vectors.guards import refuse_heads
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names, layer_of
 
@@ -79,21 +79,20 @@ def weight_changes(
         >>> plots.weight_changes(table).show()
     """
     units = _units(model, vectors, hook) if vectors is not None else {}
-    with delta.applied(model):  # refuses a delta of another model
-        pass
-    weights = dict(model.named_parameters())
+    slots, changes = slots_of(model), fitting(delta, model)
     rows = []
-    for name, change in Bar(delta.changes.items(), desc="weights", unit="parameter", disable=not progress):
+    for name, change in Bar(changes.items(), desc="weights", unit="parameter", disable=not progress):
         exact: dict[str, Any] = {"device": model.cfg.device, "dtype": finest_dtype(model.cfg.device)}
-        input_first = stored_input_first(model, name)
-        matrix = written_by_read(name, change.detach().to(**exact), input_first=input_first)
-        weight, norm = float(weights[name].detach().to(**exact).norm()), float(matrix.norm())
+        slot = slots[name]
+        matrix = written_by_read(name, change.detach().to(**exact), input_first=slot.input_first)
+        before = 0.0 if slot.parameter is None else float(slot.parameter.detach().to(**exact).norm())
+        norm = float(matrix.norm())
         row = {
             "parameter": name,
             "layer": block_and_modules(name)[0],
             "kind": module_label(name),
             "norm": norm,
-            "relative": norm / weight if weight else float("nan"),
+            "relative": norm / before if before else float("nan"),
             **_spectrum(matrix),
         }
         if vectors is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rt_lens.models.hub import official_name
 from rt_lens.models.llama import FAMILIES
 from rt_lens.models.parameter_names import block_and_modules
 from rt_lens.models.registry import BUNDLED_MODELS
@@ -143,23 +145,34 @@ def _config(source: str, file: Mapping[str, str]) -> Any:
     )
 
 
+# Blocks, width, width of the MLP, heads and key-value heads of the first Llamas (Touvron et al. 2023), by billions of
+# parameters: the paper's own, for which a plan needs no network.
+_LLAMAS = {
+    "7b": (32, 4096, 11008, 32, 32),
+    "13b": (40, 5120, 13824, 40, 40),
+    "30b": (60, 6656, 17920, 52, 52),
+    "65b": (80, 8192, 22016, 64, 64),
+    "70b": (80, 8192, 28672, 64, 8),
+}
+
+
 def _config_of_table(name: str) -> Any:
-    """A Llama's configuration from TransformerLens's own table, which needs no network for these names.
+    """The configuration of a Llama of the first two generations, by its name.
 
     Raises:
         ValueError: for a name that is not in the table.
     """
-    from transformer_lens.loading_from_pretrained import get_official_model_name, get_pretrained_model_config
     from transformers import LlamaConfig
 
-    if "llama" not in get_official_model_name(name).lower():
+    short = official_name(name).rsplit("/", 1)[-1].lower()
+    known = re.fullmatch(r"(code)?llama-?(2)?-(\d+b)(-(chat|instruct|python))?(-hf)?", short)
+    if known is None or known[3] not in _LLAMAS:
         raise ValueError(f"name must be that of a Llama, got {name!r}")
-    cfg = get_pretrained_model_config(name)
+    layers, width, mlp, heads, kv_heads = _LLAMAS[known[3]]
     return LlamaConfig(
-        vocab_size=cfg.d_vocab, hidden_size=cfg.d_model, intermediate_size=cfg.d_mlp or 4 * cfg.d_model,
-        num_hidden_layers=cfg.n_layers, num_attention_heads=cfg.n_heads, head_dim=cfg.d_head,
-        num_key_value_heads=cfg.n_key_value_heads or cfg.n_heads, max_position_embeddings=cfg.n_ctx,
-        tie_word_embeddings=bool(cfg.tie_word_embeddings),
+        vocab_size=32016 if known[1] and known[5] != "python" else 32000, hidden_size=width, intermediate_size=mlp,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        max_position_embeddings=4096 if known[1] or known[2] else 2048, tie_word_embeddings=False,
     )  # fmt: skip
 
 

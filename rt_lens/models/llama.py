@@ -100,3 +100,36 @@ def to_huggingface(name: str, parameter: Float[Tensor, "..."]) -> tuple[str, Flo
         return None
     theirs, layout = counterpart
     return f"model.layers.{layer}.{theirs}", rearrange(parameter, layout)
+
+
+def from_huggingface(name: str, parameter: Float[Tensor, "..."], cfg: Any) -> tuple[str, Float[Tensor, "..."]] | None:
+    """A Hugging Face parameter under TransformerLens's name and in its layout: `to_huggingface` undone.
+
+    Args:
+        name: as in Hugging Face's files.
+        parameter: in the shape that it has there; differences of weights are mapped as well.
+        cfg: configuration of the HookedTransformer.
+
+    Returns:
+        Name and tensor; None for a parameter that Llama-style HookedTransformers lack.
+
+    Example:
+        >>> name, matrix = to_huggingface("blocks.0.attn.W_Q", model.blocks[0].attn.W_Q)
+        >>> from_huggingface(name, matrix, model.cfg)[0]
+        'blocks.0.attn.W_Q'
+    """
+    for ours, theirs in _OUTSIDE.items():
+        if name == theirs:
+            return ours, parameter.T if ours == "unembed.W_U" else parameter
+    layer, _, inside = name.removeprefix("model.layers.").partition(".")
+    for ours, (theirs, layout) in _INSIDE.items():
+        if inside == theirs:
+            before, after = layout.split(" -> ")
+            of_keys = ours[-1] in "KV" and ours.startswith("attn.")
+            grouped = of_keys and cfg.n_key_value_heads is not None
+            sizes = {"n": cfg.n_key_value_heads if grouped else cfg.n_heads} if "(n h)" in after else {}
+            owner, _, kind = ours.rpartition(".")
+            return f"blocks.{layer}.{owner}.{'_' if grouped else ''}{kind}", rearrange(
+                parameter, f"{after} -> {before}", **sizes
+            )
+    return None

@@ -8,12 +8,9 @@ Face (`model.layers.3.self_attn.q_proj.weight`, `gpt_neox.layers.3.mlp.dense_h_t
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
-
-from rt_lens.models.protocol import Model
 
 # `_original_component` is what a TransformerBridge puts between a module and its owner.
 _WRAPPER = "._original_component"
@@ -27,19 +24,19 @@ _IN_A_BLOCK: dict[str, tuple[str, ...]] = {
     r"(?:c_attn|qkv|qkv_proj|query_key_value)\.weight$": ("q", "k", "v"),
     r"gate_up_proj\.weight$": ("gate", "up"),
     r"mlp\.(?:.*W_gate|.*gate_proj\.weight|gate\.weight)$": ("gate",),
-    r"mlp\.(?:.*W_in|.*up_proj\.weight|in\.weight|.*c_fc\.weight|.*dense_h_to_4h\.weight)$": ("up",),
-    r"mlp\..*(?:W_out|down_proj\.weight|c_proj\.weight|dense_4h_to_h\.weight)$": ("down",),
-    # A bridge's fused bias of query, key and value is there still, but the bridge computes with its three parts.
-    r"\._?b_\w+$|(?<!\.qkv)\.bias$|^ln\w*\.b$": ("bias",),
+    r"mlp\.(?:.*W_in|.*up_proj\.weight|in\.weight|.*c_fc\.weight|.*dense_h_to_4h\.weight)$|^fc1\.weight$": ("up",),
+    r"mlp\..*(?:W_out|down_proj\.weight|c_proj\.weight|dense_4h_to_h\.weight)$|^fc2\.weight$": ("down",),
+    r"\._?b_\w+$|\.bias$|^ln\w*\.b$": ("bias",),
     r"^ln\w*\.w$|norm\w*\.w(?:eight)?$|ln_\d\.weight$": ("norm",),
 }
+_TABLES = r"(?:^|\.)(?:embed_tokens|embed_positions|embed_in|word_embeddings|wte|wpe)\.weight$"  # [token, d_model]
+_EMBEDDING = re.compile(_TABLES)
 _OUTSIDE: dict[str, tuple[str, ...]] = {
-    r"(?:^|\.)(?:pos_)?embed\.W_(?:E|pos)$|(?:^|\.)(?:embed_tokens|embed_in|wte|wpe)\.weight$": ("embed",),
+    rf"(?:^|\.)(?:pos_)?embed\.W_(?:E|pos)$|{_TABLES}": ("embed",),
     r"(?:^|\.)(?:unembed\.)?b_U$|\.bias$|(?:^|\.)ln\w*\.b$": ("bias",),
     r"(?:^|\.)ln\w*\.w$|(?:norm\w*|ln_f)\.w(?:eight)?$": ("norm",),
 }
 _OWN_AXES = re.compile(r"\._?W_\w+$")  # TransformerLens's own layout: [.., in, out], with an axis of heads in attention
-_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte|wpe)\.weight$")  # [token, d_model]
 
 
 def block_and_modules(name: str) -> tuple[int | None, tuple[str, ...]]:
@@ -72,17 +69,6 @@ def plain_name(name: str) -> str:
         'model.layers.0.mlp.up_proj.weight'
     """
     return name.replace(_WRAPPER, "")
-
-
-def output_parameters(layer: int, module: str) -> tuple[str, str]:
-    """Names of the weight and bias with which a HookedTransformer's attention (`o`) or MLP (`down`) writes.
-
-    Example:
-        >>> output_parameters(18, "down")
-        ('blocks.18.mlp.W_out', 'blocks.18.mlp.b_out')
-    """
-    owner, end = {"o": ("attn", "O"), "down": ("mlp", "out")}[module]
-    return f"blocks.{layer}.{owner}.W_{end}", f"blocks.{layer}.{owner}.b_{end}"
 
 
 def module_label(name: str) -> str:
@@ -140,28 +126,13 @@ def from_matrix(name: str, matrix: Float[Tensor, "out into"], shape: tuple[int, 
     return matrix.reshape(shape[0], shape[2], shape[1]).movedim(2, 1)
 
 
-def stored_input_first(model: Model, name: str) -> bool:
-    """Whether a weight belongs to a Conv1D of transformers (GPT-2), stored as [in, out] and not [out, in].
-
-    Names do not tell: a bridge calls GPT-2's output projection `attn.o`, as it calls other models' linear ones.
-
-    Example:
-        >>> stored_input_first(model, "blocks.0.attn.W_Q")
-        False
-    """
-    owner: Any = model
-    for part in name.split(".")[:-1]:  # a bridge's `named_modules` leaves out the modules that it wraps
-        owner = getattr(owner, part)
-    return type(owner).__name__ == "Conv1D"
-
-
 def written_by_read(name: str, weight: Tensor, *, input_first: bool = False) -> Float[Tensor, "write read"]:
     """A weight as a matrix of rows that are written to and columns that are read from; one column for a bias or norm.
 
     Args:
         name: of the parameter.
         weight: its numbers, or a change of them.
-        input_first: what `stored_input_first` says of it.
+        input_first: whether it is stored as [in, out], as GPT-2's are (`Slot.input_first`).
 
     Example:
         >>> import torch

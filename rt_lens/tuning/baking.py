@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
-from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from rt_lens.models.activations import check_hook_names
+from rt_lens.models.backends import backend_of
+from rt_lens.models.backends.base import allowed_error
+from rt_lens.models.context import token_context
 from rt_lens.models.forward import dtype_name, finest_dtype, model_name
-from rt_lens.models.parameter_names import output_parameters
+from rt_lens.models.parameter_names import as_matrix, from_matrix
 from rt_lens.models.protocol import Model
 from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.tuning.delta import WeightDelta
@@ -40,10 +41,12 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
       (`ablate(vectors.everywhere(model, 18), hook="any")`): what writes into the stream is orthogonalised (Arditi et
       al. 2024).
 
-    `add_preserving_norm`, `conditional` and edits limited to some tokens have none.
+    `add_preserving_norm`, `conditional` and edits limited to some tokens have none, and neither have edits of the
+    stream where a family norms or scales what a block writes (Gemma, Granite), or writes both parts of a block at once
+    (GPT-NeoX, Cohere). Whatever the family, the result is compared with the hooks on a few tokens before it is given.
 
     Args:
-        model: a HookedTransformer; it stays as it is.
+        model: HookedTransformer or TransformerBridge; it stays as it is.
         hooks: from `add`, `ablate` and so on; lists can be concatenated with `+`.
 
     Returns:
@@ -63,17 +66,6 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
         ...     bool(model("How was your day?").isclose(steered_logits, atol=1e-3).all())
         True
     """
-    if not isinstance(model, HookedTransformer):
-        raise ValueError(
-            "model must be a HookedTransformer, got a TransformerBridge, which keeps its source's parameters and may "
-            "lack the biases that edits fold into. Load it with backend='hooked'."
-        )
-    if not _writes_weights_directly(model):
-        raise ValueError(
-            f"model must write the output of its weights into the residual stream as it is, but {model_name(model)} "
-            "has "
-            "a norm or a parallel path in between, so there is no exact fold. Keep the hooks."
-        )
     if not hooks:
         raise ValueError("hooks must be at least one edit, from `add` or `ablate` for example, got an empty list.")
     check_hook_names(model, [name for name, _ in hooks])
@@ -91,35 +83,72 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
     config = {
         "baked": [f"{name}: {type(edit.operator).__name__}, multiplier {edit.multiplier:g}" for name, edit in edits]
     }
-    return WeightDelta(weights.changes(), model_name(model), config, [], dtype_name(model))
+    baked = WeightDelta(weights.changes(), model_name(model), config, [], dtype_name(model))
+    _check_exact(model, hooks, baked)
+    return baked
 
 
 class _Weights:
-    """The parameters that are changed, as copies: read in the precision to fold in, stored in their own."""
+    """The parameters that are changed, as copies: read in the precision to fold in, stored in their own.
 
-    def __init__(self, model: HookedTransformer) -> None:
-        self.before = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    A matrix is read as [what it reads, d_model], the layout in which a row is what one input writes into the stream.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.slots = model, backend_of(model).slots()
+        self.embeddings = backend_of(model).embeddings()
         self.now: dict[str, Tensor] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.before:
+    def _before(self, name: str) -> Tensor:
+        slot = self.slots.get(name)
+        if slot is None:
             raise ValueError(f"model must have the parameter {name}, into which an edit is folded. Keep the hooks.")
-        weight = self.now.get(name, self.before[name])
+        if slot.parameter is None:  # a bias that this family does not have
+            return torch.zeros(slot.shape, dtype=self.model.cfg.dtype, device=self.model.cfg.device)
+        return slot.parameter.detach()
+
+    def _turned(self, name: str) -> bool:
+        """Whether a weight is stored as [d_model, what it reads]."""
+        plain = len(self.slots[name].shape) == 1 or name in self.embeddings or self.slots[name].input_first
+        return not plain
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.now.get(name, self._before(name))
+        weight = as_matrix(name, weight).T if self._turned(name) else weight
         return weight.to(finest_dtype(weight.device))  # each of many weights is rounded once, not once for each product
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        self.now[name] = value.to(self.before[name])
+        before = self._before(name)
+        value = from_matrix(name, value.T, tuple(before.shape)) if self._turned(name) else value
+        self.now[name] = value.to(before)
 
     def changes(self) -> dict[str, Tensor]:
-        return {name: now - self.before[name] for name, now in self.now.items()}
+        return {name: now - self._before(name) for name, now in self.now.items()}
 
 
-def _writes_weights_directly(model: Model) -> bool:
-    """Whether embedding, attention and MLP go into the stream one after the other, and without a norm in between."""
-    cfg = model.cfg
-    normed = cfg.use_normalization_before_and_after or cfg.original_architecture in POST_NORM_ARCHITECTURES
-    aside = cfg.parallel_attn_mlp or cfg.positional_embedding_type == "shortformer"
-    return not (normed or aside or cfg.post_embedding_ln)
+def _check_exact(model: Model, hooks: Sequence[FwdHook], baked: WeightDelta) -> None:
+    """Raises a ValueError where the change does not do what the hooks did, on tokens spread over the vocabulary."""
+    backend, cfg = backend_of(model), model.cfg
+    tokens = torch.linspace(0, cfg.d_vocab - 1, 32).long().view(2, 16).to(cfg.device)
+    mask = torch.ones_like(tokens)
+
+    def final() -> Tensor:
+        with backend.quick():
+            return backend.residual(tokens, mask).double()
+
+    plain = final()
+    with model.hooks(fwd_hooks=list(hooks)), token_context(mask):
+        steered = final()
+    with baked.applied(model):
+        error = (final() - steered).norm()
+    # Of rounding, an edit and its fold share nothing; of the edit, the fold must do all.
+    allowed = 1e-3 * (steered - plain).norm() + 0.02 * allowed_error(cfg.dtype) * steered.norm()
+    if not error <= allowed:
+        raise ValueError(
+            f"hooks have no exact fold into {model_name(model)} ({backend.family}), whose weights do not write their "
+            "output into the residual stream as it is: a norm, a multiplier or a parallel path lies in between. Keep "
+            "the hooks."
+        )
 
 
 def _constant(model: Model, name: str, edit: Any) -> Edit:
@@ -176,11 +205,11 @@ def _writer(model: Model, name: str) -> tuple[str, str]:
     layer, kind = layer_of(name), _kind(name)
     if kind == "resid_pre":
         layer, kind = layer - 1, "resid_post"
+    backend = backend_of(model)
     if layer < 0:
-        return "embed.W_E", "embed.W_E"
-    if kind in ("z", "attn_out", "resid_mid") or model.cfg.attn_only:
-        return output_parameters(layer, "o")
-    return output_parameters(layer, "down")
+        return (backend.embeddings()[0],) * 2
+    of_attention = kind in ("z", "attn_out", "resid_mid") or getattr(model.cfg, "attn_only", False)
+    return backend.writer(layer, "o" if of_attention else "down")
 
 
 def _fold_one(model: Model, weights: _Weights, name: str, edits: Sequence[Edit]) -> None:
@@ -188,9 +217,9 @@ def _fold_one(model: Model, weights: _Weights, name: str, edits: Sequence[Edit])
     matrix, offset = _affine(model, name, edits)
     weight, bias = _writer(model, name)
     if _kind(name) == "z":
-        out = weights[weight]  # [head d_head d_model]: it reads what the edit leaves
+        out = weights[weight].reshape(*_shape(model, name), -1)  # it reads what the edit leaves
         weights[bias] = weights[bias] + torch.einsum("hd,hdm->m", offset, out)
-        weights[weight] = matrix @ out
+        weights[weight] = (matrix @ out).flatten(0, 1)
     elif _kind(name) in _RESIDUAL:
         weights[bias] = weights[bias] + offset
     else:
@@ -226,6 +255,7 @@ def _fold_stream(model: Model, weights: _Weights, points: Mapping[str, Sequence[
         raise ValueError(f"{what} it is not idempotent, and the stream passes it at every block. Keep the hooks.")
     for part in dict.fromkeys(part for name in stream for part in _writer(model, name)):
         weights[part] = weights[part] @ matrix
-    weights["embed.W_E"] = weights["embed.W_E"] + offset
-    if "pos_embed.W_pos" in weights.before:
-        weights["pos_embed.W_pos"] = weights["pos_embed.W_pos"] @ matrix
+    tokens, *positions = backend_of(model).embeddings()
+    weights[tokens] = weights[tokens] + offset
+    for table in positions:
+        weights[table] = weights[table] @ matrix

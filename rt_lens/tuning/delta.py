@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rt_lens.common.files import read_safetensors, write_safetensors
+from rt_lens.models.backends import slots_of, translated
+from rt_lens.models.backends.base import Slot
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import modern
 
@@ -175,23 +178,21 @@ class _Swap:
     """A delta and a model's parameters: the memory before, and the memory with the change."""
 
     def __init__(self, delta: WeightDelta, model: Model | nn.Module) -> None:
-        parameters = dict(model.named_parameters())
-        for name, change in delta.changes.items():
-            if name not in parameters or parameters[name].shape != change.shape:
-                has = tuple(parameters[name].shape) if name in parameters else "no such parameter"
-                raise ValueError(
-                    f"delta must fit the model, got {tuple(change.shape)} for {name} ({delta.model}); this model has "
-                    f"{has}. Load the model that the delta was made on, with the same backend."
-                )
-        self.parameters = {name: parameters[name] for name in delta.changes}
+        slots = slots_of(model)
+        changes = fitting(delta, model)
+        several = _held_by_several(slots)
+        self.slots = {name: slots[name] for name in changes}
         # An inference tensor as a parameter's memory would forbid gradients after the caller's inference_mode ends.
         with torch.inference_mode(False), torch.no_grad():
+            self.parameters = {name: _parameter(slots[name], changes[name], several) for name in changes}
             self.before = {name: parameter.data for name, parameter in self.parameters.items()}
-            self.now = {name: _changed(self.before[name], change) for name, change in delta.changes.items()}
+            self.now = {name: _changed(self.before[name], change) for name, change in changes.items()}
+        self.held = {name: slot.parameter for name, slot in self.slots.items()}
 
     def apply(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.data = self.now[name]
+            self.slots[name].hold(parameter)
 
     def revert(self) -> None:
         for name, parameter in self.parameters.items():
@@ -202,8 +203,41 @@ class _Swap:
                 )
         for name, parameter in self.parameters.items():
             parameter.data = self.before[name]
+            self.slots[name].hold(self.held[name])
         self.parameters = {}  # so that a second undo does nothing, whatever was applied in between
         self.before, self.now = {}, {}
+
+
+def fitting(delta: WeightDelta, model: Model | nn.Module) -> dict[str, Tensor]:
+    """The delta's changes under the model's own names.
+
+    Raises:
+        ValueError: the model lacks a parameter, or it has another shape.
+    """
+    slots, changes = slots_of(model), translated(model, delta.changes)
+    for name, change in changes.items():
+        if name not in slots or slots[name].shape != tuple(change.shape):
+            has = slots[name].shape if name in slots else "no such parameter"
+            raise ValueError(
+                f"delta must fit the model, got {tuple(change.shape)} for {name} ({delta.model}); this model has "
+                f"{has}. Load the model that the delta was made on."
+            )
+    return changes
+
+
+def _held_by_several(slots: Mapping[str, Slot]) -> set[int]:
+    """The ids of tied parameters: a change of the one place leaves the other as it was."""
+    count = Counter(id(slot.parameter) for slot in slots.values() if slot.parameter is not None)
+    return {parameter for parameter, n in count.items() if n > 1}
+
+
+def _parameter(slot: Slot, change: Tensor, several: set[int]) -> nn.Parameter:
+    """What takes the change: the parameter, a copy of a tied one, or zeros for a bias that is not there."""
+    weight = slot.parameter
+    if weight is None:
+        like: Any = slot.module.weight
+        return nn.Parameter(torch.zeros_like(change, dtype=like.dtype, device=like.device), requires_grad=False)
+    return nn.Parameter(weight.data, weight.requires_grad) if id(weight) in several else weight
 
 
 def _changed(weight: Tensor, change: Tensor) -> Tensor:

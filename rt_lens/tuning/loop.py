@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rt_lens.common.progress import Bar
 from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.models.backends import parameters_of
 from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.forward import dtype_name, model_name
 from rt_lens.models.protocol import Model
@@ -302,7 +303,7 @@ class _Loop:
                 tensor.copy_(state.best[name])
         for leaf in self.leaves.values():
             leaf.write()
-        now = dict(self.model.named_parameters())
+        now = parameters_of(self.model)
         changes = {name: (now[name].detach() - before).contiguous() for name, before in self.before.items()}
         return WeightDelta(changes, model_name(self.model), self.origin, state.history, dtype_name(self.model))
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from rt_lens.models.backends import backend_of, parameters_of
 from rt_lens.models.forward import check_layers
 from rt_lens.models.parameter_names import as_matrix, block_and_modules, from_matrix
 from rt_lens.models.protocol import Model
@@ -35,14 +36,15 @@ def _chosen(model: Model, config: TuneConfig, loss: str) -> dict[str, nn.Paramet
     check_layers(model, blocks)
     chosen: dict[str, nn.Parameter] = {}
     seen: set[str] = set()
-    located = {name: block_and_modules(name) for name, _ in model.named_parameters()}
-    separate = {(block, modules[0]) for block, modules in located.values() if len(modules) == 1}
-    for name, parameter in model.named_parameters():
-        block, modules = located[name]
+    for name, parameter in parameters_of(model).items():
+        block, modules = block_and_modules(name)
+        if block in blocks and targets & {"gate", "up", "down"} and "expert" in name:
+            raise ValueError(
+                f"target_modules must be among q, k, v, o, bias and norm in a mixture of experts "
+                f"({backend_of(model).family}), whose experts are not tuned, got {', '.join(sorted(targets))}. Set "
+                "target_modules=('q', 'k', 'v', 'o')."
+            )
         if block not in blocks or not set(modules) & targets:
-            continue
-        # A bridge splits most fused matrices and runs the pieces: the whole is still there, but nothing reads it.
-        if len(modules) > 1 and all((block, module) in separate for module in modules):
             continue
         if not set(modules) <= targets:
             raise ValueError(

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
-from rt_lens.models.backends.base import Backend
+from rt_lens.models.backends.base import Backend, Slot, slots_in
 from rt_lens.models.backends.bridged import BridgeBackend
 
 try:
@@ -52,3 +54,33 @@ def backend_of(model: Any) -> Backend:
         )
     vars(model)[_KEPT] = made
     return made
+
+
+def slots_of(model: Any) -> dict[str, Slot]:
+    """Name -> where a parameter is held; of a model of either kind, or of any other module under its own names."""
+    return backend_of(model).slots() if _is_model(model) else slots_in(model)
+
+
+def translated(model: Any, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Changes of parameters under a model's own names, see `Backend.translated`; of any other module as they are."""
+    return backend_of(model).translated(changes) if _is_model(model) else dict(changes)
+
+
+def _is_model(model: Any) -> bool:
+    return isinstance(model, TransformerBridge) or (has_hooked() and isinstance(model, HookedTransformer))
+
+
+def parameters_of(model: Any) -> dict[str, nn.Parameter]:
+    """Name -> parameter, each once: a HookedTransformer's by its own names, a bridge's by Hugging Face's.
+
+    Example:
+        >>> list(parameters_of(model))[:2]
+        ['embed.W_E', 'blocks.0.ln1.w']
+    """
+    parameters: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, slot in slots_of(model).items():
+        if slot.parameter is not None and id(slot.parameter) not in seen:
+            seen.add(id(slot.parameter))
+            parameters[name] = slot.parameter
+    return parameters

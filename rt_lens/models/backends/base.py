@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -13,20 +14,46 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 
-class Cache(Protocol):
-    """Keys and values of the tokens so far, for all rows of a batch.
+@dataclass(frozen=True)
+class Slot:
+    """Where a module holds a parameter.
 
     Attributes:
-        mask: 1 for the real tokens among them.
+        module: the module.
+        name: the parameter's name in it.
     """
 
-    mask: Int[Tensor, "batch pos"]
+    module: nn.Module
+    name: str
 
-    def start_from(self, prefix: Any) -> None:
-        """Starts every row with the keys and values of one row: the prefix that all prompts share."""
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        return self.module._parameters[self.name]
 
-    def branch(self, model: Any, rows: list[int], room: int) -> Any:
-        """A new cache whose row i continues row `rows[i]` of this one, with room for `room` more tokens."""
+    def hold(self, parameter: nn.Parameter | None) -> None:
+        self.module._parameters[self.name] = parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape; of a bias that is not there, the shape that it would have."""
+        if self.parameter is not None:
+            return tuple(self.parameter.shape)
+        return (int(self.module.out_features),)  # type: ignore[arg-type]
+
+    @property
+    def input_first(self) -> bool:
+        """Whether the module is a Conv1D of transformers (GPT-2), whose matrix is stored as [in, out]."""
+        return type(self.module).__name__ == "Conv1D" and self.name == "weight"
+
+
+def slots_in(module: nn.Module) -> dict[str, Slot]:
+    """Every parameter's name -> where it is held, and the biases that projections could have."""
+    slots = {}
+    for prefix, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None or (name == "bias" and hasattr(part, "out_features")):
+                slots[f"{prefix}.{name}" if prefix else name] = Slot(part, name)
+    return slots
 
 
 class Backend(ABC):
@@ -68,8 +95,12 @@ class Backend(ABC):
         """Logits of chosen residuals: the final norm, the unembedding, and what the family does to logits."""
 
     @abstractmethod
-    def cache(self, rows: int, capacity: int) -> Cache:
-        """An empty key-value cache for at most `capacity` tokens a row."""
+    def cache(self, rows: int, capacity: int) -> Any:
+        """An empty key-value cache for at most `capacity` tokens a row.
+
+        Where `branches` is true, `start_from(prefix)` gives every row the keys and values of a cache of one row, and
+        `branch(model, rows, room)` makes a new cache whose row i continues row `rows[i]` of this one.
+        """
 
     @abstractmethod
     def extend(
@@ -117,8 +148,46 @@ class Backend(ABC):
         """The norm before the unembedding."""
 
     @abstractmethod
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, each parameter once, in the names that deltas have on this kind of model."""
+    def slots(self) -> dict[str, Slot]:
+        """Name -> where a parameter is held, in the names that deltas have on this kind of model.
+
+        Tied parameters have several; a projection without a bias has one for it, which is empty.
+        """
+
+    @abstractmethod
+    def translated(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Changes of parameters under this model's names and in its layout.
+
+        Args:
+            changes: under the names of either kind of model, or those that older versions of rt_lens gave.
+
+        Returns:
+            What has no counterpart keeps its name.
+        """
+
+    @abstractmethod
+    def writer(self, layer: int, module: str) -> tuple[str, str]:
+        """Names of the weight and the bias with which a block's attention (`o`) or MLP (`down`) writes.
+
+        Raises:
+            ValueError: if there is no one such matrix.
+        """
+
+    @abstractmethod
+    def embeddings(self) -> list[str]:
+        """Names of the embedding of tokens and, if it is learned, of positions."""
+
+    @abstractmethod
+    def as_huggingface(self, name: str, parameter: Tensor) -> tuple[str, Tensor] | None:
+        """A parameter, or a change of one, under Hugging Face's name and in its layout; None if it has none there."""
+
+    @abstractmethod
+    def huggingface(self) -> dict[str, Tensor]:
+        """The model's weights as they are now, by Hugging Face's names and in its layout.
+
+        Raises:
+            ValueError: something that is not zero has no form there.
+        """
 
     @abstractmethod
     def source_config(self) -> Any:

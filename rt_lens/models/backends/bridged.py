@@ -12,7 +12,7 @@ import copy
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +25,10 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformers import DynamicCache
 
-from rt_lens.models.backends.base import Backend, allowed_error, hooked, positions_of
-from rt_lens.models.backends.plain import join_fused, plain_copy, unwrapped
+from rt_lens.models.backends.base import Backend, Slot, allowed_error, hooked, positions_of, slots_in
+from rt_lens.models.backends.plain import fused_parts, join_fused, plain_copy, unwrapped
+from rt_lens.models.llama import FAMILIES, to_huggingface
+from rt_lens.models.parameter_names import plain_name
 
 _FORKS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 """Settings of TransformerLens under which a block has hook points that Hugging Face's does not compute."""
@@ -76,8 +78,8 @@ class BridgeBackend(Backend):
         join_fused(model)
         self.original: Any = model.original_model
         attention = "sdpa" if getattr(self.original, "_supports_sdpa", False) else None
-        self.plain, copies = plain_copy(self.original, attention)
-        self.blocks = [copies[id(unwrapped(block))] for block in model.blocks]
+        self.plain, self._copies = plain_copy(self.original, attention)
+        self.blocks = [self._copies[id(unwrapped(block))] for block in model.blocks]
         outer = [(block.hook_in, block.hook_out) for block in model.blocks]
         self.inside = [
             [part for part in block.modules() if part is not block and part not in points]
@@ -292,8 +294,63 @@ class BridgeBackend(Backend):
             return error if math.isfinite(error) else math.inf
         return math.inf
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.plain.named_parameters())
+    def slots(self) -> dict[str, Slot]:
+        return slots_in(self.plain)
+
+    def translated(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        known = self.slots()
+        named: dict[str, Tensor] = {}
+        fused = {name: rows for name, rows in self._rows_by_older_name().items() if name not in known}
+        for name, change in changes.items():
+            plain = plain_name(name)
+            if plain in fused:
+                whole, rows = fused[plain]
+                slot = known[whole]
+                joined = named.setdefault(whole, change.new_zeros(slot.shape))
+                (joined.T if slot.input_first else joined)[rows] = change
+                continue
+            theirs = to_huggingface(name, change) if plain not in known and self.family in FAMILIES.values() else None
+            if theirs is None and plain not in known and not change.any():
+                continue  # a bias of TransformerLens's that is zero, and that Hugging Face does not have
+            ours, moved = theirs or (plain, change)
+            named[ours] = moved
+        return named
+
+    def _rows_by_older_name(self) -> dict[str, tuple[str, Any]]:
+        """The names that fused projections' parts had as parameters of their own -> the whole's name, and its rows."""
+        names = {id(module): name for name, module in self.plain.named_modules()}
+        parts = {}
+        for component, whole, rows in fused_parts(self.model):
+            owner = names[id(self._copies[id(unwrapped(component))])]
+            stored = names[id(self._copies[id(whole)])]
+            for part, its_rows in rows.items():
+                for kind in ("weight", "bias"):
+                    parts[f"{owner}.{part}.{kind}"] = (f"{stored}.{kind}", its_rows)
+        return parts
+
+    def writer(self, layer: int, module: str) -> tuple[str, str]:
+        block = self.model.blocks[layer]
+        owner, inner = {"o": ("attn", "o"), "down": ("mlp", "out")}[module]
+        projection = getattr(getattr(block, owner, None), inner, None)
+        made = self._copies.get(id(unwrapped(projection)))
+        for name, part in self.plain.named_modules():
+            if made is not None and part is made:
+                return f"{name}.weight", f"{name}.bias"
+        raise ValueError(
+            f"model must write the output of block {layer}'s {owner} with one matrix, but {self.family} has several or "
+            "none. Keep the hooks."
+        )
+
+    def embeddings(self) -> list[str]:
+        tables = [self._copies.get(id(unwrapped(getattr(self.model, part, None)))) for part in ("embed", "pos_embed")]
+        found = [table for table in tables if isinstance(getattr(table, "weight", None), nn.Parameter)]
+        return [f"{name}.weight" for table in found for name, part in self.plain.named_modules() if part is table]
+
+    def as_huggingface(self, name: str, parameter: Tensor) -> tuple[str, Tensor] | None:
+        return name, parameter
+
+    def huggingface(self) -> dict[str, Tensor]:
+        return {name: tensor.detach() for name, tensor in self.plain.state_dict().items()}
 
     def source_config(self) -> Any:
         return copy.deepcopy(self.original.config)

@@ -7,7 +7,7 @@ attention scores or patterns, so a layer with a hook on either runs TransformerL
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from rt_lens.models.backends.base import Backend
-from rt_lens.models.llama import FAMILIES
+from rt_lens.models.backends.base import Backend, Slot, slots_in
+from rt_lens.models.llama import FAMILIES, from_huggingface, to_huggingface
+from rt_lens.models.parameter_names import plain_name
 
 
 class CacheSlot:
@@ -241,8 +242,44 @@ class HookedBackend(Backend):
     def branches(self) -> bool:
         return can_be_quick(self.model)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
+    def slots(self) -> dict[str, Slot]:
+        return slots_in(self.model)
+
+    def translated(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        known, named = self.slots(), {}
+        for name, change in changes.items():
+            theirs = None if name in known else from_huggingface(plain_name(name), change, self.model.cfg)
+            ours, moved = theirs or (name, change)
+            named[ours] = moved
+        return named
+
+    def writer(self, layer: int, module: str) -> tuple[str, str]:
+        owner, end = {"o": ("attn", "O"), "down": ("mlp", "out")}[module]
+        return f"blocks.{layer}.{owner}.W_{end}", f"blocks.{layer}.{owner}.b_{end}"
+
+    def embeddings(self) -> list[str]:
+        return [name for name in ("embed.W_E", "pos_embed.W_pos") if name in self.slots()]
+
+    def as_huggingface(self, name: str, parameter: Tensor) -> tuple[str, Tensor] | None:
+        return to_huggingface(name, parameter)
+
+    def huggingface(self) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        parameters = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        for name, parameter in parameters.items():
+            renamed = to_huggingface(name, parameter)
+            if renamed is not None:
+                weights[renamed[0]] = renamed[1]
+            elif parameter.any() and not name.endswith(".mlp.b_in"):
+                raise ValueError(
+                    f"delta must change only what {self.family} has in its files, got {name}, which is not zero. Leave "
+                    "it out of the change, or keep it as a hook."
+                )
+        for layer in range(self.model.cfg.n_layers):  # added after the gate, b_in is a constant before W_out
+            hooked, their_bias = f"blocks.{layer}.mlp", f"model.layers.{layer}.mlp.down_proj.bias"
+            if parameters[f"{hooked}.b_in"].any():
+                weights[their_bias] = weights[their_bias] + parameters[f"{hooked}.b_in"] @ parameters[f"{hooked}.W_out"]
+        return weights
 
     def source_config(self) -> Any:
         from transformers import CONFIG_MAPPING

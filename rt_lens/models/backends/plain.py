@@ -75,15 +75,12 @@ def separate_fused(bridge: Any) -> None:
                 part.set_original_component(part.original_component.apart())
 
 
-def rows_of_parts(bridge: Any) -> dict[int, dict[str, tuple[Any, int]]]:
-    """id of a fused projection -> name of a part (`q`, `gate`, ...) -> which of its outputs, and how many."""
-    found: dict[int, dict[str, tuple[Any, int]]] = {}
-    for _, parts in _fused(bridge):
-        for part in parts:
-            rows = part.original_component
-            if isinstance(rows, Rows):
-                found.setdefault(id(rows._whole[0]), {})[part.name] = (rows.rows, rows.out_features)
-    return found
+def fused_parts(bridge: Any) -> Iterator[tuple[Any, nn.Module, dict[str, Any]]]:
+    """Each component with a fused projection, that projection, and part (`q`, `gate`, ...) -> its outputs there."""
+    for component, parts in _fused(bridge):
+        rows = {part.name: part.original_component for part in parts}
+        if all(isinstance(part, Rows) for part in rows.values()):
+            yield component, next(iter(rows.values()))._whole[0], {name: part.rows for name, part in rows.items()}
 
 
 def _fused(bridge: Any) -> Iterator[tuple[Any, list[Any]]]:
