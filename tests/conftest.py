@@ -31,19 +31,27 @@ import plotly.io
 import pytest
 import torch
 from chat_server import Requests, make_judge, serving
-from transformer_lens import HookedTransformer
-from transformer_lens.config import HookedTransformerConfig
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import rt_lens
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.evaluation.endpoint import EndpointJudge
+from rt_lens.models.backends import has_hooked
+from rt_lens.models.backends.bridge_folder import bridge_from_folder
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 
 FIRST = ("test_notebooks.py", "test_readme.py", "test_docstrings.py")
 """The longest files, so that two workers end together; the others stay in their order."""
+
+MODEL_FIXTURES = {"model", "bridge", "tiny", "make_tiny"}
+MODEL_FILES = {
+    "test_architectures.py", "test_bridges.py", "test_docstrings.py", "test_experiment.py", "test_export.py",
+    "test_floors.py", "test_model_cache.py", "test_model_folders.py", "test_models.py", "test_parameter_names.py",
+    "test_readme.py",
+}  # fmt: skip
+"""What `make test-tl4` runs: all that touches a model."""
 
 SLOW_FIXTURES = {"model", "bridge", "page", "site", "browser", "at_hand"}
 SLOW_FILES = {
@@ -59,13 +67,21 @@ SLOW_FILES = {
 """What `make check` leaves to `make test`: the real model, browsers, servers, processes, simulations."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is slow, and puts the longest files first."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what is slow, puts the longest files first, and leaves out what TransformerLens 4 has not."""
     order = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
     for item in items:
         if item.path.name in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    if not has_hooked():  # the rest runs on TransformerLens 3, and needs no model
+        left_out = [item for item in items if item.get_closest_marker("hooked") or not _touches_models(item)]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _touches_models(item: pytest.Item) -> bool:
+    return item.path.name in MODEL_FILES or bool(MODEL_FIXTURES & set(getattr(item, "fixturenames", ())))
 
 
 @pytest.fixture(scope="session")
@@ -88,10 +104,18 @@ def tokenizer(shared_tokenizer: Any) -> Any:
 
 
 @pytest.fixture
-def make_tiny(tokenizer: Any) -> Callable[..., HookedTransformer]:
-    """Builds random two-block Llama-style models; keywords change the configuration."""
+def make_tiny(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Builds random two-block Llama-style models; keywords change the configuration.
 
-    def make(**changes: Any) -> HookedTransformer:
+    They are HookedTransformers, or with TransformerLens 4 the bridges of such a Llama.
+    """
+
+    def make(**changes: Any) -> Any:
+        if not has_hooked():
+            return _tiny_bridge(tokenizer, tmp_path_factory.mktemp("tiny"), changes)
+        from transformer_lens import HookedTransformer
+        from transformer_lens.config import HookedTransformerConfig
+
         settings = {
             "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "n_key_value_heads": 2, "d_mlp": 64,
             "d_vocab": 49152, "n_ctx": 256, "act_fn": "silu", "gated_mlp": True, "normalization_type": "RMS",
@@ -113,8 +137,39 @@ def make_tiny(tokenizer: Any) -> Callable[..., HookedTransformer]:
     return make
 
 
+def _tiny_bridge(tokenizer: Any, folder: Path, changes: dict[str, Any]) -> Any:
+    """The model of `make_tiny` as a bridge, of a Llama with a bias in every projection."""
+    names = {
+        "n_layers": "num_hidden_layers", "d_model": "hidden_size", "d_head": "head_dim", "n_heads":
+        "num_attention_heads", "n_key_value_heads": "num_key_value_heads", "d_mlp": "intermediate_size", "d_vocab":
+        "vocab_size", "n_ctx": "max_position_embeddings",
+    }  # fmt: skip
+    settings = {
+        "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "n_key_value_heads": 2, "d_mlp": 64, "d_vocab": 49152,
+        "n_ctx": 256, "seed": 0, "device": "cpu", "dtype": torch.float32, "model_name": "tiny", **changes,
+    }  # fmt: skip
+    unknown = settings.keys() - names.keys() - {"seed", "device", "dtype", "model_name"}
+    assert not unknown, f"mark this test as `hooked`: a Llama has no {', '.join(sorted(unknown))}"
+    config = LlamaConfig(
+        **{theirs: settings[ours] for ours, theirs in names.items()}, attention_bias=True, mlp_bias=True,
+        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(settings["seed"])
+    made, noise = LlamaForCausalLM(config), torch.Generator().manual_seed(1)
+    for name, parameter in made.named_parameters():
+        trivial = parameter.ndim < 2
+        scale = 0.1 if trivial else 0.8 / parameter.shape[-1] ** 0.5
+        parameter.data = float("norm" in name) + scale * torch.randn(parameter.shape, generator=noise)
+    made.to(settings["dtype"]).save_pretrained(folder)
+    model = bridge_from_folder(folder, "tiny", device=settings["device"], dtype=settings["dtype"])
+    model.cfg.model_name = settings["model_name"]
+    model.tokenizer = tokenizer
+    model.cfg.tokenizer_prepends_bos = False
+    return model.eval()
+
+
 @pytest.fixture
-def tiny(make_tiny: Callable[..., HookedTransformer]) -> HookedTransformer:
+def tiny(make_tiny: Callable[..., Any]) -> Any:
     return make_tiny()
 
 
@@ -152,9 +207,10 @@ def hooks_on() -> Callable[[Any], dict[str, int]]:
     """Counts the hooks on a model's hook points, torch's and TransformerLens's own lists."""
 
     def count(model: Any) -> dict[str, int]:
+        last_names = {id(point): (name, point) for name, point in model.hook_dict.items()}  # a bridge has several
         return {
             name: n
-            for name, point in model.hook_dict.items()
+            for name, point in last_names.values()
             if (
                 n := len(point.fwd_hooks)
                 + len(point.bwd_hooks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 import transformers
 from test_model_folders import make_folder
 
-from rt_lens.models.forward import bridge_logits, caches_rightly, logits_where
+from rt_lens.models.backends import backend_of
+from rt_lens.models.forward import logits_where
 from rt_lens.models.generation import generate
 from rt_lens.models.load import load_model
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
@@ -94,23 +96,41 @@ def test_an_architecture_that_nothing_covers_is_named(source):
 # Caches
 
 
-@pytest.mark.parametrize("changes", [MPT, {**FALCON, **WIDTHS}, MAMBA], ids=["mpt", "falcon_alibi", "mamba"])
+def answers_of_transformers(folder: Path, model: Any, n: int) -> list[str]:
+    """The most likely tokens of transformers' own model after each prompt, without a cache."""
+    plain, answers = huggingface(folder), []
+    for prompt in PROMPTS:
+        ids = encode(model, prompt)
+        for _ in range(n):
+            with torch.no_grad():
+                ids.append(int(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        answers.append(model.tokenizer.decode(ids[-n:], skip_special_tokens=True))
+    return answers
+
+
+@pytest.mark.parametrize("changes", [MPT], ids=["mpt"])
+def test_a_cache_that_only_the_bridges_own_blocks_get_wrong_is_used_without_hooks_inside_blocks(changes, source):
+    folder = source(**changes)
+    model = load_model(folder)
+    answers = generate(model, PROMPTS, chat=False, max_new_tokens=6)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda h, hook: h)]):
+        uncached = backend_of(model).caches()
+        with nullcontext() if uncached else pytest.warns(UserWarning, match="runs without a cache"):
+            assert generate(model, PROMPTS, chat=False, max_new_tokens=6) == answers
+    assert answers == answers_of_transformers(folder, model, 6)
+
+
+@pytest.mark.parametrize("changes", [{**FALCON, **WIDTHS}, MAMBA], ids=["falcon_alibi", "mamba"])
 def test_a_cache_that_gives_other_logits_is_not_used_and_answers_are_transformers(changes, source):
     folder = source(**changes)
     model = load_model(folder)
-    assert not caches_rightly(model)
+    assert not backend_of(model).caches()
     with pytest.warns(UserWarning, match=r"gives other logits with a key-value cache .*runs without a cache"):
         answers = generate(model, PROMPTS, chat=False, max_new_tokens=6)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # it is said once
         assert generate(model, PROMPTS, chat=False, max_new_tokens=6) == answers
-    plain = huggingface(folder)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = encode(model, prompt)
-        for _ in range(6):
-            with torch.no_grad():
-                ids.append(int(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        assert answer == model.tokenizer.decode(ids[-6:], skip_special_tokens=True)
+    assert answers == answers_of_transformers(folder, model, 6)
 
 
 def test_a_cache_that_is_right_is_used_and_looked_at_once_without_the_models_hooks(source, provenance):
@@ -121,7 +141,7 @@ def test_a_cache_that_is_right_is_used_and_looked_at_once_without_the_models_hoo
     with model.hooks(fwd_hooks=[*noting, *add(vectors_at(names, provenance), multiplier=rows)]):
         generate(model, PROMPTS, chat=False, max_new_tokens=4)
     assert called[1:] == [1, 1, 1]  # a token a step
-    assert model.cfg.rt_lens_cache_error < 1e-5
+    assert backend_of(model).cache_errors[True] < 1e-5
 
 
 # Hook points
@@ -194,12 +214,18 @@ class LogitsMade:
         self.model, self.shapes = model, []
 
     def __enter__(self) -> list[tuple[int, ...]]:
-        head = self.model.original_model.get_output_embeddings()
-        self.handle = head.register_forward_hook(lambda *call: self.shapes.append(tuple(call[2].shape[:2])))
+        self.head = self.model.unembed.original_component
+        made = self.head.forward
+
+        def noted(inputs: torch.Tensor) -> torch.Tensor:  # not a hook: those need all logits
+            self.shapes.append(tuple(inputs.shape[:2]))
+            return made(inputs)
+
+        vars(self.head)["forward"] = noted
         return self.shapes
 
     def __exit__(self, *_: object) -> None:
-        self.handle.remove()
+        del vars(self.head)["forward"]
 
 
 def test_a_bridge_makes_only_the_logits_that_are_read_and_they_are_the_same(source):
@@ -211,11 +237,11 @@ def test_a_bridge_makes_only_the_logits_that_are_read_and_they_are_the_same(sour
         expected = model(batch.tokens, attention_mask=batch.mask)[where]
         with LogitsMade(model) as shapes:
             found = torch.cat(list(logits_where(model, batch.tokens, batch.mask, where, size=2)))
-            none = bridge_logits(model, batch.tokens, batch.mask, torch.zeros_like(where))
-    assert torch.equal(found, expected)
-    assert none.shape[0] == 0
-    assert shapes == [(2, 2), (2, 1)]
-    caches_rightly(model)
+            none = list(logits_where(model, batch.tokens, batch.mask, torch.zeros_like(where)))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert sum(len(part) for part in none) == 0
+    assert sum(rows * columns for rows, columns in shapes) == 3
+    backend_of(model).caches()
     with LogitsMade(model) as shapes:
         generate(model, PROMPTS, chat=False, max_new_tokens=3)
     assert shapes == [(2, 1)] * 3

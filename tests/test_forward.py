@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rt_lens.models.forward import KeyValueCache, can_be_quick, final_residual, logits_where, quick, unembed
+from rt_lens.models.backends import backend_of
+from rt_lens.models.backends.hooked import KeyValueCache, can_be_quick
+from rt_lens.models.forward import logits_where, quick
+
+pytestmark = pytest.mark.hooked
 
 LENGTHS = (12, 7, 1)
 VARIANTS = {
@@ -392,11 +396,12 @@ def test_a_gpt2_style_model_is_left_alone(make_tiny):
     )
 
 
-def test_what_is_no_hooked_transformer_is_left_alone():
-    other = torch.nn.Linear(2, 2)
-    assert not can_be_quick(other)
-    with quick(other) as same:
-        assert same is other
+def test_what_is_no_model_is_refused_by_name():
+    message = (
+        r"model must be a HookedTransformer or a TransformerBridge, got a Linear\. Load it with rt_lens\.load_model"
+    )
+    with pytest.raises(ValueError, match=message), quick(torch.nn.Linear(2, 2)):
+        pass
 
 
 # The pieces of a forward pass
@@ -406,10 +411,11 @@ def test_what_is_no_hooked_transformer_is_left_alone():
 def test_the_final_residual_unembedded_is_the_logits(variant):
     tokens, mask = ragged("left")
     plain, cache = variant.run_with_cache(tokens, attention_mask=mask, names_filter="blocks.1.hook_resid_post")
-    residual = final_residual(variant, tokens, mask)
+    backend = backend_of(variant)
+    residual = backend.residual(tokens, mask)
     assert torch.equal(residual, cache["blocks.1.hook_resid_post"])
-    torch.testing.assert_close(unembed(variant, residual), plain, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(unembed(variant, residual[1, -1]), plain[1, -1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(backend.unembed(residual), plain, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(backend.unembed(residual[1, -1]), plain[1, -1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])

@@ -60,6 +60,11 @@ def test_the_model_sees_one_start_token(tiny):
 # Generating
 
 
+def by_row(logits: torch.Tensor) -> torch.Tensor:
+    """The logits of the last token of each row, whichever way round the model has them: a view."""
+    return logits.view(-1, logits.shape[-1])
+
+
 @torch.no_grad()
 def by_hand(model, prompt: str, n: int) -> list[int]:
     """Greedy decoding with plain TransformerLens, one whole forward pass for each token, no padding, no cache."""
@@ -88,7 +93,7 @@ def test_greedy_answers_of_the_real_model_equal_decoding_by_hand(model):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("changes", [{}, {"rotary_adjacent_pairs": True}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"rotary_adjacent_pairs": True}, marks=pytest.mark.hooked)])
 def test_a_batch_gives_token_for_token_what_singles_give(make_tiny, temperature, changes):
     tiny = make_tiny(**changes)  # the second kind runs without the fast attention
     encoded = [encode(tiny, chat_text(tiny, prompt)) for prompt in PROMPTS]
@@ -159,7 +164,7 @@ def test_a_row_ends_at_the_end_of_text_or_of_its_turn_and_the_others_go_on(tiny,
     def end_row_1_at_its_third_token(module, args, logits):
         calls.append(1)
         if len(calls) == 3:
-            logits[0, 1, end] = 1e4
+            by_row(logits)[1, end] = 1e4
         return logits
 
     attached = tiny.unembed.register_forward_hook(end_row_1_at_its_third_token)
@@ -225,6 +230,7 @@ def test_an_exception_while_generating_leaves_nothing(tiny, hooks_on):
     assert not any("forward" in vars(block.attn) for block in tiny.blocks)
 
 
+@pytest.mark.hooked  # a bridge's own attention has both, its cache and its patterns
 def test_hooked_patterns_are_refused_with_the_mend(tiny):
     with (
         tiny.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda x, hook: x)]),
@@ -354,7 +360,7 @@ def test_every_draw_gives_a_token_that_stays():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-@pytest.mark.parametrize("changes", [{}, {"rotary_adjacent_pairs": True}])
+@pytest.mark.parametrize("changes", [{}, pytest.param({"rotary_adjacent_pairs": True}, marks=pytest.mark.hooked)])
 def test_the_cache_changes_nothing(make_tiny, temperature, changes):
     tiny = make_tiny(**changes)
     settings = {"max_new_tokens": 8, "temperature": temperature, "seed": 3}
@@ -489,10 +495,9 @@ def test_rows_that_have_ended_are_told_no_more(tiny, tiny_vectors, traced):
     def end(module, args, logits):
         calls.append(1)
         if len(calls) == 3:
-            logits[0, 1, tiny.tokenizer.eos_token_id] = 1e4
+            by_row(logits)[1, tiny.tokenizer.eos_token_id] = 1e4
         if len(calls) == 5:
-            logits[0, 0, tiny.tokenizer.eos_token_id] = 1e4
-            logits[0, 2, tiny.tokenizer.eos_token_id] = 1e4
+            by_row(logits)[[0, 2], tiny.tokenizer.eos_token_id] = 1e4
         return logits
 
     attached = tiny.unembed.register_forward_hook(end)

@@ -9,16 +9,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from rt_lens.arms.inspection import weight_changes
-from rt_lens.models.bridges import bridge_from_folder
+from rt_lens.models.backends import backend_of, parameters_of, slots_of
+from rt_lens.models.backends.bridge_folder import bridge_from_folder
 from rt_lens.models.parameter_names import (
     as_matrix,
     block_and_modules,
     from_matrix,
     module_label,
-    output_parameters,
     plain_name,
     reads_from_stream,
-    stored_input_first,
     writes_to_stream,
     written_by_read,
 )
@@ -68,7 +67,7 @@ NEOX = [
 ]
 BRIDGE = [
     ("transformer.h.4._original_component.attn.q._original_component.weight", 4, ("q",)),
-    ("transformer.h.4._original_component.attn.qkv._original_component.bias", 4, ()),
+    ("transformer.h.4._original_component.attn.qkv._original_component.bias", 4, ("bias",)),
     ("model.layers.2._original_component.mlp.gate._original_component.weight", 2, ("gate",)),
     ("model.layers.2._original_component.mlp.in._original_component.weight", 2, ("up",)),
     ("model.layers.2._original_component.mlp._original_component.gate_up_proj.weight", 2, ("gate", "up")),
@@ -117,7 +116,7 @@ def test_a_matrix_becomes_the_weight_again(tiny, name):
 def test_the_outputs_of_a_block_are_parameters_of_the_model(tiny):
     names = dict(tiny.named_parameters())
     for module in ("o", "down"):
-        weight, bias = output_parameters(1, module)
+        weight, bias = backend_of(tiny).writer(1, module)
         assert {weight, bias} < set(names)
         assert block_and_modules(weight) == (1, (module,))
 
@@ -141,26 +140,25 @@ def small_bridge(request, tmp_path_factory):
 def test_the_table_of_weight_changes_calls_the_weights_what_tune_calls_them(small_bridge, provenance):
     """Before, GPT-2's and NeoX's weights were `other` in the table, and had no alignment."""
     weights = {
-        name: parameter for name, parameter in small_bridge.named_parameters()
-        if block_and_modules(name)[0] == 1 and len(block_and_modules(name)[1]) == 1
+        name: parameter for name, parameter in parameters_of(small_bridge).items() if block_and_modules(name)[0] == 1
     }  # fmt: skip
     noise = torch.Generator().manual_seed(0)
     changes = {name: torch.randn(weight.shape, generator=noise) for name, weight in weights.items()}
     table = weight_changes(small_bridge, WeightDelta(changes, "small", {}, []), progress=False).set_index("parameter")
-    assert set(table["kind"]) == {"q", "k", "v", "o", "up", "down", "bias", "norm"}
+    assert set(table["kind"]) == {"q+k+v", "o", "up", "down", "bias", "norm"}
     assert (table["layer"] == 1).all()
-    assert table.loc[table["kind"].isin(["q", "k", "v", "o", "up", "down"]), "rank_limit"].eq(16).all()
+    assert table.loc[table["kind"].isin(["q+k+v", "o", "up", "down"]), "rank_limit"].eq(16).all()
 
 
 def test_a_change_along_the_vector_is_aligned_whichever_way_round_the_weight_is_stored(small_bridge, provenance):
     """GPT-2's Conv1D keeps [in, out], where NeoX's linear layers keep [out, in]."""
     vectors = SteeringVectors({"blocks.1.hook_resid_post": torch.randn(16)}, provenance)
     unit = vectors["blocks.1.hook_resid_post"] / vectors["blocks.1.hook_resid_post"].norm()
-    for name, weight in small_bridge.named_parameters():
+    for name, weight in parameters_of(small_bridge).items():
         block, modules = block_and_modules(name)
         if block != 1 or modules not in (("down",), ("up",)):
             continue
-        flipped = stored_input_first(small_bridge, name)
+        flipped = slots_of(small_bridge)[name].input_first
         assert flipped == ("c_" in plain_name(name))
         other = torch.randn(64)
         matrix = torch.outer(unit, other) if modules == ("down",) else torch.outer(other, unit)  # [write, read]

@@ -32,7 +32,8 @@ from rt_lens.experiment.protocols import answers_protocol
 from rt_lens.experiment.run import run_experiment
 from rt_lens.experiment.shape import WordCount, reader_of, shape_of
 from rt_lens.experiment.stages import Planner, protocols_of
-from rt_lens.models.forward import KeyValueCache, quick
+from rt_lens.models.backends.hooked import KeyValueCache
+from rt_lens.models.forward import quick
 from rt_lens.models.load import load_model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning.config import TuneConfig

@@ -106,7 +106,7 @@ def test_an_exception_in_the_block_leaves_no_hook_and_keeps_the_users(tiny, tiny
         steer_and_fail()
     assert hooks_on(tiny) == before
     logits(tiny)
-    assert calls == [POST[0]]
+    assert calls in ([POST[0]], ["blocks.0.hook_out"])  # a bridge's own name for it
 
 
 @pytest.mark.parametrize("multiplier", [float("nan"), float("inf"), torch.tensor([1.0, float("nan")])])

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rt_lens.models.backends import backend_of
 from rt_lens.models.hub import hub_token
 from rt_lens.models.protocol import Model
 
@@ -32,7 +31,8 @@ def give_tokenizer(model: Any, tokenizer: Any) -> Any:
     model.cfg.rt_lens_tokenizer = {
         name: (value, getattr(tokenizer, name)) for name, value in before.items() if value != getattr(tokenizer, name)
     }
-    backend_of(model).give_tokenizer(tokenizer)  # chat templates already write a start token
+    # Not through set_tokenizer, which rebuilds it to add a start token to every text: chat templates write one already.
+    model.tokenizer = tokenizer
     model.cfg.default_prepend_bos = False
     model.cfg.tokenizer_prepends_bos = _begins_with_start(tokenizer)
     return model

@@ -198,10 +198,6 @@ class Backend(ABC):
     def family(self) -> str:
         """The name of the class of transformers that holds such models."""
 
-    @abstractmethod
-    def give_tokenizer(self, tokenizer: Any) -> None:
-        """Sets the model's tokenizer as it is."""
-
 
 _OF_LIBRARIES = ("transformer_lens.", "transformers.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

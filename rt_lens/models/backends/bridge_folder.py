@@ -26,10 +26,19 @@ from rt_lens.models.forward import unknown_hook
 
 
 class CheckedBridge(TransformerBridge):
-    """A TransformerBridge that refuses hooks at unknown points, as a HookedTransformer does.
+    """A TransformerBridge that refuses hooks at unknown points and keeps its tokenizer, as a HookedTransformer does.
 
-    TransformerBridge itself ignores them silently, so an edit would do nothing.
+    TransformerBridge itself ignores such hooks silently, so an edit would do nothing.
     """
+
+    @property
+    def tokenizer(self) -> Any:
+        """Hugging Face's, as it is: a bridge's own setter would rebuild it, to add a start token to every text."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
 
     def hooks(self, fwd_hooks: Sequence[Any] = (), bwd_hooks: Sequence[Any] = (), *args: Any, **kwargs: Any) -> Any:
         self._check_known([*fwd_hooks, *bwd_hooks])

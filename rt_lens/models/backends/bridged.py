@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformers import DynamicCache
 
@@ -211,7 +210,7 @@ class BridgeBackend(Backend):
         flat = residual.reshape(-1, 1, residual.shape[-1])  # rows of one token each: no masks, no positions
         with self._over(_Span(n, flat)):
             logits = self._call(flat, torch.ones(flat.shape[:2], dtype=torch.long, device=flat.device)).logits
-        return logits.reshape(*residual.shape[:-1], -1)
+        return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
     def final_norm(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         return self.model.ln_final(residual)
@@ -355,20 +354,16 @@ class BridgeBackend(Backend):
     def source_config(self) -> Any:
         return copy.deepcopy(self.original.config)
 
-    def give_tokenizer(self, tokenizer: Any) -> None:
-        # Not through the bridge's setter, which rebuilds the tokenizer to add a start token to every text.
-        self.model._tokenizer = tokenizer
-
 
 @contextmanager
 def _without_hooks(model: Any) -> Iterator[None]:
-    """Context manager under which no hook runs."""
-    points = [part for part in model.modules() if isinstance(part, HookPoint)]
-    kept = [(point._forward_hooks, point._backward_hooks) for point in points]
+    """Context manager under which no hook of the user runs."""
+    parts = [part for part in model.modules() if hooked([part])]
+    kept = [(part._forward_hooks, part._forward_pre_hooks, part._backward_hooks) for part in parts]
     try:
-        for point in points:
-            point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
+        for part in parts:
+            part._forward_hooks, part._forward_pre_hooks, part._backward_hooks = (OrderedDict() for _ in range(3))
         yield
     finally:
-        for point, (forward, backward) in zip(points, kept, strict=True):
-            point._forward_hooks, point._backward_hooks = forward, backward
+        for part, hooks in zip(parts, kept, strict=True):
+            part._forward_hooks, part._forward_pre_hooks, part._backward_hooks = hooks

@@ -220,7 +220,7 @@ class HookedBackend(Backend):
         cap = self.model.cfg.output_logits_soft_cap
         if cap > 0:
             logits = cap * torch.tanh(logits / cap)
-        return logits.reshape(*residual.shape[:-1], -1)
+        return logits.reshape(*residual.shape[:-1], logits.shape[-1])
 
     def final_norm(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         return self.model.ln_final(residual) if self.model.cfg.normalization_type is not None else residual
@@ -291,7 +291,3 @@ class HookedBackend(Backend):
     def family(self) -> str:
         kept = getattr(self.model.cfg, "rt_lens_config", None) or {}
         return FAMILIES.get(kept.get("model_type", ""), type(self.model).__name__)
-
-    def give_tokenizer(self, tokenizer: Any) -> None:
-        # Not through set_tokenizer, which rebuilds the tokenizer to add a start token to every text.
-        self.model.tokenizer = tokenizer
