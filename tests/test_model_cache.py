@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import json
 import shutil
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rt_lens.models import sources
-from rt_lens.models.gguf import _by_factors
+from rt_lens.models.gguf import _by_factors, read_once
 from rt_lens.models.load import describe, load_model
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL, BundledModel
 from rt_lens.models.sources import cache_home
@@ -177,6 +179,39 @@ def test_a_gguf_files_numbers_and_tokenizer_survive(gguf_file, cache):
     assert model.tokenizer.chat_template == TEMPLATE
     assert model.to_string(model.to_tokens("héllo <|im_end|>")[0]) == "héllo <|im_end|>"
     assert folder.name.startswith("tiny-")
+
+
+def test_transformers_shares_one_reader_inside_the_block(gguf_file, tmp_path):
+    other = write_gguf(tmp_path / "other.gguf", context=128)
+    plain = gguf.GGUFReader(gguf_file)
+    with read_once(gguf_file) as reader:
+        assert gguf.GGUFReader(str(gguf_file)).fields is reader.fields
+        assert gguf.GGUFReader(other).fields["llama.context_length"].contents() == 128
+    assert gguf.GGUFReader(gguf_file).fields is not reader.fields
+    assert reader.fields.keys() == plain.fields.keys()
+    for key, field in plain.fields.items():
+        assert (reader.fields[key].contents(), reader.fields[key].types) == (field.contents(), field.types)
+    for ours, theirs in zip(reader.tensors, plain.tensors, strict=True):
+        assert (ours.name, ours.tensor_type, ours.data_offset) == (theirs.name, theirs.tensor_type, theirs.data_offset)
+        assert np.array_equal(ours.data, theirs.data) and ours.data.dtype == theirs.data.dtype
+
+
+def test_threads_that_convert_at_once_leave_ggufs_reader_as_it_was(gguf_file, cache):
+    before = gguf.GGUFReader.__init__
+    files = [write_gguf(cache.parent / f"{n}.gguf", context=64 + n) for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(sources.gguf_folder, files))
+    lengths = [json.loads((folder / "config.json").read_text())["max_position_embeddings"] for folder in folders]
+    assert lengths == [64, 65, 66, 67]
+    assert gguf.GGUFReader.__init__ is before
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"no such file" * 99, None])
+def test_a_file_that_is_no_whole_gguf_file_is_refused(content, gguf_file, cache, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(gguf_file.read_bytes()[:-1000] if content is None else content)
+    with pytest.raises(ValueError, match=r"model must be a whole GGUF file, got bad\.gguf, which cannot be read \("):
+        load_model(tmp_path / "bad.gguf")
+    assert not list(cache.glob("models/*"))
 
 
 def test_the_second_load_reads_the_cache(gguf_file, cache, monkeypatch):

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from rt_lens.common.files import file_sha256
-from rt_lens.models.gguf import check_maths, refuse_what_has_no_place, scaled_rope
+from rt_lens.models.gguf import check_maths, read_once, refuse_what_has_no_place, scaled_rope
 from rt_lens.models.registry import BundledModel
 
 _log = logging.getLogger(__name__)
@@ -120,8 +120,9 @@ def _convert(file: Path, folder: Path, checksum: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = _read_gguf(file)
+        with read_once(file) as reader:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = _read_gguf(file, reader)
         tokenizer.save_pretrained(temporary)
         _write_weights(model, temporary)
         files = {path.name: _stamp(path) for path in sorted(temporary.iterdir())}
@@ -139,20 +140,21 @@ def _convert(file: Path, folder: Path, checksum: str) -> Path:
     return folder
 
 
-def _read_gguf(file: Path) -> Any:
+def _read_gguf(file: Path, reader: Any) -> Any:
     """transformers' model of a GGUF file, with the rotary scaling that transformers' reader ignores.
 
     Raises:
         ValueError: names a setting or tensor of the file that the model cannot hold.
     """
-    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    reader, config = GGUFReader(file), AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     check_maths(reader, config)
     rope = scaled_rope(reader, config)
     read: Any = AutoModelForCausalLM.from_pretrained
-    model, loading = read(file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
+    model, loading = read(
+        file.parent, config=config, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+    )
     refuse_what_has_no_place(reader, model, loading)
     if rope is not None:
         model.config.rope_parameters = rope
