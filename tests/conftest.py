@@ -58,10 +58,10 @@ SLOW_FILES = {
     "test_baking.py", "test_bridges.py", "test_browser.py", "test_choices.py", "test_compare.py",
     "test_conditions.py", "test_dashboard.py", "test_dashboard_command.py", "test_dashboard_tuning_compare.py",
     "test_dashboard_vectors_steering.py", "test_docstrings.py", "test_endpoint.py", "test_experiment.py",
-    "test_export.py", "test_harness.py", "test_honesty.py", "test_model_cache.py", "test_model_folders.py",
-    "test_models.py", "test_notebooks.py", "test_plan.py", "test_printing.py", "test_readme.py",
-    "test_replies.py", "test_statistics_coverage.py", "test_statistics_comparisons.py", "test_sweeping.py",
-    "test_texts.py", "test_trust.py", "test_tuning_aims.py", "test_tuning_checkpoint.py",
+    "test_export.py", "test_gemma.py", "test_harness.py", "test_honesty.py", "test_model_cache.py",
+    "test_model_folders.py", "test_models.py", "test_notebooks.py", "test_plan.py", "test_printing.py",
+    "test_readme.py", "test_replies.py", "test_statistics_coverage.py", "test_statistics_comparisons.py",
+    "test_sweeping.py", "test_texts.py", "test_trust.py", "test_tuning_aims.py", "test_tuning_checkpoint.py",
     "test_tuning_exact.py", "test_tuning_faults.py", "test_tuning_search.py", "test_tuning_weights.py",
 }  # fmt: skip
 """What `make check` leaves to `make test`: the real model, browsers, servers, processes, simulations."""

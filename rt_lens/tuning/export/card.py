@@ -188,6 +188,9 @@ def _ending(model: Model) -> list[str]:
             versions.append(f"{package} from source")
     known = BUNDLED_MODELS.get(model_name(model).lower())
     licence = f"{known.licence}, as the base model's ({known.source})." if known else "See the base model's."
+    if known and known.terms:  # the words are those that the Gemma Terms of Use demand
+        url = known.terms.url.removeprefix("https://")
+        licence += f" {known.licence} is provided under and subject to the {known.terms.name} found at {url}"
     return ["## Made with", f"{', '.join(versions)}.", "## Licence", licence]
 
 
