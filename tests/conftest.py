@@ -17,7 +17,7 @@ typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will d
 install_import_hook("rt_lens", f"{__name__}.typechecker")  # before the first import of rt_lens
 
 import copy
-import warnings
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -31,13 +31,13 @@ import plotly.io
 import pytest
 import torch
 from chat_server import Requests, make_judge, serving
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
+from transformers import AutoTokenizer
 
 import rt_lens
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.evaluation.endpoint import EndpointJudge
 from rt_lens.models.backends import has_hooked
-from rt_lens.models.backends.bridge_folder import bridge_from_folder
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
@@ -75,9 +75,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.name in SLOW_FILES or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     if not has_hooked():  # the rest runs on TransformerLens 3, and needs no model
-        left_out = [item for item in items if item.get_closest_marker("hooked") or not _touches_models(item)]
+        left_out = [item for item in items if _of_hooked_alone(item) or not _touches_models(item)]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+def _of_hooked_alone(item: pytest.Item) -> bool:
+    """Whether a test is marked so, loads a HookedTransformer, or is the case of one; a bridge's case of it remains."""
+    function, case = getattr(item, "function", None), getattr(item, "callspec", None)
+    loads = function is not None and 'backend="hooked"' in inspect.getsource(function)
+    is_case = case is not None and "hooked" in map(str, case.params.values())
+    return item.get_closest_marker("hooked") is not None or loads or is_case
 
 
 def _touches_models(item: pytest.Item) -> bool:
@@ -105,67 +113,8 @@ def tokenizer(shared_tokenizer: Any) -> Any:
 
 @pytest.fixture
 def make_tiny(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Builds random two-block Llama-style models; keywords change the configuration.
-
-    They are HookedTransformers, or with TransformerLens 4 the bridges of such a Llama.
-    """
-
-    def make(**changes: Any) -> Any:
-        if not has_hooked():
-            return _tiny_bridge(tokenizer, tmp_path_factory.mktemp("tiny"), changes)
-        from transformer_lens import HookedTransformer
-        from transformer_lens.config import HookedTransformerConfig
-
-        settings = {
-            "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "n_key_value_heads": 2, "d_mlp": 64,
-            "d_vocab": 49152, "n_ctx": 256, "act_fn": "silu", "gated_mlp": True, "normalization_type": "RMS",
-            "final_rms": True, "positional_embedding_type": "rotary", "rotary_dim": 8, "rotary_adjacent_pairs": False,
-            "default_prepend_bos": False, "model_name": "tiny", "dtype": torch.float32, "seed": 0, "device": "cpu",
-        }  # fmt: skip
-        cfg = HookedTransformerConfig(**{**settings, **changes})
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*HookedTransformer is deprecated.*")
-            model = HookedTransformer(cfg)
-        noise = torch.Generator().manual_seed(1)
-        for name, parameter in model.named_parameters():  # else biases are zero and norms are one, and hide mistakes
-            if name.rsplit(".", 1)[-1].lstrip("_").startswith(("b_", "w", "b")) and parameter.ndim < 3:
-                parameter.data += 0.1 * torch.randn(parameter.shape, generator=noise)
-        model.tokenizer = tokenizer
-        model.cfg.tokenizer_prepends_bos = False
-        return model.eval()
-
-    return make
-
-
-def _tiny_bridge(tokenizer: Any, folder: Path, changes: dict[str, Any]) -> Any:
-    """The model of `make_tiny` as a bridge, of a Llama with a bias in every projection."""
-    names = {
-        "n_layers": "num_hidden_layers", "d_model": "hidden_size", "d_head": "head_dim", "n_heads":
-        "num_attention_heads", "n_key_value_heads": "num_key_value_heads", "d_mlp": "intermediate_size", "d_vocab":
-        "vocab_size", "n_ctx": "max_position_embeddings",
-    }  # fmt: skip
-    settings = {
-        "n_layers": 2, "d_model": 32, "d_head": 8, "n_heads": 4, "n_key_value_heads": 2, "d_mlp": 64, "d_vocab": 49152,
-        "n_ctx": 256, "seed": 0, "device": "cpu", "dtype": torch.float32, "model_name": "tiny", **changes,
-    }  # fmt: skip
-    unknown = settings.keys() - names.keys() - {"seed", "device", "dtype", "model_name"}
-    assert not unknown, f"mark this test as `hooked`: a Llama has no {', '.join(sorted(unknown))}"
-    config = LlamaConfig(
-        **{theirs: settings[ours] for ours, theirs in names.items()}, attention_bias=True, mlp_bias=True,
-        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(settings["seed"])
-    made, noise = LlamaForCausalLM(config), torch.Generator().manual_seed(1)
-    for name, parameter in made.named_parameters():
-        trivial = parameter.ndim < 2
-        scale = 0.1 if trivial else 0.8 / parameter.shape[-1] ** 0.5
-        parameter.data = float("norm" in name) + scale * torch.randn(parameter.shape, generator=noise)
-    made.to(settings["dtype"]).save_pretrained(folder)
-    model = bridge_from_folder(folder, "tiny", device=settings["device"], dtype=settings["dtype"])
-    model.cfg.model_name = settings["model_name"]
-    model.tokenizer = tokenizer
-    model.cfg.tokenizer_prepends_bos = False
-    return model.eval()
+    """Builds random two-block Llama-style models; keywords change the configuration, see `tiny_model`."""
+    return lambda **changes: tiny_model(tokenizer, tmp_path_factory.mktemp("tiny"), **changes)
 
 
 @pytest.fixture

@@ -21,14 +21,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tiny_models import DEFAULT_KIND
 from tokenizers.pre_tokenizers import ByteLevel
-from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rt_lens.apps.cli import main
 from rt_lens.experiment.shape import shape_of
 from rt_lens.models import sources
+from rt_lens.models.backends import backend_of, has_hooked
 from rt_lens.models.gguf import _by_factors, read_once
 from rt_lens.models.load import describe, load_model
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL, BundledModel, Part, Terms
@@ -162,7 +163,7 @@ def test_an_installed_package_is_found_without_being_imported(entry, gguf_file, 
     assert describe("tiny")["cached"] == "not yet"
     model = load_model("Tiny")
     assert PACKAGE not in sys.modules
-    assert isinstance(model, HookedTransformer)
+    assert backend_of(model).kind == DEFAULT_KIND
     assert model.cfg.rt_lens_name == "Tiny"
     folder = cache / "models" / f"tiny-{entry.sha256[:12]}"
     assert [path.name for path in (cache / "models").iterdir()] == [folder.name]
@@ -566,7 +567,7 @@ def test_rotary_scaling_of_a_gguf_file_is_hugging_faces(written, rope, gguf_file
         expected, unscaled = theirs(tokens).logits, of_equivalent(gguf_file, {"rope_type": "default"})(tokens).logits
         assert (model(tokens) - expected).abs().max() < 1e-3
     assert ((unscaled - expected).abs().max() > 0.1) == (rope["rope_type"] != "default")
-    assert isinstance(model, HookedTransformer) == (rope["rope_type"] in ("llama3", "default"))
+    assert (backend_of(model).kind == "hooked") == (has_hooked() and rope["rope_type"] in ("llama3", "default"))
 
 
 def test_factors_that_are_no_llama3s_are_kept_one_by_one(cache, tmp_path):

@@ -91,12 +91,13 @@ def steps_after(resumed: Callable[[], WeightDelta], model: Any, each: int = 2) -
 # One process for the whole file, since importing takes seconds: each job is a fork of it, which dies alone.
 RUNNER = """
 import json, os, sys, time, warnings
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 warnings.simplefilter("ignore")
 import torch
-from transformer_lens import HookedTransformer
-from transformer_lens.config import HookedTransformerConfig
+import tempfile
+from pathlib import Path
 from transformers import AutoTokenizer
+from tiny_models import tiny_model
 from rt_lens.models import DEFAULT_MODEL, BUNDLED_MODELS
 from rt_lens.models.sources import bundled_folder
 from rt_lens.tuning import Target, TuneConfig, tune
@@ -106,12 +107,7 @@ torch.set_num_threads(1)  # a fork of a process with several does not have them
 tokenizer = AutoTokenizer.from_pretrained(str(bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])))
 
 def job(settings, targets, neutral, checkpoint, every, log, pause, out, d_mlp=64):
-    model = HookedTransformer(HookedTransformerConfig(
-        n_layers=2, d_model=32, d_head=8, n_heads=4, n_key_value_heads=2, d_mlp=d_mlp, d_vocab=49152, n_ctx=64,
-        act_fn="silu", gated_mlp=True, normalization_type="RMS", final_rms=True, positional_embedding_type="rotary",
-        rotary_dim=8, rotary_adjacent_pairs=False, default_prepend_bos=False, model_name="tiny", seed=0, device="cpu",
-    ))
-    model.tokenizer, model.cfg.tokenizer_prepends_bos = tokenizer, False
+    model = tiny_model(tokenizer, Path(tempfile.mkdtemp()), d_mlp=d_mlp, n_ctx=64)
     vector = torch.randn(32, generator=torch.Generator().manual_seed(2))
     told = Provenance("tiny", "mood", "mean_diff", "last", "none", 12, "0" * 64, 0, "0.1.0")
     vectors = SteeringVectors({"blocks.1.hook_resid_post": vector}, told)
@@ -146,7 +142,7 @@ class Runner:
     def __init__(self, folder: Path) -> None:
         (folder / "runner.py").write_text(RUNNER)
         self.process = subprocess.Popen(
-            [sys.executable, str(folder / "runner.py"), str(Path(__file__).parents[1])],
+            [sys.executable, str(folder / "runner.py"), str(Path(__file__).parents[1]), str(Path(__file__).parent)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         self.job: int | None = None
