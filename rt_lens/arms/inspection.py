@@ -230,7 +230,7 @@ def _large_squares(
     """
     n, few = len(gram), min(len(gram), 64)
     noise = torch.Generator().manual_seed(0)
-    basis = torch.randn(n, few, generator=noise, dtype=torch.float64).to(gram)
+    basis = torch.randn(n, few, generator=noise, dtype=torch.float64, device="cpu").to(gram)
     for _ in range(3):  # a change of low rank is found by a few products (Halko et al. 2011)
         basis = torch.linalg.qr(gram @ basis)[0]
     values, turn = torch.linalg.eigh(basis.T @ gram @ basis)

@@ -250,7 +250,7 @@ def _all_at_once(
 ) -> list[list[float]]:
     """One list of prompts for all multipliers, each copy of a prompt steered with its own."""
     n = len(measure.prompts)
-    by_row: Float[Tensor, "row"] = torch.tensor(steps).repeat_interleave(n)
+    by_row: Float[Tensor, "row"] = torch.tensor(steps, device="cpu").repeat_interleave(n)
     with steered(model, steer(vectors, layers=[layer], multiplier=by_row)):
         scores = _numbers(measure.repeated(len(steps)), model)
     return [scores[start : start + n] for start in range(0, len(scores), n)]

@@ -126,7 +126,7 @@ def _check_options(questions: Sequence[Question], form: str) -> None:
 
 
 def _averaged(orders: Sequence[Sequence[float]], sizes: tuple[int, ...]) -> Likelihoods:
-    table = torch.tensor(orders, dtype=torch.float64)  # [order, option]
+    table = torch.tensor(orders, dtype=torch.float64, device="cpu")  # [order, option]
     off_options = (1 - table.exp().sum(1)).clamp(min=0).mean()
     return Likelihoods(tuple(table.mean(0).tolist()), sizes, float(off_options))
 
@@ -222,7 +222,7 @@ def _whole(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]
 
 def _totals(chunks: Iterator[Float[Tensor, "n d_vocab"]], targets: Sequence[Sequence[int]]) -> list[float]:
     """Summed log-likelihood of each list of target tokens; the chunks hold their logits, list after list."""
-    flat = torch.tensor([token for ids in targets for token in ids])
+    flat = torch.tensor([token for ids in targets for token in ids], device="cpu")
     log_likelihoods, done = [], 0
     for logits in chunks:
         chosen = flat[done : done + len(logits), None].to(logits.device)

@@ -166,7 +166,11 @@ def perplexity(
             if expected is not None:
                 divergences.append(kl_divergence(logits, expected[rows].to(logits)).cpu().double())
             if keep:
-                kept = torch.empty(int(sizes.sum()), logits.shape[1], dtype=logits.dtype) if kept is None else kept
+                kept = (
+                    torch.empty(int(sizes.sum()), logits.shape[1], dtype=logits.dtype, device="cpu")
+                    if kept is None
+                    else kept
+                )
                 kept[rows] = logits.cpu()
             start = rows.stop
         _add(nll, batch, losses)

@@ -225,7 +225,7 @@ class _Run:
         n = len(questions)
         untuned = perplexity(self.model, self.choice_texts).perplexity.mean
         for layer in choose.layers:
-            by_row = torch.tensor([m for m in multipliers for _ in questions])
+            by_row = torch.tensor([m for m in multipliers for _ in questions], device="cpu")
             with self.model.hooks(fwd_hooks=add(vectors, [layer], by_row)):
                 all_answers = ask(
                     self.model, questions * len(multipliers), {score.reads}, max_new_tokens=task.max_new_tokens,

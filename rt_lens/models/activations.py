@@ -105,7 +105,9 @@ def _weights(batch: TokenBatch, reads: Sequence[Sequence[Sequence[int]]]) -> Flo
     for row, (start, row_reads) in enumerate(zip(starts, reads, strict=True)):
         for read, indices in enumerate(row_reads):
             columns = torch.tensor([start + index for index in indices], device=weights.device)
-            weights[row, read].index_add_(0, columns, torch.full((len(indices),), 1 / len(indices)).to(weights))
+            weights[row, read].index_add_(
+                0, columns, torch.full((len(indices),), 1 / len(indices), device="cpu").to(weights)
+            )
     return weights
 
 

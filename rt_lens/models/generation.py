@@ -350,7 +350,7 @@ class _Run:
     def columns(self, sampling: Sampling, ends: Int[Tensor, "n"]) -> Iterator[Int[Tensor, "batch"]]:
         """The tokens of all rows, one new position after the other, until every row has ended."""
         draws = _draws(sampling.seed, self.rows, self.n)
-        done: Bool[Tensor, "batch"] = torch.zeros(len(self.rows), dtype=torch.bool)
+        done: Bool[Tensor, "batch"] = torch.zeros(len(self.rows), dtype=torch.bool, device="cpu")
         column = None
         for index in range(self.n):
             logits = self.step(None if column is None else column[:, None])
@@ -461,12 +461,15 @@ def _may_cache(model: Model) -> bool:
 
 def _draws(seed: int, streams: Iterable[int], n: int) -> Float[Tensor, "batch n"]:
     """Uniform numbers from one stream per prompt, so a batch draws the same numbers as its prompts would alone."""
-    rows = [torch.rand(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + stream)) for stream in streams]
+    rows = [
+        torch.rand(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + stream), device="cpu")
+        for stream in streams
+    ]
     return torch.stack(rows)
 
 
 def _ends(model: Model) -> Int[Tensor, "n"]:
-    return torch.tensor(end_ids(model), dtype=torch.long)
+    return torch.tensor(end_ids(model), dtype=torch.long, device="cpu")
 
 
 def _until_end(ids: list[int], ends: Tensor) -> list[int]:

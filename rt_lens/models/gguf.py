@@ -112,7 +112,7 @@ def scaled_rope(reader: Any, config: Any) -> dict[str, Any] | None:
         scaled = _by_metadata(reader, kind, scaling, config)
     elif kind == "none" and tensors.keys() <= {"rope_freqs.weight"}:
         for tensor in tensors.values():
-            scaled = _by_factors(torch.tensor(tensor.data.astype("float64")).flatten(), config)
+            scaled = _by_factors(torch.tensor(tensor.data.astype("float64"), device="cpu").flatten(), config)
     elif kind in ("none", "longrope") and tensors.keys() == {"rope_factors_long.weight", "rope_factors_short.weight"}:
         scaled = _long(reader, scaling, tensors, config)
     else:
@@ -194,7 +194,7 @@ def _long(reader: Any, scaling: dict[str, Any], tensors: Mapping[str, Any], conf
         _refuse(reader, f"{_SCALING}original_context_length", "none")
     _refuse_rest(reader, scaling)
     short, long = (
-        torch.tensor(tensors[f"rope_factors_{kind}.weight"].data.astype("float64")).flatten().tolist()
+        torch.tensor(tensors[f"rope_factors_{kind}.weight"].data.astype("float64"), device="cpu").flatten().tolist()
         for kind in ("short", "long")
     )
     parameters: dict[str, Any] = {
@@ -209,7 +209,7 @@ def _by_factors(factors: Float[Tensor, "frequency"], config: Any) -> dict[str, A
     if torch.allclose(factors, torch.ones_like(factors)):
         return None
     base = config.rope_parameters["rope_theta"]
-    turns = base ** -(torch.arange(len(factors), dtype=torch.float64) / len(factors)) / (2 * math.pi)
+    turns = base ** -(torch.arange(len(factors), dtype=torch.float64, device="cpu") / len(factors)) / (2 * math.pi)
     for high, length in _lengths(factors, turns):
         parameters = {
             "rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": high,

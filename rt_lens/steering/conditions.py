@@ -41,7 +41,7 @@ class Condition:
 
     def __post_init__(self) -> None:
         check_condition(self.by, self.position)
-        if not (self.direction.norm() > 0 and torch.isfinite(torch.tensor(self.threshold))):
+        if not (self.direction.norm() > 0 and torch.isfinite(torch.tensor(self.threshold, device="cpu"))):
             raise ValueError(
                 "condition must have a direction other than zero and a finite threshold, got a direction of length "
                 f"{float(self.direction.norm()):g} and threshold {self.threshold}."

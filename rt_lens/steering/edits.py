@@ -121,7 +121,7 @@ class Edit:
 
     def _by_row(self, batch: int, context: TokenContext | None) -> Float[Tensor, "rows 1"]:
         if not isinstance(self.multiplier, Tensor):
-            return torch.full((1, 1), float(self.multiplier))
+            return torch.full((1, 1), float(self.multiplier), device="cpu")
         rows = _row_numbers(context, batch, len(self.multiplier))
         if rows is None:
             raise ValueError(

@@ -128,7 +128,7 @@ class _Weights:
 def _check_exact(model: Model, hooks: Sequence[FwdHook], baked: WeightDelta) -> None:
     """Raises a ValueError where the change does not do what the hooks did, on tokens spread over the vocabulary."""
     backend, cfg = backend_of(model), model.cfg
-    tokens = torch.linspace(0, cfg.d_vocab - 1, 32).long().view(2, 16).to(cfg.device)
+    tokens = torch.linspace(0, cfg.d_vocab - 1, 32, device="cpu").long().view(2, 16).to(cfg.device)
     mask = torch.ones_like(tokens)
 
     def final() -> Tensor:
@@ -165,7 +165,9 @@ def _constant(model: Model, name: str, edit: Any) -> Edit:
         )
     if not name.startswith("blocks.") or _kind(name) not in _FOLDABLE:
         raise ValueError(f"{what} edits can be folded at {', '.join(_FOLDABLE)} of a block. Keep the hook.")
-    edit(torch.zeros(1, 1, *_shape(model, name)), None)  # refuses wrong widths and heads, as the hook would
+    edit(
+        torch.zeros(1, 1, *_shape(model, name), device="cpu"), None
+    )  # refuses wrong widths and heads, as the hook would
     if edit.operator.affine(1.0, _shape(model, name)) is None:
         raise ValueError(f"{what} it is not an affine map. Keep the hook.")
     return edit
@@ -196,7 +198,7 @@ def _affine(model: Model, name: str, edits: Sequence[Edit]) -> Affine:
 
 def _only_adds(model: Model, name: str, edits: Sequence[Edit]) -> bool:
     matrix, _ = _affine(model, name, edits)
-    return torch.equal(matrix, torch.eye(len(matrix)).to(matrix))
+    return torch.equal(matrix, torch.eye(len(matrix), device="cpu").to(matrix))
 
 
 def _writer(model: Model, name: str) -> tuple[str, str]:

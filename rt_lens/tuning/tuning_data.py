@@ -298,17 +298,17 @@ def logits_of(model: Model, final: Float[Tensor, "read width"]) -> Float[Tensor,
 def _row(model: TextModel, target: TokenTarget, positions: Sequence[str]) -> Row:
     prompt = encode(model, target.prompt) if target.prompt else []
     if isinstance(target, Choice):
-        tokens, start = torch.tensor(prompt), len(prompt) - 1
-        choices = torch.tensor([[_single(model, target.prompt, option) for option in target.options]])
-        shares = torch.tensor([target.shares], dtype=torch.float32)
+        tokens, start = torch.tensor(prompt, device="cpu"), len(prompt) - 1
+        choices = torch.tensor([[_single(model, target.prompt, option) for option in target.options]], device="cpu")
+        shares = torch.tensor([target.shares], dtype=torch.float32, device="cpu")
     else:
-        tokens, start = torch.tensor(prompt + _answer_ids(model, target, prompt)), max(len(prompt) - 1, 0)
+        tokens, start = torch.tensor(prompt + _answer_ids(model, target, prompt), device="cpu"), max(len(prompt) - 1, 0)
         choices = tokens[start + 1 :, None]
-        shares = torch.ones(choices.shape)
+        shares = torch.ones(choices.shape, device="cpu")
     end = start + len(choices)
     if end <= start:
         raise ValueError(f"train must have an answer for every target, got none for prompt {target.prompt[:60]!r}.")
-    predicts = torch.zeros(len(tokens), dtype=torch.bool)
+    predicts = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
     predicts[start:end] = True
     masks = {
         position: predicts if position == "response" else _mask(model, target, position, tokens)
@@ -345,7 +345,7 @@ def _single(model: TextModel, prompt: str, option: str) -> int:
 
 def _mask(model: TextModel, target: TokenTarget, position: str, tokens: Int[Tensor, "pos"]) -> Bool[Tensor, "pos"]:
     """Where a position of `extract_vectors` lies in a target: its prompt is the text that the model is given."""
-    mask = torch.zeros(len(tokens), dtype=torch.bool)
+    mask = torch.zeros(len(tokens), dtype=torch.bool, device="cpu")
     start = len(encode(model, target.prompt)) if target.prompt else 0
     if position == "mean response":
         mask[start:] = True

@@ -118,7 +118,7 @@ class LowRank:
     def __init__(self, name: str, parameter: nn.Parameter, rank: int, noise: torch.Generator) -> None:
         self.name, self.parameter, self.before = name, parameter, parameter.detach()
         out, into = as_matrix(name, self.before).shape
-        a = (torch.rand(rank, into, generator=noise) * 2 - 1) / into**0.5
+        a = (torch.rand(rank, into, generator=noise, device="cpu") * 2 - 1) / into**0.5
         self.a = nn.Parameter(a.to(parameter.device))
         self.b = nn.Parameter(torch.zeros(out, rank, device=parameter.device))
         self.tensors = {"a": self.a, "b": self.b}

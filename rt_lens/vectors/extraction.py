@@ -198,7 +198,7 @@ def covariate_vectors(
         raise ValueError(f"values must be one number for each text, got {len(numbers)} for {len(texts)} texts.")
     reads = [[numbers_in(row, read_at, f"text {i}")] for i, row in enumerate(rows_of(model, texts))]
     activations = read_activations(model, texts, names, reads, batch_size=batch_size)
-    y = torch.tensor(numbers, dtype=torch.float64)
+    y = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     slope = partial(covariate_direction, values=y)
     slopes = {hook_name: _by_head(lambda head: slope, h[:, 0]) for hook_name, h in activations.items()}
     provenance = Provenance(

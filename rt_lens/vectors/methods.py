@@ -131,7 +131,7 @@ def mass_mean(positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d
     covariance = torch.from_numpy(
         ledoit_wolf((within / within.square().mean().sqrt()).numpy(), assume_centered=True)[0]
     )
-    covariance += 1e-9 * torch.eye(len(covariance))  # two pairs with equal deviations get no shrinkage
+    covariance += 1e-9 * torch.eye(len(covariance), device="cpu")  # two pairs with equal deviations get no shrinkage
     return _norm_matched(torch.linalg.solve(covariance, difference), difference, positive)
 
 
@@ -156,7 +156,7 @@ class Random:
     def __call__(self, positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d"]) -> Float[Tensor, "d"]:
         _, _, difference = _sides("random", positive, negative)
         noise = torch.Generator().manual_seed(self.seed)
-        direction = torch.randn(len(difference), generator=noise, dtype=torch.float64)
+        direction = torch.randn(len(difference), generator=noise, dtype=torch.float64, device="cpu")
         return _norm_matched(direction, difference, positive)
 
 
@@ -198,7 +198,7 @@ def fit_eraser(
         1.0
     """
     positive64, negative64, difference = _sides("leace", positive, negative, 2)
-    labels = torch.cat([torch.ones(len(positive64)), torch.zeros(len(negative64))]).double()
+    labels = torch.cat([torch.ones(len(positive64), device="cpu"), torch.zeros(len(negative64), device="cpu")]).double()
     # The package's svd_tol of 0.01 would leave a weak concept in. Its constraint on the trace never binds for two
     # values, and may cost the rank of one. Shrinkage makes the covariance invertible with fewer texts than dimensions.
     eraser = LeaceFitter.fit(

@@ -236,7 +236,7 @@ def _evidence(vector: Float[Tensor, "d_model"], unseen: Sides, name: str, seed: 
     accuracy = share_interval(int((margins > 0).sum()), n)
     auc, auc_low, auc_high = _auc(positive @ vector, negative @ vector, seed)
     noise = torch.Generator().manual_seed(1_000_003 * seed + layer_of(name))
-    random_margins = (positive - negative) @ torch.randn(len(vector), _RANDOM_DIRECTIONS, generator=noise)
+    random_margins = (positive - negative) @ torch.randn(len(vector), _RANDOM_DIRECTIONS, generator=noise, device="cpu")
     control = np.quantile((random_margins > 0).float().mean(0).numpy(), [0.025, 0.975])
     return {
         "n": n,

@@ -205,7 +205,7 @@ def steering(
 ) -> list[FwdHook]:
     """The hooks of the controls' settings; with `untouched_first` for two rows, of which the first is unchanged."""
     full = 1.0 if operator == "clamp" else multiplier
-    strength: Any = torch.tensor([0.0, full]) if untouched_first else full
+    strength: Any = torch.tensor([0.0, full], device="cpu") if untouched_first else full
     if operator == "clamp":
         (vector,) = vectors.at_layers([layer], vectors.kind).values()
         return clamp(vectors, [layer], multiplier * float(vector.norm()), multiplier=strength, hook=vectors.kind)

@@ -133,7 +133,7 @@ class _Loader:
 
 def _probes(d_vocab: int, device: Any) -> list[tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]]:
     """Tokens spread over the vocabulary, with masks: a single row, and two rows of which one is padded on the left."""
-    tokens = torch.linspace(0, d_vocab - 1, 48).long().view(2, 24).to(device)
+    tokens = torch.linspace(0, d_vocab - 1, 48, device="cpu").long().view(2, 24).to(device)
     mask = torch.ones_like(tokens)
     mask[1, :11] = 0
     return [(tokens[:1], mask[:1]), (tokens, mask)]

@@ -279,7 +279,7 @@ class BridgeBackend(Backend):
             steps: tokens after it.
         """
         cfg = self.model.cfg
-        tokens = torch.linspace(0, cfg.d_vocab - 1, 2 * (n + steps)).long().view(2, -1).to(cfg.device)
+        tokens = torch.linspace(0, cfg.d_vocab - 1, 2 * (n + steps), device="cpu").long().view(2, -1).to(cfg.device)
         mask = torch.ones_like(tokens)
         mask[1, : n // 2] = 0
         with_cache: list[Tensor] = []

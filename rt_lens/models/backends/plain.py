@@ -26,7 +26,7 @@ class Rows(nn.Module):
         super().__init__()
         self._whole = (whole,)  # in a tuple, so that it is not registered a second time
         first, n = int(rows[0]), len(rows)
-        in_a_row = torch.equal(rows, torch.arange(first, first + n))
+        in_a_row = torch.equal(rows, torch.arange(first, first + n, device="cpu"))
         self.rows: Any = slice(first, first + n) if in_a_row else rows
         self.out_features, self.in_features = self.weight.shape
 
@@ -106,7 +106,7 @@ def _whole_of(component: Any, parts: list[Any]) -> tuple[nn.Module, list[Int[Ten
         if has != out:
             continue
         numbered = copy.copy(whole)
-        count = torch.arange(has, dtype=torch.float32)
+        count = torch.arange(has, dtype=torch.float32, device="cpu")
         rows = count[:, None].expand(has, whole.weight.shape[0 if input_first(whole) else 1])
         numbered.__dict__["_parameters"] = {
             "weight": nn.Parameter((rows.T if input_first(whole) else rows).contiguous(), requires_grad=False),

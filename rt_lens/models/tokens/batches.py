@@ -70,11 +70,11 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "
         received = "an empty list" if empty is None else f"none at index {empty}"
         raise ValueError(f"texts must have at least one token each, got {received}. Leave empty texts out.")
     length = max(len(ids) for ids in sequences)
-    tokens = torch.full((len(sequences), length), pad_id, dtype=torch.long)
+    tokens = torch.full((len(sequences), length), pad_id, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(tokens)
     for row, ids in enumerate(sequences):
         span = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
-        tokens[row, span] = torch.tensor(list(ids))
+        tokens[row, span] = torch.tensor(list(ids), device="cpu")
         mask[row, span] = 1
     return TokenBatch(tokens, mask, tuple(range(len(sequences))))
 

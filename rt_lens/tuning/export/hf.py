@@ -84,7 +84,7 @@ def _check_reads_back(model: Model, delta: WeightDelta | None, folder: Path) -> 
     """The logits of sixteen tokens spread over the vocabulary, here and from the folder, but for rounding."""
     from transformers import AutoModelForCausalLM
 
-    tokens = torch.linspace(0, model.cfg.d_vocab - 1, 16).long()[None].to(model.cfg.device)
+    tokens = torch.linspace(0, model.cfg.d_vocab - 1, 16, device="cpu").long()[None].to(model.cfg.device)
     mask = torch.ones_like(tokens)
     with changed_by(model, delta):
         ours = model(tokens, attention_mask=mask)
