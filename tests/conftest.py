@@ -18,6 +18,7 @@ install_import_hook("rt_lens", f"{__name__}.typechecker")  # before the first im
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -45,13 +46,18 @@ from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 FIRST = ("test_notebooks.py", "test_readme.py", "test_docstrings.py")
 """The longest files, so that two workers end together; the others stay in their order."""
 
+OF_HOOKED = re.compile(r'"hooked"|\bresid_mid\b|\b_?[Wb]_(?:E|Q|K|V|O|U|in|out|gate|pos)\b')
+BOTH_NAMES = {"test_architectures.py", "test_bridges.py", "test_parameter_names.py", "test_steering_grid.py"}
+"""Files of which each test says itself what it is for."""
+
 MODEL_FIXTURES = {"model", "bridge", "tiny", "make_tiny"}
 MODEL_FILES = {
     "test_architectures.py", "test_bridges.py", "test_docstrings.py", "test_experiment.py", "test_export.py",
-    "test_floors.py", "test_model_cache.py", "test_model_folders.py", "test_models.py", "test_parameter_names.py",
+    "test_model_cache.py", "test_model_folders.py", "test_models.py", "test_parameter_names.py",
     "test_readme.py",
 }  # fmt: skip
-"""What `make test-tl4` runs: all that touches a model."""
+SEEN_ELSEWHERE = {"test_browser.py", "test_forward.py", "test_notebooks.py"}
+"""What `make test-tl4` runs: all that touches a model, but for pages and notebooks, which call the same functions."""
 
 SLOW_FIXTURES = {"model", "bridge", "page", "site", "browser", "at_hand"}
 SLOW_FILES = {
@@ -81,15 +87,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _of_hooked_alone(item: pytest.Item) -> bool:
-    """Whether a test is marked so, loads a HookedTransformer, or is the case of one; a bridge's case of it remains."""
+    """Whether a test is marked so, loads a HookedTransformer, names its parameters, or is the case of one.
+
+    A bridge's case of it remains, and test_architectures.py has the same of bridges by Hugging Face's names.
+    """
     function, case = getattr(item, "function", None), getattr(item, "callspec", None)
-    loads = function is not None and 'backend="hooked"' in inspect.getsource(function)
-    is_case = case is not None and "hooked" in map(str, case.params.values())
-    return item.get_closest_marker("hooked") is not None or loads or is_case
+    text = "" if function is None or item.path.name in BOTH_NAMES else inspect.getsource(function)
+    cases = [] if case is None else list(map(str, case.params.values()))
+    named = any(OF_HOOKED.search(each) for each in (text, *cases))
+    return item.get_closest_marker("hooked") is not None or named or "hooked" in cases
 
 
 def _touches_models(item: pytest.Item) -> bool:
-    return item.path.name in MODEL_FILES or bool(MODEL_FIXTURES & set(getattr(item, "fixturenames", ())))
+    name, fixtures = item.path.name, set(getattr(item, "fixturenames", ()))
+    return name not in SEEN_ELSEWHERE and (name in MODEL_FILES or bool(MODEL_FIXTURES & fixtures))
 
 
 @pytest.fixture(scope="session")

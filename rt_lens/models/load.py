@@ -29,6 +29,8 @@ def load_model(
     backend: Backend = "auto",
     device: str | None = None,
     dtype: str | torch.dtype = "float32",
+    device_map: str | Mapping[str, str | int] | None = None,
+    offload_folder: str | Path | None = None,
     trust_remote_code: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     accept_terms: bool = False,
@@ -46,6 +48,10 @@ def load_model(
             HookedTransformer where there is one and rt_lens's conversion covers the architecture, else for a bridge.
         device: torch device; by default CUDA if there is one, else the CPU.
         dtype: `float32`, `bfloat16`, `float16`, or the torch dtype.
+        device_map: instead of `device`, where each part goes, as transformers takes it (`auto`, `balanced`, or module
+            name -> device); the model is then a bridge. Steering and reading work as ever; what is on the disk is not
+            tuned, baked or exported. Parts on the disk need TransformerLens 4.
+        offload_folder: folder for the parts that `device_map` puts on the disk.
         trust_remote_code: run custom code shipped with the repository; it has your full permissions, so enable it only
             for authors you trust.
         chat_template_kwargs: variables for the chat template besides the messages, such as {"enable_thinking": False}.
@@ -70,8 +76,19 @@ def load_model(
     """
     if backend not in ("auto", "hooked", "bridge"):
         raise ValueError(f"backend must be 'auto', 'hooked' or 'bridge', got {backend!r}.")
+    if device_map is not None and (device is not None or backend == "hooked"):
+        other = f"device={device!r}" if device is not None else "backend='hooked'"
+        raise ValueError(f"device_map must come without a device and with a bridge, got {other} too. Leave it out.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"device": device, "dtype": _dtype(dtype), "trust_remote_code": trust_remote_code}
+    if offload_folder is not None and (device_map is None or has_hooked()):
+        raise ValueError(
+            "offload_folder must come with a device_map and transformer-lens 4, got "
+            f"device_map={device_map!r} and transformer-lens {version('transformer-lens')}. Leave it out."
+        )
+    if device_map is not None:
+        backend = "bridge"
+        settings |= {"device_map": device_map, "offload_folder": offload_folder}
     folder, name = _local_folder(name_or_path, accept_terms), Path(str(name_or_path)).name
     if folder is None:
         folder = hub_folder(str(name_or_path), with_code=trust_remote_code)

@@ -215,6 +215,7 @@ def fitting(delta: WeightDelta, model: Model | nn.Module) -> dict[str, Tensor]:
         ValueError: the model lacks a parameter, or it has another shape.
     """
     slots, changes = slots_of(model), translated(model, delta.changes)
+    check_in_memory({name: slot.parameter for name, slot in slots.items() if name in changes})
     for name, change in changes.items():
         if name not in slots or slots[name].shape != tuple(change.shape):
             has = slots[name].shape if name in slots else "no such parameter"
@@ -223,6 +224,16 @@ def fitting(delta: WeightDelta, model: Model | nn.Module) -> dict[str, Tensor]:
                 f"{has}. Load the model that the delta was made on."
             )
     return changes
+
+
+def check_in_memory(parameters: Mapping[str, nn.Parameter | None]) -> None:
+    """Raises a ValueError for parameters that a device map has put on the disk."""
+    away = [name for name, parameter in parameters.items() if parameter is not None and parameter.is_meta]
+    if away:
+        raise ValueError(
+            f"model must have the weights that change in memory, got {len(away)} that device_map has put elsewhere, "
+            f"such as {away[0]}. Load the model with a device_map that keeps those blocks on a device."
+        )
 
 
 def _held_by_several(slots: Mapping[str, Slot]) -> set[int]:

@@ -14,6 +14,7 @@ from rt_lens.models.forward import check_layers
 from rt_lens.models.parameter_names import as_matrix, block_and_modules, from_matrix
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import LOSSES, MATRICES, TuneConfig
+from rt_lens.tuning.delta import check_in_memory
 
 
 def trained_by(model: Model, config: TuneConfig) -> dict[str, dict[str, nn.Parameter]]:
@@ -60,6 +61,7 @@ def _chosen(model: Model, config: TuneConfig, loss: str) -> dict[str, nn.Paramet
             f"{list(blocks)} of this model do not have (for the {loss} loss). Leave them out, or name other "
             "trained_layers."
         )
+    check_in_memory(chosen)
     _check_rank(config, targets, chosen)
     return chosen
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,14 @@ class CheckedBridge(TransformerBridge):
 
 
 def bridge_from_folder(
-    folder: Path, name: str, *, device: str, dtype: torch.dtype, trust_remote_code: bool = False
+    folder: Path,
+    name: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    device_map: str | Mapping[str, str | int] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> TransformerBridge:
     """The TransformerBridge of a Hugging Face folder, without its tokenizer (see `give_tokenizer`).
 
@@ -71,16 +78,23 @@ def bridge_from_folder(
         device: torch device.
         dtype: type of the weights.
         trust_remote_code: run the folder's own Python code.
+        device_map: where each part goes, instead of `device`.
+        offload_folder: folder for the parts that go on the disk.
 
     Raises:
         ValueError: no bridge covers its architecture, it needs its own Python code, or the bridge's logits differ from
             transformers'.
     """
-    loader = _Loader(device)
+    loader = _Loader(device if device_map is None else None)
+    placed: dict[str, Any] = {"device": device}
+    if device_map is not None:
+        placed = {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
+        if offload_folder is not None:  # which TransformerLens 3 does not take
+            placed["offload_folder"] = str(offload_folder)
     try:
         bridge = TransformerBridge.boot_transformers(
-            str(folder), device=device, dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=_stand_in(),
-            model_class=loader,  # type: ignore[arg-type]
+            str(folder), dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=_stand_in(),
+            model_class=loader, **placed,  # type: ignore[arg-type]
         )  # fmt: skip
     except ValueError as error:
         if "Could not determine supported architecture" in str(error):
@@ -108,8 +122,8 @@ class _Loader:
         failure: the exception, if the model gave none.
     """
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self, device: str | None) -> None:
+        self.device = device  # None if transformers places the parts
         self.expected: list[Float[Tensor, "real d_vocab"]] = []
         self.failure: Exception | None = None
 
@@ -118,10 +132,11 @@ class _Loader:
 
         architecture = sources.determine_architecture_from_hf_config(settings["config"])
         model_class: Any = sources.get_hf_model_class_for_architecture(architecture)
-        model = model_class.from_pretrained(folder, **settings).to(self.device).eval()
+        model = model_class.from_pretrained(folder, **settings).eval()
+        model = model if self.device is None else model.to(self.device)
         parameters = inspect.signature(model.forward).parameters
         try:
-            for tokens, mask in _probes(model.get_input_embeddings().num_embeddings, self.device):
+            for tokens, mask in _probes(model.get_input_embeddings().num_embeddings, self.device or "cpu"):
                 positions = {"position_ids": positions_of(mask)} if "position_ids" in parameters else {}
                 with torch.no_grad():
                     logits = model(tokens, attention_mask=mask, use_cache=False, **positions).logits
@@ -147,7 +162,10 @@ def _compare(bridge: TransformerBridge, loader: _Loader, name: str) -> None:
         if loader.failure is not None:
             raise loader.failure
         d_vocab = bridge.original_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        logits = [bridge(tokens, attention_mask=mask)[mask.bool()] for tokens, mask in _probes(d_vocab, loader.device)]
+        logits = [
+            bridge(tokens, attention_mask=mask)[mask.bool()]
+            for tokens, mask in _probes(d_vocab, loader.device or "cpu")
+        ]
     except Exception as failure:
         warnings.warn(
             f"model: {name} ({family}) cannot be compared with transformers ({type(failure).__name__}: "
