@@ -19,6 +19,7 @@ from rt_lens.tuning.targets import Target
 
 PACKAGE = Path(rtl.__file__).parent
 MAKERS = {
+    "as_tensor",
     "tensor",
     "zeros",
     "ones",
@@ -56,14 +57,14 @@ def everything(model: Any) -> dict[str, Any]:
     baked = rtl.bake(model, rtl.add(vectors, [1], 2.0))
     with rtl.applied(model, delta):
         tuned = rtl.generate(model, PROMPTS, max_new_tokens=4)
-    measured = rtl.evaluate(model, pairs.sample(2), scorer="vader")
+    measured = rtl.evaluate(model, pairs.sample(2), scorer="vader", max_new_tokens=4)
     return {
         **vectors.vectors,
         **{f"delta {name}": change for name, change in delta.changes.items()},
         **{f"baked {name}": change for name, change in baked.changes.items()},
         "projections": rtl.token_projections(model, vectors, PROMPTS[0])[1],
         "answers": (steered, tuned),
-        "mean": measured.mean,
+        "scores": measured.scores,
     }
 
 
@@ -85,7 +86,7 @@ def test_another_default_device_changes_nothing(make_tiny):
     model = make_tiny()
     with torch.device("meta"):  # what lands there by chance has no numbers, and fails
         found = everything(model)
-    assert found["answers"] == expected["answers"] and found["mean"] == expected["mean"]
+    assert found["answers"] == expected["answers"] and found["scores"] == expected["scores"]
     for name, tensor in expected.items():
         if isinstance(tensor, torch.Tensor):
             assert torch.equal(found[name], tensor), name

@@ -224,7 +224,7 @@ def scale(
     check_positions(positions)
     check_multiplier(multiplier)
     for name, alpha in alphas.items():
-        if not torch.isfinite(torch.as_tensor(alpha)).all():
+        if not torch.isfinite(torch.as_tensor(alpha, device="cpu")).all():
             raise ValueError(f"alphas must be finite, got {alpha} for {name}.")
     operators = {name: Scale(alpha) for name, alpha in alphas.items()}
     on_stream = {name: must_reach_stream(name, operator, multiplier, ()) for name, operator in operators.items()}

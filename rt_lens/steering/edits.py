@@ -251,6 +251,6 @@ def check_multiplier(multiplier: Multiplier) -> None:
     Raises:
         ValueError: says what is allowed.
     """
-    finite = bool(torch.isfinite(torch.as_tensor(multiplier)).all())
+    finite = bool(torch.isfinite(torch.as_tensor(multiplier, device="cpu")).all())
     if not finite or (isinstance(multiplier, Tensor) and multiplier.ndim != 1) or isinstance(multiplier, Sequence):
         raise ValueError(f"multiplier must be a finite number, or a tensor with one for each prompt, got {multiplier}.")

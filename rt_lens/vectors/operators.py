@@ -177,7 +177,8 @@ class Scale:
         return h * (1 + _spread(strength, h) * alpha)
 
     def affine(self, strength: float, shape: Sequence[int]) -> Affine:
-        factors = 1 + strength * _of_shape(torch.as_tensor(self.alpha), shape)
+        alpha = self.alpha if isinstance(self.alpha, Tensor) else torch.tensor(self.alpha, device="cpu")
+        factors = 1 + strength * _of_shape(alpha, shape)
         return torch.diag_embed(factors), torch.zeros_like(factors)
 
 
