@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rt_lens.models.backends import has_hooked
 from rt_lens.models.hub import official_name
 from rt_lens.models.llama import FAMILIES
 from rt_lens.models.parameter_names import block_and_modules
@@ -192,7 +193,7 @@ def _sizes(config: Any) -> Shape:
             if parameter.ndim == 2:
                 sides[module] = sum(parameter.shape)
                 rows[module] = parameter.shape[0]
-    if config.model_type in FAMILIES:  # loaded as HookedTransformers, which have no bias at the gate
+    if config.model_type in FAMILIES and has_hooked():  # loaded as HookedTransformers, which have no bias at the gate
         sizes["norm"] = 2 * config.hidden_size
         sizes["bias"] = sum(size for module, size in rows.items() if module != "gate")
     heads = config.num_attention_heads

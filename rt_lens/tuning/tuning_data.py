@@ -44,7 +44,7 @@ class Row:
         shares: Float[Tensor, "read k"].
         places: name of a position -> Bool[Tensor, "pos"], where a cosine is read.
         prefix: residual before the first trained block; None where the model is to run from the beginning.
-        reference: the untuned model's final residual (a bridge's: logits) at the positions read; for the KL term only.
+        reference: the untuned model's final residual at the positions read; for the KL term only.
     """
 
     prompt: str

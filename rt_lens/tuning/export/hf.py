@@ -36,7 +36,7 @@ def export_hf(
     (those that `bake` folds edits into) are written as a Llama with biases, which computes the same; the card says so.
 
     Args:
-        model: a HookedTransformer of a Llama, Mistral or Qwen2, or any TransformerBridge, from `load_model`; it stays
+        model: HookedTransformer or TransformerBridge, from `load_model`; it stays
             as it is.
         path: a folder that does not exist yet, or an empty one. It appears whole or not at all.
         delta: the change to write into the weights; None writes the model as it is.
