@@ -118,6 +118,7 @@ def test_half_an_ablation_is_baked(tiny, vectors, hook):
     check_baked(tiny, [(name, Edit(edit.operator, 0.5))])
 
 
+@pytest.mark.hooked  # at resid_mid, too
 def test_a_multiplier_of_0_bakes_to_a_difference_of_nothing_but_zeros(tiny, vectors):
     for hook in KINDS:
         delta = rtl.bake(tiny, add(vectors(hook), multiplier=0.0, hook=hook))
@@ -240,6 +241,7 @@ def test_a_model_with_learned_positions_and_plain_layernorm_is_baked(make_tiny, 
     check_baked(gpt, add(vectors("resid_pre"), [0], hook="resid_pre"))
 
 
+@pytest.mark.hooked
 def test_a_model_of_attention_only_is_baked(make_tiny, vectors):
     attention = make_tiny(attn_only=True, act_fn=None, gated_mlp=False)
     check_baked(attention, add(vectors("resid_post"), [0, 1]))

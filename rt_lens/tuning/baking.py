@@ -57,8 +57,8 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
     Example:
         >>> hooks = add(vectors, layers=[18], multiplier=2.0)
         >>> baked = bake(model, hooks)
-        >>> list(baked.changes)
-        ['blocks.18.mlp.b_out']
+        >>> [change.shape for change in baked.changes.values()]  # one bias
+        [torch.Size([576])]
         >>> with model.hooks(fwd_hooks=hooks):
         ...     steered_logits = model("How was your day?")
         >>> with baked.applied(model):
