@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rt_lens as rtl
+from rt_lens.models.backends import parameters_of
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
 from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale
@@ -49,7 +50,7 @@ def logits(model: Any, hooks: Sequence[FwdHook] = ()) -> torch.Tensor:
 
 def check_baked(model: Any, hooks: Sequence[FwdHook], *, atol: float = 1e-5) -> WeightDelta:
     """Baked is hooked, and hooked is not plain; the model stays as it is."""
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters_of(model).items()}
     plain, hooked = logits(model), logits(model, hooks)
     assert (hooked - plain).abs().max() > 0.01, "the edit does nothing"
     delta = rtl.bake(model, hooks)
@@ -57,7 +58,7 @@ def check_baked(model: Any, hooks: Sequence[FwdHook], *, atol: float = 1e-5) -> 
     with delta.applied(model):
         torch.testing.assert_close(logits(model), hooked, atol=atol, rtol=0)
     assert torch.equal(logits(model), plain)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters_of(model).items())
     return delta
 
 
@@ -327,10 +328,10 @@ def test_an_edit_is_baked_on_top_of_another_as_the_refusal_of_both_in_one_list_s
 
 
 def refused(model: Any, hooks: Sequence[FwdHook], message: str) -> None:
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters_of(model).items()}
     with pytest.raises(ValueError, match=message):
         rtl.bake(model, hooks)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters_of(model).items())
 
 
 def test_adding_with_the_norm_kept_is_refused(tiny, vectors):

@@ -96,7 +96,7 @@ def test_every_operator_leaves_the_other_tokens_bit_for_bit(tiny, tiny_vectors, 
     for row, ids in enumerate(prompts):
         others = [i for i in range(len(before[row])) if i != len(ids) - 1]
         assert torch.equal(after[row][others], before[row][others])
-        assert (after[row] - before[row])[len(ids) - 1].abs().max() > 0.1
+        assert (after[row] - before[row])[len(ids) - 1].abs().max() > 0.05
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -13,21 +13,25 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import rt_lens as rtl
+from rt_lens.models.backends import has_hooked, parameters_of
 from rt_lens.tuning.delta import WeightDelta
 
-NAMES = ("blocks.0.attn.W_Q", "blocks.1.mlp.W_out", "blocks.1.mlp.b_out")
+OWN = ("blocks.0.attn.W_Q", "blocks.1.mlp.W_out", "blocks.1.mlp.b_out")
+THEIRS = tuple(f"model.layers.{name}" for name in ("0.self_attn.q_proj.weight", "1.mlp.down_proj.weight",
+               "1.mlp.down_proj.bias"))  # fmt: skip
+NAMES = OWN if has_hooked() else THEIRS
 
 
 def delta_of(model, names=NAMES, seed=0, **config) -> WeightDelta:
     noise = torch.Generator().manual_seed(seed)
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     changes = {name: torch.randn(parameters[name].shape, generator=noise) for name in names}
     return WeightDelta(changes, "tiny", {"seed": seed, **config}, [{"step": 1}])
 
 
 def bits(model) -> dict[str, tuple[int, bytes]]:
     """Where each parameter lies in memory, and what is there."""
-    return {name: (p.data_ptr(), p.detach().numpy().tobytes()) for name, p in model.named_parameters()}
+    return {name: (p.data_ptr(), p.detach().numpy().tobytes()) for name, p in parameters_of(model).items()}
 
 
 def values(model) -> dict[str, bytes]:
@@ -275,7 +279,7 @@ def test_it_works_without_gradients_and_leaves_parameters_that_take_them(tiny, m
         undo = delta_of(tiny).apply(tiny)
         assert not torch.allclose(tiny(tokens), plain)
     tiny(tokens).sum().backward()  # an inference tensor as a weight would refuse this
-    assert all(dict(tiny.named_parameters())[name].grad is not None for name in NAMES)
+    assert all(parameters_of(tiny)[name].grad is not None for name in NAMES)
     with mode():
         undo()
         assert torch.equal(tiny(tokens), plain)

@@ -13,6 +13,7 @@ from rt_lens.arms.inspection import ResidualShifts, _spectrum, residual_shifts, 
 from rt_lens.arms.projections import projection_changes
 from rt_lens.common.progress import Step, watched
 from rt_lens.models.activations import last_token_activations
+from rt_lens.models.backends import parameters_of
 from rt_lens.models.generation import as_chat
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.vectors.reading import token_projections
@@ -117,7 +118,7 @@ def test_ablation_orthogonalises_what_writes_and_its_change_is_of_rank_one_along
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.W_Q", "blocks.1.mlp.W_gate", "blocks.1.mlp.W_out"])
 def test_a_change_along_one_direction_has_rank_one_and_a_random_one_nearly_all(tiny, name):
-    shape = dict(tiny.named_parameters())[name].shape
+    shape = parameters_of(tiny)[name].shape
     if len(shape) == 3:  # heads together: the row and the column run over them all
         rank_one = torch.einsum("hd,m->hmd", noise((shape[0], shape[2])), noise(shape[1], 1))
     else:
@@ -146,7 +147,7 @@ READERS = {
 @pytest.mark.parametrize(("part", "kind"), READERS.items())
 def test_what_reads_the_stream_is_held_against_the_vector_of_the_layer_below(tiny, tiny_vectors, part, kind):
     name = f"blocks.1.{part}"
-    shape = dict(tiny.named_parameters())[name].shape
+    shape = parameters_of(tiny)[name].shape
     others = noise(shape[:-2] + shape[-1:])  # everything but the axis of d_model
     reads = torch.einsum("m,...d->...md", unit(tiny_vectors, L0), others)
     row = one(tiny, name, reads, tiny_vectors)
@@ -161,7 +162,7 @@ def test_what_reads_the_stream_is_held_against_the_vector_of_the_layer_below(tin
 @pytest.mark.parametrize(("part", "kind"), [("attn.W_O", "o"), ("mlp.W_out", "down")])
 def test_what_writes_the_stream_is_held_against_its_own_layers_vector(tiny, tiny_vectors, part, kind):
     name = f"blocks.1.{part}"
-    shape = dict(tiny.named_parameters())[name].shape
+    shape = parameters_of(tiny)[name].shape
     random = noise(shape)
     row = one(tiny, name, noise(shape[:-1])[..., None] * unit(tiny_vectors), tiny_vectors)
     assert row["kind"] == kind
@@ -172,7 +173,7 @@ def test_what_writes_the_stream_is_held_against_its_own_layers_vector(tiny, tiny
 
 
 def test_a_kind_of_hook_point_may_be_named_in_full(tiny, tiny_vectors):
-    change = noise(dict(tiny.named_parameters())["blocks.1.mlp.W_in"].shape)
+    change = noise(parameters_of(tiny)["blocks.1.mlp.W_in"].shape)
     short, full = (one(tiny, "blocks.1.mlp.W_in", change, tiny_vectors, hook=hook) for hook in (
         "resid_post", "hook_resid_post"
     ))  # fmt: skip
@@ -211,7 +212,7 @@ def test_no_alignment_where_it_has_no_meaning_or_no_vector(tiny, tiny_vectors):
         "unembed.b_U": "bias", "blocks.1.mlp.b_in": "bias",
     }  # fmt: skip
     for name, kind in meaningless.items():
-        row = one(tiny, name, noise(dict(tiny.named_parameters())[name].shape), tiny_vectors)
+        row = one(tiny, name, noise(parameters_of(tiny)[name].shape), tiny_vectors)
         assert row["kind"] == kind, name
         assert math.isnan(row["alignment"]), name
     there = one(tiny, "blocks.0.mlp.W_out", noise((64, 32)), tiny_vectors)

@@ -9,6 +9,7 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.models.backends import parameters_of
 from rt_lens.tuning.delta import WeightDelta
 
 PROMPTS = ["How are you?", "What is it?", "Tell me more about the hills.", "And now?"]
@@ -20,7 +21,7 @@ def damped(tiny):
     """A delta that makes the last block write less of all it reads, so that steering before it does something else."""
     noise = torch.Generator().manual_seed(5)
     name = "blocks.1.mlp.W_out"
-    change = torch.randn(dict(tiny.named_parameters())[name].shape, generator=noise) * 0.5
+    change = torch.randn(parameters_of(tiny)[name].shape, generator=noise) * 0.5
     return WeightDelta({name: change}, "tiny", {}, [])
 
 
@@ -72,14 +73,14 @@ def test_a_first_arm_that_nothing_moves_has_no_share(tiny, tiny_vectors):
 
 
 def test_the_model_is_left_alone(tiny, tiny_vectors, damped, hooks_on):
-    before = {name: parameter.detach().clone() for name, parameter in tiny.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in parameters_of(tiny).items()}
 
     def failing(model):
         raise RuntimeError("the metric's own")
 
     with pytest.raises(RuntimeError, match="the metric's own"):
         rtl.arms.resistance(tiny, {"damped": damped}, tiny_vectors, failing, layer=0, progress=False)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in tiny.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters_of(tiny).items())
     assert not hooks_on(tiny)
 
 

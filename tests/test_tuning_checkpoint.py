@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
+from rt_lens.models.backends import parameters_of
 from rt_lens.tuning.checkpoint import Checkpoint, State
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
@@ -454,7 +455,7 @@ def test_another_answer_to_a_held_out_prompt_is_refused(run, tiny, tiny_vectors)
 @pytest.mark.usefixtures("broken_off")
 @pytest.mark.parametrize("name", ["blocks.1.mlp.W_in", "blocks.0.attn.W_Q", "unembed.W_U"])
 def test_a_model_with_other_weights_is_refused_trained_or_not(run, tiny, name):
-    parameter = dict(tiny.named_parameters())[name]
+    parameter = parameters_of(tiny)[name]
     kept = parameter.detach().clone()
     parameter.data.view(-1)[0] += 1e-3
     with pytest.raises(ValueError, match="belongs to a run with other model"):

@@ -11,6 +11,7 @@ from small_tuning import answer_of
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 import rt_lens as rtl
+from rt_lens.models.backends import parameters_of
 from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.tokens.batches import encode
 from rt_lens.tuning.config import TuneConfig
@@ -43,7 +44,7 @@ def shaken(model, first: int = 0) -> None:
     """Moves the weights from a block on: near the untuned model's own the KL is small, and float32 rounding shows."""
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model).items():
             if name.startswith("blocks.") and int(name.split(".")[1]) >= first:
                 parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=noise)
 
@@ -56,7 +57,7 @@ def found_by(model, vectors, material, config, rows=None, neutral=None):
         objective = Objective(model, resolve_targets(model, vectors, config), config, material, trained)
         rows = material.train if rows is None else rows
         losses = objective.gradients(rows, material.neutral if neutral is None else neutral, [])
-        grads = {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+        grads = {name: None if p.grad is None else p.grad.clone() for name, p in parameters_of(model).items()}
     return losses, grads
 
 
@@ -99,7 +100,7 @@ def by_hand(model, untuned, vectors, targets, neutral, config) -> dict[str, torc
 
 def gradients_by_hand(model, losses, config) -> dict[str, dict[str, torch.Tensor]]:
     """Loss -> parameter -> its weighted gradient, over all parameters of the blocks."""
-    parameters = {name: p for name, p in model.named_parameters() if name.startswith("blocks.")}
+    parameters = {name: p for name, p in parameters_of(model).items() if name.startswith("blocks.")}
     found = {}
     for loss, value in losses.items():
         grads = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, allow_unused=True)
@@ -415,7 +416,7 @@ def test_bfloat16_runs_near_float32_and_its_weights_stay_float32(tiny, tiny_vect
         validation=TARGETS[:1], neutral=NEUTRAL, progress=False,
     )  # fmt: skip
     for name, change in delta.changes.items():
-        weight = dict(tiny.named_parameters())[name]
+        weight = parameters_of(tiny)[name]
         assert change.dtype == weight.dtype == torch.float32
         assert 0 < change.abs().max() < 1e-5 < weight.abs().max() / 256  # bfloat16 would round it away
 

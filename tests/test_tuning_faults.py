@@ -12,6 +12,7 @@ import pytest
 import torch
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
+from rt_lens.models.backends import parameters_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.loop import LossNotFinite, tune
@@ -36,7 +37,7 @@ class Fault:
         self.seen, self.weights, self.last, self.healthy = 0, [], {}, {}
 
     def __call__(self, residual: torch.Tensor, hook: Any) -> torch.Tensor | None:
-        now = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        now = {name: parameter.detach().clone() for name, parameter in parameters_of(self.model).items()}
         if not residual.requires_grad:
             if self.seen:  # the material is made before
                 self.weights.append(now)
@@ -101,7 +102,7 @@ def fault(model: Any, what: Callable[[torch.Tensor], Any] | None = None, at: flo
 
 
 def is_change_to(delta: WeightDelta, weights: dict[str, torch.Tensor], model: Any) -> bool:
-    now = dict(model.named_parameters())
+    now = parameters_of(model)
     return all(torch.equal(change, weights[name] - now[name]) for name, change in delta.changes.items())
 
 
@@ -149,14 +150,14 @@ def test_weights_that_a_step_has_ruined_are_not_the_last_good_ones(as_before, ti
 
 def test_gradients_that_a_caller_has_switched_off_or_gathered_are_no_matter(tiny, tiny_vectors):
     expected = tuned(tiny, tiny_vectors).changes
-    mine = {name: torch.ones_like(parameter) for name, parameter in tiny.named_parameters()}
-    for name, parameter in tiny.named_parameters():
+    mine = {name: torch.ones_like(parameter) for name, parameter in parameters_of(tiny).items()}
+    for name, parameter in parameters_of(tiny).items():
         parameter.grad = mine[name]
     for off in (torch.no_grad(), torch.inference_mode()):
         with off:
             found = tuned(tiny, tiny_vectors).changes
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert all(parameter.grad is mine[name] for name, parameter in tiny.named_parameters())
+    assert all(parameter.grad is mine[name] for name, parameter in parameters_of(tiny).items())
 
 
 def test_at_the_first_step_nothing_has_changed(as_before, tiny_vectors):

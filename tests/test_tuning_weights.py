@@ -15,6 +15,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import rt_lens as rtl
+from rt_lens.models.backends import parameters_of
 from rt_lens.models.parameter_names import block_and_modules
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
@@ -56,7 +57,7 @@ def test_the_kinds_together_are_all_of_a_block(make_tiny, tiny_vectors):
     for settings in ({}, {"n_key_value_heads": None}, {"normalization_type": "LN", "final_rms": False}):
         model = make_tiny(**settings)
         changes = changed(model, tiny_vectors, target_modules=MODULES)
-        assert set(changes) == {name for name, _ in model.named_parameters() if name.startswith("blocks.1.")}
+        assert set(changes) == {name for name, _ in parameters_of(model).items() if name.startswith("blocks.1.")}
 
 
 def test_layer_norms_have_a_bias_that_is_one_and_a_weight_that_is_a_norm(make_tiny, tiny_vectors):
@@ -175,7 +176,7 @@ def test_a_bridges_norms_and_biases_are_trained(fused, tiny_vectors):
     norms = changed(fused, tiny_vectors, target_modules=["norm"])
     assert len(norms) == 2
     assert all(change.abs().max() > 0 for change in norms.values())
-    if not any("c_fc" in name for name, _ in fused.named_parameters()):
+    if not any("c_fc" in name for name, _ in parameters_of(fused).items()):
         with pytest.raises(ValueError, match=r"target_modules must be .*got bias, which blocks \[1\]"):
             changed(fused, tiny_vectors, target_modules=["bias"])
         return
@@ -210,7 +211,7 @@ def test_the_factors_gradients_are_those_through_w_plus_b_a(tiny, name):
     (kind,) = block_and_modules(full)[1]
     config = replace(CONFIG, target_modules=[kind], lora_rank=3)
     tokens = torch.tensor([tiny.tokenizer.encode(TARGETS[0].prompt + TARGETS[0].answer)])
-    before = dict(tiny.named_parameters())[full].detach().clone()
+    before = parameters_of(tiny)[full].detach().clone()
     with trainable_params(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
         leaf = leaves[full]
         noise = torch.Generator().manual_seed(4)
@@ -220,7 +221,7 @@ def test_the_factors_gradients_are_those_through_w_plus_b_a(tiny, name):
         tiny(tokens, return_type="loss").backward()
         leaf.take_gradient()
         found = (leaf.a.grad, leaf.b.grad)
-        assert dict(tiny.named_parameters())[full].grad is None  # let go as soon as it is split
+        assert parameters_of(tiny)[full].grad is None  # let go as soon as it is split
     weight = before + rearrange(b @ a, layout, **SIZES[name.split(".")[0]])
     loss = torch.func.functional_call(tiny, {full: weight}, (tokens,), {"return_type": "loss"})
     expected = torch.autograd.grad(loss, (a, b))
@@ -247,7 +248,7 @@ def test_the_first_step_moves_b_alone(tiny, tiny_vectors):
     with trainable_params(tiny, trained_by(tiny, config)["cosine"], config) as leaves:
         rows = leaves[name].a.detach().clone()
         assert not leaves[name].b.detach().any()
-        assert torch.equal(dict(tiny.named_parameters())[name], leaves[name].before)
+        assert torch.equal(parameters_of(tiny)[name], leaves[name].before)
     change = tune(tiny, tiny_vectors, TARGETS, config, **RUN).changes[name].T
     inside = change @ torch.linalg.pinv(rows) @ rows
     assert change.abs().max() > 1e-4
@@ -313,7 +314,7 @@ def test_a_bfloat16_model_moves_by_steps_that_bfloat16_would_round_away(make_tin
     """Each step is below half of what separates two bfloat16 numbers here; float32 masters add the steps up."""
     model = make_tiny(dtype=torch.bfloat16)
     name = "blocks.1.mlp.W_in"
-    weight = dict(model.named_parameters())[name].detach()
+    weight = parameters_of(model)[name].detach()
     large = weight.abs() > 2**-4  # neighbours are at least 2 ** -11 apart, so half of it is 2.4e-4
     settings = {
         "target_modules": ["up"], "learning_rate": 1e-4, "weight_decay": 0.0, "warmup": 0.0, "token_weight": 0.0,
@@ -325,4 +326,4 @@ def test_a_bfloat16_model_moves_by_steps_that_bfloat16_would_round_away(make_tin
     assert not one[large].any()
     many = changed(model, tiny_vectors, **settings, max_steps=60, epochs=60, validate_every=60)[name]
     assert (many[large] != 0).float().mean() > 0.5
-    assert dict(model.named_parameters())[name].dtype == torch.bfloat16
+    assert parameters_of(model)[name].dtype == torch.bfloat16

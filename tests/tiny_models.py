@@ -63,7 +63,8 @@ def _bridge(settings: dict[str, Any], folder: Path) -> Any:
     torch.manual_seed(settings["seed"])
     made, noise = LlamaForCausalLM(config), torch.Generator().manual_seed(settings["seed"] + 1)
     for name, parameter in made.named_parameters():
-        scale = 0.1 if parameter.ndim < 2 else 0.8 / parameter.shape[-1] ** 0.5
+        wide = "embed_tokens" not in name and parameter.ndim > 1
+        scale = 0.8 / parameter.shape[-1] ** 0.5 if wide else 0.1 if parameter.ndim < 2 else 0.8
         parameter.data = float("norm" in name) + scale * torch.randn(parameter.shape, generator=noise)
     made.to(settings["dtype"]).save_pretrained(folder)
     model = bridge_from_folder(folder, "tiny", device=settings["device"], dtype=settings["dtype"])
