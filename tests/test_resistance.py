@@ -9,7 +9,7 @@ import torch
 
 import rt_lens as rtl
 from rt_lens.common.statistics.intervals import mean_interval
-from rt_lens.models.backends import parameters_of
+from rt_lens.models.backends import backend_of, parameters_of
 from rt_lens.tuning.delta import WeightDelta
 
 PROMPTS = ["How are you?", "What is it?", "Tell me more about the hills.", "And now?"]
@@ -20,7 +20,7 @@ TASK = rtl.evaluation.LogitDifference(PROMPTS, " yes", " no")
 def damped(tiny):
     """A delta that makes the last block write less of all it reads, so that steering before it does something else."""
     noise = torch.Generator().manual_seed(5)
-    name = "blocks.1.mlp.W_out"
+    name = backend_of(tiny).writer(1, "down")[0]
     change = torch.randn(parameters_of(tiny)[name].shape, generator=noise) * 0.5
     return WeightDelta({name: change}, "tiny", {}, [])
 

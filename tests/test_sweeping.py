@@ -505,6 +505,7 @@ def checksums_of(model: Any, hook: Any) -> list[str]:
         return [each["sha256"] for each in hooks_of(model)]
 
 
+@pytest.mark.hooked  # by its names
 def test_hooks_are_told_by_where_they_are_and_in_which_order(tiny):
     def told(*hooks: tuple[str, Any]) -> list[dict[str, str]]:
         with tiny.hooks(fwd_hooks=list(hooks)):
@@ -546,6 +547,7 @@ def test_hooks_have_the_same_checksums_in_another_process(tiny, tiny_vectors):
     assert again[0] == again[1] and len(again[0]) == len(set(again[0])) == len(here)
 
 
+@pytest.mark.hooked  # by its names
 def test_a_hook_that_python_cannot_look_into_is_refused_before_anything_runs(tmp_path, tiny, tiny_vectors):
     metric, lock = Projection(), threading.Lock()
 
@@ -570,6 +572,7 @@ def test_one_changed_number_of_the_model_is_another_sweep(tmp_path, tiny, tiny_v
         swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
 
 
+@pytest.mark.hooked  # by its names
 def test_tables_that_grow_with_longer_texts_are_no_other_model(tmp_path, tiny, tiny_vectors):
     swept(tiny, tiny_vectors, Projection(), path=tmp_path / "s.json")
     for block in tiny.blocks:
@@ -643,6 +646,7 @@ def test_a_lambda_cannot_be_kept(tmp_path, tiny, tiny_vectors):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.hooked  # by its names
 def test_a_layer_with_vectors_at_several_points_is_swept_once(tiny, tiny_vectors):
     everywhere = tiny_vectors.everywhere(tiny, 1)
     found = rtl.sweep(

@@ -78,6 +78,7 @@ def test_the_token_loss_is_the_cross_entropy_of_the_answer_by_a_plain_forward_pa
     assert found == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer))), abs=1e-5)
 
 
+@pytest.mark.hooked  # how far this very model goes in a few steps
 def test_kl_term_is_zero_at_the_start_and_holds_the_model_back(tiny, tiny_vectors):
     def neutral_kl(delta: WeightDelta) -> float:
         tokens = tiny.to_tokens(NEUTRAL[0].prompt + NEUTRAL[0].answer)
@@ -129,6 +130,7 @@ def test_the_model_is_bit_for_bit_as_before(tiny, tiny_vectors):
 HELD_OUT = [Target("Question 0: what is it?", " Completely other words than in training.")]
 
 
+@pytest.mark.hooked  # how far this very model goes in a few steps
 def test_best_weights_are_kept_not_the_last(tiny, tiny_vectors):
     """A rate that ruins the model late: the delta's loss by a plain forward pass is the lowest that was seen."""
     config = replace(QUICK, cosine_weight=0.0, max_steps=12, validate_every=2, learning_rate=0.05, patience=9)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from small_tuning import CONFIG, NEUTRAL, TARGETS
 
-from rt_lens.models.backends import parameters_of
+from rt_lens.models.backends import backend_of, has_hooked, parameters_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.loop import LossNotFinite, tune
@@ -80,8 +80,9 @@ def everything_about(model: Any) -> tuple[Any, ...]:
 @pytest.fixture
 def as_before(tiny) -> Iterator[Any]:
     """The model, some of whose parameters its user has frozen; in the end it must be as in the beginning."""
-    tiny.W_E.requires_grad_(False)
-    tiny.blocks[1].mlp.W_in.requires_grad_(False)
+    up = "blocks.1.mlp.W_in" if has_hooked() else "model.layers.1.mlp.up_proj.weight"
+    for name in (backend_of(tiny).embeddings()[0], up):
+        parameters_of(tiny)[name].requires_grad_(False)
     before = everything_about(tiny)
     yield tiny
     for point in tiny.hook_dict.values():

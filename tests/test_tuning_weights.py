@@ -44,6 +44,7 @@ def short(name: str) -> str:
     return name.replace("._original_component", "")
 
 
+@pytest.mark.hooked
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("heads", [2, None], ids=["grouped", "ungrouped"])
 def test_each_kind_alone_changes_its_parameters_and_nothing_else(make_tiny, tiny_vectors, kind, heads):
@@ -53,6 +54,7 @@ def test_each_kind_alone_changes_its_parameters_and_nothing_else(make_tiny, tiny
     assert all(change.abs().max() > 0 for change in changes.values())
 
 
+@pytest.mark.hooked
 def test_the_kinds_together_are_all_of_a_block(make_tiny, tiny_vectors):
     for settings in ({}, {"n_key_value_heads": None}, {"normalization_type": "LN", "final_rms": False}):
         model = make_tiny(**settings)
@@ -60,12 +62,14 @@ def test_the_kinds_together_are_all_of_a_block(make_tiny, tiny_vectors):
         assert set(changes) == {name for name, _ in parameters_of(model).items() if name.startswith("blocks.1.")}
 
 
+@pytest.mark.hooked
 def test_layer_norms_have_a_bias_that_is_one_and_a_weight_that_is_a_norm(make_tiny, tiny_vectors):
     model = make_tiny(normalization_type="LN", final_rms=False)
     assert set(changed(model, tiny_vectors, target_modules=["norm"])) == {"blocks.1.ln1.w", "blocks.1.ln2.w"}
     assert {"blocks.1.ln1.b", "blocks.1.ln2.b"} < set(changed(model, tiny_vectors, target_modules=["bias"]))
 
 
+@pytest.mark.hooked
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rt_lens.models.backends.base import users_hooks
 from rt_lens.models.protocol import Model
 
 _PLAIN = (str, int, float, complex, bool, bytes, torch.dtype, torch.device, torch.Size, type(None), type(...))
@@ -107,7 +108,7 @@ def _module_names(model: Model | nn.Module) -> dict[int, str]:
 def _acting_on(module: nn.Module) -> list[Any]:
     # Only the values of a dictionary of hooks: its keys count over all models of a process.
     patched = [vars(module)["forward"]] if "forward" in vars(module) else []
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *patched]
+    return [*users_hooks(module, ("_forward_pre_hooks", "_forward_hooks")), *patched]
 
 
 def _name(hook: Any) -> str:

@@ -203,14 +203,19 @@ _OF_LIBRARIES = ("transformer_lens.", "transformers.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def users_hooks(module: nn.Module, kinds: Sequence[str] = _HOOKS) -> list[Any]:
+    """The hooks of a module, in order, without those with which the libraries themselves work."""
+    point = isinstance(module, HookPoint)
+    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    return [hook for hook in hooks if point or not getattr(hook, "__module__", "").startswith(_OF_LIBRARIES)]
+
+
 def hooked(modules: Sequence[nn.Module]) -> bool:
-    """Whether any of these modules has a hook, other than those with which the libraries themselves work."""
+    """Whether any of these modules has a hook of the user's."""
     return any(
-        isinstance(module, HookPoint) or not getattr(hook, "__module__", "").startswith(_OF_LIBRARIES)
+        users_hooks(module)
         for module in modules
-        for kind in _HOOKS
-        if (hooks := getattr(module, kind))
-        for hook in hooks.values()
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
