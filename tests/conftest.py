@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jaxtyping
 import plotly
@@ -31,30 +31,33 @@ import plotly.io
 import pytest
 import torch
 from chat_server import Requests, make_judge, serving
-from transformer_lens import HookedTransformer
-from transformer_lens.config import HookedTransformerConfig
 from transformers import AutoTokenizer
 
 import rt_lens
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.evaluation.endpoint import EndpointJudge
+from rt_lens.models.backends import has_hooked
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 FIRST = ("test_notebooks.py", "test_readme.py", "test_docstrings.py")
 """The longest files, so that two workers end together; the others stay in their order."""
 
 SLOW_FIXTURES = {"model", "bridge", "page", "site", "browser", "at_hand"}
 SLOW_FILES = {
-    "test_baking.py", "test_bridges.py", "test_browser.py", "test_choices.py", "test_compare.py",
-    "test_conditions.py", "test_dashboard.py", "test_dashboard_command.py", "test_dashboard_tuning_compare.py",
-    "test_dashboard_vectors_steering.py", "test_docstrings.py", "test_endpoint.py", "test_experiment.py",
-    "test_export.py", "test_harness.py", "test_honesty.py", "test_model_cache.py", "test_model_folders.py",
-    "test_models.py", "test_notebooks.py", "test_plan.py", "test_printing.py", "test_readme.py",
-    "test_replies.py", "test_statistics_coverage.py", "test_statistics_comparisons.py", "test_sweeping.py",
-    "test_texts.py", "test_trust.py", "test_tuning_aims.py", "test_tuning_checkpoint.py",
-    "test_tuning_exact.py", "test_tuning_faults.py", "test_tuning_search.py", "test_tuning_weights.py",
+    "test_architectures.py", "test_baking.py", "test_bridges.py", "test_browser.py", "test_choices.py",
+    "test_compare.py", "test_conditions.py", "test_dashboard.py", "test_dashboard_command.py",
+    "test_dashboard_tuning_compare.py", "test_dashboard_vectors_steering.py", "test_docstrings.py",
+    "test_endpoint.py", "test_experiment.py", "test_export.py", "test_harness.py", "test_honesty.py",
+    "test_model_cache.py", "test_model_folders.py", "test_models.py", "test_notebooks.py", "test_plan.py",
+    "test_printing.py", "test_readme.py", "test_replies.py", "test_statistics_coverage.py",
+    "test_statistics_comparisons.py", "test_sweeping.py", "test_texts.py", "test_trust.py",
+    "test_tuning_aims.py", "test_tuning_checkpoint.py", "test_tuning_exact.py", "test_tuning_faults.py",
+    "test_tuning_search.py", "test_tuning_weights.py",
 }  # fmt: skip
 """What `make check` leaves to `make test`: the real model, browsers, servers, processes, simulations."""
 
@@ -90,6 +93,10 @@ def tokenizer(shared_tokenizer: Any) -> Any:
 @pytest.fixture
 def make_tiny(tokenizer: Any) -> Callable[..., HookedTransformer]:
     """Builds random two-block Llama-style models; keywords change the configuration."""
+    if not has_hooked():
+        pytest.skip("TransformerLens 4 has no HookedTransformer")
+    from transformer_lens import HookedTransformer
+    from transformer_lens.config import HookedTransformerConfig
 
     def make(**changes: Any) -> HookedTransformer:
         settings = {
