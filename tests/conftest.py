@@ -43,6 +43,9 @@ from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 
+if TYPE_CHECKING:
+    pass
+
 FIRST = ("test_notebooks.py", "test_readme.py", "test_docstrings.py")
 """The longest files, so that two workers end together; the others stay in their order."""
 
@@ -61,7 +64,8 @@ SEEN_ELSEWHERE = {"test_browser.py", "test_forward.py", "test_notebooks.py"}
 
 SLOW_FIXTURES = {"model", "bridge", "page", "site", "browser", "at_hand"}
 SLOW_FILES = {
-    "test_baking.py", "test_bridges.py", "test_browser.py", "test_choices.py", "test_compare.py",
+    "test_architectures.py", "test_baking.py", "test_bridges.py", "test_browser.py", "test_choices.py",
+    "test_compare.py",
     "test_conditions.py", "test_dashboard.py", "test_dashboard_command.py", "test_dashboard_tuning_compare.py",
     "test_dashboard_vectors_steering.py", "test_docstrings.py", "test_endpoint.py", "test_experiment.py",
     "test_export.py", "test_gemma.py", "test_harness.py", "test_honesty.py", "test_model_cache.py",

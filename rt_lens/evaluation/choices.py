@@ -168,7 +168,8 @@ def _shared(sequences: Sequence[Sequence[int]]) -> int:
 
 def _measured(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
     """Log-likelihoods of the options of each ask."""
-    return (_branched if backend_of(model).branches() else _whole)(model, asks, n_rows)
+    longest = max(len(ask.start) + len(ids) for ask in asks for ids in ask.options)
+    return (_branched if backend_of(model).branches(longest) else _whole)(model, asks, n_rows)
 
 
 def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:

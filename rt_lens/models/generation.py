@@ -312,11 +312,11 @@ class _Run:
                 f"prompts and new tokens must fit the model's context of {model.cfg.n_ctx} tokens, got {longest} + "
                 f"{n}. Shorten the prompts or lower max_new_tokens."
             )
-        use_cache = use_cache and _may_cache(model)
+        use_cache = use_cache and _may_cache(model, longest, longest + n)
         self.model, self.n = model, n
         self.rows = rows if rows is not None else tuple(range(len(encoded)))
         self.n_rows = len(encoded) if rows is None else n_rows
-        shared = _shared_prefix(model, encoded) if use_cache else 0
+        shared = _shared_prefix(model, encoded, longest + n) if use_cache else 0
         batch = pad([ids[shared:] for ids in encoded], pad_id_of(model)).to(model.cfg.device)
         self.first = batch
         self.lengths = torch.tensor([len(ids) for ids in encoded], device=model.cfg.device)
@@ -416,12 +416,12 @@ class _Reporter:
             self.on_token(replace(new, text=new.text + rest))
 
 
-def _shared_prefix(model: Model, encoded: Sequence[Sequence[int]]) -> int:
+def _shared_prefix(model: Model, encoded: Sequence[Sequence[int]], longest: int = 0) -> int:
     """Number of first tokens that all prompts share (a template's system text, say) and that can run once per batch.
 
-    0 under hooks: they may act by row, and would see a single row.
+    0 under hooks: they may act by row, and would see a single row. 0 where padding after the prefix would be seen.
     """
-    if len(encoded) == 1 or not backend_of(model).branches():
+    if len(encoded) == 1 or not backend_of(model).shares(longest):
         return 0
     if any(point._forward_hooks for point in model.hook_dict.values()):
         return 0
@@ -444,10 +444,10 @@ def _started(model: Model, shared: Sequence[int], rows: int, longest: int) -> An
     return cache
 
 
-def _may_cache(model: Model) -> bool:
-    """Whether decoding with a cache is exact; warns, once per model, if it is not."""
+def _may_cache(model: Model, first: int, longest: int) -> bool:
+    """Whether decoding with a cache is exact for texts that grow so; warns, once per model, if it is not."""
     backend = backend_of(model)
-    if backend.caches():
+    if backend.caches(first, longest):
         return True
     if not getattr(model.cfg, "rt_lens_cache_warned", False):
         model.cfg.rt_lens_cache_warned = True

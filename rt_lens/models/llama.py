@@ -41,12 +41,11 @@ class NotLlamaStyle(ValueError):
 
 def refuse_what_is_not_covered(config: dict[str, Any]) -> None:
     """Raises NotLlamaStyle, with the field's name, if a configuration needs maths that is not covered."""
-    rope, window, length = config["rope_parameters"], config.get("sliding_window"), config["max_position_embeddings"]
-    may_slide = config["model_type"] != "qwen2" or config["use_sliding_window"]
+    rope = config["rope_parameters"]
     uncovered = {
         "rope_type": rope.get("rope_type") not in ("default", "llama3"),
         "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "sliding_window": may_slide and window is not None and window < length,
+        "sliding_window": slides(config),
         "hidden_act": config["hidden_act"] not in ("silu", "gelu", "relu", "gelu_new"),
         "quantization_config": config.get("quantization_config") is not None,
         **{field: True for field in config if field.endswith("_multiplier")},
@@ -55,6 +54,12 @@ def refuse_what_is_not_covered(config: dict[str, Any]) -> None:
         if present:
             value = rope.get(field, config.get(field))
             raise NotLlamaStyle(f"{field} {value!r} of this configuration is not covered by HookedTransformer")
+
+
+def slides(config: dict[str, Any]) -> bool:
+    """Whether blocks of a configuration attend to fewer tokens than its context holds."""
+    window, may_slide = config.get("sliding_window"), config["model_type"] != "qwen2" or config["use_sliding_window"]
+    return may_slide and window is not None and window < config["max_position_embeddings"]
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -63,8 +63,8 @@ def load_model(
 
     Raises:
         ValueError: an unknown name, backend or dtype; terms of use that you have not accepted; an architecture that
-            `hooked` does not cover; a repository with code of its own that you did not trust; or a bridge whose logits
-            differ from transformers' logits.
+            `hooked` does not cover; quantised weights; a repository with code of its own that you did not trust; or a
+            bridge whose logits differ from transformers' logits.
         FileNotFoundError: a bundled model that is not installed and cannot be fetched.
 
     Example:
@@ -150,6 +150,7 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _from_folder(folder: Path, name: str, backend: Backend, settings: Mapping[str, Any]) -> Any:
     trusted: bool = settings["trust_remote_code"]
+    _refuse_quantised(folder, name)
     model: Any = None
     if backend == "hooked" or (backend == "auto" and has_hooked()):
         model = _hooked(folder, name, backend, settings)
@@ -157,6 +158,16 @@ def _from_folder(folder: Path, name: str, backend: Backend, settings: Mapping[st
         model = bridge_from_folder(folder, name, **settings)
     give_tokenizer(model, read_tokenizer(folder, trust_remote_code=trusted))
     return _with_origin(model, folder, trusted)
+
+
+def _refuse_quantised(folder: Path, name: str) -> None:
+    """Raises a ValueError for quantised weights: they cannot be tuned, and no edit of weights fits them."""
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if stored:
+        raise ValueError(
+            f"model: {name} must have weights that are not quantised, got quantization_config with quant_method "
+            f"{stored.get('quant_method')!r}. Use the model that it was quantised from."
+        )
 
 
 def _hooked(folder: Path, name: str, backend: Backend, settings: Mapping[str, Any]) -> Any:

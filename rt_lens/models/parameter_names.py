@@ -17,15 +17,17 @@ _WRAPPER = "._original_component"
 # Blocks are `blocks` in TransformerLens, `layers` or, in GPT-2, `h` on Hugging Face.
 _BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers|h)\.(\d+)\.(.+)$")
 _IN_A_BLOCK: dict[str, tuple[str, ...]] = {
+    r"(?:c_attn|qkv|qkv_proj|query_key_value)\.weight$": ("q", "k", "v"),  # before v_proj, with which qkv_proj ends
     r"attn\.W_Q$|q_proj\.weight$|att(?:n|ention)\.q\.weight$": ("q",),
     r"attn\._?W_K$|k_proj\.weight$|att(?:n|ention)\.k\.weight$": ("k",),
     r"attn\._?W_V$|v_proj\.weight$|att(?:n|ention)\.v\.weight$": ("v",),
     r"attn\.W_O$|att(?:n|ention)\.(?:o|o_proj|out_proj|c_proj|dense)\.weight$": ("o",),
-    r"(?:c_attn|qkv|qkv_proj|query_key_value)\.weight$": ("q", "k", "v"),
     r"gate_up_proj\.weight$": ("gate", "up"),
-    r"mlp\.(?:.*W_gate|.*gate_proj\.weight|gate\.weight)$": ("gate",),
-    r"mlp\.(?:.*W_in|.*up_proj\.weight|in\.weight|.*c_fc\.weight|.*dense_h_to_4h\.weight)$|^fc1\.weight$": ("up",),
-    r"mlp\..*(?:W_out|down_proj\.weight|c_proj\.weight|dense_4h_to_h\.weight)$|^fc2\.weight$": ("down",),
+    r"(?:mlp|ffn)\.(?:.*W_gate|.*gate_proj\.weight|gate\.weight)$": ("gate",),
+    r"(?:mlp|ffn)\.(?:.*W_in|.*up_proj\.weight|in\.weight|.*c_fc\.weight|.*dense_h_to_4h\.weight)$"
+    r"|(?:^|\.)fc(?:1|_in)\.weight$": ("up",),
+    r"(?:mlp|ffn)\..*(?:W_out|down_proj\.weight|c_proj\.weight|dense_4h_to_h\.weight)$"
+    r"|(?:^|\.)fc(?:2|_out)\.weight$": ("down",),
     r"\._?b_\w+$|\.bias$|^ln\w*\.b$": ("bias",),
     r"^ln\w*\.w$|norm\w*\.w(?:eight)?$|ln_\d\.weight$": ("norm",),
 }

@@ -21,7 +21,8 @@ def trained_by(model: Model, config: TuneConfig) -> dict[str, dict[str, nn.Param
     """Loss -> parameter name -> parameter, for the losses that have weight.
 
     Raises:
-        ValueError: blocks outside the model, modules that it does not have, or a part of a fused matrix.
+        ValueError: blocks outside the model, modules that it does not have, a part of a fused matrix, or the default
+            modules where blocks have matrices of other kinds.
     """
     trained = {loss: _chosen(model, config, loss) for loss in LOSSES if config.weight(loss) > 0}
     by_loss = [setting for setting in (config.target_modules, config.trained_layers) if isinstance(setting, Mapping)]
@@ -44,6 +45,11 @@ def _chosen(model: Model, config: TuneConfig, loss: str) -> dict[str, nn.Paramet
                 f"target_modules must be among q, k, v, o, bias and norm in a mixture of experts "
                 f"({backend_of(model).family}), whose experts are not tuned, got {', '.join(sorted(targets))}. Set "
                 "target_modules=('q', 'k', 'v', 'o')."
+            )
+        if block in blocks and not modules and parameter.ndim > 1 and config.target_modules == MATRICES:
+            raise ValueError(
+                f"target_modules must be named for {backend_of(model).family}, whose {name} is none of "
+                f"{', '.join(MATRICES)}, got the default. Set those that are to be trained, such as ('v', 'o')."
             )
         if block not in blocks or not set(modules) & targets:
             continue

@@ -132,12 +132,21 @@ class Backend(ABC):
         return cache
 
     @abstractmethod
-    def caches(self) -> bool:
-        """Whether decoding with a key-value cache gives the logits that it gives without."""
+    def caches(self, first: int = 0, longest: int = 0) -> bool:
+        """Whether decoding with a key-value cache gives the logits that it gives without.
+
+        Args:
+            first: tokens of the longest row in the first pass.
+            longest: tokens of the longest row in the last one.
+        """
 
     @abstractmethod
-    def branches(self) -> bool:
-        """Whether rows may share a prefix in the cache, and a cache may be branched."""
+    def branches(self, longest: int = 0) -> bool:
+        """Whether a cache may be branched, of rows of at most this many tokens in the end."""
+
+    def shares(self, longest: int = 0) -> bool:
+        """Whether rows of at most this many tokens may start from a prefix that ran once, with padding after it."""
+        return self.branches(longest)
 
     @abstractmethod
     def unembedding(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from rt_lens.models.backends.base import allowed_error, positions_of
 from rt_lens.models.backends.plain import separate_fused
@@ -82,10 +83,10 @@ def bridge_from_folder(
         offload_folder: folder for the parts that go on the disk.
 
     Raises:
-        ValueError: no bridge covers its architecture, it needs its own Python code, or the bridge's logits differ from
-            transformers'.
+        ValueError: no bridge covers its architecture, it needs its own Python code, it is no language model that reads
+            from left to right, or the bridge's logits differ from transformers'.
     """
-    loader = _Loader(device if device_map is None else None)
+    loader = _Loader(device if device_map is None else None, name)
     placed: dict[str, Any] = {"device": device}
     if device_map is not None:
         placed = {"device_map": device_map if isinstance(device_map, str) else dict(device_map)}
@@ -96,6 +97,14 @@ def bridge_from_folder(
             str(folder), dtype=dtype, trust_remote_code=trust_remote_code, tokenizer=_stand_in(),
             model_class=loader, **placed,  # type: ignore[arg-type]
         )  # fmt: skip
+    except KeyError as error:
+        unknown = next(iter(error.args), None)
+        if unknown not in _rope_types(folder):
+            raise
+        raise ValueError(
+            f"model: {name} must have a rope_type that the installed transformers knows, got {unknown!r}. Install a "
+            "release that knows it."
+        ) from None
     except ValueError as error:
         if "Could not determine supported architecture" in str(error):
             architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
@@ -122,8 +131,8 @@ class _Loader:
         failure: the exception, if the model gave none.
     """
 
-    def __init__(self, device: str | None) -> None:
-        self.device = device  # None if transformers places the parts
+    def __init__(self, device: str | None, name: str) -> None:
+        self.device, self.name = device, name  # no device if transformers places the parts
         self.expected: list[Float[Tensor, "real d_vocab"]] = []
         self.failure: Exception | None = None
 
@@ -132,6 +141,11 @@ class _Loader:
 
         architecture = sources.determine_architecture_from_hf_config(settings["config"])
         model_class: Any = sources.get_hf_model_class_for_architecture(architecture)
+        if model_class not in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            raise ValueError(
+                f"model: {self.name} must be a language model that reads from left to right, got {architecture} "
+                f"({model_class.__name__}). Use a model of another family."
+            )
         model = model_class.from_pretrained(folder, **settings).eval()
         model = model if self.device is None else model.to(self.device)
         parameters = inspect.signature(model.forward).parameters
@@ -144,6 +158,18 @@ class _Loader:
         except Exception as failure:  # any error of unknown code: the numbers are then unverified
             self.failure = failure
         return model
+
+
+def _rope_types(folder: Path) -> set[str]:
+    """The kinds of rotary embeddings that a folder's configuration names, in any of its spellings."""
+    found: set[str] = set()
+
+    def read(part: dict[str, Any]) -> dict[str, Any]:
+        found.update(part[key] for key in ("rope_type", "type") if isinstance(part.get(key), str))
+        return part
+
+    json.loads((folder / "config.json").read_text(encoding="utf-8"), object_hook=read)
+    return found
 
 
 def _probes(d_vocab: int, device: Any) -> list[tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]]:

@@ -31,6 +31,8 @@ from rt_lens.models.parameter_names import plain_name
 
 _FORKS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 """Settings of TransformerLens under which a block has hook points that Hugging Face's does not compute."""
+_WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
+"""Fields of transformers' configurations that limit how far back some layers attend."""
 
 
 @dataclass
@@ -259,15 +261,20 @@ class BridgeBackend(Backend):
             )
         return cache
 
-    def caches(self) -> bool:
+    def caches(self, first: int = 0, longest: int = 0) -> bool:
+        if _turns_anew(self.original.config.get_text_config(), first, longest):
+            return False
         plain = all(self._may_be_plain(index) for index in range(len(self.blocks)))
         if plain not in self.cache_errors:
             with _without_hooks(self.model):  # an edit by row, say, would meet rows that are not its own
                 self.cache_errors[plain] = self._measured_cache_error(plain)
         return self.cache_errors[plain] < allowed_error(next(self.original.parameters()).dtype)
 
-    def branches(self) -> bool:
-        return self.caches()
+    def branches(self, longest: int = 0) -> bool:
+        return self.caches(0, longest)
+
+    def shares(self, longest: int = 0) -> bool:
+        return self.branches(longest) and longest <= _window(self.original.config.get_text_config())
 
     @torch.no_grad()
     def _measured_cache_error(self, plain: bool, n: int = 8, steps: int = 4) -> float:
@@ -360,6 +367,26 @@ class BridgeBackend(Backend):
 
     def source_config(self) -> Any:
         return copy.deepcopy(self.original.config)
+
+
+def _window(config: Any) -> float:
+    """The fewest columns that a layer attends to. Padding within a row takes some of them."""
+    named = (getattr(config, name, None) for name in _WINDOWS)
+    return min((size for size in named if isinstance(size, int)), default=math.inf)
+
+
+def _turns_anew(config: Any, first: int, longest: int) -> bool:
+    """Whether a text that grows from `first` to `longest` tokens is rotated by other angles than its keys were.
+
+    Two kinds of rope have angles that depend on the longest row of the forward pass.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}  # of all layers, or by kind of layer
+    ropes = [part for part in (parameters, *parameters.values()) if isinstance(part, dict)]
+    return any(
+        (rope.get("rope_type") == "dynamic" and longest > config.max_position_embeddings)
+        or (rope.get("rope_type") == "longrope" and first <= rope["original_max_position_embeddings"] < longest)
+        for rope in ropes
+    )
 
 
 @contextmanager

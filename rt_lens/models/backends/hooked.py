@@ -236,10 +236,10 @@ class HookedBackend(Backend):
     def extend(self, tokens: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch new d_model"]:
         return self.model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=self.model.cfg.n_layers)
 
-    def caches(self) -> bool:
+    def caches(self, first: int = 0, longest: int = 0) -> bool:
         return True
 
-    def branches(self) -> bool:
+    def branches(self, longest: int = 0) -> bool:
         return can_be_quick(self.model)
 
     def slots(self) -> dict[str, Slot]:

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.delta import WeightDelta
@@ -131,8 +132,9 @@ def _matrices(model: Model, delta: WeightDelta, skeleton: nn.Module) -> dict[str
     matrices, others = {}, []
     for name, change in changes_as_huggingface(model, delta).items():
         module, _, kind = name.rpartition(".")
-        if kind == "weight" and isinstance(modules.get(module), nn.Linear) and not module.endswith("lm_head"):
-            matrices[module] = change
+        linear = isinstance(modules.get(module), nn.Linear | Conv1D)
+        if kind == "weight" and linear and not module.endswith("lm_head"):
+            matrices[module] = change.T if isinstance(modules[module], Conv1D) else change
         else:
             others.append(name)
     if others:
@@ -180,6 +182,7 @@ def _write(skeleton: Any, factors: Mapping[str, tuple[Tensor, Tensor]], folder: 
         alpha_pattern=dict(ranks),
         target_modules=list(ranks),
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in skeleton.modules()),  # GPT-2
     )
     adapted = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
     state = {}

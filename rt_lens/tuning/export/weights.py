@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from rt_lens.models.backends import backend_of
 from rt_lens.models.forward import model_name
-from rt_lens.models.llama import FAMILIES, NotLlamaStyle, refuse_what_is_not_covered
+from rt_lens.models.llama import FAMILIES, slides
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.delta import WeightDelta, fitting
 
@@ -154,13 +154,12 @@ def _zeros(model: Model, shape: torch.Size) -> Tensor:
 def _as_llama(model: Model, config: PretrainedConfig, biased: set[str]) -> LlamaConfig:
     """The same maths as a Llama's, with biases: the other families are that, once no window slides."""
     source = config.to_dict()
-    try:
-        refuse_what_is_not_covered(source)
-    except NotLlamaStyle as refusal:
+    if slides(source):
         raise ValueError(
             f"delta must change only what {FAMILIES[config.model_type]} has in its files, got biases, and as a Llama "
-            f"it cannot be written ({refusal}). Leave the biases out, or keep the hooks."
-        ) from None
+            f"it cannot be written (sliding_window {source['sliding_window']}). Leave the biases out, or keep the "
+            "hooks."
+        )
     biased = biased | _biased(config)
     shared = {field: source[field] for field in LlamaConfig().to_dict().keys() & source.keys()}
     attention, mlp = bool(biased.intersection(_ATTENTION)), bool(biased.intersection(_MLP))
