@@ -43,9 +43,6 @@ from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
 from rt_lens.models.sources import bundled_folder
 from rt_lens.vectors.steering_vectors import Provenance, SteeringVectors
 
-if TYPE_CHECKING:
-    pass
-
 FIRST = ("test_notebooks.py", "test_readme.py", "test_docstrings.py")
 """The longest files, so that two workers end together; the others stay in their order."""
 
