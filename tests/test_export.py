@@ -310,6 +310,7 @@ def test_the_command_reads_the_model_in_the_type_that_the_change_was_made_in(ask
 # Refusals
 
 
+@pytest.mark.hooked
 def test_a_model_that_did_not_come_from_a_folder_is_refused_with_the_way(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"HookedTransformer tiny with no config.*backend='bridge'"):
         export_hf(tiny, tmp_path / "out")
@@ -344,6 +345,7 @@ def test_a_sliding_window_is_never_lost_on_the_way_to_a_llama(source, tmp_path):
         export_hf(model, tmp_path / "out", delta=random_delta(model, "b_out"))
 
 
+@pytest.mark.hooked
 def test_a_folder_that_computes_something_else_gets_no_name(plain, tmp_path):
     plain.cfg.rt_lens_config["rope_parameters"] = {"rope_type": "default", "rope_theta": 3.0}
     with pytest.raises(
@@ -569,6 +571,7 @@ def test_a_bfloat16_change_is_adapted_no_less_exactly(source, tmp_path):
 # The command, and the model itself
 
 
+@pytest.mark.hooked
 def test_the_command_writes_a_folder_or_an_adapter_and_says_what_to_do_next(plain, tmp_path):
     folder, file, results = tmp_path / "plain", tmp_path / "away.safetensors", tmp_path / "results.json"
     delta = low_rank(plain, 4, r"blocks.0.mlp.W_")

@@ -57,7 +57,7 @@ def test_continuations_have_the_log_likelihoods_of_plain_passes(tiny, batch_size
     found = continued(tiny, pairs, batch_size)
     for (total, greedy), (before, after) in zip(found, pairs, strict=True):
         expected, likely = direct(tiny, before, after)
-        assert total == pytest.approx(expected, rel=1e-10)
+        assert total == pytest.approx(expected, rel=1e-6)
         assert greedy is likely
     assert [greedy for _, greedy in found] == [False] * (len(pairs) - 1) + [True]
 
@@ -73,7 +73,7 @@ def test_edits_of_generated_tokens_act_on_the_continuation_only(tiny, tiny_vecto
     with tiny.hooks(fwd_hooks=rtl.add(tiny_vectors, [0], 4.0, positions="generated")):
         found = continued(tiny, [other, (before, after)], 2)[1]
     by_hand = direct(tiny, before, after, [("blocks.0.hook_resid_post", push)])
-    assert found[0] == pytest.approx(by_hand[0], rel=1e-10)
+    assert found[0] == pytest.approx(by_hand[0], rel=1e-6)
     assert abs(by_hand[0] - direct(tiny, before, after)[0]) > 0.01
 
 
@@ -82,8 +82,8 @@ def test_what_does_not_fit_loses_its_beginning_and_that_is_said(make_tiny):
     before, after = list(range(100, 120)), [7, 8, 9]
     with pytest.warns(UserWarning, match="requests: 1 do not fit the context of 12 tokens"):
         (cut, _), (whole, _) = continued(small, [(before, after), (before[:4], after)], 2)
-    assert cut == pytest.approx(direct(small, before[-10:], after)[0], rel=1e-10)  # 10 + 3 - 1 tokens are run
-    assert whole == pytest.approx(direct(small, before[:4], after)[0], rel=1e-10)
+    assert cut == pytest.approx(direct(small, before[-10:], after)[0], rel=1e-6)  # 10 + 3 - 1 tokens are run
+    assert whole == pytest.approx(direct(small, before[:4], after)[0], rel=1e-6)
     with pytest.raises(ValueError, match=r"requests must have continuations of 1 to 12 tokens, .*, got 13 at index 1"):
         continued(small, [(before, after), (before, list(range(13)))], 2)
     with pytest.raises(ValueError, match=r"requests must have continuations of .*, got 0 at index 0"):
@@ -101,8 +101,8 @@ def test_whole_texts_follow_the_token_of_a_beginning_in_windows_side_by_side(mak
         window, wanted = everything[begin : begin + 16], ids[start : start + 16]
         expected += direct(small, window[: start - begin + 1], [*window[start - begin + 1 :], wanted[-1]])[0]
     found = rolled(small, [short, "", long], 3)
-    assert found[2] == pytest.approx(expected, rel=1e-10)
-    assert found[0] == pytest.approx(direct(small, [prefix_of(small)], encode(small, short))[0], rel=1e-10)
+    assert found[2] == pytest.approx(expected, rel=1e-6)
+    assert found[0] == pytest.approx(direct(small, [prefix_of(small)], encode(small, short))[0], rel=1e-6)
     assert found[1] == 0.0
 
 

@@ -68,5 +68,5 @@ def _bridge(settings: dict[str, Any], folder: Path) -> Any:
         parameter.data = float("norm" in name) + scale * torch.randn(parameter.shape, generator=noise)
     made.to(settings["dtype"]).save_pretrained(folder)
     model = bridge_from_folder(folder, "tiny", device=settings["device"], dtype=settings["dtype"])
-    model.cfg.model_name = settings["model_name"]
+    model.cfg.model_name, model.cfg.default_prepend_bos = settings["model_name"], False
     return model

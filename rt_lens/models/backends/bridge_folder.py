@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from rt_lens.models.backends.base import allowed_error, positions_of
 from rt_lens.models.backends.plain import separate_fused
 from rt_lens.models.forward import unknown_hook
+from rt_lens.models.llama import FAMILIES
 
 
 class CheckedBridge(TransformerBridge):
@@ -146,8 +147,10 @@ class _Loader:
                 f"model: {self.name} must be a language model that reads from left to right, got {architecture} "
                 f"({model_class.__name__}). Use a model of another family."
             )
-        model = model_class.from_pretrained(folder, **settings).eval()
-        model = model if self.device is None else model.to(self.device)
+        read: Any = model_class.from_pretrained
+        model, found = read(folder, **settings, output_loading_info=True, ignore_mismatched_sizes=True)
+        _refuse_other_weights(Path(folder).name, model.config.model_type, found)
+        model = model.eval() if self.device is None else model.eval().to(self.device)
         parameters = inspect.signature(model.forward).parameters
         try:
             for tokens, mask in _probes(model.get_input_embeddings().num_embeddings, self.device or "cpu"):
@@ -158,6 +161,28 @@ class _Loader:
         except Exception as failure:  # any error of unknown code: the numbers are then unverified
             self.failure = failure
         return model
+
+
+def _refuse_other_weights(folder: str, family: str, found: Mapping[str, Any]) -> None:
+    """Raises a ValueError for weights that are missing or of another shape, which transformers makes up at random.
+
+    What a folder holds besides is refused where rt_lens knows all that the family has.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model: {folder} must hold the weight {missing[0]}, got none. Download the folder again, or save it with "
+            "save_pretrained."
+        )
+    for name, stored, described in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"model: {name} of {folder} must have the shape {tuple(described)} that its config.json describes, got "
+            f"{tuple(stored)}. Correct the config.json."
+        )
+    if (more := sorted(found["unexpected_keys"])) and family in FAMILIES:
+        raise ValueError(
+            f"model: {folder} must hold only weights that its config.json describes, got {', '.join(more[:4])} too. "
+            "Correct the configuration, or save the model again with save_pretrained."
+        )
 
 
 def _rope_types(folder: Path) -> set[str]:
