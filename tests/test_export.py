@@ -259,7 +259,7 @@ import torch, rt_lens as rtl
 from transformers import AutoModelForCausalLM
 from rt_lens.tuning.export.hf import export_hf
 model = rtl.load_model("Qwen/Qwen2-0.5B", backend="hooked")
-assert isinstance(model, HookedTransformer)
+assert type(model).__name__ == "HookedTransformer"
 tokens = torch.arange(100, 120)[None]
 delta = rtl.WeightDelta({{"blocks.1.mlp.W_out": torch.ones(48, 32)}}, "Qwen2-0.5B", {{}}, [])
 export_hf(model, {str(tmp_path / "out")!r}, delta=delta)

@@ -468,6 +468,7 @@ def test_correct_only_keeps_the_pairs_that_both_personas_get_their_way_in(tiny, 
         rtl.evaluation.filter_pairs(tiny, ragged, score, threshold=2.0)
 
 
+@pytest.mark.hooked  # by what this very model says
 def test_correct_only_asks_the_model_itself_with_personas_and_prefills(tiny, ragged):
     texts = ragged.texts(tiny)
     first, second = (rtl.generate(tiny, side, max_new_tokens=3) for side in texts)
