@@ -114,7 +114,7 @@ def test_a_matrix_becomes_the_weight_again(tiny, name):
 
 
 def test_the_outputs_of_a_block_are_parameters_of_the_model(tiny):
-    names = dict(tiny.named_parameters())
+    names = parameters_of(tiny)
     for module in ("o", "down"):
         weight, bias = backend_of(tiny).writer(1, module)
         assert {weight, bias} < set(names)

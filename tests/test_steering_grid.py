@@ -141,6 +141,7 @@ def test_an_edit_at_each_kind_of_hook_point_is_the_same_on_both_backends(kind, b
     assert min(changes.values()) > 0.5
 
 
+@pytest.mark.hooked  # against a HookedTransformer; test_bridges.py has what a bridge refuses
 def test_what_a_bridge_cannot_do_at_resid_mid_is_refused_and_not_done_otherwise(backends, provenance, hooks_on):
     """There the hook point is what the MLP reads: an edit does not reach the residual stream."""
     name = "blocks.12.hook_resid_mid"
