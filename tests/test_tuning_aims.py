@@ -147,6 +147,7 @@ def test_choices_hard_and_soft_beside_texts_give_the_loss_by_hand(tiny, tiny_vec
     assert losses["token"] == pytest.approx(sum(each) / len(each), rel=1e-5)
 
 
+@pytest.mark.hooked  # how far this very model goes in a few steps
 def test_a_hard_choice_is_learnt_and_a_soft_one_ends_even(tiny, tiny_vectors):
     """Among the options: a tiny model's logits cannot make one of 49,152 tokens likely."""
     config = replace(CONFIG, cosine_weight=0.0, max_steps=60, learning_rate=3e-3, batch_size=2)
