@@ -24,6 +24,9 @@ from rt_lens.tuning.tuning_data import prepare_data
 from rt_lens.tuning.weights import trainable_params, trained_by
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
+# By HookedTransformer's names; test_architectures.py compares a bridge's gradients and prefix.
+pytestmark = pytest.mark.hooked
+
 TARGETS = [
     Target("Hello there.", " Hi."),
     Target("What is a whale? Say it in a few words, please.", " A whale is an animal of the sea, and a big one."),
