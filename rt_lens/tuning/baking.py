@@ -133,7 +133,7 @@ def _check_exact(model: Model, hooks: Sequence[FwdHook], baked: WeightDelta) -> 
 
     def final() -> Tensor:
         with backend.quick():
-            return backend.residual(tokens, mask).double()
+            return backend.residual(tokens, mask).to(finest_dtype(cfg.device))
 
     plain = final()
     with model.hooks(fwd_hooks=list(hooks)), token_context(mask):

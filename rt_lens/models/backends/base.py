@@ -42,8 +42,13 @@ class Slot:
 
     @property
     def input_first(self) -> bool:
-        """Whether the module is a Conv1D of transformers (GPT-2), whose matrix is stored as [in, out]."""
-        return type(self.module).__name__ == "Conv1D" and self.name == "weight"
+        """Whether it is a matrix that is stored as [in, out]."""
+        return input_first(self.module) and self.name == "weight"
+
+
+def input_first(module: nn.Module) -> bool:
+    """Whether a module is a Conv1D of transformers (GPT-2), whose matrix is stored as [in, out]."""
+    return type(module).__name__ == "Conv1D"
 
 
 def slots_in(module: nn.Module) -> dict[str, Slot]:

@@ -12,7 +12,7 @@ import copy
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -172,18 +172,23 @@ class BridgeBackend(Backend):
             return stopped.layer_output
         raise RuntimeError(f"{self.family} must run its blocks in order, got a forward pass that left some out.")
 
-    def _embedded(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    @contextmanager
+    def _first_block(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Context manager under which this runs in place of the first block."""
         block = self.model.blocks[0]
+        with self.quick():
+            kept, vars(block)["forward"] = vars(block)["forward"], forward
+            try:
+                yield
+            finally:
+                vars(block)["forward"] = kept
 
+    def _embedded(self, tokens: Tensor, mask: Tensor) -> Tensor:
         def stop(*args: Any, **kwargs: Any) -> Any:
             raise StopAtLayerException(args[0] if args else kwargs["hidden_states"])
 
-        with self.quick():
-            kept, vars(block)["forward"] = vars(block)["forward"], stop
-            try:
-                return self._stopped(tokens, mask)
-            finally:
-                vars(block)["forward"] = kept
+        with self._first_block(stop):
+            return self._stopped(tokens, mask)
 
     @torch.no_grad()
     def _learn_outputs(self, start: int) -> None:
@@ -193,17 +198,12 @@ class BridgeBackend(Backend):
         seen: list[Any] = []
 
         def note(*args: Any, **kwargs: Any) -> Any:
-            seen.append(plain(*args, **kwargs))
-            raise StopAtLayerException(self.model.W_E)
+            seen.append(self.blocks[0](*args, **kwargs))
+            raise StopAtLayerException(args[0] if args else kwargs["hidden_states"])
 
-        block, plain = self.model.blocks[0], self.blocks[0]
         tokens = torch.zeros(1, 1, dtype=torch.long, device=self.model.cfg.device)
-        with self.quick():
-            kept, vars(block)["forward"] = vars(block)["forward"], note
-            try:
-                self._stopped(tokens, torch.ones_like(tokens))
-            finally:
-                vars(block)["forward"] = kept
+        with self._first_block(note):
+            self._stopped(tokens, torch.ones_like(tokens))
         self._tuples = isinstance(seen[0], tuple)
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
@@ -304,7 +304,10 @@ class BridgeBackend(Backend):
         return slots_in(self.plain)
 
     def translated(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        known, older = self.slots(), self._older_names()
+        known = self.slots()
+        if changes.keys() <= known.keys():
+            return dict(changes)
+        older = self._older_names()
         named: dict[str, Tensor] = {}
         fused = {name: rows for name, rows in self._rows_by_older_name().items() if name not in known}
         for name, change in changes.items():

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components import JointGateUpMLPBridge, JointQKVAttentionBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+from rt_lens.models.backends.base import input_first
+
 
 class Rows(nn.Module):
     """Some outputs of a fused projection, in place of a bridge's copy of them. It has no parameters of its own."""
@@ -50,11 +52,6 @@ class Rows(nn.Module):
         if self.bias is not None:
             made.bias = nn.Parameter(self.bias.detach().clone())
         return made
-
-
-def input_first(module: Any) -> bool:
-    """Whether a module is a Conv1D of transformers (GPT-2), whose matrix is stored as [in, out]."""
-    return type(module).__name__ == "Conv1D"
 
 
 def join_fused(bridge: Any) -> None:
