@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from statistics import mean
 
 import pytest
@@ -39,8 +40,11 @@ def scores_of(tiny, prompts: list[list[int]], direction: torch.Tensor) -> list[t
 
 
 def between(numbers: list[float]) -> float:
-    """A threshold with half of the numbers on either side."""
-    low, high = sorted(numbers)[len(numbers) // 2 - 1 :][:2]
+    """A threshold in the widest gap of the middle third of the numbers."""
+    ordered = sorted(numbers)
+    third = (len(ordered) - 1) // 3
+    middle = ordered[third : len(ordered) - third]
+    low, high = max(pairwise(middle), key=lambda pair: pair[1] - pair[0])
     assert high - low > 1e-3
     return (low + high) / 2
 
