@@ -25,6 +25,7 @@ from rt_lens.evaluation.answering import ask, response_text
 from rt_lens.evaluation.scorers import is_share
 from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.evaluation.texts import PerplexityResult, perplexity
+from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.protocol import Model
 
 ArmLike: TypeAlias = Intervention | tuple[Intervention, ...] | Mapping[int, Intervention | tuple[Intervention, ...]]
@@ -72,6 +73,7 @@ class ArmEvaluator:
         self._answers: list[dict[str, Any]] = []
         self._baseline: dict[str, list[Answer]] = {}
         self._reference: PerplexityResult | None = None
+        self._shared = SharedBelow(model)  # the blocks below what an arm changes read the same texts in all arms
 
     def measure(self, arm: str, *interventions: Intervention, direction: str = "none", seed: int = 0) -> None:
         """Applies an arm, asks everything, reverts it, and scores. KL and pairwise judges refer to the first arm.
@@ -83,7 +85,7 @@ class ArmEvaluator:
         if any(label.items() <= row.items() for row in self._scores):
             raise ValueError(f"arm {arm!r} ({direction}, seed {seed}) was already measured. Choose a different name.")
         answers: dict[str, list[Answer]] = {}
-        with applied(self.model, *interventions):
+        with self._shared, applied(self.model, *interventions):
             for name, task in self.tasks.items():
                 answers[name] = ask(
                     self.model, task.asked, {scorer.reads for scorer in task.made}, seed=self.seed,

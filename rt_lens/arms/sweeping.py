@@ -31,6 +31,7 @@ from rt_lens.models.checksums import (
     tensors_sha256,
 )
 from rt_lens.models.forward import model_name
+from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.protocol import Model
 from rt_lens.steering.binding import add, steered
 from rt_lens.steering.edits import FwdHook
@@ -197,10 +198,11 @@ def sweep(
     vectors.select(chosen, hook).check_fits(model)
     steer = partial(steer, hook=hook)
     store = _store(path, model, vectors, doses, measure, steer)
-    with Bar(chosen, desc="sweep", unit="layer", disable=not progress) as bar:
-        for layer in bar:
+    with Bar(chosen, desc="sweep", unit="layer", disable=not progress) as bar, SharedBelow(model) as shared:
+        for index, layer in enumerate(bar):
             if str(layer) in store:
                 continue
+            shared.floor = min(chosen[index:])
             if 0.0 in doses and _UNSTEERED not in store:
                 store.keep(_UNSTEERED, _numbers(measure, model))
             scores = _one_layer(model, vectors, layer, doses, measure, steer, store.get(_UNSTEERED))

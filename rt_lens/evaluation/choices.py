@@ -21,6 +21,7 @@ from rt_lens.evaluation.texts import log_normaliser
 from rt_lens.models.backends import backend_of
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import logits_where
+from rt_lens.models.prompts import run_prompts
 from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import answered, chat_text, has_chat_template, is_chat
@@ -174,15 +175,11 @@ def _measured(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[floa
 
 def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[float]]:
     """Runs each question once; all its options share the question's keys and values."""
-    batch = pad([ask.start for ask in asks], pad_id_of(model)).to(model.cfg.device)
-    rows, lengths = [ask.number for ask in asks], batch.mask.sum(1)
-    memory: dict[Any, Any] = {}
+    rows, memory = [ask.number for ask in asks], dict[Any, Any]()
     backend = backend_of(model)
     with backend.quick():
-        cache = backend.cache(len(asks), batch.mask.shape[1])
-        with token_context(batch.mask, rows=rows, n_rows=n_rows, memory=memory):
-            last = backend.extend(batch.tokens, batch.mask, cache)[:, -1]
-        logits = backend.unembed(last)
+        ran = run_prompts(model, [ask.start for ask in asks], rows=rows, n_rows=n_rows, memory=memory)
+        lengths, logits = ran.mask.sum(1), backend.unembed(ran.last)
         first = logits.double().cpu() - log_normaliser(logits)[:, None]
         totals = [[first[row, ids[0]].item() for ids in ask.options] for row, ask in enumerate(asks)]
         longer = [
@@ -193,8 +190,8 @@ def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[floa
         rest = pad([asks[row].options[option][:-1] for row, option in longer], pad_id_of(model), "right")
         rest = rest.to(model.cfg.device)
         question_rows = [row for row, _ in longer]
-        branch = cache.branch(model, question_rows, rest.tokens.shape[1])
-        mask = torch.cat([batch.mask[question_rows], rest.mask], dim=1)
+        branch = ran.cache.branch(model, question_rows, rest.tokens.shape[1])
+        mask = torch.cat([ran.mask[question_rows], rest.mask], dim=1)
         with token_context(
             mask, new=rest.tokens.shape[1], lengths=lengths[question_rows], rows=[rows[row] for row in question_rows],
             n_rows=n_rows, memory={key: values[question_rows] for key, values in memory.items()},

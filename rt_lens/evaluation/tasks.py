@@ -18,11 +18,10 @@ from rt_lens.data.questions import Asked, Question, as_questions
 from rt_lens.evaluation.answering import ask, response_text
 from rt_lens.evaluation.registry import ScorerLike, make_scorer
 from rt_lens.evaluation.scorers import Scorer, is_share
-from rt_lens.models.context import token_context
-from rt_lens.models.forward import logits_where
 from rt_lens.models.generation import as_chat
+from rt_lens.models.prompts import last_logits
 from rt_lens.models.protocol import Model
-from rt_lens.models.tokens.batches import batches
+from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import tokenizer_of
 
 
@@ -261,12 +260,12 @@ class LogitDifference:
         """
         first, second = self._tokens(model)
         differences = [0.0] * len(self.prompts)
-        for batch in batches(model, as_chat(model, self.prompts), self.batch_size):
-            last = torch.zeros_like(batch.mask, dtype=torch.bool)
-            last[:, -1] = True
-            with token_context(batch.mask, rows=batch.rows, n_rows=len(self.prompts)):
-                logits = torch.cat(list(logits_where(model, batch.tokens, batch.mask, last)))
-            for row, difference in zip(batch.rows, (logits[:, first] - logits[:, second]).tolist(), strict=True):
+        encoded = [encode(model, text) for text in as_chat(model, self.prompts)]
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            logits = last_logits(model, [encoded[row] for row in rows], rows=rows, n_rows=len(encoded))
+            for row, difference in zip(rows, (logits[:, first] - logits[:, second]).tolist(), strict=True):
                 differences[row] = difference
         return differences
 

@@ -35,6 +35,7 @@ from rt_lens.experiment.reproducibility import recorded
 from rt_lens.models.forward import check_layers, model_name
 from rt_lens.models.generation import as_chat
 from rt_lens.models.load import load_model
+from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.tokens.chats import answered
 from rt_lens.results.schema import SCHEMA, files_of_run
 from rt_lens.results.writing import plain, tables_of, write_results
@@ -149,7 +150,7 @@ class _Run:
             vectors.save(self.out / "vectors.safetensors")
             by_seed = {other: vectors if other == seed else self._extracted(other) for other in experiment.seeds}
             separated = separability(self.model, vectors, self.protocol.unseen)
-        with self._stage("choose"):
+        with self._stage("choose"), SharedBelow(self.model):
             doses = self._dose_response(vectors)
             choices: dict[str, Any] = {direction: self._choice(doses, direction) for direction in DIRECTIONS}
         with self._stage("evaluate"):

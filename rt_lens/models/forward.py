@@ -12,7 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rt_lens.models.backends import backend_of
+from rt_lens.models.prompts import go_on
 from rt_lens.models.protocol import Model
+from rt_lens.models.tokens.batches import TokenBatch
 
 
 @contextmanager
@@ -60,7 +62,8 @@ def logits_where(
         >>> model.tokenizer.decode(logits[0].argmax())
         ' Paris'
     """
-    yield from backend_of(model).logits(tokens, mask, where, size)
+    inputs, start = go_on(model, TokenBatch(tokens, mask, ()))
+    yield from backend_of(model).logits(inputs, mask, where, size, start)
 
 
 def finest_dtype(device: Any) -> torch.dtype:

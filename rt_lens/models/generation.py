@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +18,7 @@ from rt_lens.common.progress import Bar, breathe
 from rt_lens.models.backends import backend_of
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import model_name
+from rt_lens.models.prompts import run_prompts
 from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
@@ -312,33 +312,45 @@ class _Run:
                 f"prompts and new tokens must fit the model's context of {model.cfg.n_ctx} tokens, got {longest} + "
                 f"{n}. Shorten the prompts or lower max_new_tokens."
             )
-        use_cache = use_cache and _may_cache(model, longest, longest + n)
-        self.model, self.n = model, n
+        self.use_cache = use_cache and _may_cache(model, longest, longest + n)
+        self.model, self.n, self.encoded = model, n, encoded
         self.rows = rows if rows is not None else tuple(range(len(encoded)))
         self.n_rows = len(encoded) if rows is None else n_rows
-        shared = _shared_prefix(model, encoded, longest + n) if use_cache else 0
-        batch = pad([ids[shared:] for ids in encoded], pad_id_of(model)).to(model.cfg.device)
-        self.first = batch
         self.lengths = torch.tensor([len(ids) for ids in encoded], device=model.cfg.device)
-        self.mask = torch.cat([batch.mask.new_ones(len(encoded), shared), batch.mask], dim=1)
         self.memory: dict[Any, Any] = {}
-        self.use_cache = use_cache
-        self.cache = _started(model, encoded[0][:shared], len(encoded), longest + n) if use_cache else None
+        self.cache: Any = None
+        self.mask: Tensor
         self.so_far: list[Tensor] = []
 
     @torch.no_grad()
     def step(self, tokens: Int[Tensor, "batch new"] | None = None) -> Float[Tensor, "batch d_vocab"]:
         """Logits after the prompts (None), or after one more token of each row."""
-        batch = self.first
-        if tokens is not None:
-            tokens = tokens.to(self.mask.device)
-            batch = TokenBatch(tokens, torch.ones_like(tokens), self.rows)
-            self.mask = torch.cat([self.mask, batch.mask], dim=1)
-        new = batch.tokens.shape[1] if self.use_cache else None
-        with token_context(
-            self.mask, new=new, lengths=self.lengths, rows=self.rows, n_rows=self.n_rows, memory=self.memory
-        ):
+        if tokens is None:
+            return self._of_prompts()
+        tokens = tokens.to(self.mask.device)
+        batch = TokenBatch(tokens, torch.ones_like(tokens), self.rows)
+        self.mask = torch.cat([self.mask, batch.mask], dim=1)
+        with self._context(new=1 if self.use_cache else None):
             return self._next_logits(batch)
+
+    def _of_prompts(self) -> Float[Tensor, "batch d_vocab"]:
+        if self.use_cache:
+            ran = run_prompts(
+                self.model, self.encoded, self.n, rows=self.rows, n_rows=self.n_rows, memory=self.memory
+            )  # fmt: skip
+            self.cache, self.mask = ran.cache, ran.mask
+            backend = backend_of(self.model)
+            with self._context(new=1), backend.quick():
+                return backend.unembed(ran.last)
+        batch = pad(self.encoded, pad_id_of(self.model)).to(self.model.cfg.device)
+        self.mask = batch.mask
+        with self._context():
+            return self._next_logits(batch)
+
+    def _context(self, new: int | None = None) -> AbstractContextManager[Any]:
+        return token_context(
+            self.mask, new=new, lengths=self.lengths, rows=self.rows, n_rows=self.n_rows, memory=self.memory
+        )  # fmt: skip
 
     def _next_logits(self, batch: TokenBatch) -> Float[Tensor, "batch d_vocab"]:
         backend = backend_of(self.model)
@@ -414,34 +426,6 @@ class _Reporter:
     def _report_held(self, i: int, rest: str = "") -> None:
         if new := self.held.pop(i, None):
             self.on_token(replace(new, text=new.text + rest))
-
-
-def _shared_prefix(model: Model, encoded: Sequence[Sequence[int]], longest: int = 0) -> int:
-    """Number of first tokens that all prompts share (a template's system text, say) and that can run once per batch.
-
-    0 under hooks: they may act by row, and would see a single row. 0 where padding after the prefix would be seen.
-    """
-    if len(encoded) == 1 or not backend_of(model).shares(longest):
-        return 0
-    if any(point._forward_hooks for point in model.hook_dict.values()):
-        return 0
-    most = min(len(ids) for ids in encoded) - 1  # each row needs a token of its own to continue from
-    columns = itertools.islice(zip(*encoded, strict=False), most)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-@torch.no_grad()
-def _started(model: Model, shared: Sequence[int], rows: int, longest: int) -> Any:
-    """A key-value cache for `rows` rows of at most `longest` tokens, in which those that all share have run once."""
-    backend = backend_of(model)
-    cache = backend.cache(rows, longest)
-    if shared:
-        beginning = torch.tensor([list(shared)], device=model.cfg.device)
-        once = backend.cache(1, len(shared))
-        with backend.quick():
-            backend.extend(beginning, torch.ones_like(beginning), once)
-        cache.start_from(once)
-    return cache
 
 
 def _may_cache(model: Model, first: int, longest: int) -> bool:

@@ -99,6 +99,12 @@ class Edit:
         everywhere = isinstance(self.positions, str) and self.positions == "all"
         return everywhere and self.schedule is None and self.gate is None and not isinstance(self.multiplier, Tensor)
 
+    def treats(self, row: int) -> float | None:
+        """How it treats a row up to the end of its prompt: rows with the same number alike; None if tokens decide."""
+        if self.gate is not None or not isinstance(self.positions, str):
+            return None
+        return float(self.multiplier[row] if isinstance(self.multiplier, Tensor) else self.multiplier)
+
     def _strength(self, activation: Tensor) -> float | Tensor:
         if self.constant and self.heads is None:
             return float(self.multiplier)

@@ -103,15 +103,24 @@ class Backend(ABC):
     def cache(self, rows: int, capacity: int) -> Any:
         """An empty key-value cache for at most `capacity` tokens a row.
 
-        Where `branches` is true, `start_from(prefix)` gives every row the keys and values of a cache of one row, and
-        `branch(model, rows, room)` makes a new cache whose row i continues row `rows[i]` of this one.
+        Where `branches` is true, `branch(model, rows, room)` makes a new cache whose row i continues row `rows[i]` of
+        this one. Where `shares` is true, `adopt(source, rows, blocks, last)` appends to row i what row `rows[i]` of
+        another cache holds in some blocks: all of it, or its last tokens. Its `mask` is the mask of all tokens so far.
         """
 
     @abstractmethod
     def extend(
-        self, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"], cache: Any
+        self, inputs: Tensor, mask: Int[Tensor, "batch new"], cache: Any, *, start: int = 0, stop: int | None = None
     ) -> Float[Tensor, "batch new d_model"]:
-        """The residual stream after the last block at new tokens, which are added to the cache."""
+        """The residual stream that enters block `stop` at new tokens, which are added to the cache.
+
+        Args:
+            inputs: tokens, Int[Tensor, "batch new"]; with `start` the residual stream that enters that block.
+            mask: 1 for real tokens, of the new ones.
+            cache: of the tokens before them, in the blocks that run.
+            start: the block to go on from; the blocks before it do not run, and the cache gets nothing there.
+            stop: the block to stop before. Defaults to after the last one.
+        """
 
     def next_logits(
         self, tokens: Int[Tensor, "batch new"], mask: Int[Tensor, "batch new"], cache: Any
@@ -122,19 +131,34 @@ class Backend(ABC):
             return self.unembed(final[:, -1])
 
     def logits(
-        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"], where: Tensor, size: int
+        self, inputs: Tensor, mask: Int[Tensor, "batch pos"], where: Tensor, size: int, start: int = 0
     ) -> Iterator[Float[Tensor, "chosen d_vocab"]]:
-        """Logits at chosen positions (True in `where`), in chunks of `size`; no others are computed."""
+        """Logits at chosen positions (True in `where`), in chunks of `size`; no others are computed.
+
+        Args:
+            inputs: tokens, or with `start` the residual stream that enters that block.
+            mask: 1 for real tokens.
+            where: Bool[Tensor, "batch pos"].
+            size: positions per chunk.
+            start: the block to go on from.
+        """
         with self.quick():
-            final = self.residual(tokens, mask)[where]
+            final = self.residual(inputs, mask, start=start)[where]
             yield from (self.unembed(part) for part in final.split(size))
 
-    def run_with_cache(self, tokens: Tensor, mask: Tensor, hook_names: Sequence[str], stop: int | None) -> Any:
-        """TransformerLens's `run_with_cache` at these hook points, which stops before block `stop`."""
-        _, cache = self.model.run_with_cache(
-            tokens, attention_mask=mask, names_filter=list(hook_names), stop_at_layer=stop, return_type=None
-        )
-        return cache
+    @abstractmethod
+    def run_with_cache(
+        self, tokens: Tensor, mask: Tensor, hook_names: Sequence[str], stop: int | None, past: Any = None
+    ) -> Any:
+        """TransformerLens's `run_with_cache` at these hook points, which stops before block `stop`.
+
+        Args:
+            tokens: Int[Tensor, "batch new"].
+            mask: of these tokens.
+            hook_names: where to read.
+            stop: the first block that need not run; None runs everything.
+            past: a key-value cache that these tokens are added to.
+        """
 
     @abstractmethod
     def caches(self, first: int = 0, longest: int = 0) -> bool:

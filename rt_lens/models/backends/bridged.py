@@ -12,7 +12,7 @@ import copy
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rt_lens.models.backends.base import Backend, Slot, allowed_error, hooked, positions_of, slots_in
 from rt_lens.models.backends.plain import fused_parts, join_fused, plain_copy, unwrapped
@@ -55,12 +56,13 @@ class BridgeCache:
     def __init__(self, state: Any, mask: Int[Tensor, "batch pos"]) -> None:
         self.state, self.mask = state, mask
 
-    def start_from(self, prefix: BridgeCache) -> None:
-        """Starts every row with the keys and values of one row: the prefix that all prompts share."""
-        rows = self.mask.shape[0]
-        self.state = copy.deepcopy(prefix.state)
-        self.state.batch_repeat_interleave(rows)
-        self.mask = prefix.mask.expand(rows, -1)
+    def adopt(self, source: BridgeCache, rows: Sequence[int], blocks: Iterable[int], last: int | None = None) -> None:
+        """Appends what rows of another cache hold in some blocks: all tokens, or the last ones."""
+        for block in blocks:
+            taken = source.state.layers[block]
+            first = 0 if last is None else taken.keys.shape[-2] - last
+            keys, values = (part[..., first:, :][list(rows)] for part in (taken.keys, taken.values))
+            self.state.update(keys, values, block)
 
     def branch(self, model: Any, rows: list[int], room: int) -> BridgeCache:
         """A new cache whose row i continues row `rows[i]` of this one."""
@@ -224,10 +226,16 @@ class BridgeBackend(Backend):
         state = DynamicCache(config=self.original.config)
         return BridgeCache(state, torch.empty(rows, 0, dtype=torch.long, device=self.model.cfg.device))
 
-    def extend(self, tokens: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch new d_model"]:
+    def extend(
+        self, inputs: Tensor, mask: Tensor, cache: Any, *, start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "batch new d_model"]:
+        stop = self.model.cfg.n_layers if stop is None else stop
         cache.mask = torch.cat([cache.mask, mask], dim=1)
-        with self._over(_Span(stop=self.model.cfg.n_layers)):
-            return self._stopped(tokens, cache.mask, past_key_values=cache.state, use_cache=True)
+        if start == stop and start:
+            return inputs
+        self._learn_outputs(start)
+        with self._over(_Span(start, inputs if start else None, stop)):
+            return self._stopped(inputs, cache.mask, past_key_values=cache.state, use_cache=True)
 
     def next_logits(self, tokens: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch d_vocab"]:
         settings: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_logits() else {}
@@ -237,12 +245,13 @@ class BridgeBackend(Backend):
         with self.quick():
             return self._call(tokens, mask, **settings).logits[:, -1]
 
-    def logits(self, tokens: Tensor, mask: Tensor, where: Tensor, size: int) -> Iterator[Tensor]:
+    def logits(self, inputs: Tensor, mask: Tensor, where: Tensor, size: int, start: int = 0) -> Iterator[Tensor]:
         if self._keeps_logits():
-            yield from super().logits(tokens, mask, where, size)
+            yield from super().logits(inputs, mask, where, size, start)
             return
-        with self.quick():  # hooks on logits, and models that cannot leave any out
-            yield from self._call(tokens, mask).logits[where].split(size)
+        self._learn_outputs(start)
+        with self._over(_Span(start, inputs if start else None)):  # hooks on logits, and models that keep all
+            yield from self._call(inputs, mask).logits[where].split(size)
 
     def _keeps_logits(self) -> bool:
         """Whether the model can compute the logits of some positions only; hooks on logits need all of them."""
@@ -250,9 +259,16 @@ class BridgeBackend(Backend):
                 getattr(self.model, name).modules()]  # fmt: skip
         return "logits_to_keep" in self.takes and not hooked(ends)
 
-    def run_with_cache(self, tokens: Tensor, mask: Tensor, hook_names: Sequence[str], stop: int | None) -> Any:
+    def run_with_cache(
+        self, tokens: Tensor, mask: Tensor, hook_names: Sequence[str], stop: int | None, past: Any = None
+    ) -> Any:
         # The bridge's own stop has no "after the last block", and runs the unembedding.
-        settings: dict[str, Any] = {"position_ids": positions_of(mask)} if "position_ids" in self.takes else {}
+        settings: dict[str, Any] = {}
+        if past is not None:
+            past.mask = mask = torch.cat([past.mask, mask], dim=1)
+            settings |= {"past_key_values": past.state, "use_cache": True}
+        if "position_ids" in self.takes:
+            settings["position_ids"] = positions_of(mask, tokens.shape[1])
         if stop is None and self._keeps_logits():
             settings["logits_to_keep"] = 1
         with self._over(_Span(stop=stop)):
@@ -274,7 +290,9 @@ class BridgeBackend(Backend):
         return self.caches(0, longest)
 
     def shares(self, longest: int = 0) -> bool:
-        return self.branches(longest) and longest <= _window(self.original.config.get_text_config())
+        layers = self.cache(1, 1).state.layers
+        whole = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        return whole and self.branches(longest) and longest <= _window(self.original.config.get_text_config())
 
     @torch.no_grad()
     def _measured_cache_error(self, plain: bool, n: int = 8, steps: int = 4) -> float:

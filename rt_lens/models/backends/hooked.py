@@ -1,13 +1,14 @@
 """HookedTransformer of TransformerLens 3: a faster forward pass with the same results and the same hooks.
 
-`QuickAttention` computes masks and rotary angles once per forward pass instead of once per layer, uses torch's fused
-attention, and appends to a preallocated key-value cache. Every hook point is still called. The fused kernel never forms
-attention scores or patterns, so a layer with a hook on either runs TransformerLens's own code.
+Under `quick` a block without hooks between its input and its output runs as `lean.py` writes it. In a block with such
+hooks every hook point is called, and attention alone is faster: masks and rotary angles are computed once per forward
+pass instead of once per layer, keys and values go to a preallocated cache, and torch's fused attention is used. The
+fused kernel never forms attention scores or patterns, so a layer with a hook on either runs TransformerLens's own code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
-from rt_lens.models.backends.base import Backend, Slot, slots_in
+from rt_lens.models.backends import lean
+from rt_lens.models.backends.base import Backend, Slot, hooked, slots_in
+from rt_lens.models.backends.products import product
 from rt_lens.models.llama import FAMILIES, from_huggingface, to_huggingface
 from rt_lens.models.parameter_names import plain_name
 
@@ -62,17 +66,17 @@ class KeyValueCache:
     def __getitem__(self, layer: int) -> CacheSlot:
         return self.slots[layer]
 
-    def start_from(self, prefix: KeyValueCache) -> None:
-        """Starts every row with the keys and values of one row: the prefix that all prompts share."""
-        for slot, shared in zip(self.slots, prefix.slots, strict=True):
-            slot.append(*(part[:, : shared.length].expand(self.batch, -1, -1, -1) for part in shared.pair))
-        self.mask = prefix.mask.expand(self.batch, -1)
+    def adopt(self, source: KeyValueCache, rows: Sequence[int], blocks: Iterable[int], last: int | None = None) -> None:
+        """Appends what rows of another cache hold in some blocks: all tokens, or the last ones."""
+        for block in blocks:
+            taken = source.slots[block]
+            first = 0 if last is None else taken.length - last
+            self.slots[block].append(*(part[:, first : taken.length][list(rows)] for part in taken.pair))
 
     def branch(self, model: Any, rows: list[int], room: int) -> KeyValueCache:
         """A new cache whose row i continues row `rows[i]` of this one, with room for `room` more tokens."""
         branched = KeyValueCache(model, len(rows), self.mask.shape[1] + room)
-        for slot, source in zip(branched.slots, self.slots, strict=True):
-            slot.append(*(part[rows, : source.length] for part in source.pair))
+        branched.adopt(self, rows, range(len(self.slots)))
         branched.mask = self.mask[rows]
         return branched
 
@@ -136,23 +140,52 @@ def _attention(
     q, k, v = attn.calculate_qkv_matrices(query_input, key_input, value_input)
     past = past_kv_cache_entry.length if past_kv_cache_entry is not None else 0
     frame = _frame(attn, shared, attention_mask, (q.shape[0], q.shape[1], past))
-    q = attn.hook_rot_q(_rotate(q, frame.cos, frame.sin))
-    k = attn.hook_rot_k(_rotate(k, frame.cos, frame.sin))
+    q = attn.hook_rot_q(lean.rotated(q, frame.cos, frame.sin))
+    k = attn.hook_rot_k(lean.rotated(k, frame.cos, frame.sin))
     if past_kv_cache_entry is not None:
         k, v = past_kv_cache_entry.append(k, v)
-    q, k, v = (rearrange(x, "batch pos head d -> batch head pos d") for x in (q, k, v))
-    z = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=frame.allowed, is_causal=frame.causal, scale=1.0 / attn.attn_scale,
-        enable_gqa=k.shape[1] != q.shape[1],
-    )  # fmt: skip
-    z = attn.hook_z(rearrange(z, "batch head pos d -> batch pos head d"))
+    z = lean.attended(q, k, v, frame.allowed, frame.causal, 1.0 / attn.attn_scale)
+    z = attn.hook_z(rearrange(z, "batch pos (head d) -> batch pos head d", head=q.shape[2]))
     output = rearrange(attn.W_O, "head d model -> model (head d)")
     return F.linear(rearrange(z, "batch pos head d -> batch pos (head d)"), output, attn.b_O)
 
 
-def _rotate(x: Float[Tensor, "batch pos head d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "batch pos head d"]:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+def _block(
+    backend: HookedBackend,
+    index: int,
+    shared: list[_Frame],
+    resid_pre: Float[Tensor, "batch pos d_model"],
+    shortformer_pos_embed: Tensor | None = None,
+    past_kv_cache_entry: Any = None,
+    attention_mask: Int[Tensor, "batch all_pos"] | None = None,
+) -> Float[Tensor, "batch pos d_model"]:
+    """TransformerLens's TransformerBlock.forward; where nobody listens inside of the block, without its hook points."""
+    block, cached = backend.model.blocks[index], past_kv_cache_entry
+    if (cached is not None and not isinstance(cached, CacheSlot)) or hooked(backend.inside[index]):
+        return type(block).forward(block, resid_pre, shortformer_pos_embed, cached, attention_mask)
+    attn, eps = block.attn, block.ln1.eps
+    residual, weights = block.hook_resid_pre(resid_pre), backend.weights(index)
+    q, k, v = lean.queries_keys_values(weights, residual, eps, attn.cfg.d_head)
+    past = 0 if cached is None else cached.length
+    frame = _frame(attn, shared, attention_mask, (q.shape[0], q.shape[1], past))
+    q, k = lean.rotated(q, frame.cos, frame.sin), lean.rotated(k, frame.cos, frame.sin)
+    if cached is not None:
+        k, v = cached.append(k, v)
+    z = lean.attended(q, k, v, frame.allowed, frame.causal, 1.0 / attn.attn_scale)
+    return block.hook_resid_post(lean.after_attention(weights, residual, z, eps))
+
+
+def _matrices(block: Any) -> lean.Weights:
+    """The weights of a block, which are views of its parameters where these are stored as Hugging Face stores them."""
+    attn, mlp, grouped = block.attn, block.mlp, "_" if hasattr(block.attn, "_W_K") else ""
+    of_keys = {name: getattr(attn, grouped + name) for name in ("W_K", "W_V", "b_K", "b_V")}
+    q, k, v = (w.transpose(1, 2).flatten(0, 1) for w in (attn.W_Q, of_keys["W_K"], of_keys["W_V"]))
+    q_bias, k_bias, v_bias = (b.flatten() for b in (attn.b_Q, of_keys["b_K"], of_keys["b_V"]))
+    return lean.Weights(
+        first_norm=block.ln1.w, q=q, k=k, v=v, o=attn.W_O.flatten(0, 1).T, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
+        o_bias=attn.b_O, second_norm=block.ln2.w, gate=mlp.W_gate.T, up=mlp.W_in.T, middle=mlp.b_in, down=mlp.W_out.T,
+        down_bias=mlp.b_out,
+    )  # fmt: skip
 
 
 def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[int, int, int]) -> _Frame:
@@ -180,7 +213,7 @@ def _frame(attn: Any, shared: list[_Frame], mask: Tensor | None, shape: tuple[in
         allowed = ((_causal(n_query, total, device) & mask.bool()[:, None, :]) | itself)[:, None]
         causal = False
     cos, sin = (angles[positions][:, :, None] for angles in (attn.rotary_cos, attn.rotary_sin))
-    frame = _Frame(attn.layer_id, mask, shape, cos, sin, allowed, causal)
+    frame = _Frame(attn.layer_id, mask, shape, cos, lean.signed(sin), allowed, causal)
     shared[:] = [frame]
     return frame
 
@@ -190,10 +223,30 @@ def _causal(n_query: int, total: int, device: torch.device) -> Tensor:
     return torch.ones(n_query, total, dtype=torch.bool, device=device).tril(total - n_query)
 
 
+def can_be_lean(model: Any) -> bool:
+    """True if `lean.py` covers this model's blocks."""
+    cfg = model.cfg
+    unusual = (
+        cfg.attn_only, cfg.parallel_attn_mlp, cfg.use_hook_mlp_in, cfg.use_normalization_before_and_after,
+        cfg.num_experts, cfg.original_architecture in POST_NORM_ARCHITECTURES,
+    )  # fmt: skip
+    plain = cfg.normalization_type == "RMS" and cfg.gated_mlp and cfg.act_fn == "silu"
+    return plain and can_be_quick(model) and not any(unusual)
+
+
 class HookedBackend(Backend):
     """A HookedTransformer."""
 
     kind = "hooked"
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        outer = [(block.hook_resid_pre, block.hook_resid_post) for block in model.blocks]
+        self.inside = [
+            [part for part in block.modules() if part is not block and part not in points]
+            for block, points in zip(model.blocks, outer, strict=True)
+        ]
+        self.ends = list(model.unembed.modules())
 
     @contextmanager
     def quick(self) -> Iterator[Any]:
@@ -202,21 +255,32 @@ class HookedBackend(Backend):
             yield model
             return
         shared: list[_Frame] = []
+        be_lean = can_be_lean(model)
         try:
-            for block in model.blocks:
+            for index, block in enumerate(model.blocks):
                 block.attn.forward = partial(_attention, block.attn, shared)
+                if be_lean:
+                    block.forward = partial(_block, self, index, shared)
             yield model
         finally:
             for block in model.blocks:
                 vars(block.attn).pop("forward", None)
+                vars(block).pop("forward", None)
+
+    def weights(self, index: int) -> lean.Weights:
+        """A block's weights as they are now."""
+        return _matrices(self.model.blocks[index])
 
     def residual(self, inputs: Tensor, mask: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.model.cfg.n_layers if stop is None else stop
         return self.model(inputs, attention_mask=mask, start_at_layer=start or None, stop_at_layer=stop)
 
     def unembed(self, residual: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
-        flat = residual.reshape(1, -1, residual.shape[-1])
-        logits = self.model.unembed(self.final_norm(flat))
+        flat = residual.reshape(-1, 1, residual.shape[-1])  # rows of one token each, as in a TransformerBridge
+        if hooked(self.ends):
+            logits = self.model.unembed(self.final_norm(flat))
+        else:
+            logits = product(self.final_norm(flat), self.model.W_U.T, self.model.b_U)
         cap = self.model.cfg.output_logits_soft_cap
         if cap > 0:
             logits = cap * torch.tanh(logits / cap)
@@ -233,8 +297,26 @@ class HookedBackend(Backend):
             return KeyValueCache(self.model, rows, capacity)
         return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.cfg.device, rows)
 
-    def extend(self, tokens: Tensor, mask: Tensor, cache: Any) -> Float[Tensor, "batch new d_model"]:
-        return self.model(tokens, attention_mask=mask, past_kv_cache=cache, stop_at_layer=self.model.cfg.n_layers)
+    def extend(
+        self, inputs: Tensor, mask: Tensor, cache: Any, *, start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "batch new d_model"]:
+        stop = self.model.cfg.n_layers if stop is None else stop
+        if start:  # TransformerLens adds to a cache's mask only with tokens
+            mask = cache.append_attention_mask(mask)
+        if start == stop and start:
+            return inputs
+        return self.model(
+            inputs, attention_mask=mask, past_kv_cache=cache, start_at_layer=start or None, stop_at_layer=stop
+        )
+
+    def run_with_cache(
+        self, tokens: Tensor, mask: Tensor, hook_names: Sequence[str], stop: int | None, past: Any = None
+    ) -> Any:
+        _, cache = self.model.run_with_cache(
+            tokens, attention_mask=mask, names_filter=list(hook_names), stop_at_layer=stop, return_type=None,
+            past_kv_cache=past,
+        )  # fmt: skip
+        return cache
 
     def caches(self, first: int = 0, longest: int = 0) -> bool:
         return True

@@ -1,0 +1,111 @@
+"""Llama-style blocks without hook points: the same numbers with a fifth of the operations around the matrix products.
+
+A block that nobody listens inside has no need to call its hook points, to lay heads out on an axis of their own before
+each of them, or to make a tensor for each step of a norm. What is left is written out here once, for the blocks of
+either kind of model: seven products, two norms, the rotation of queries and keys, and torch's fused attention. For a
+single new token the queries that share a key are laid out as the rows of one small product, so that keys and values are
+read once instead of copied for each head.
+
+The plain path (TransformerLens's or Hugging Face's own blocks) stays: it runs where somebody listens, and the tests
+compare this one with it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from rt_lens.models.backends.products import product
+
+
+class Weights(NamedTuple):
+    """The weights of one block, matrices as [out, in]; `middle` is a bias that follows the product of gate and up."""
+
+    first_norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    second_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    middle: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+def queries_keys_values(
+    weights: Weights, residual: Float[Tensor, "batch pos d_model"], eps: float, d_head: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each as [batch, pos, head, d_head], before rotation."""
+    x = norm(residual, weights.first_norm, eps)
+    shape = (*residual.shape[:2], -1, d_head)
+    return (
+        product(x, weights.q, weights.q_bias).view(shape),
+        product(x, weights.k, weights.k_bias).view(shape),
+        product(x, weights.v, weights.v_bias).view(shape),
+    )
+
+
+def after_attention(
+    weights: Weights, residual: Float[Tensor, "batch pos d_model"], z: Float[Tensor, "batch pos heads"], eps: float
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after the block, from what attention has read."""
+    residual = residual + product(z, weights.o, weights.o_bias)
+    x = norm(residual, weights.second_norm, eps)
+    gate, up = F.silu(product(x, weights.gate, weights.gate_bias)), product(x, weights.up, weights.up_bias)
+    middle = gate * up if gate.requires_grad or up.requires_grad else gate.mul_(up)
+    if weights.middle is not None:
+        middle = middle + weights.middle
+    return residual + product(middle, weights.down, weights.down_bias)
+
+
+def norm(x: Float[Tensor, "... d_model"], weight: Float[Tensor, "d_model"], eps: float) -> Float[Tensor, "... d_model"]:
+    """Root mean square norm; in 16 bits its statistics are in float32."""
+    if x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+
+def rotated(
+    x: Float[Tensor, "batch pos head d"], cos: Float[Tensor, "batch pos 1 d"], sin: Float[Tensor, "batch pos 1 d"]
+) -> Float[Tensor, "batch pos head d"]:
+    """Rotary embedding, with sines whose first half has its sign turned (`signed`)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def signed(sin: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    """Sines as `rotated` takes them."""
+    first, second = sin.chunk(2, -1)
+    return torch.cat([-first, second], -1)
+
+
+def attended(
+    q: Float[Tensor, "batch pos head d"],
+    k: Float[Tensor, "batch all_pos kv_head d"],
+    v: Float[Tensor, "batch all_pos kv_head d"],
+    allowed: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Float[Tensor, "batch pos heads"]:
+    """What attention reads for each token, its heads side by side."""
+    batch, pos, heads, d = q.shape
+    k, v, groups = k.transpose(1, 2), v.transpose(1, 2), k.shape[2]
+    if pos == 1:  # the queries of a group differ as those of several tokens would
+        together = q.view(batch, groups, heads // groups, d)
+        z = F.scaled_dot_product_attention(together, k, v, attn_mask=allowed, scale=scale)
+        return z.reshape(batch, 1, heads * d)
+    z = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=allowed, is_causal=causal, scale=scale, enable_gqa=groups != heads
+    )
+    return z.transpose(1, 2).reshape(batch, pos, heads * d)
