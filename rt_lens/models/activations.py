@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rt_lens.common.inputs import as_text, text_list
@@ -14,9 +15,13 @@ from rt_lens.common.progress import Bar
 from rt_lens.models.backends import backend_of
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import quick, unknown_hook
+from rt_lens.models.prompts import beginnings, kinds_of_rows
 from rt_lens.models.protocol import Model
-from rt_lens.models.tokens.batches import TokenBatch, batches, encode, pad, pad_id_of
+from rt_lens.models.tokens.batches import encode, encoded_texts, pad, pad_id_of
 from rt_lens.models.tokens.texts import token_texts
+
+WORTHWHILE = 0.1
+"""Share of all tokens that must be saved, else shared beginnings are not worth passes of their own."""
 
 
 def check_hook_names(model: Model, hook_names: Sequence[str]) -> None:
@@ -71,24 +76,143 @@ def read_activations(
     """
     check_hook_names(model, hook_names)
     texts = text_list(texts, "texts", blank=True)
+    encoded = encoded_texts(model, texts, batch_size)
     activations: dict[str, Tensor] = {}
     with quick(model), Bar(total=len(texts), desc="activations", unit="text", disable=not progress) as bar:
-        for batch in batches(model, texts, batch_size):
-            weights = _weights(batch, [reads[row] for row in batch.rows])
-            cache = _run(model, batch, hook_names, len(texts))
+        for part in _parts(model, encoded, hook_names, reads, batch_size):
+            weights = _weights(part, [reads[row] for row in part.rows])
             for name in hook_names:
-                means = torch.einsum("brp,bp...->br...", weights, cache[name].float()).cpu()
+                means = torch.einsum("brp,bp...->br...", weights, part.cache[name].float()).cpu()
                 if name not in activations:
-                    activations[name] = means.new_empty(len(texts), *means.shape[1:])
-                activations[name][list(batch.rows)] = means
-            bar.update(len(batch.rows))
+                    activations[name] = means.new_zeros(len(texts), *means.shape[1:])
+                activations[name][list(part.rows)] += means
+            bar.update(part.finished)
     return activations
 
 
-def _run(model: Model, batch: TokenBatch, hook_names: Sequence[str], n_rows: int) -> Any:
-    """The cache of one batch. Hooks learn from the token context which of the caller's texts it holds."""
-    with token_context(batch.mask, rows=batch.rows, n_rows=n_rows):
-        return backend_of(model).run_with_cache(batch.tokens, batch.mask, hook_names, _stop(hook_names))
+@dataclass(frozen=True)
+class _Part:
+    """Activations of some tokens of some texts.
+
+    Attributes:
+        cache: hook name -> Float[Tensor, "row pos *heads d"].
+        mask: Int[Tensor, "row pos"], 1 for real tokens; padding is on the left.
+        rows: index of each text.
+        first: index in each text of the first token that is here.
+        finished: how many texts have been read with it.
+    """
+
+    cache: Mapping[str, Tensor]
+    mask: Int[Tensor, "row pos"]
+    rows: list[int]
+    first: list[int]
+    finished: int
+
+
+def _parts(
+    model: Model,
+    encoded: Sequence[Sequence[int]],
+    hook_names: Sequence[str],
+    reads: Sequence[Sequence[Sequence[int]]],
+    batch_size: int,
+) -> Iterator[_Part]:
+    """The activations of all tokens that are read; beginnings that texts share run once, before the rest of these."""
+    starts, kinds = _beginnings(model, encoded, hook_names)
+    groups: dict[Any, list[int]] = {}
+    for row, n in enumerate(starts):
+        groups.setdefault((tuple(encoded[row][:n]), kinds[row] if n else None), []).append(row)
+    for rows in _in_batches(groups.pop(((), None), []), encoded, batch_size):
+        yield _run(model, encoded, rows, [0] * len(rows), [None] * len(rows), hook_names)
+    together = list(groups.values())
+    for number in range(0, len(together), batch_size):
+        some = together[number : number + batch_size]
+        yield from _after_beginnings(model, encoded, hook_names, reads, some, starts, batch_size)
+
+
+def _after_beginnings(
+    model: Model,
+    encoded: Sequence[Sequence[int]],
+    hook_names: Sequence[str],
+    reads: Sequence[Sequence[Sequence[int]]],
+    groups: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    batch_size: int,
+) -> Iterator[_Part]:
+    """The activations of texts that share their beginnings in groups."""
+    backend, blocks = backend_of(model), range(_stop(hook_names) or model.cfg.n_layers)
+    firsts = [group[0] for group in groups]
+    of_row = {row: index for index, group in enumerate(groups) for row in group}
+    once = backend.cache(len(groups), max(starts[row] for row in firsts))
+    early = any(index < starts[row] for row in of_row for read in reads[row] for index in read)
+    part = _run(model, encoded, firsts, [0] * len(firsts), [starts[row] for row in firsts], hook_names, once, early)
+    if early:
+        index = list(of_row.values())
+        cache = {name: part.cache[name][index] for name in hook_names}
+        yield _Part(cache, part.mask[index], list(of_row), [0] * len(index), 0)
+    for rows in _in_batches(list(of_row), encoded, batch_size):
+        index = [of_row[row] for row in rows]
+        cache = backend.cache(len(rows), once.mask.shape[1] + max(len(encoded[row]) - starts[row] for row in rows))
+        cache.adopt(once, index, blocks)
+        cache.mask = once.mask[index]
+        yield _run(model, encoded, rows, [starts[row] for row in rows], [None] * len(rows), hook_names, cache)
+
+
+def _beginnings(
+    model: Model, encoded: Sequence[Sequence[int]], hook_names: Sequence[str]
+) -> tuple[list[int], Sequence[Any]]:
+    """How many first tokens of each text run once for it and others, and of which kind its row is; or none."""
+    none = [0] * len(encoded), [None] * len(encoded)
+    of_pairs = any(
+        name.endswith(("hook_pattern", "hook_attn_scores", "hook_rot_q", "hook_rot_k")) for name in hook_names
+    )
+    if of_pairs or not backend_of(model).shares(max(len(ids) for ids in encoded)):
+        return none
+    kinds = kinds_of_rows(model, range(len(encoded)))
+    if kinds is None:
+        return none
+    starts = beginnings(encoded)
+    each = {(tuple(ids[:n]), kind) for ids, n, kind in zip(encoded, starts, kinds, strict=True)}
+    saved = sum(starts) - sum(len(ids) for ids, _ in each)
+    return (starts, kinds) if saved > WORTHWHILE * sum(len(ids) for ids in encoded) else none
+
+
+def _in_batches(rows: Sequence[int], encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """The longest texts first, so that a batch too large for the memory fails at once."""
+    ordered = sorted(rows, key=lambda row: -len(encoded[row]))
+    yield from (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
+
+
+def _run(
+    model: Model,
+    encoded: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    first: Sequence[int],
+    end: Sequence[int | None],
+    hook_names: Sequence[str],
+    past: Any = None,
+    read: bool = True,
+) -> _Part:
+    """Runs some tokens of some texts. Hooks learn from the token context which of the caller's texts these are.
+
+    Args:
+        rows: the texts.
+        first: of each text, its first token to run.
+        end: of each text, the token to stop before.
+        hook_names: where to read.
+        past: a key-value cache with the tokens before.
+        read: False only extends the cache.
+    """
+    ids = [encoded[row][start:stop] for row, start, stop in zip(rows, first, end, strict=True)]
+    batch, backend, stop = pad(ids, pad_id_of(model)).to(model.cfg.device), backend_of(model), _stop(hook_names)
+    mask = batch.mask if past is None else torch.cat([past.mask, batch.mask], dim=1)
+    lengths = torch.tensor([len(encoded[row]) for row in rows], device=model.cfg.device)
+    with token_context(mask, new=batch.mask.shape[1], lengths=lengths, rows=rows, n_rows=len(encoded)):
+        if read:
+            cache = backend.run_with_cache(batch.tokens, batch.mask, hook_names, stop, past)
+        else:
+            cache = {}
+            backend.extend(batch.tokens, batch.mask, past, stop=stop)
+    return _Part(cache, batch.mask, list(rows), list(first), len(rows) if None in end else 0)
 
 
 def _stop(hook_names: Sequence[str]) -> int | None:
@@ -98,17 +222,17 @@ def _stop(hook_names: Sequence[str]) -> int | None:
     return 1 + max(int(name.split(".")[1]) for name in hook_names)
 
 
-def _weights(batch: TokenBatch, reads: Sequence[Sequence[Sequence[int]]]) -> Float[Tensor, "batch read pos"]:
+def _weights(part: _Part, reads: Sequence[Sequence[Sequence[int]]]) -> Float[Tensor, "row read pos"]:
     """Averaging weights of the chosen tokens; a single token has weight 1, so its activation stays exact."""
-    starts = batch.mask.argmax(1).tolist()  # column of each row's first real token
-    weights = torch.zeros(len(reads), len(reads[0]), batch.tokens.shape[1], device=batch.tokens.device)
-    for row, (start, row_reads) in enumerate(zip(starts, reads, strict=True)):
+    width, weights = part.mask.shape[1], torch.zeros(len(reads), len(reads[0]), part.mask.shape[1], device="cpu")
+    for row, (n, first, row_reads) in enumerate(zip(part.mask.sum(1).tolist(), part.first, reads, strict=True)):
         for read, indices in enumerate(row_reads):
-            columns = torch.tensor([start + index for index in indices], device=weights.device)
+            here = [width - n + index - first for index in indices if first <= index < first + n]
             weights[row, read].index_add_(
-                0, columns, torch.full((len(indices),), 1 / len(indices), device="cpu").to(weights)
-            )
-    return weights
+                0, torch.tensor(here, dtype=torch.long, device="cpu"),
+                torch.full((len(here),), 1 / len(indices), device="cpu"),
+            )  # fmt: skip
+    return weights.to(part.mask.device)
 
 
 def last_token_activations(
@@ -148,7 +272,6 @@ def token_activations(
     """
     check_hook_names(model, hook_names)
     ids = encode(model, as_text(text, "text", blank=True))
-    batch = pad([ids], pad_id_of(model)).to(model.cfg.device)
     with quick(model):
-        cache = _run(model, batch, hook_names, 1)
+        cache = _run(model, [ids], [0], [0], [None], hook_names).cache
     return token_texts(model, ids), {name: cache[name][0].float().cpu() for name in hook_names}

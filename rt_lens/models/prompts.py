@@ -85,7 +85,7 @@ def run_prompts(
     lengths = torch.tensor([len(ids) for ids in encoded], device=model.cfg.device)
     capacity = int(lengths.max()) + room
     shares = backend.shares(capacity)
-    kinds = _kinds(model, numbers) if shares else None
+    kinds = kinds_of_rows(model, numbers) if shares else None
     n = _n_shared(encoded, kinds)
     reader = _Reader(model, shares=shares)
     cache = backend.cache(len(encoded), capacity)
@@ -151,7 +151,53 @@ def _n_shared(encoded: Sequence[Sequence[int]], kinds: Sequence[Hashable] | None
     return n if n >= SHORTEST else 0
 
 
-def _kinds(model: Model, rows: Sequence[int]) -> list[Hashable] | None:
+def beginnings(encoded: Sequence[Sequence[int]]) -> list[int]:
+    """Of each text, how many first tokens are worth running once for it and others that begin with them.
+
+    Each text has one beginning. They are chosen to save the most tokens: of a longer beginning of few texts and a
+    shorter one of many, the one with more tokens times texts.
+
+    Example:
+        >>> beginnings([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 2, 3, 9]])
+        [5, 5, 0]
+    """
+    order = sorted(range(len(encoded)), key=lambda i: list(encoded[i]))
+    lengths = [0] * len(encoded)
+    # How many first tokens each text, in alphabetical order, shares with the one before it.
+    shared = [0, *(_alike(encoded[a], encoded[b]) for a, b in itertools.pairwise(order))]
+    for first, last, n in _most_saved(shared, [len(encoded[i]) for i in order])[1]:
+        for i in order[first:last]:
+            lengths[i] = n
+    return lengths
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _most_saved(shared: Sequence[int], sizes: Sequence[int]) -> tuple[int, list[tuple[int, int, int]]]:
+    """Tokens saved, and (first, last, tokens) of each group of neighbours that share a beginning, without recursion.
+
+    Neighbours that share a beginning lie in a tree of nested runs; a stack visits it from its leaves.
+    """
+    stack: list[tuple[int, int, int, list[tuple[int, int, int]]]] = []  # depth, first text, saved below, their groups
+    for end in range(1, len(sizes) + 1):
+        depth, first, saved, groups = (shared[end] if end < len(sizes) else 0), end - 1, 0, list[tuple[int, int, int]]()
+        while stack and stack[-1][0] > depth:
+            above, first, below, parts = stack.pop()
+            below, parts = below + saved, parts + groups
+            n = min(above, min(sizes[first:end]) - 1)  # each text keeps a token of its own
+            gain = n * (end - first - 1) if n >= SHORTEST else 0
+            saved, groups = (gain, [(first, end, n)]) if gain > below else (below, parts)
+        if stack and (stack[-1][0] == depth or not depth):
+            top, start, below, parts = stack.pop()
+            stack.append((top, start, below + saved, parts + groups))
+        else:
+            stack.append((depth, first, saved, groups))
+    return stack[0][2], stack[0][3]
+
+
+def kinds_of_rows(model: Model, rows: Sequence[int]) -> list[Hashable] | None:
     """Of each row, what is the same for rows that all hooks treat alike; None if a hook does not say."""
     points = set(model.hook_dict.values())
     if hooked([module for module in model.modules() if module not in points]):

@@ -88,10 +88,8 @@ def pad_id_of(model: HasTokenizer) -> int:
     return 0
 
 
-def batches(
-    model: TextModel, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
-) -> Iterator[TokenBatch]:
-    """Token batches of similar length, longest first, so a batch too large for the memory fails at once.
+def encoded_texts(model: HasTokenizer, texts: Iterable[str], batch_size: int) -> list[list[int]]:
+    """Token ids of texts that run in batches.
 
     Raises:
         ValueError: if `texts` is empty or holds an empty text, or the batch size is below 1.
@@ -103,6 +101,18 @@ def batches(
         raise ValueError(
             f"texts must have at least one token each, got none at index {encoded.index([])}. Leave empty texts out."
         )
+    return encoded
+
+
+def batches(
+    model: TextModel, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
+) -> Iterator[TokenBatch]:
+    """Token batches of similar length, longest first, so a batch too large for the memory fails at once.
+
+    Raises:
+        ValueError: if `texts` is empty or holds an empty text, or the batch size is below 1.
+    """
+    encoded = encoded_texts(model, texts, batch_size)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
