@@ -8,7 +8,6 @@ import pytest
 import torch
 from llama_folder import spelling_tokenizer
 
-from rt_lens.models import generation
 from rt_lens.models.context import current_context
 from rt_lens.models.generation import NewToken, Sampling, as_chat, generate, generate_tokens, stream
 from rt_lens.models.tokens.batches import encode
@@ -277,18 +276,6 @@ def test_a_model_without_a_tokenizer_is_refused(tiny):
     tiny.tokenizer = None
     with pytest.raises(ValueError, match=r"model must have a tokenizer .*Set model\.tokenizer"):
         generate(tiny, PROMPTS)
-
-
-def test_a_shared_beginning_is_run_once_and_changes_no_answer(tiny):
-    prompts = ["Hello.", "Tell me about rivers and lakes.", "Why?"]
-    encoded = [encode(tiny, text) for text in as_chat(tiny, prompts)]
-    shared = generation._shared_prefix(tiny, encoded)
-    assert 8 <= shared < min(len(ids) for ids in encoded)
-    assert len({tuple(ids[:shared]) for ids in encoded}) == 1
-    once = generate(tiny, prompts, max_new_tokens=8)
-    with tiny.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda h, hook: None)]):  # hooks may act by row
-        assert generation._shared_prefix(tiny, encoded) == 0
-        assert generate(tiny, prompts, max_new_tokens=8) == once
 
 
 # Sampling

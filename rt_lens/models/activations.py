@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,14 +95,14 @@ class _Part:
     """Activations of some tokens of some texts.
 
     Attributes:
-        cache: hook name -> Float[Tensor, "row pos *heads d"].
+        cache: of `run_with_cache`: hook name -> Float[Tensor, "row pos *heads d"].
         mask: Int[Tensor, "row pos"], 1 for real tokens; padding is on the left.
         rows: index of each text.
         first: index in each text of the first token that is here.
         finished: how many texts have been read with it.
     """
 
-    cache: Mapping[str, Tensor]
+    cache: Any
     mask: Int[Tensor, "row pos"]
     rows: list[int]
     first: list[int]

@@ -103,7 +103,9 @@ class Edit:
         """How it treats a row up to the end of its prompt: rows with the same number alike; None if tokens decide."""
         if self.gate is not None or not isinstance(self.positions, str):
             return None
-        return float(self.multiplier[row] if isinstance(self.multiplier, Tensor) else self.multiplier)
+        if not isinstance(self.multiplier, Tensor):
+            return float(self.multiplier)
+        return float(self.multiplier[row]) if row < len(self.multiplier) else None
 
     def _strength(self, activation: Tensor) -> float | Tensor:
         if self.constant and self.heads is None:

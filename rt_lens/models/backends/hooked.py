@@ -258,8 +258,9 @@ class HookedBackend(Backend):
         be_lean = can_be_lean(model)
         try:
             for index, block in enumerate(model.blocks):
+                replaced = any("forward" in vars(part) for part in self.inside[index])
                 block.attn.forward = partial(_attention, block.attn, shared)
-                if be_lean:
+                if be_lean and not replaced:
                     block.forward = partial(_block, self, index, shared)
             yield model
         finally:

@@ -78,7 +78,7 @@ def norm(x: Float[Tensor, "... d_model"], weight: Float[Tensor, "d_model"], eps:
 
 
 def rotated(
-    x: Float[Tensor, "batch pos head d"], cos: Float[Tensor, "batch pos 1 d"], sin: Float[Tensor, "batch pos 1 d"]
+    x: Float[Tensor, "batch pos head d"], cos: Float[Tensor, "#batch pos 1 d"], sin: Float[Tensor, "#batch pos 1 d"]
 ) -> Float[Tensor, "batch pos head d"]:
     """Rotary embedding, with sines whose first half has its sign turned (`signed`)."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

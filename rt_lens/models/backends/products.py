@@ -29,7 +29,7 @@ def _operator() -> Any:
         return None
     try:
         found = torch.ops.mkldnn._linear_pointwise.default
-        x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
+        x, weight, bias = (torch.ones(shape, device="cpu") for shape in ((2, 3), (4, 3), (4,)))
         right = torch.equal(found(x, weight, bias, "none", [], ""), F.linear(x, weight, bias))
     except (AttributeError, RuntimeError):  # a private operator may vanish or take other arguments
         return None
