@@ -118,11 +118,13 @@ def test_a_hook_of_plain_torch_sees_whole_prompts(tiny, prompts, passes):
 
 
 def test_answers_are_those_of_prompts_one_by_one(tiny, tiny_vectors):
+    seen = set()
     for hooks in ([], add(tiny_vectors, [0], 4.0), add(tiny_vectors, [0], 4.0, schedule=Linear(1.0, 0.0, 3))):
         with steered(tiny, hooks):
             together = generate(tiny, PROMPTS, max_new_tokens=8)
             assert together == [generate(tiny, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
-            assert len(set(together)) > 1
+            seen |= set(together)
+    assert len(seen) > 2
 
 
 def brute_force(encoded: list[tuple[int, ...]], depth: int = 0) -> int:
