@@ -1,4 +1,4 @@
-"""Plain Hugging Face: what most people write, with forward hooks on the decoder layers. All others are compared with it."""
+"""Plain Hugging Face: what most people write, with forward hooks on the decoder layers. The reference of all others."""
 
 from __future__ import annotations
 

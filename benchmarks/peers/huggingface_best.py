@@ -1,4 +1,4 @@
-"""Hugging Face used as well as is known: nothing is computed that is not read. Still one call of the model per condition."""
+"""Hugging Face used as well as is known: it computes only what is read. Still one call of the model per condition."""
 
 from __future__ import annotations
 

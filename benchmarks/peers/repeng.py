@@ -19,7 +19,7 @@ from peers.worker import Task, serve
 
 
 def extract(loaded: Loaded, inputs: Inputs) -> dict[str, Tensor]:
-    """repeng's own vectors are PCA directions; this is the mean difference of the activations that it reads for them."""
+    """Its own vectors are PCA directions; this is the mean difference of the activations that it reads for them."""
     model, tokenizer = loaded
     texts = [*inputs.positive, *inputs.negative]
     hiddens = batched_get_hiddens(model, tokenizer, texts, inputs.layers, BATCH)

@@ -1,4 +1,4 @@
-"""TransformerLens as its documentation uses it, on rt_lens's HookedTransformer: `run_with_cache`, `hooks`, `generate`."""
+"""TransformerLens as documented, on the HookedTransformer of rt_lens: `run_with_cache`, `hooks`, `generate`."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Size:
 
 SIZES = {
     "full": Size(64, 16, 32, 20, tuple(range(5, 26)), 32),
-    "quick": Size(32, 16, 32, 5, tuple(range(5, 26, 3)), 16),
+    "quick": Size(16, 16, 32, 5, tuple(range(5, 26, 3)), 16),
     "warm": Size(4, 2, 4, 1, (5,), 4),
 }
 
