@@ -132,10 +132,11 @@ def document(points: Mapping[str, Sequence[Point]], machine: Machine, n_rounds: 
     head = [
         "# How cost grows",
         "",
-        f"Written by `python benchmarks/growth.py`: medians of {n_rounds} rounds in turn, after one to warm up; "
-        "float32 on the CPU. An exponent is the slope of log seconds against log size (95 % interval); 1 is in proportion. The "
-        f"least time is what {machine.flops / 1e9:.0f} GFLOP/s and {machine.stream / 1e9:.1f} GB/s allow, the "
-        "best rates of the same run. Peaks are of the whole process, weights included.",
+        f"Written by `python benchmarks/growth.py`: medians of {n_rounds} rounds in turn, after a warm-up; float32 "
+        "on the CPU. An exponent is the slope of log seconds against log size (95 % interval); 1 is in proportion.",
+        "",
+        f"The least time is what {machine.flops / 1e9:.0f} GFLOP/s and {machine.stream / 1e9:.1f} GB/s allow, the best "
+        "rates of the same run. Peaks are of the whole process, weights included.",
         "",
     ]
     return "\n".join([*head, *(line for name in points for line in table(CURVES[name], points[name], machine))])
