@@ -33,9 +33,9 @@ from rt_lens.experiment.shape import shape_of
 from rt_lens.models import sources
 from rt_lens.models.backends import backend_of, has_hooked
 from rt_lens.models.gguf import _by_factors, read_once
-from rt_lens.models.load import describe, load_model
+from rt_lens.models.load import load_model
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL, BundledModel, Part, Terms
-from rt_lens.models.sources import cache_home
+from rt_lens.models.sources import cache_home, describe
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 PACKAGE = "rt_lens_tiny_gguf"

