@@ -21,6 +21,7 @@ POLICIES: dict[str, dict[str, str]] = {
     "default": {},
     "spin 100000": {"GOMP_SPINCOUNT": "100000"},
     "spin 10000": {"GOMP_SPINCOUNT": "10000"},
+    "spin 3000": {"GOMP_SPINCOUNT": "3000"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }

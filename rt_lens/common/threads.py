@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-SPIN_COUNT = "10000"
+SPIN_COUNT = "3000"
 _SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 

@@ -15,19 +15,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors.torch import save_file
 
-from rt_lens.common.files import file_sha256
+from rt_lens.common.files import file_sha256, lock_of
 from rt_lens.models.gguf import check_maths, read_once, refuse_what_has_no_place, scaled_rope
 from rt_lens.models.registry import BUNDLED_MODELS, BundledModel, Part, Terms
 
@@ -115,24 +116,26 @@ def describe(name: str) -> dict[str, Any]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Context manager inside which no other process or thread converts the same model; waits for one that does.
-
-    The system releases the lock of a process that dies, so what that one left half-written is removed here.
-    """
-    path = cache_home() / "locks" / f"{folder.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, mode=0o666)  # for all users who may write to a shared cache
+    """Context manager inside which no other process or thread converts the same model; waits for one that does."""
+    lock = lock_of(folder)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _log.warning("Waiting for another process or thread, which is converting %s (lock %s).", folder.name, path)
+        _log.warning("Waiting for another process or thread, which is converting %s.", folder.name)
         lock.acquire()
     try:
-        for left in folder.parent.glob(f".{escape(folder.name)}-{'?' * 8}"):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_leftovers(folder)
         yield
     finally:
         lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed conversions left; only after a day, since another machine may share the cache."""
+    for left in folder.parent.glob(f".{escape(folder.name)}-{'?' * 8}"):  # as mkdtemp names them
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _installed_file(model: BundledModel, folder: Path) -> Path | None:
