@@ -1,4 +1,4 @@
-"""Time to convert a GGUF file, with one reader shared and one for each reading: `python benchmarks/conversion.py FILE`.
+"""Time to convert a GGUF file, with one reader and table of names or many: `python benchmarks/conversion.py FILE`.
 
 A large vocabulary such as Gemma 3's is where it matters. A machine drifts, so compare only figures of one call.
 """

@@ -16,6 +16,10 @@ from jaxtyping import install_import_hook
 typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will do for a float, as for mypy
 install_import_hook("rt_lens", f"{__name__}.typechecker")  # before the first import of rt_lens
 
+from rt_lens.common.threads import wait_gently
+
+wait_gently()  # before torch is imported
+
 import copy
 import inspect
 import re
@@ -53,7 +57,7 @@ BOTH_NAMES = {"test_architectures.py", "test_bridges.py", "test_parameter_names.
 MODEL_FIXTURES = {"model", "bridge", "tiny", "make_tiny"}
 MODEL_FILES = {
     "test_architectures.py", "test_bridges.py", "test_docstrings.py", "test_experiment.py", "test_export.py",
-    "test_model_cache.py", "test_model_folders.py", "test_models.py", "test_parameter_names.py",
+    "test_imports.py", "test_model_cache.py", "test_model_folders.py", "test_models.py", "test_parameter_names.py",
     "test_readme.py",
 }  # fmt: skip
 SEEN_ELSEWHERE = {"test_browser.py", "test_forward.py", "test_notebooks.py"}
@@ -65,7 +69,7 @@ SLOW_FILES = {
     "test_compare.py",
     "test_conditions.py", "test_dashboard.py", "test_dashboard_command.py", "test_dashboard_tuning_compare.py",
     "test_dashboard_vectors_steering.py", "test_docstrings.py", "test_endpoint.py", "test_experiment.py",
-    "test_export.py", "test_gemma.py", "test_harness.py", "test_honesty.py", "test_model_cache.py",
+    "test_export.py", "test_gemma.py", "test_harness.py", "test_honesty.py", "test_imports.py", "test_model_cache.py",
     "test_model_folders.py", "test_models.py", "test_notebooks.py", "test_plan.py", "test_printing.py",
     "test_readme.py", "test_replies.py", "test_statistics_coverage.py", "test_statistics_comparisons.py",
     "test_sweeping.py", "test_texts.py", "test_trust.py", "test_tuning_aims.py", "test_tuning_checkpoint.py",

@@ -16,13 +16,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rt_lens.models.generation import generate
-from rt_lens.models.load import describe, load_model
+from rt_lens.models.load import load_model
 from rt_lens.models.registry import BUNDLED_MODELS
 from rt_lens.models.sources import (
     ACCEPT_TERMS,
     _downloaded_file,
     _installed_file,
     bundled_folder,
+    describe,
     gguf_folder,
 )
 from rt_lens.models.tokens.batches import encode

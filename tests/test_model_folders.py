@@ -401,6 +401,24 @@ def test_loading_holds_the_weights_once(tmp_path, tokenizer_folder, monkeypatch)
     assert model.cfg.device == str(next(model.parameters()).device)
 
 
+@pytest.mark.hooked
+@pytest.mark.parametrize("changes", [{}, {"rope_parameters": LLAMA3}])
+def test_all_blocks_share_one_table_of_transformerlenss_rotary_angles(changes, tmp_path, tokenizer_folder):
+    from transformer_lens import HookedTransformer
+
+    long = {**changes, "max_position_embeddings": 5000}
+    model = load_model(make_folder(tmp_path / "model", tokenizer_folder, long), backend="hooked")
+    theirs = dict(HookedTransformer(model.cfg).named_buffers())
+    ours = dict(model.named_buffers())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first, second = (block.attn for block in model.blocks)
+    assert len(first.rotary_sin) < model.cfg.n_ctx == 5000
+    assert first.rotary_sin.data_ptr() == second.rotary_sin.data_ptr()
+    before = second.rotary_cos.clone()
+    first._extend_rotary_embeddings(5000)
+    assert len(first.rotary_cos) == 5000 and torch.equal(second.rotary_cos, before)
+
+
 # Names on the hub
 
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from rt_lens.models.backends import backend_of
 from rt_lens.models.forward import quick
-from rt_lens.models.load import describe, load_model
+from rt_lens.models.load import load_model
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
-from rt_lens.models.sources import bundled_folder
+from rt_lens.models.sources import bundled_folder, describe
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import chat_text
 

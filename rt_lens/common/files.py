@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from glob import escape
 from pathlib import Path
 from uuid import uuid4
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -200,6 +202,13 @@ def file_sha256(path: Path) -> str:
     """Checksum of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def lock_of(path: Path) -> FileLock:
+    """The lock of a file or folder among all processes and threads of this machine; the system frees a dead one's."""
+    # Not beside the file: a lock file stays there for good, and not every shared disk has locks.
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    return FileLock(Path(tempfile.gettempdir()) / f"rt_lens-{name}.lock", mode=0o666)  # other users may share the path
 
 
 def check_can_write(path: Path, argument: str) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from rt_lens.common.files import write_atomically
+from rt_lens.common.files import lock_of, write_atomically
 
 _SCHEMA = 3
 
@@ -41,7 +37,7 @@ class Store:
         self.settings = json.loads(json.dumps(settings))
         self.parts: dict[str, Any] = {}
         if path is not None:
-            with self._lock():
+            with lock_of(path):
                 self._read()
 
     def __contains__(self, key: str) -> bool:
@@ -56,7 +52,7 @@ class Store:
         self.parts[key] = part
         if self.path is None:
             return
-        with self._lock():
+        with lock_of(self.path):
             self._read()
             self._write()
 
@@ -72,11 +68,6 @@ class Store:
         assert self.path is not None
         content = {"schema": _SCHEMA, "kind": self.kind, "settings": self.settings, "parts": self.parts}
         write_atomically(self.path, json.dumps(content).encode())
-
-    def _lock(self) -> FileLock:
-        # Not beside the file: a lock file stays there for good.
-        name = hashlib.sha256(str(self.path.resolve() if self.path else "").encode()).hexdigest()[:32]
-        return FileLock(Path(tempfile.gettempdir()) / f"rt_lens-{name}.lock")
 
     def _read(self) -> None:
         assert self.path is not None

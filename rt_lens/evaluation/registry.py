@@ -10,7 +10,6 @@ from typing import Any, TypeAlias, get_args
 
 from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.data.questions import Answer
-from rt_lens.evaluation.classifier import classifier_of
 from rt_lens.evaluation.endpoint import EndpointJudge
 from rt_lens.evaluation.fluency import distinct, length, loops, repetition
 from rt_lens.evaluation.judges import LogitJudge
@@ -141,6 +140,8 @@ def _lexicon(positive: Any = (), negative: Any = ()) -> Scorer:
 
 
 def _classifier(model: str, pairs: str, seed: int = 0) -> Scorer:
+    from rt_lens.evaluation.classifier import classifier_of  # scikit-learn, which no other scorer needs
+
     return classifier_of(load_model(model), load_pairs(pairs), seed=seed)
 
 

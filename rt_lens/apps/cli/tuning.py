@@ -145,8 +145,8 @@ def _measured(file: Path, delta: WeightDelta) -> tuple[str, list[dict[str, Any]]
 @app.command(epilog="Example: rt-lens models")
 def models() -> None:
     """List the bundled models and the built-in behaviours."""
-    from rt_lens.models.load import describe
     from rt_lens.models.registry import BUNDLED_MODELS
+    from rt_lens.models.sources import describe
 
     for name in BUNDLED_MODELS:
         typer.echo("\n".join(f"{key:>11}: {value}" for key, value in describe(name).items()))

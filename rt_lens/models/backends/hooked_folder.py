@@ -117,9 +117,11 @@ class _WithoutMemory(TorchFunctionMode):
 def _assembled(cfg: HookedTransformerConfig, state: dict[str, Tensor]) -> HookedTransformer:
     """A HookedTransformer whose parameters are the tensors of `state`; it allocates no further memory of their size."""
     device, cfg.device = cfg.device, "cpu"
+    context, cfg.n_ctx = cfg.n_ctx, 1  # else every block would compute the same table of rotary angles
     with _WithoutMemory():
         model = HookedTransformer(cfg, move_to_device=False)
-    model.cfg.device = device
+    model.cfg.device, model.cfg.n_ctx = device, context
+    _share_rotary_tables(model, device or "cpu")
     buffers = {
         name: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)  # only empty ones
         for name, tensor in model.state_dict().items()
@@ -127,6 +129,17 @@ def _assembled(cfg: HookedTransformerConfig, state: dict[str, Tensor]) -> Hooked
     }
     model.load_state_dict(state | buffers, assign=True)
     return model
+
+
+def _share_rotary_tables(model: HookedTransformer, device: str) -> None:
+    """Gives all blocks one table of rotary angles, as TransformerLens computes it; who outgrows it makes its own."""
+    cfg, attention = model.cfg, model.blocks[0].attn
+    assert cfg.rotary_dim is not None
+    rows = min(cfg.n_ctx, attention.ROTARY_INITIAL_CACHE_SIZE)
+    tables = attention.calculate_sin_cos_rotary(cfg.rotary_dim, rows, base=cfg.rotary_base, dtype=cfg.dtype)
+    sin, cos = (table.to(device) for table in tables)
+    for block in model.blocks:
+        block.attn.rotary_sin, block.attn.rotary_cos = sin, cos
 
 
 def _read_weights(folder: Path, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
