@@ -38,16 +38,15 @@ def run(
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
     """Run the four arms (untuned, steered, token-tuned, rep-tuned) in both directions and write report.html."""
-    experiment = experiment_of(behaviour, model, dtype, chat_template_kwargs, allow_judge, judge_key_env)
-    if plan:
-        from rt_lens.experiment.plan import plan_of
-
-        typer.echo(str(plan_of(experiment)))
-        return
     from rt_lens.apps.report.page import write_report
     from rt_lens.apps.report.sentences import summary_sentences
+    from rt_lens.experiment.plan import plan_of
     from rt_lens.experiment.run import check_writable, run_experiment
 
+    experiment = experiment_of(behaviour, model, dtype, chat_template_kwargs, allow_judge, judge_key_env)
+    if plan:
+        typer.echo(str(plan_of(experiment)))
+        return
     folder = check_writable(out or Path("runs") / experiment.name)
     results = run_experiment(experiment, folder, source=behaviour)
     page = write_report(folder)
