@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -79,8 +80,11 @@ class Worker:
             Refused: the task failed in the tool.
         """
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"task": task, "inputs": str(inputs), "out": str(out)}) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps({"task": task, "inputs": str(inputs), "out": str(out)}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise Refused(f"{self.tool.label} has ended (exit code {self.process.wait()}).") from None
         answer = self._answer()
         if "error" in answer:
             raise Refused(answer["error"])
@@ -88,7 +92,10 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self.process.communicate(timeout=60)
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait(timeout=60)
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
