@@ -68,7 +68,7 @@ class Worker:
     def __init__(self, tool: Tool, python: str, log: IO[str]) -> None:
         self.tool = tool
         self.process = subprocess.Popen(
-            [python, "-m", tool.module], cwd=BENCHMARKS, env=environment(), text=True, encoding="utf-8",
+            [python, "-m", tool.module], cwd=BENCHMARKS, env=environment(), encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
         self.about = self._answer()
@@ -114,7 +114,9 @@ def first_vector(tool: Tool, python: str, inputs: Path, out: Path, log: IO[str])
     """
     command = [python, "-m", tool.module, "--first", str(inputs), str(out)]
     start = time.perf_counter()
-    ended = subprocess.run(command, cwd=BENCHMARKS, env=environment(), text=True, stdout=subprocess.PIPE, stderr=log)
+    ended = subprocess.run(
+        command, cwd=BENCHMARKS, env=environment(), encoding="utf-8", stdout=subprocess.PIPE, stderr=log
+    )
     seconds = time.perf_counter() - start
     if ended.returncode:
         raise Refused(f"{tool.label} ended with exit code {ended.returncode}.")
