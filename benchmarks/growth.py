@@ -1,6 +1,6 @@
 """How cost grows, in rt_lens and in plain Hugging Face, next to the machine's bound: it writes `benchmarks/GROWTH.md`.
 
-    python benchmarks/growth.py                                # all curves: an hour or more, and 12 GB of memory
+    python benchmarks/growth.py                                # all curves: an hour or more; 12 GB of memory, 6 of disk
     python benchmarks/growth.py --curves pairs rows --points 4 # only the first four points of two curves
 
 The table is written after each point, so an interrupted run keeps what it has measured.
@@ -29,7 +29,7 @@ from peers.equality import compare, worst
 from peers.inputs import Inputs
 from peers.points import CURVES, Curve, Material
 from peers.report import Measure, Runs, speed_ratio
-from peers.tools import BENCHMARKS, OWN, REFERENCE, TOOLS, Worker, environment
+from peers.tools import BENCHMARKS, OWN, REFERENCE, TOOLS, Refused, Worker, environment
 
 COMPARED = (REFERENCE, OWN)
 SECONDS = Measure("", "")
@@ -142,6 +142,26 @@ def document(points: Mapping[str, Sequence[Point]], machine: Machine, n_rounds: 
     return "\n".join([*head, *(line for name in points for line in table(CURVES[name], points[name], machine))])
 
 
+@dataclass
+class Run:
+    """The points measured so far, and the machine's rates beside them."""
+
+    material: Material
+    workers: Mapping[str, Worker]
+    n_rounds: int
+    points: dict[str, list[Point]] = field(default_factory=dict)
+    machines: list[Machine] = field(default_factory=list)
+
+    def curve(self, name: str, n_points: int | None, out: Path) -> None:
+        """Measures a curve's first points, and writes all tables after each of them."""
+        for inputs in CURVES[name].made(self.material, n_points):
+            point = measure(CURVES[name], inputs, self.workers, self.material, self.n_rounds)
+            self.points.setdefault(name, []).append(point)
+            self.machines.append(bounds.measured())
+            out.write_text(document(self.points, bounds.best(self.machines), self.n_rounds), encoding="utf-8")
+            print(f"{name}, {point.size:.4g}: written to {out.name}", file=sys.stderr)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES))
@@ -162,14 +182,12 @@ def main() -> None:
         workers = {name: Worker(TOOLS[name], sys.executable, log) for name in COMPARED}
         for worker in workers.values():
             stack.callback(worker.close)
-        machines, points = [bounds.measured()], {name: [] for name in arguments.curves}
+        run = Run(material, workers, arguments.rounds)
         for name in arguments.curves:
-            for inputs in CURVES[name].made(material, arguments.points):
-                points[name].append(measure(CURVES[name], inputs, workers, material, arguments.rounds))
-                machines.append(bounds.measured())
-                done = {curve: of_curve for curve, of_curve in points.items() if of_curve}
-                arguments.out.write_text(document(done, bounds.best(machines), arguments.rounds), encoding="utf-8")
-                print(f"{name}, {points[name][-1].size:.4g}: written to {arguments.out.name}", file=sys.stderr)
+            try:
+                run.curve(name, arguments.points, arguments.out)
+            except Refused as refusal:
+                print(f"{name}: ends here, {refusal}", file=sys.stderr)
     print(arguments.out.read_text(encoding="utf-8"))
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -67,7 +68,7 @@ class Worker:
     def __init__(self, tool: Tool, python: str, log: IO[str]) -> None:
         self.tool = tool
         self.process = subprocess.Popen(
-            [python, "-m", tool.module], cwd=BENCHMARKS, env=environment(), text=True, encoding="utf-8",
+            [python, "-m", tool.module], cwd=BENCHMARKS, env=environment(), encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
         )  # fmt: skip
         self.about = self._answer()
@@ -79,8 +80,11 @@ class Worker:
             Refused: the task failed in the tool.
         """
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"task": task, "inputs": str(inputs), "out": str(out)}) + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps({"task": task, "inputs": str(inputs), "out": str(out)}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise Refused(f"{self.tool.label} has ended (exit code {self.process.wait()}).") from None
         answer = self._answer()
         if "error" in answer:
             raise Refused(answer["error"])
@@ -88,7 +92,10 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self.process.communicate(timeout=60)
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait(timeout=60)
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -107,7 +114,9 @@ def first_vector(tool: Tool, python: str, inputs: Path, out: Path, log: IO[str])
     """
     command = [python, "-m", tool.module, "--first", str(inputs), str(out)]
     start = time.perf_counter()
-    ended = subprocess.run(command, cwd=BENCHMARKS, env=environment(), text=True, stdout=subprocess.PIPE, stderr=log)
+    ended = subprocess.run(
+        command, cwd=BENCHMARKS, env=environment(), encoding="utf-8", stdout=subprocess.PIPE, stderr=log
+    )
     seconds = time.perf_counter() - start
     if ended.returncode:
         raise Refused(f"{tool.label} ended with exit code {ended.returncode}.")
