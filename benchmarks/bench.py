@@ -138,12 +138,12 @@ def facts_of(about: Mapping[str, Mapping[str, Any]]) -> list[str]:
     differ = (
         " (**different versions: not comparable**)" if any(len(numbers) > 1 for numbers in versions.values()) else ""
     )
-    policy = environment()["OMP_WAIT_POLICY"]
+    policy = environment().get("OMP_WAIT_POLICY", "torch's default")
     threads = sorted({str(tool["threads"]) for tool in about.values()})
     return [
         "n rounds, task by task and tool by tool in turn, after warming up; one process works at a time",
         f"{os.cpu_count()} cores with {torch.backends.cpu.get_cpu_capability()}, "
-        f"{' or '.join(threads)} threads, OMP_WAIT_POLICY={policy}, float32",
+        f"{' or '.join(threads)} threads, their wait policy {policy}, float32",
         f"{same}{differ}; {', '.join(dict.fromkeys(own))}; Python {sys.version.split()[0]}",
     ]
 

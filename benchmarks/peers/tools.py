@@ -47,12 +47,11 @@ class Refused(RuntimeError):
 
 
 def environment() -> dict[str, str]:
-    """Environment variables of all processes: this tree's code, no network, idle threads that do not spin."""
+    """Environment variables of all processes: this tree's code, no network; threads wait as torch's default has it."""
     paths = [str(BENCHMARKS), str(BENCHMARKS.parent)]
     variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         "HF_HUB_OFFLINE": "1",
         "TQDM_DISABLE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
