@@ -17,7 +17,7 @@ from rt_lens.models.context import token_context
 from rt_lens.models.forward import quick, unknown_hook
 from rt_lens.models.prompts import beginnings, kinds_of_rows
 from rt_lens.models.protocol import Model
-from rt_lens.models.tokens.batches import encode, encoded_texts, pad, pad_id_of
+from rt_lens.models.tokens.batches import encode, encoded_texts, in_batches, pad, pad_id_of
 from rt_lens.models.tokens.texts import token_texts
 
 WORTHWHILE = 0.1
@@ -121,11 +121,13 @@ def _parts(
     groups: dict[Any, list[int]] = {}
     for row, n in enumerate(starts):
         groups.setdefault((tuple(encoded[row][:n]), kinds[row] if n else None), []).append(row)
-    for rows in _in_batches(groups.pop(((), None), []), encoded, batch_size):
+    alone = groups.pop(((), None), [])
+    for index in in_batches([len(encoded[row]) for row in alone], batch_size):
+        rows = [alone[i] for i in index]
         yield _run(model, encoded, rows, [0] * len(rows), [None] * len(rows), hook_names)
     together = list(groups.values())
-    for number in range(0, len(together), batch_size):
-        some = together[number : number + batch_size]
+    for index in in_batches([starts[group[0]] for group in together], batch_size):
+        some = [together[i] for i in index]
         yield from _after_beginnings(model, encoded, hook_names, reads, some, starts, batch_size)
 
 
@@ -149,7 +151,9 @@ def _after_beginnings(
         index = list(of_row.values())
         cache = {name: part.cache[name][index] for name in hook_names}
         yield _Part(cache, part.mask[index], list(of_row), [0] * len(index), 0)
-    for rows in _in_batches(list(of_row), encoded, batch_size):
+    each = list(of_row)
+    for batch in in_batches([len(encoded[row]) - starts[row] for row in each], batch_size):
+        rows = [each[i] for i in batch]
         index = [of_row[row] for row in rows]
         cache = backend.cache(len(rows), once.mask.shape[1] + max(len(encoded[row]) - starts[row] for row in rows))
         cache.adopt(once, index, blocks)
@@ -174,12 +178,6 @@ def _beginnings(
     each = {(tuple(ids[:n]), kind) for ids, n, kind in zip(encoded, starts, kinds, strict=True)}
     saved = sum(starts) - sum(len(ids) for ids, _ in each)
     return (starts, kinds) if saved > WORTHWHILE * sum(len(ids) for ids in encoded) else none
-
-
-def _in_batches(rows: Sequence[int], encoded: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """The longest texts first, so that a batch too large for the memory fails at once."""
-    ordered = sorted(rows, key=lambda row: -len(encoded[row]))
-    yield from (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
 
 
 def _run(

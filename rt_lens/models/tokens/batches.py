@@ -88,6 +88,37 @@ def pad_id_of(model: HasTokenizer) -> int:
     return 0
 
 
+PASS = 32
+"""What a forward pass costs besides its tokens, in tokens: a pass of few rows uses a processor badly."""
+
+
+def in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Splits rows into batches of similar length, longest first, with the fewest tokens of padding and passes.
+
+    Longest first, so a batch too large for the memory fails at once.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: most rows in a batch.
+
+    Example:
+        >>> in_batches([9, 500, 480, 8], batch_size=4)
+        [[1, 2], [0, 3]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    costs, ends = [0.0], [0]  # of the first n rows in order: least cost, and where their last batch begins
+    for n in range(1, len(order) + 1):
+        first = range(max(0, n - batch_size), n)
+        cost, begin = min((costs[i] + PASS + lengths[order[i]] * (n - i), i) for i in first)
+        costs.append(cost)
+        ends.append(begin)
+    batches, end = list[list[int]](), len(order)
+    while end:
+        batches.insert(0, order[ends[end] : end])
+        end = ends[end]
+    return batches
+
+
 def encoded_texts(model: HasTokenizer, texts: Iterable[str], batch_size: int) -> list[list[int]]:
     """Token ids of texts that run in batches.
 
@@ -107,14 +138,12 @@ def encoded_texts(model: HasTokenizer, texts: Iterable[str], batch_size: int) ->
 def batches(
     model: TextModel, texts: Iterable[str], batch_size: int, side: Literal["left", "right"] = "left"
 ) -> Iterator[TokenBatch]:
-    """Token batches of similar length, longest first, so a batch too large for the memory fails at once.
+    """Token batches of similar length, longest first (see `in_batches`).
 
     Raises:
         ValueError: if `texts` is empty or holds an empty text, or the batch size is below 1.
     """
     encoded = encoded_texts(model, texts, batch_size)
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    for rows in in_batches([len(ids) for ids in encoded], batch_size):
         padded = pad([encoded[i] for i in rows], pad_id_of(model), side)
         yield TokenBatch(padded.tokens, padded.mask, tuple(rows)).to(model.cfg.device)
