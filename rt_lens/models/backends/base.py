@@ -248,13 +248,14 @@ def users_hooks(module: nn.Module, kinds: Sequence[str] = _HOOKS) -> list[Any]:
     return [hook for hook in hooks if point or not getattr(hook, "__module__", "").startswith(_OF_LIBRARIES)]
 
 
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The dictionaries of a module's hooks, of the user's and the libraries' own."""
+    return [getattr(module, kind) for kind in _HOOKS]
+
+
 def hooked(modules: Sequence[nn.Module]) -> bool:
     """Whether any of these modules has a hook of the user's."""
-    return any(
-        users_hooks(module)
-        for module in modules
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(users_hooks(module) for module in modules if any(hooks_of(module)))
 
 
 def positions_of(mask: Int[Tensor, "batch pos"], new: int | None = None) -> Int[Tensor, "batch new"]:

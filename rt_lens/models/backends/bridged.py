@@ -25,6 +25,7 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rt_lens.models.backends import lean
 from rt_lens.models.backends.base import Backend, Slot, allowed_error, hooked, positions_of, slots_in
 from rt_lens.models.backends.plain import fused_parts, join_fused, plain_copy, unwrapped
 from rt_lens.models.llama import FAMILIES, to_huggingface
@@ -32,6 +33,8 @@ from rt_lens.models.parameter_names import plain_name
 
 _FORKS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 """Settings of TransformerLens under which a block has hook points that Hugging Face's does not compute."""
+_LEAN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
+"""Layers of transformers that `lean.py` covers."""
 _WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
 """Fields of transformers' configurations that limit how far back some layers attend."""
 
@@ -71,6 +74,18 @@ class BridgeCache:
         return BridgeCache(state, self.mask[rows])
 
 
+def _weights(layer: Any) -> lean.Weights:
+    """The weights of a decoder layer."""
+    attn, mlp = layer.self_attn, layer.mlp
+    return lean.Weights(
+        first_norm=layer.input_layernorm.weight, second_norm=layer.post_attention_layernorm.weight,
+        q=attn.q_proj.weight, k=attn.k_proj.weight, v=attn.v_proj.weight, o=attn.o_proj.weight,
+        gate=mlp.gate_proj.weight, up=mlp.up_proj.weight, down=mlp.down_proj.weight,
+        q_bias=attn.q_proj.bias, k_bias=attn.k_proj.bias, v_bias=attn.v_proj.bias, o_bias=attn.o_proj.bias,
+        gate_bias=mlp.gate_proj.bias, up_bias=mlp.up_proj.bias, down_bias=mlp.down_proj.bias,
+    )  # fmt: skip
+
+
 class BridgeBackend(Backend):
     """A TransformerBridge."""
 
@@ -88,6 +103,10 @@ class BridgeBackend(Backend):
             [part for part in block.modules() if part is not block and part not in points]
             for block, points in zip(model.blocks, outer, strict=True)
         ]
+        self.lean = all(type(block).__name__ in _LEAN for block in self.blocks) and (
+            getattr(self.original.config, "hidden_act", None) == "silu" and attention == "sdpa"
+        )
+        self._angles: tuple[Tensor, Tensor, Tensor] | None = None
         self.takes = inspect.signature(self.original.forward).parameters
         self.cache_errors: dict[bool, float] = {}
         self._span = _Span()
@@ -138,10 +157,30 @@ class BridgeBackend(Backend):
             args = (block.hook_in(args[0]), *args[1:])
         else:
             kwargs["hidden_states"] = block.hook_in(kwargs["hidden_states"])
-        output = self.blocks[index](*args, **kwargs)
+        output = self._lean(index, *args, **kwargs) if self.lean else self.blocks[index](*args, **kwargs)
         if isinstance(output, tuple):
             return (block.hook_out(output[0]), *output[1:])
         return block.hook_out(output)
+
+    def _lean(
+        self, index: int, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
+        position_embeddings: tuple[Tensor, Tensor], past_key_values: Any = None, **others: Any,
+    ) -> Tensor:  # fmt: skip
+        """A decoder layer of Llama, Mistral or Qwen2 as `lean.py` writes it."""
+        attention, eps = self.blocks[index].self_attn, self.blocks[index].input_layernorm.variance_epsilon
+        weights = _weights(self.blocks[index])
+        q, k, v = lean.queries_keys_values(weights, hidden_states, eps, attention.head_dim)
+        if self._angles is None or self._angles[0] is not position_embeddings[1]:  # one table for all layers of a pass
+            cos, sin = (angles.unsqueeze(2) for angles in position_embeddings)
+            self._angles = position_embeddings[1], cos, lean.signed(sin)
+        cos, sin = self._angles[1:]
+        q, k = lean.rotated(q, cos, sin), lean.rotated(k, cos, sin)
+        if past_key_values is not None:
+            held = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
+            k, v = (part.transpose(1, 2) for part in held)
+        causal = attention_mask is None and hidden_states.shape[1] > 1
+        z = lean.attended(q, k, v, attention_mask, causal, attention.scaling)
+        return lean.after_attention(weights, hidden_states, z, eps)
 
     @contextmanager
     def _over(self, span: _Span) -> Iterator[None]:

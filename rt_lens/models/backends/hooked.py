@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
+from transformer_lens.hook_points import HookPoint
 
 from rt_lens.models.backends import lean
-from rt_lens.models.backends.base import Backend, Slot, hooked, slots_in
+from rt_lens.models.backends.base import Backend, Slot, hooked, hooks_of, slots_in
 from rt_lens.models.backends.products import product
 from rt_lens.models.llama import FAMILIES, from_huggingface, to_huggingface
 from rt_lens.models.parameter_names import plain_name
@@ -161,7 +162,7 @@ def _block(
 ) -> Float[Tensor, "batch pos d_model"]:
     """TransformerLens's TransformerBlock.forward; where nobody listens inside of the block, without its hook points."""
     block, cached = backend.model.blocks[index], past_kv_cache_entry
-    if (cached is not None and not isinstance(cached, CacheSlot)) or hooked(backend.inside[index]):
+    if (cached is not None and not isinstance(cached, CacheSlot)) or backend.listens(index):
         return type(block).forward(block, resid_pre, shortformer_pos_embed, cached, attention_mask)
     attn, eps = block.attn, block.ln1.eps
     residual, weights = block.hook_resid_pre(resid_pre), backend.weights(index)
@@ -247,6 +248,15 @@ class HookedBackend(Backend):
             for block, points in zip(model.blocks, outer, strict=True)
         ]
         self.ends = list(model.unembed.modules())
+        self._parts = [[part for part in inside if not isinstance(part, HookPoint)] for inside in self.inside]
+        self._frames: list[_Frame] = []
+        self._attentions = [partial(_attention, block.attn, self._frames) for block in model.blocks]
+        self._blocks = [partial(_block, self, index, self._frames) for index in range(len(model.blocks))]
+        self._hooks = [tuple(hooks for part in inside for hooks in hooks_of(part)) for inside in self.inside]
+        self._held = [
+            [(part._parameters, name) for part in parts for name in part._parameters] for parts in self._parts
+        ]
+        self._views: list[tuple[list[int], lean.Weights | None]] = [([], None) for _ in model.blocks]
 
     @contextmanager
     def quick(self) -> Iterator[Any]:
@@ -254,23 +264,33 @@ class HookedBackend(Backend):
         if not can_be_quick(model) or any("forward" in vars(block.attn) for block in model.blocks):
             yield model
             return
-        shared: list[_Frame] = []
+        self._frames.clear()
         be_lean = can_be_lean(model)
         try:
             for index, block in enumerate(model.blocks):
-                replaced = any("forward" in vars(part) for part in self.inside[index])
-                block.attn.forward = partial(_attention, block.attn, shared)
-                if be_lean and not replaced:
-                    block.forward = partial(_block, self, index, shared)
+                if be_lean and not any("forward" in vars(part) for part in self._parts[index]):
+                    vars(block)["forward"] = self._blocks[index]
+                vars(block.attn)["forward"] = self._attentions[index]
             yield model
         finally:
             for block in model.blocks:
                 vars(block.attn).pop("forward", None)
                 vars(block).pop("forward", None)
 
+    def listens(self, index: int) -> bool:
+        """Whether somebody listens inside a block; asked at each new token, so the quick answer comes first."""
+        return any(self._hooks[index]) and hooked(self.inside[index])
+
     def weights(self, index: int) -> lean.Weights:
-        """A block's weights as they are now."""
-        return _matrices(self.model.blocks[index])
+        """A block's weights as they are now; as long as nothing wants their gradients, the views stay the same."""
+        if torch.is_grad_enabled():
+            return _matrices(self.model.blocks[index])
+        now = [held[name].data_ptr() for held, name in self._held[index]]
+        before, weights = self._views[index]
+        if weights is None or now != before:
+            weights = _matrices(self.model.blocks[index])
+            self._views[index] = now, weights
+        return weights
 
     def residual(self, inputs: Tensor, mask: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self.model.cfg.n_layers if stop is None else stop
