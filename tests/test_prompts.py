@@ -12,10 +12,11 @@ from rt_lens.arms.comparison import compare_arms
 from rt_lens.arms.sweeping import sweep
 from rt_lens.evaluation.tasks import EvalTask, LogitDifference
 from rt_lens.models import activations as reading
+from rt_lens.models import generation
 from rt_lens.models.activations import read_activations
 from rt_lens.models.backends import backend_of, slots_of
 from rt_lens.models.forward import logits_where
-from rt_lens.models.generation import as_chat, generate, generate_tokens
+from rt_lens.models.generation import Sampling, as_chat, generate, generate_tokens
 from rt_lens.models.prompts import SHORTEST, SharedBelow, beginnings, last_logits, run_prompts
 from rt_lens.models.tokens.batches import encode, pad
 from rt_lens.steering.binding import ablate, add, steered
@@ -248,12 +249,17 @@ def test_whole_texts_go_on_from_what_is_kept(tiny, tiny_vectors, prompts):
                 close(found, expected)
 
 
-def test_nothing_is_kept_beyond_the_memory(tiny, tiny_vectors, prompts, passes, monkeypatch):
-    monkeypatch.setattr("rt_lens.models.prompts.MOST_MEMORY", -1)
-    with SharedBelow(tiny), steered(tiny, add(tiny_vectors, [1], 2.0)):
-        for _ in range(2):
-            last_logits(tiny, prompts)
-    assert {shape[2:] for shape in passes} == {(0, 2)}
+@pytest.mark.parametrize(("memory", "times"), [(2**31, 1), (0, 3)])
+def test_the_oldest_goes_beyond_the_memory(tiny, tiny_vectors, prompts, passes, monkeypatch, memory, times):
+    monkeypatch.setattr("rt_lens.models.prompts.MOST_MEMORY", memory)
+    with steered(tiny, add(tiny_vectors, [1], 2.0)):
+        expected = last_logits(tiny, prompts)
+        passes.clear()
+        with SharedBelow(tiny) as shared:
+            for _ in range(3):
+                close(last_logits(tiny, prompts), expected)
+    assert len([shape for shape in passes if shape[2:] == (0, 1)]) == 2 * times
+    assert bool(shared._kept) == bool(memory)
 
 
 def test_sweeps_and_arms_give_the_numbers_of_plain_runs(tiny, tiny_vectors):
@@ -274,3 +280,39 @@ def test_sweeps_and_arms_give_the_numbers_of_plain_runs(tiny, tiny_vectors):
 def test_the_beginning_of_a_single_prompt_is_its_own(tiny, prompts, passes):
     run_prompts(tiny, prompts[:1])
     assert len(passes) == 1
+
+
+# Rows that have ended
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["plain", "by row", "condition", "unknown"])
+def test_rows_that_have_ended_leave_the_batch_and_change_no_other(tiny, tiny_vectors, monkeypatch, temperature, kind):
+    texts = [*PROMPTS, "Sing.", "Count to ten, then go back to one.", "How do bees find their way home?"]
+    encoded = [encode(tiny, text) for text in texts]
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(6))
+    hooks = {
+        "plain": [],
+        "by row": add(tiny_vectors, [0], torch.linspace(-2, 2, len(texts))),
+        "condition": conditional(add(tiny_vectors, [1], 4.0), Condition("blocks.0.hook_resid_post", direction, 0.0)),
+        "unknown": [("blocks.0.hook_resid_post", lambda h, hook: h + torch.ones(len(texts), 1, 1))],
+    }[kind]
+    backend, rows = backend_of(tiny), []
+    next_logits = backend.next_logits
+
+    def noted(tokens, mask, cache):
+        rows.append(len(tokens))
+        return next_logits(tokens, mask, cache)
+
+    monkeypatch.setattr(backend, "next_logits", noted)
+    sampling = Sampling(temperature, seed=3)
+    with steered(tiny, hooks):
+        whole = generate_tokens(tiny, encoded, 12, sampling)
+        ends = {ids[2] for ids in whole[:3]}  # so that three rows end at their third token, if not before
+        expected = [ids[: next((i for i, token in enumerate(ids) if token in ends), 12)] for ids in whole]
+        monkeypatch.setattr(generation, "_ends", lambda model: torch.tensor(sorted(ends)))
+        rows.clear()
+        assert generate_tokens(tiny, encoded, 12, sampling) == expected
+    if all(len(ids) < 12 for ids in expected):
+        assert len(rows) < 11  # all ended
+    assert (min(rows) < len(texts)) == (kind != "unknown")

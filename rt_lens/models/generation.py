@@ -18,7 +18,7 @@ from rt_lens.common.progress import Bar, breathe
 from rt_lens.models.backends import backend_of
 from rt_lens.models.context import token_context
 from rt_lens.models.forward import model_name
-from rt_lens.models.prompts import run_prompts
+from rt_lens.models.prompts import knows_rows, run_prompts
 from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
@@ -285,7 +285,7 @@ def generate_tokens(
     columns: list[Int[Tensor, "batch"]] = []
     report = None if on_token is None else _Reporter(model, run.rows, ends, on_token, trace)
     with report.reading() if report is not None else nullcontext():
-        for column in run.columns(sampling or Sampling(), ends):
+        for column in run.columns(sampling or Sampling(), ends, drops=report is None):
             if report is not None and report.traces and columns:
                 report(len(columns) - 1, columns[-1])  # the step that gave this column ran the previous one
             columns.append(column)
@@ -359,19 +359,45 @@ class _Run:
         self.so_far.append(batch.tokens)  # without a cache the whole text runs again for each token
         return backend.next_logits(torch.cat(self.so_far, dim=1), self.mask, None)
 
-    def columns(self, sampling: Sampling, ends: Int[Tensor, "n"]) -> Iterator[Int[Tensor, "batch"]]:
-        """The tokens of all rows, one new position after the other, until every row has ended."""
+    def columns(
+        self, sampling: Sampling, ends: Int[Tensor, "n"], *, drops: bool = False
+    ) -> Iterator[Int[Tensor, "batch"]]:
+        """The tokens of all rows, one new position after the other, until every row has ended.
+
+        Args:
+            sampling: how a token is chosen.
+            ends: end tokens.
+            drops: rows that have ended leave the batch, once a third of it has; their tokens are end tokens then.
+        """
         draws = _draws(sampling.seed, self.rows, self.n)
-        done: Bool[Tensor, "batch"] = torch.zeros(len(self.rows), dtype=torch.bool, device="cpu")
-        column = None
+        running, column = torch.arange(len(self.rows), device="cpu"), None
+        ended: Bool[Tensor, "running"] = torch.zeros(len(self.rows), dtype=torch.bool, device="cpu")
+        drops = drops and self.use_cache and backend_of(self.model).branches(int(self.lengths.max()) + self.n)
         for index in range(self.n):
             logits = self.step(None if column is None else column[:, None])
-            column = sampling.choose(logits, draws[:, index].to(logits.device)).cpu()
-            yield column
+            column = sampling.choose(logits, draws[running, index].to(logits.device)).cpu()
+            yield ends[:1].repeat(len(draws)).scatter(0, running, column) if len(running) < len(draws) else column
             breathe()
-            done |= torch.isin(column, ends)
-            if done.all():
+            ended = ended | torch.isin(column, ends)
+            if ended.all():
                 return
+            if drops and 3 * int(ended.sum()) >= len(ended) > 2 and self._may_drop():
+                stay = (~ended).nonzero()[:, 0]
+                self._keep(stay.tolist(), self.n - index)
+                running, column, ended = running[stay], column[stay], ended[stay]
+
+    def _may_drop(self) -> bool:
+        """Whether all that a hook keeps by row can follow the rows that stay."""
+        kept = self.memory.values()
+        by_row = all(isinstance(value, Tensor) and len(value) == len(self.rows) for value in kept)
+        return by_row and knows_rows(self.model)
+
+    def _keep(self, index: list[int], room: int) -> None:
+        """Goes on with these rows of the batch only."""
+        self.cache = self.cache.branch(self.model, index, room)
+        self.mask, self.lengths = self.mask[index], self.lengths[index]
+        self.rows = tuple(self.rows[i] for i in index)
+        self.memory = {key: value[index] for key, value in self.memory.items()}
 
 
 class _Reporter:

@@ -30,7 +30,7 @@ from rt_lens.models.tokens.batches import TokenBatch, pad, pad_id_of
 SHORTEST = 4
 """Tokens that prompts must share at least: fewer are not worth a pass of their own."""
 MOST_MEMORY = 2 * 1024**3
-"""Bytes that `SharedBelow` keeps at most; what does not fit runs each time."""
+"""Bytes that `SharedBelow` keeps; beyond them the oldest go, and are computed again if they are wanted again."""
 
 
 @runtime_checkable
@@ -199,16 +199,27 @@ def _most_saved(shared: Sequence[int], sizes: Sequence[int]) -> tuple[int, list[
 
 def kinds_of_rows(model: Model, rows: Sequence[int]) -> list[Hashable] | None:
     """Of each row, what is the same for rows that all hooks treat alike; None if a hook does not say."""
+    acting = _acting(model)
+    if acting is None:
+        return None
+    kinds = [tuple(hook.treats(row) for hook in acting) for row in rows]
+    return None if any(None in kind for kind in kinds) else list(kinds)
+
+
+def knows_rows(model: Model) -> bool:
+    """Whether every hook learns from the token context which rows it sees, so that a batch may lose some."""
+    return _acting(model) is not None
+
+
+def _acting(model: Model) -> list[TreatsRows] | None:
+    """The hooks on the model; None if there are others than those that say how they treat rows."""
     points = set(model.hook_dict.values())
     if hooked([module for module in model.modules() if module not in points]):
         return None
     listening = [point for point in points if users_hooks(point)]
     acting = [handle.user_hook for point in listening for handle in point.fwd_hooks]
     known = len(acting) == sum(len(users_hooks(point)) for point in listening)
-    if not known or not all(isinstance(hook, TreatsRows) for hook in acting):
-        return None
-    kinds = [tuple(hook.treats(row) for hook in acting) for row in rows]
-    return None if any(None in kind for kind in kinds) else list(kinds)
+    return acting if known and all(isinstance(hook, TreatsRows) for hook in acting) else None
 
 
 @dataclass
@@ -276,7 +287,7 @@ class SharedBelow:
                 return max(0, index - 1)
         return 0  # a pass with a change will say where to keep
 
-    def kept(self, batch: TokenBatch, limit: int, before: _Kept | None, *, caches: bool) -> _Kept | None:
+    def kept(self, batch: TokenBatch, limit: int, before: _Kept | None, *, caches: bool) -> _Kept:
         """What is kept of these tokens below a block, at most the limit; computed now if there is nothing."""
         limit = limit if before is None else min(limit, before.block)
         tokens, mask = (part.cpu().numpy() for part in (batch.tokens, batch.mask))
@@ -287,10 +298,10 @@ class SharedBelow:
                 self._rise(found, before)
             return found
         self._kept.pop(key, None)
-        if sum(kept.size for kept in self._kept.values()) > MOST_MEMORY:
-            return None
-        self._kept[key] = self._computed(batch, limit, before, caches)
-        return self._kept[key]
+        computed = self._kept[key] = self._computed(batch, limit, before, caches)
+        while sum(kept.size for kept in self._kept.values()) > MOST_MEMORY:
+            del self._kept[next(iter(self._kept))]
+        return computed
 
     def _computed(self, batch: TokenBatch, limit: int, before: _Kept | None, caches: bool) -> _Kept:
         pairs = list(zip(batch.tokens.tolist(), batch.mask.tolist(), strict=True))

@@ -101,6 +101,10 @@ class Gate:
             )
         return torch.where(read, scores, 0.0).sum(1) / read.sum(1) >= self.condition.threshold
 
+    def treats(self, row: int) -> None:
+        """A row's tokens decide, so nothing is known of it before."""
+        return None
+
     def open_at(self, batch: int, pos: int) -> Bool[Tensor, "batch pos"]:
         if self._open is None or tuple(self._open.shape) != (batch, pos):
             raise ValueError(

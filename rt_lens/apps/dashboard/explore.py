@@ -188,7 +188,7 @@ class _PromptJob:
         trace = vectors.select([self.layer], vectors.kind)
         # Untuned and steered run as one batch: strength 0 leaves row 0 bit for bit unchanged.
         both = steering(vectors, self.operator, self.layer, self.multiplier, untouched_first=True)
-        with applied(model, both):
+        with self.session.shared, applied(model, both):
             generate(
                 model, [self.prompt] * 2, max_new_tokens=self.length, trace=trace, on_token=responses.of(names[:2])
             )  # fmt: skip

@@ -16,6 +16,7 @@ from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.protocols import parts
 from rt_lens.models.forward import model_name
+from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.protocol import Model
 from rt_lens.results.schema import Results
 from rt_lens.tuning.delta import WeightDelta
@@ -79,6 +80,11 @@ class Session:
         if self._model is None:
             raise ValueError(f"{self.name} is not on this machine. Name a model that is, with --model.")
         return self._model
+
+    @cached_property
+    def shared(self) -> SharedBelow:
+        """What the blocks below the steered one have read: moving a control does not read the prompt there again."""
+        return SharedBelow(self.model)
 
     @cached_property
     def name(self) -> str:
