@@ -150,7 +150,7 @@ class _Run:
             vectors.save(self.out / "vectors.safetensors")
             by_seed = {other: vectors if other == seed else self._extracted(other) for other in experiment.seeds}
             separated = separability(self.model, vectors, self.protocol.unseen)
-        with self._stage("choose"), SharedBelow(self.model):
+        with self._stage("choose"):
             doses = self._dose_response(vectors)
             choices: dict[str, Any] = {direction: self._choice(doses, direction) for direction in DIRECTIONS}
         with self._stage("evaluate"):
@@ -225,16 +225,18 @@ class _Run:
         questions, (score, *_), rows = list(task.asked), task.made, []
         n = len(questions)
         untuned = perplexity(self.model, self.choice_texts).perplexity.mean
-        for layer in choose.layers:
+        shared = SharedBelow(self.model)
+        for index, layer in enumerate(choose.layers):
+            shared.floor = min(choose.layers[index:])
             by_row = torch.tensor([m for m in multipliers for _ in questions], device="cpu")
-            with self.model.hooks(fwd_hooks=add(vectors, [layer], by_row)):
+            with shared, self.model.hooks(fwd_hooks=add(vectors, [layer], by_row)):
                 all_answers = ask(
                     self.model, questions * len(multipliers), {score.reads}, max_new_tokens=task.max_new_tokens,
                     batch_size=128,
                 )  # fmt: skip
             for index, multiplier in enumerate(multipliers):
                 answers = all_answers[index * n : (index + 1) * n]
-                with self.model.hooks(fwd_hooks=add(vectors, [layer], multiplier)):
+                with shared, self.model.hooks(fwd_hooks=add(vectors, [layer], multiplier)):
                     steered = perplexity(self.model, self.choice_texts).perplexity.mean if multiplier else untuned
                 interval = mean_interval(score(answers), self.experiment.split.seed)
                 rows.append(

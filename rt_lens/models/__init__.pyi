@@ -11,6 +11,7 @@ from .generation import generate_tokens as generate_tokens
 from .generation import stream as stream
 from .load import load_model as load_model
 from .positions import position_of as position_of
+from .prompts import SharedBelow as SharedBelow
 from .registry import BUNDLED_MODELS as BUNDLED_MODELS
 from .registry import DEFAULT_MODEL as DEFAULT_MODEL
 from .tokens.chats import chat_text as chat_text
