@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rt_lens.models.backends import backend_of
+from rt_lens.models.backends import backend_of, products
 from rt_lens.models.backends.hooked import KeyValueCache, can_be_quick
 from rt_lens.models.forward import logits_where, quick
 
@@ -428,3 +428,37 @@ def test_logits_where_equals_the_chosen_ones_in_order(variant, side):
     assert found.shape == (int(where.sum()), variant.cfg.d_vocab)
     torch.testing.assert_close(found, plain[where], atol=1e-5, rtol=1e-4)
     assert not any(swapped(variant))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", ["in place", "through data"])
+def test_weights_written_between_passes_are_read_anew(tiny, write):
+    tokens = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
+    with quick(tiny):
+        before = tiny(tokens)
+    for parameter in tiny.parameters():
+        (parameter if write == "in place" else parameter.data).mul_(1.5)
+    with quick(tiny):
+        after = tiny(tokens)
+    torch.testing.assert_close(after, tiny(tokens), atol=1e-4, rtol=1e-4)
+    assert (after - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_products_are_torchs_and_keep_their_gradients(monkeypatch, switch):
+    monkeypatch.setenv(products.SWITCH, switch)
+    products._operator.cache_clear()
+    try:
+        assert (products._operator() is None) == (switch == "0")
+        noise = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(shape, generator=noise) for shape in ((2, 5, 16), (8, 16)))
+        bias = torch.randn(8, generator=noise)
+        for each in (weight, weight.T.contiguous().T):
+            torch.testing.assert_close(products.product(x, each, bias), torch.nn.functional.linear(x, weight, bias))
+        for trained in (x, weight, bias):
+            trained.requires_grad_(True)
+            products.product(x, weight, bias).sum().backward()
+            assert trained.grad is not None and trained.grad.abs().sum() > 0
+            trained.requires_grad_(False)
+    finally:
+        products._operator.cache_clear()

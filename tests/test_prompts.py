@@ -282,6 +282,37 @@ def test_the_beginning_of_a_single_prompt_is_its_own(tiny, prompts, passes):
     assert len(passes) == 1
 
 
+def test_gradients_go_through_the_plain_pass(tiny, tiny_vectors, prompts):
+    batch = pad(prompts, 0)
+    with SharedBelow(tiny) as shared, steered(tiny, add(tiny_vectors, [1], 2.0)):
+        for _ in range(2):
+            (logits,) = logits_where(tiny, batch.tokens, batch.mask, batch.mask.bool(), size=10_000)
+            logits.sum().backward()
+    assert not shared._kept
+
+
+def test_a_model_made_in_inference_mode_is_shared_too(make_tiny, tiny_vectors, prompts):
+    with torch.inference_mode():
+        model = make_tiny()
+        with steered(model, add(tiny_vectors, [1], 2.0)):
+            expected = last_logits(model, prompts)
+            with SharedBelow(model):
+                close(last_logits(model, prompts), expected)
+
+
+def test_texts_that_fill_the_context_are_read(make_tiny):
+    model, long, short = make_tiny(n_ctx=48), [7 * i % 100 + 5 for i in range(30)], [3, 1, 4, 1, 5]
+    encoded = [[*first, *range(start, start + 48 - len(first))] for first in (long, short) for start in (90, 500)]
+    assert beginnings(encoded) == [30, 30, 5, 5]  # in one batch they would have 30 + 43 columns
+    parts = list(reading._parts(model, encoded, ["blocks.1.hook_resid_post"], [[[47]]] * 4, 32))
+    assert sum(part.finished for part in parts) == 4
+
+
+def test_bad_batches_of_a_logit_difference_are_refused_by_name(tiny):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got 0"):
+        LogitDifference(PROMPTS, " happy", " sad", batch_size=0)(tiny)
+
+
 # Rows that have ended
 
 

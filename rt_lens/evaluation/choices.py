@@ -178,7 +178,8 @@ def _branched(model: Model, asks: Sequence[_Ask], n_rows: int) -> list[list[floa
     rows, memory = [ask.number for ask in asks], dict[Any, Any]()
     backend = backend_of(model)
     with backend.quick():
-        ran = run_prompts(model, [ask.start for ask in asks], rows=rows, n_rows=n_rows, memory=memory)
+        room = max(len(ids) for ask in asks for ids in ask.options)
+        ran = run_prompts(model, [ask.start for ask in asks], room, rows=rows, n_rows=n_rows, memory=memory)
         lengths, logits = ran.mask.sum(1), backend.unembed(ran.last)
         first = logits.double().cpu() - log_normaliser(logits)[:, None]
         totals = [[first[row, ids[0]].item() for ids in ask.options] for row, ask in enumerate(asks)]

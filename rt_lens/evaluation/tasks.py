@@ -21,7 +21,7 @@ from rt_lens.evaluation.scorers import Scorer, is_share
 from rt_lens.models.generation import as_chat
 from rt_lens.models.prompts import last_logits
 from rt_lens.models.protocol import Model
-from rt_lens.models.tokens.batches import encode, in_batches
+from rt_lens.models.tokens.batches import encoded_texts, in_batches
 from rt_lens.models.tokens.chats import tokenizer_of
 
 
@@ -260,7 +260,7 @@ class LogitDifference:
         """
         first, second = self._tokens(model)
         differences = [0.0] * len(self.prompts)
-        encoded = [encode(model, text) for text in as_chat(model, self.prompts)]
+        encoded = encoded_texts(model, as_chat(model, self.prompts), self.batch_size)
         for rows in in_batches([len(ids) for ids in encoded], self.batch_size):
             logits = last_logits(model, [encoded[row] for row in rows], rows=rows, n_rows=len(encoded))
             for row, difference in zip(rows, (logits[:, first] - logits[:, second]).tolist(), strict=True):

@@ -226,8 +226,8 @@ class _Run:
         n = len(questions)
         untuned = perplexity(self.model, self.choice_texts).perplexity.mean
         shared = SharedBelow(self.model)
-        for index, layer in enumerate(choose.layers):
-            shared.floor = min(choose.layers[index:])
+        for number, layer in enumerate(choose.layers):
+            shared.floor = min(choose.layers[number:])
             by_row = torch.tensor([m for m in multipliers for _ in questions], device="cpu")
             with shared, self.model.hooks(fwd_hooks=add(vectors, [layer], by_row)):
                 all_answers = ask(

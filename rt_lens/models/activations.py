@@ -147,11 +147,12 @@ def _after_beginnings(
     once = backend.cache(len(groups), max(starts[row] for row in firsts))
     early = any(index < starts[row] for row in of_row for read in reads[row] for index in read)
     part = _run(model, encoded, firsts, [0] * len(firsts), [starts[row] for row in firsts], hook_names, once, early)
-    if early:
-        index = list(of_row.values())
-        cache = {name: part.cache[name][index] for name in hook_names}
-        yield _Part(cache, part.mask[index], list(of_row), [0] * len(index), 0)
     each = list(of_row)
+    for start in range(0, len(each) if early else 0, batch_size):
+        rows = each[start : start + batch_size]
+        index = [of_row[row] for row in rows]
+        cache = {name: part.cache[name][index] for name in hook_names}
+        yield _Part(cache, part.mask[index], rows, [0] * len(rows), 0)
     for batch in in_batches([len(encoded[row]) - starts[row] for row in each], batch_size):
         rows = [each[i] for i in batch]
         index = [of_row[row] for row in rows]
@@ -175,6 +176,10 @@ def _beginnings(
     if kinds is None:
         return none
     starts = beginnings(encoded)
+    # A batch has columns for the longest beginning and for the longest rest, which may be of two texts.
+    columns = max(starts) + max(len(ids) - n for ids, n in zip(encoded, starts, strict=True))
+    if columns > model.cfg.n_ctx or not backend_of(model).shares(columns):
+        return none
     each = {(tuple(ids[:n]), kind) for ids, n, kind in zip(encoded, starts, kinds, strict=True)}
     saved = sum(starts) - sum(len(ids) for ids, _ in each)
     return (starts, kinds) if saved > WORTHWHILE * sum(len(ids) for ids in encoded) else none

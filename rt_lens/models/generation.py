@@ -372,7 +372,7 @@ class _Run:
         draws = _draws(sampling.seed, self.rows, self.n)
         running, column = torch.arange(len(self.rows), device="cpu"), None
         ended: Bool[Tensor, "running"] = torch.zeros(len(self.rows), dtype=torch.bool, device="cpu")
-        drops = drops and self.use_cache and backend_of(self.model).branches(int(self.lengths.max()) + self.n)
+        drops = drops and self.use_cache and backend_of(self.model).shares(int(self.lengths.max()) + self.n)
         for index in range(self.n):
             logits = self.step(None if column is None else column[:, None])
             column = sampling.choose(logits, draws[running, index].to(logits.device)).cpu()
@@ -381,7 +381,7 @@ class _Run:
             ended = ended | torch.isin(column, ends)
             if ended.all():
                 return
-            if drops and 3 * int(ended.sum()) >= len(ended) > 2 and self._may_drop():
+            if drops and 3 * int(ended.sum()) >= len(ended) > 2 and index + 1 < self.n and (drops := self._may_drop()):
                 stay = (~ended).nonzero()[:, 0]
                 self._keep(stay.tolist(), self.n - index)
                 running, column, ended = running[stay], column[stay], ended[stay]

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from rt_lens.models.backends import backend_of
 from rt_lens.models.backends.base import hooked, users_hooks
@@ -132,7 +133,7 @@ def last_logits(
     backend = backend_of(model)
     if backend.shares(max(len(ids) for ids in encoded)):
         ran = run_prompts(model, encoded, rows=rows, n_rows=n_rows)
-        with backend.quick():
+        with backend.quick(), token_context(ran.mask, new=1, rows=rows, n_rows=n_rows):
             return backend.unembed(ran.last)
     batch = pad(encoded, pad_id_of(model)).to(model.cfg.device)
     last = torch.zeros_like(batch.mask, dtype=torch.bool)
@@ -145,7 +146,7 @@ def _n_shared(encoded: Sequence[Sequence[int]], kinds: Sequence[Hashable] | None
     """Number of first tokens that all prompts share and that are to run once; each keeps a token of its own."""
     if kinds is None or 2 * len(set(kinds)) > len(encoded):
         return 0
-    most = min(len(ids) for ids in encoded) - 1
+    most = max(0, min(len(ids) for ids in encoded) - 1)
     columns = itertools.islice(zip(*encoded, strict=False), most)
     n = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     return n if n >= SHORTEST else 0
@@ -185,13 +186,15 @@ def _most_saved(shared: Sequence[int], sizes: Sequence[int]) -> tuple[int, list[
         depth, first, saved, groups = (shared[end] if end < len(sizes) else 0), end - 1, 0, list[tuple[int, int, int]]()
         while stack and stack[-1][0] > depth:
             above, first, below, parts = stack.pop()
-            below, parts = below + saved, parts + groups
+            below += saved
+            parts.extend(groups)
             n = min(above, min(sizes[first:end]) - 1)  # each text keeps a token of its own
             gain = n * (end - first - 1) if n >= SHORTEST else 0
             saved, groups = (gain, [(first, end, n)]) if gain > below else (below, parts)
         if stack and (stack[-1][0] == depth or not depth):
             top, start, below, parts = stack.pop()
-            stack.append((top, start, below + saved, parts + groups))
+            parts.extend(groups)
+            stack.append((top, start, below + saved, parts))
         else:
             stack.append((depth, first, saved, groups))
     return stack[0][2], stack[0][3]
@@ -213,13 +216,13 @@ def knows_rows(model: Model) -> bool:
 
 def _acting(model: Model) -> list[TreatsRows] | None:
     """The hooks on the model; None if there are others than those that say how they treat rows."""
-    points = set(model.hook_dict.values())
+    points = {module for module in model.modules() if isinstance(module, HookPoint)}
     if hooked([module for module in model.modules() if module not in points]):
         return None
     listening = [point for point in points if users_hooks(point)]
-    acting = [handle.user_hook for point in listening for handle in point.fwd_hooks]
-    known = len(acting) == sum(len(users_hooks(point)) for point in listening)
-    return acting if known and all(isinstance(hook, TreatsRows) for hook in acting) else None
+    attached = [handle.user_hook for point in listening for handle in point.fwd_hooks]
+    acting: list[Any] = [hook for hook in attached if isinstance(hook, TreatsRows)]
+    return acting if len(acting) == sum(len(users_hooks(point)) for point in listening) else None
 
 
 @dataclass
@@ -269,16 +272,16 @@ class SharedBelow:
     def __init__(self, model: Model) -> None:
         self.model, self.floor = model, 0
         self._weights = [_memory(part) for part in _parts(model)]
-        self._kept: dict[Hashable, _Kept] = {}
+        self._alive = [p.detach() for p in model.parameters()]  # so that no other memory gets their addresses
+        self._kept: dict[_Key, _Kept] = {}
         self._numbers = itertools.count()
-        self._tokens: list[Token[SharedBelow | None]] = []
 
     def __enter__(self) -> SharedBelow:
-        self._tokens.append(_SHARED.set(self))
+        _ENTERED.set((*_ENTERED.get(), self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _SHARED.reset(self._tokens.pop())
+        _ENTERED.set(_ENTERED.get()[:-1])
 
     def limit(self) -> int:
         """The first block that a hook or a weight changes; 0 if that is before the blocks, or nothing is changed."""
@@ -291,17 +294,28 @@ class SharedBelow:
         """What is kept of these tokens below a block, at most the limit; computed now if there is nothing."""
         limit = limit if before is None else min(limit, before.block)
         tokens, mask = (part.cpu().numpy() for part in (batch.tokens, batch.mask))
-        key = tokens.shape, tokens.tobytes(), mask.tobytes(), before and before.number, caches
+        key = (tokens.shape, tokens.tobytes(), mask.tobytes(), None if before is None else before.number, caches)
         found = self._kept.get(key)
         if found is not None and found.block <= limit:
             if found.block < self.floor <= limit:
                 self._rise(found, before)
+                self._forget_oldest()
             return found
-        self._kept.pop(key, None)
+        if found is not None:
+            self._forget(key)
         computed = self._kept[key] = self._computed(batch, limit, before, caches)
-        while sum(kept.size for kept in self._kept.values()) > MOST_MEMORY:
-            del self._kept[next(iter(self._kept))]
+        self._forget_oldest()
         return computed
+
+    def _forget_oldest(self) -> None:
+        while sum(kept.size for kept in self._kept.values()) > MOST_MEMORY:
+            self._forget(next(iter(self._kept)))
+
+    def _forget(self, key: _Key) -> None:
+        """Drops a pass, and those that follow it, which nobody could find any more."""
+        number = self._kept.pop(key).number
+        for other in [other for other in self._kept if other[3] == number]:
+            del self._kept[other]
 
     def _computed(self, batch: TokenBatch, limit: int, before: _Kept | None, caches: bool) -> _Kept:
         pairs = list(zip(batch.tokens.tolist(), batch.mask.tolist(), strict=True))
@@ -320,13 +334,14 @@ class SharedBelow:
 
     def _rise(self, kept: _Kept, before: _Kept | None) -> None:
         """Runs the blocks up to the floor, which nothing will change any more."""
-        backend, first, kept.block = backend_of(self.model), kept.block, self.floor
+        backend, span = backend_of(self.model), {"start": kept.block, "stop": self.floor}
         if kept.cache is None:
-            kept.residual = backend.residual(kept.residual, kept.mask, start=first, stop=self.floor)
-            return
-        above = self._after(before, kept.mask, self.floor)
-        kept.residual = backend.extend(kept.residual, kept.mask, above, start=first, stop=self.floor)
-        kept.cache.adopt(above, range(len(kept.mask)), range(first, self.floor))
+            residual = backend.residual(kept.residual, kept.mask, **span)
+        else:
+            above = self._after(before, kept.mask, self.floor)
+            residual = backend.extend(kept.residual, kept.mask, above, **span)
+            kept.cache.adopt(above, range(len(kept.mask)), range(kept.block, self.floor))
+        kept.residual, kept.block = residual, self.floor
 
     def _after(self, before: _Kept | None, mask: Tensor, stop: int) -> Any:
         """A cache for some rows, which holds the tokens before them in the blocks below one."""
@@ -338,7 +353,9 @@ class SharedBelow:
         return cache
 
 
-_SHARED: ContextVar[SharedBelow | None] = ContextVar("shared_below", default=None)
+_Key: TypeAlias = tuple[tuple[int, ...], bytes, bytes, int | None, bool]
+"""Shape, tokens, mask, the pass before, and whether keys and values are kept."""
+_ENTERED: ContextVar[tuple[SharedBelow, ...]] = ContextVar("shared_below", default=())
 _NOT_BEFORE_BLOCKS = ("blocks", "ln_final", "unembed", "original_model")
 
 
@@ -349,7 +366,8 @@ def _parts(model: Any) -> list[list[Any]]:
 
 
 def _memory(part: Sequence[Any]) -> list[tuple[int, int, int]]:
-    return [(id(p), p.data_ptr(), p._version) for module in part for p in module.parameters()]
+    parameters = [p for module in part for p in module.parameters()]
+    return [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
 
 def go_on(model: Model, batch: TokenBatch) -> tuple[Tensor, int]:
@@ -358,8 +376,11 @@ def go_on(model: Model, batch: TokenBatch) -> tuple[Tensor, int]:
     Outside, or where nothing may be shared: the tokens, and 0.
     """
     shared, limit = _sharing(model)
-    kept = shared.kept(batch, limit, None, caches=False) if shared is not None and limit else None
-    return (batch.tokens, 0) if kept is None else (kept.residual[kept.rows], kept.block)
+    if shared is None or not limit or not backend_of(model).shares(batch.tokens.shape[1]):
+        return batch.tokens, 0
+    with backend_of(model).quick():
+        kept = shared.kept(batch, limit, None, caches=False)
+    return kept.residual[kept.rows], kept.block
 
 
 class _Reader:
@@ -383,5 +404,7 @@ class _Reader:
 
 def _sharing(model: Model) -> tuple[SharedBelow | None, int]:
     """What shares this model's passes, and up to which block."""
-    shared = _SHARED.get()
-    return (None, 0) if shared is None or shared.model is not model else (shared, shared.limit())
+    shared = _ENTERED.get()[-1] if _ENTERED.get() else None
+    if shared is None or shared.model is not model or torch.is_grad_enabled():
+        return None, 0
+    return shared, shared.limit()

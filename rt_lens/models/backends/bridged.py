@@ -70,8 +70,21 @@ class BridgeCache:
     def branch(self, model: Any, rows: list[int], room: int) -> BridgeCache:
         """A new cache whose row i continues row `rows[i]` of this one."""
         state = copy.deepcopy(self.state)
-        state.batch_select_indices(torch.tensor(rows, device=self.mask.device))
+        state.batch_select_indices(torch.tensor(rows, device="cpu"))  # layers may be on several devices
         return BridgeCache(state, self.mask[rows])
+
+
+def _is_covered(layer: Any) -> bool:
+    """Whether `lean.py` covers a decoder layer: transformers' own, with plain projections."""
+    own = type(layer).__name__ in _LEAN and type(layer).__module__.startswith("transformers.models.")
+    return own and all(
+        type(part) is nn.Linear for name, part in layer.named_modules() if name.rsplit(".", 1)[-1].endswith("_proj")
+    )
+
+
+def _is_replaced(layer: Any) -> bool:
+    """Whether somebody else runs a part of a layer, as accelerate does where its weights are elsewhere."""
+    return any("forward" in vars(part) for part in layer.modules())
 
 
 def _weights(layer: Any) -> lean.Weights:
@@ -103,9 +116,8 @@ class BridgeBackend(Backend):
             [part for part in block.modules() if part is not block and part not in points]
             for block, points in zip(model.blocks, outer, strict=True)
         ]
-        self.lean = all(type(block).__name__ in _LEAN for block in self.blocks) and (
-            getattr(self.original.config, "hidden_act", None) == "silu" and attention == "sdpa"
-        )
+        plain_maths = getattr(self.original.config, "hidden_act", None) == "silu" and attention == "sdpa"
+        self.lean = plain_maths and all(_is_covered(block) for block in self.blocks)
         self._angles: tuple[Tensor, Tensor, Tensor] | None = None
         self.takes = inspect.signature(self.original.forward).parameters
         self.cache_errors: dict[bool, float] = {}
@@ -157,7 +169,8 @@ class BridgeBackend(Backend):
             args = (block.hook_in(args[0]), *args[1:])
         else:
             kwargs["hidden_states"] = block.hook_in(kwargs["hidden_states"])
-        output = self._lean(index, *args, **kwargs) if self.lean else self.blocks[index](*args, **kwargs)
+        lean_here = self.lean and not self.original.training and not _is_replaced(self.blocks[index])
+        output = self._lean(index, *args, **kwargs) if lean_here else self.blocks[index](*args, **kwargs)
         if isinstance(output, tuple):
             return (block.hook_out(output[0]), *output[1:])
         return block.hook_out(output)

@@ -31,11 +31,11 @@ from rt_lens.models.parameter_names import plain_name
 
 
 class CacheSlot:
-    """Keys and values of one layer; keys are stored with their rotation already applied."""
+    """Keys and values of one layer; keys are stored with their rotation already applied. It takes memory when used."""
 
     def __init__(self, batch: int, capacity: int, n_heads: int, d_head: int, like: Tensor) -> None:
-        self._keys = like.new_empty(batch, capacity, n_heads, d_head)
-        self._values = torch.empty_like(self._keys)
+        self._shape, self._like = (batch, capacity, n_heads, d_head), like
+        self._keys = self._values = like.new_empty(batch, 0, n_heads, d_head)
         self.length = 0
 
     @property
@@ -47,6 +47,8 @@ class CacheSlot:
         return self._keys[:, : self.length]
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.length:
+            self._keys, self._values = self._like.new_empty(self._shape), self._like.new_empty(self._shape)
         end = self.length + keys.shape[1]
         self._keys[:, self.length : end] = keys
         self._values[:, self.length : end] = values
@@ -273,6 +275,7 @@ class HookedBackend(Backend):
                 vars(block.attn)["forward"] = self._attentions[index]
             yield model
         finally:
+            self._frames.clear()
             for block in model.blocks:
                 vars(block.attn).pop("forward", None)
                 vars(block).pop("forward", None)
@@ -289,7 +292,8 @@ class HookedBackend(Backend):
         before, weights = self._views[index]
         if weights is None or now != before:
             weights = _matrices(self.model.blocks[index])
-            self._views[index] = now, weights
+            views = all(matrix.data_ptr() in now for matrix in (weights.q, weights.k, weights.v, weights.o))
+            self._views[index] = now, weights if views else None  # a copy would miss what is written into the weights
         return weights
 
     def residual(self, inputs: Tensor, mask: Tensor, *, start: int = 0, stop: int | None = None) -> Tensor:

@@ -102,10 +102,12 @@ def attended(
     batch, pos, heads, d = q.shape
     k, v, groups = k.transpose(1, 2), v.transpose(1, 2), k.shape[2]
     if pos == 1:  # the queries of a group differ as those of several tokens would
-        together = q.view(batch, groups, heads // groups, d)
+        together = q.reshape(batch, groups, heads // groups, d)
         z = F.scaled_dot_product_attention(together, k, v, attn_mask=allowed, scale=scale)
         return z.reshape(batch, 1, heads * d)
+    if groups != heads and allowed is not None and q.is_cuda:  # with a mask CUDA has no fused kernel for groups
+        k, v = (part.repeat_interleave(heads // groups, 1) for part in (k, v))
     z = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=allowed, is_causal=causal, scale=scale, enable_gqa=groups != heads
+        q.transpose(1, 2), k, v, attn_mask=allowed, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != heads
     )
     return z.transpose(1, 2).reshape(batch, pos, heads * d)

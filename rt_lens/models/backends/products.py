@@ -56,7 +56,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.dtype != torch.float32
         or x.device.type != "cpu"
         or weight.stride(1) != 1
-        or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        or (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, weight, bias)))
         or torch.is_autocast_enabled("cpu")
     ):
         return F.linear(x, weight, bias)

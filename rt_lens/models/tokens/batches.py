@@ -95,8 +95,6 @@ PASS = 32
 def in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Splits rows into batches of similar length, longest first, with the fewest tokens of padding and passes.
 
-    Longest first, so a batch too large for the memory fails at once.
-
     Args:
         lengths: tokens of each row.
         batch_size: most rows in a batch.
@@ -114,9 +112,9 @@ def in_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         ends.append(begin)
     batches, end = list[list[int]](), len(order)
     while end:
-        batches.insert(0, order[ends[end] : end])
+        batches.append(order[ends[end] : end])
         end = ends[end]
-    return batches
+    return batches[::-1]
 
 
 def encoded_texts(model: HasTokenizer, texts: Iterable[str], batch_size: int) -> list[list[int]]:
