@@ -96,7 +96,12 @@ def fresh(policy: dict[str, str]) -> dict[str, float]:
     """Times in a fresh process of a policy."""
     without = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
-        [sys.executable, __file__, "measure"], env=without | policy, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, __file__, "measure"],
+        env=without | policy,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -292,7 +292,7 @@ def test_only_what_is_needed_is_run(make_tiny, tiny_vectors, prefix):
     everything = called(config, material.train, [])
     assert [everything.of.get(name, 0) for name in names] == [int(block >= first) for block in range(4)]
     predicting = sum(int(row.predicts.sum()) for row in material.train)
-    assert everything.shapes["ln_final.hook_normalized"] == (1, predicting, 32)
+    assert everything.shapes["ln_final.hook_normalized"] == (predicting, 1, 32)
     assert predicting < sum(len(row.tokens) for row in material.train)
 
     only_cosine = called(replace(config, token_weight=0.0), material.train, [])

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rt_lens.experiment.shape import Shape
+from rt_lens.models.tokens.batches import in_batches
 from rt_lens.tuning.config import TuneConfig
 
 ACTIVATIONS = "activations kept for the gradients"
@@ -76,11 +77,23 @@ class Costs:
     shape: Shape
     size: int
 
-    def read(self, sizes: Sequence[int], batch: int, *, logits: int = 0, blocks: float = 1.0) -> Work:
-        """One forward pass over texts, batched by length, with logits at the given number of positions per text."""
+    def read(
+        self, sizes: Sequence[int], batch: int, *, logits: int = 0, blocks: float = 1.0, cut: bool = False
+    ) -> Work:
+        """One forward pass over texts, batched by length, with logits at the given number of positions per text.
+
+        It is the most that this takes: beginnings that texts share run once.
+
+        Args:
+            sizes: tokens of each text.
+            batch: texts per batch.
+            logits: positions per text with logits.
+            blocks: share of the blocks that run.
+            cut: batches are cut where that saves padding, as they are for activations.
+        """
         if not sizes:
             return Work()
-        tokens, passes = _padded(sizes, batch)
+        tokens, passes = _padded(sizes, batch, cut)
         device = self._running(min(batch, len(sizes)) * max(sizes)) | self._logits(min(CHUNK, batch * logits))
         return Work(tokens * blocks, logits * len(sizes), passes, device)
 
@@ -198,8 +211,9 @@ def summed(works: Iterable[Work]) -> Work:
     return combined
 
 
-def _padded(sizes: Sequence[int], batch: int) -> tuple[int, int]:
+def _padded(sizes: Sequence[int], batch: int, cut: bool) -> tuple[int, int]:
     """Tokens with the padding of batches sorted by length, and the number of batches."""
-    ordered = sorted(sizes, reverse=True)
-    firsts = range(0, len(ordered), batch)
-    return sum(ordered[i] * len(ordered[i : i + batch]) for i in firsts), len(firsts)
+    ordered = sorted(range(len(sizes)), key=lambda row: -sizes[row])
+    whole = [ordered[start : start + batch] for start in range(0, len(ordered), batch)]
+    batches = in_batches(sizes, batch) if cut else whole
+    return sum(sizes[rows[0]] * len(rows) for rows in batches), len(batches)

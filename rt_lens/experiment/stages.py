@@ -119,7 +119,7 @@ class Planner:
         for pairs in (*[self.pairs] * draws, self.protocol.unseen):
             sizes = [size for side in pairs.texts(self.model) for size in self._sizes(side)]
             tokens = min(batch, len(sizes)) * max(sizes)
-            work += self.costs.read(sizes, batch).holding(
+            work += self.costs.read(sizes, batch, cut=True).holding(
                 {"residuals of all blocks": shape.n_layers * tokens * shape.d_model * self.costs.size},
                 {"residuals read, in float32": 2 * 4 * len(sizes) * shape.n_layers * shape.d_model},
             )

@@ -43,7 +43,9 @@ def _slow_with_mkl() -> bool:
 def _vendor() -> str:
     file = Path("/proc/cpuinfo")
     if file.is_file():
-        lines = (line for line in file.read_text(errors="replace").splitlines() if line.startswith("vendor_id"))
+        lines = (
+            line for line in file.read_text("utf-8", errors="replace").splitlines() if line.startswith("vendor_id")
+        )
         return next(lines, "")
     return platform.processor()
 
