@@ -239,17 +239,23 @@ class Counting:
     """Tokens that go through the first block, and key-value caches that are made."""
 
     def __init__(self, model: Any, monkeypatch: Any) -> None:
-        self.tokens, self.cached, made = 0, 0, KeyValueCache.__init__
+        self.tokens, self.caches, made = 0, list[KeyValueCache](), KeyValueCache.__init__
 
         def keep(cache: KeyValueCache, *arguments: Any) -> None:
             made(cache, *arguments)
-            self.cached += sum(part.numel() * part.element_size() for slot in cache.slots for part in slot.pair)
+            self.caches.append(cache)
 
         def count(activation: torch.Tensor, hook: Any) -> None:
             self.tokens += activation.shape[0] * activation.shape[1]
 
         monkeypatch.setattr(KeyValueCache, "__init__", keep)
         self.hooks = model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", count)])
+
+    @property
+    def cached(self) -> int:
+        """Bytes; a cache takes its memory at its first tokens."""
+        parts = [part for cache in self.caches for slot in cache.slots for part in slot.pair]
+        return sum(part.numel() * part.element_size() for part in parts)
 
 
 @pytest.fixture(scope="module")

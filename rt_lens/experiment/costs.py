@@ -112,7 +112,7 @@ class Costs:
         longer = [[size - 1 for size in sizes if size > 1] for sizes in options]
         rest = [size for sizes in longer for size in sizes]
         rows, longest = min(batch, len(starts)), max(starts)
-        cached = rows * longest
+        cached = rows * (longest + max(size for sizes in options for size in sizes))  # with room for the options
         if rest:
             branches = batch * max(len(sizes) for sizes in longer)
             parts = math.ceil(len(starts) / batch)
