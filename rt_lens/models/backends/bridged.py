@@ -256,7 +256,7 @@ class BridgeBackend(Backend):
             raise StopAtLayerException(args[0] if args else kwargs["hidden_states"])
 
         tokens = torch.zeros(1, 1, dtype=torch.long, device=self.model.cfg.device)
-        with self._first_block(note):
+        with _without_hooks(self.model), self._first_block(note):  # nobody asked for this pass
             self._stopped(tokens, torch.ones_like(tokens))
         self._tuples = isinstance(seen[0], tuple)
 

@@ -20,8 +20,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from rt_lens.models.backends import lean
 from rt_lens.models.backends.base import Backend, Slot, hooked, hooks_of, slots_in
