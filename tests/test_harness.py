@@ -109,7 +109,7 @@ def test_whole_texts_follow_the_token_of_a_beginning_in_windows_side_by_side(mak
 def test_a_bridge_says_what_the_model_of_the_other_kind_says(model, bridge):
     pairs = ids_of(model, PAIRS[:4])
     ours, theirs = (continued(either, pairs, 3) for either in (model, bridge))
-    assert [total for total, _ in theirs] == pytest.approx([total for total, _ in ours], rel=1e-5, abs=1e-3)
+    assert [total for total, _ in theirs] == pytest.approx([total for total, _ in ours], rel=5e-6, abs=1e-3)
     asked = [(before, {"until": ["."], "max_gen_toks": 6}) for before, _ in PAIRS[1:4]]
     assert written(bridge, asked, 2) == written(model, asked, 2)
 
@@ -282,7 +282,7 @@ def requests_of(*arguments):
 
 def test_log_likelihoods_are_those_of_lm_evals_own_model(ours, theirs):
     found, expected = (lm.loglikelihood(requests_of(*PAIRS)) for lm in (ours, theirs))
-    assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], rel=1e-5, abs=1e-3)
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], rel=5e-6, abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert {greedy for _, greedy in found} == {True, False}
 
@@ -291,7 +291,7 @@ def test_rolling_log_likelihoods_are_those_of_lm_evals_own_model(ours, theirs):
     texts = [(neutral_paragraphs()[0],), ("Bread rises.",)]
     assert len(ours.tok_encode(texts[0][0])) > 64
     found, expected = (lm.loglikelihood_rolling(requests_of(*texts)) for lm in (ours, theirs))
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-3)
+    assert found == pytest.approx(expected, rel=5e-6, abs=1e-3)
 
 
 def test_greedy_answers_are_those_of_lm_evals_own_model(ours, theirs):

@@ -136,7 +136,7 @@ def test_the_default_windows_are_the_context_by_halves(make_tiny):
 
 def test_windows_of_the_bundled_model_of_either_kind(model, bridge):
     direct = perplexity_of(model, [LONG, SHORT], 48, 24)
-    assert perplexity(model, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=1e-5)
+    assert perplexity(model, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=3e-6)
     assert perplexity(bridge, [LONG, SHORT], window=48, stride=24).perplexity.mean == pytest.approx(direct, rel=1e-5)
     assert abs(direct / perplexity(model, [LONG, SHORT]).perplexity.mean - 1) > 0.01  # the windows do matter
 

@@ -49,7 +49,8 @@ def read_activations(
 ) -> dict[str, Float[Tensor, "text read *heads d"]]:
     """Mean activations over chosen tokens of each text, one or more means per text.
 
-    Texts are sorted by length and padded. The forward pass stops after the last hook point.
+    Texts are sorted by length and padded; a beginning that several share runs once for all of them. The forward pass
+    stops after the last hook point.
 
     Args:
         model: HookedTransformer or TransformerBridge.

@@ -31,7 +31,7 @@ from rt_lens.models.tokens.batches import TokenBatch, pad, pad_id_of
 SHORTEST = 4
 """Tokens that prompts must share at least: fewer are not worth a pass of their own."""
 MOST_MEMORY = 2 * 1024**3
-"""Bytes that `SharedBelow` keeps; beyond them the oldest go, and are computed again if they are wanted again."""
+"""Bytes that `SharedBelow` keeps; beyond them the oldest go, and run again when the same tokens come back."""
 
 
 @runtime_checkable
