@@ -108,6 +108,12 @@ def _touches_models(item: pytest.Item) -> bool:
     return name not in SEEN_ELSEWHERE and (name in MODEL_FILES or bool(MODEL_FIXTURES & fixtures))
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """What a test or an example draws without a seed does not depend on which tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_tokenizer() -> Any:
     tokenizer = AutoTokenizer.from_pretrained(str(bundled_folder(BUNDLED_MODELS[DEFAULT_MODEL])))

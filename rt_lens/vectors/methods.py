@@ -84,7 +84,7 @@ class Logistic:
 
     Example:
         >>> import torch
-        >>> positive, negative = torch.randn(40, 8) + 1.0, torch.randn(40, 8)
+        >>> positive, negative = torch.randn(40, 8) + 2.0, torch.randn(40, 8)
         >>> direction = Logistic(C=0.1)(positive, negative)
         >>> float(((positive - negative) @ direction > 0).float().mean()) > 0.9
         True
