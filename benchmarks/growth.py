@@ -28,7 +28,7 @@ from peers.bounds import Machine, Phase, Shape
 from peers.equality import compare, worst
 from peers.inputs import Inputs
 from peers.points import CURVES, Curve, Material
-from peers.report import Measure, Runs, speed_ratio
+from peers.report import Measure, Runs, shown_ratio
 from peers.tools import BENCHMARKS, OWN, REFERENCE, TOOLS, Refused, Worker, environment
 
 COMPARED = (REFERENCE, OWN)
@@ -95,7 +95,7 @@ def _row(point: Point, machine: Machine) -> str:
     least, check = bounds.seconds(point.phases, machine), worst(ours.checks)
     cells = [
         f"{point.size:.4g}", SECONDS.value(theirs.median), SECONDS.value(ours.median),
-        f"{speed_ratio(ours, theirs):.2f}", SECONDS.value(least), f"{least / ours.median:.0%}",
+        shown_ratio(ours, theirs), SECONDS.value(least), f"{least / ours.median:.0%}",
         f"{theirs.peak_mib:.0f}", f"{ours.peak_mib:.0f}", f"{'yes' if check.equal else '**no**'}: {check.text}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -119,9 +119,9 @@ def test_table_has_medians_ranges_ratios_and_dashes():
         "rt_lens": runs_of(1.0, 2.0, 1.0),
     }
     lines = "\n".join(report.table(Measure("Extraction", "extract"), runs))
-    assert "(fastest peer, Hugging Face, best known use, = 1)" in lines
+    assert "(the fastest peer, Hugging Face, best known use, = 1)" in lines
     assert "| Hugging Face, plain | 5 [4, 8] | 3 | 1.00 | 0.50 | 900 | reference |" in lines
-    assert "| rt_lens | 1 [1, 2] | 3 | 4.00 | 2.00 |" in lines
+    assert "| rt_lens | 1 [1, 2] | 3 | 4.00 [4.00, 5.00] | 2.00 [2.00, 2.50] |" in lines
     assert "| repeng | – | 0 | – | – | – | has no such task |" in lines
     assert "failed: no such layer" in lines
 

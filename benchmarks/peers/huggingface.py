@@ -14,11 +14,13 @@ from peers.inputs import MULTIPLIERS, Inputs
 from peers.recipe import (
     COSINE_LAYERS,
     Loaded,
+    continuations,
     encode,
     in_batches,
     load_huggingface,
     mean_difference,
     reload_weights,
+    swept,
     train,
     trained_matrices,
 )
@@ -62,11 +64,8 @@ def extract(loaded: Loaded, inputs: Inputs) -> dict[str, Tensor]:
 
 def generate(loaded: Loaded, inputs: Inputs, n_prompts: int | None = None) -> dict[str, Tensor]:
     model, tokenizer = loaded
-    batch = encode(tokenizer, inputs.prompts[:n_prompts])
-    vector = inputs.load_vectors()[inputs.steer_layer]
-    with steered(model.model.layers, inputs.steer_layer, vector):
-        tokens = model.generate(**batch, max_new_tokens=inputs.new_tokens, do_sample=False)
-    return {"tokens": tokens[:, batch["input_ids"].shape[1] :]}
+    with steered(model.model.layers, inputs.steer_layer, inputs.load_vectors()[inputs.steer_layer]):
+        return {"tokens": continuations(model.generate, tokenizer, inputs.prompts[:n_prompts], inputs.new_tokens)}
 
 
 def tune(loaded: Loaded, inputs: Inputs) -> dict[str, Tensor]:
@@ -82,15 +81,12 @@ def tune(loaded: Loaded, inputs: Inputs) -> dict[str, Tensor]:
 @torch.no_grad()
 def sweep(loaded: Loaded, inputs: Inputs, multipliers: Sequence[float]) -> dict[str, Tensor]:
     model, tokenizer = loaded
-    vectors, (first, second) = inputs.load_vectors(), inputs.sweep_tokens
-    differences = []
-    for layer in inputs.sweep_layers:
-        for multiplier in multipliers:
-            with steered(model.model.layers, layer, multiplier * vectors[layer]):
-                for texts in in_batches(inputs.sweep_prompts):
-                    logits = model(**encode(tokenizer, texts)).logits[:, -1]
-                    differences.append(logits[:, first] - logits[:, second])
-    return {"differences": torch.cat(differences)}
+
+    def next_logits(texts: Sequence[str], layer: int, vector: Tensor) -> Tensor:
+        with steered(model.model.layers, layer, vector):
+            return model(**encode(tokenizer, texts)).logits[:, -1]
+
+    return swept(next_logits, inputs, multipliers)
 
 
 TASKS = {

@@ -17,6 +17,7 @@ from peers.recipe import (
     load_huggingface,
     mean_difference,
     reload_weights,
+    swept,
     train,
     trained_matrices,
 )
@@ -67,16 +68,13 @@ def tune(model: Any, inputs: Inputs) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sweep(model: Any, inputs: Inputs, multipliers: Sequence[float]) -> dict[str, Tensor]:
-    vectors, (first, second) = inputs.load_vectors(), inputs.sweep_tokens
-    differences = []
-    for layer in inputs.sweep_layers:
-        for multiplier in multipliers:
-            for texts in in_batches(inputs.sweep_prompts):
-                with model.trace(list(texts)):
-                    model.model.layers[layer].output = model.model.layers[layer].output + multiplier * vectors[layer]
-                    logits = model.output.logits[:, -1].save()
-                differences.append(logits[:, first] - logits[:, second])
-    return {"differences": torch.cat(differences)}
+    def next_logits(texts: Sequence[str], layer: int, vector: Tensor) -> Tensor:
+        with model.trace(list(texts)):
+            model.model.layers[layer].output = model.model.layers[layer].output + vector
+            logits = model.output.logits[:, -1].save()
+        return logits
+
+    return swept(next_logits, inputs, multipliers)
 
 
 TASKS = {

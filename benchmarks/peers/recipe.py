@@ -1,4 +1,4 @@
-"""What several workers share: batches of texts, the mean difference, and the paper's tuning loop (Ackerman 2024)."""
+"""What several workers share: batches of texts, the mean difference, a sweep, and tuning as in Ackerman (2024)."""
 
 from __future__ import annotations
 
@@ -53,6 +53,33 @@ def mean_difference(activations: Sequence[Tensor], n_pairs: int) -> dict[str, Te
     """Vectors of activations [layer, text, d_model] whose first texts are the positive sides."""
     stacked = torch.cat(list(activations), dim=1)
     return {"vectors": stacked[:, :n_pairs].mean(1) - stacked[:, n_pairs:].mean(1)}
+
+
+def continuations(generate: Callable[..., Tensor], tokenizer: Any, prompts: Sequence[str], n: int) -> Tensor:
+    """The n greedy tokens after each prompt, by a function like Hugging Face's `generate`."""
+    batch = encode(tokenizer, prompts)
+    return generate(**batch, max_new_tokens=n, do_sample=False)[:, batch["input_ids"].shape[1] :]
+
+
+def swept(
+    next_logits: Callable[[Sequence[str], int, Tensor], Tensor], inputs: Inputs, multipliers: Sequence[float]
+) -> dict[str, Tensor]:
+    """A sweep as most people write it: one call of the model per layer, multiplier and batch.
+
+    Args:
+        next_logits: function of texts, a layer and what is added after it at all positions; returns the logits of the
+            next token.
+        inputs: their sweep.
+        multipliers: of the layer's vector.
+    """
+    vectors, (first, second) = inputs.load_vectors(), inputs.sweep_tokens
+    differences = []
+    for layer in inputs.sweep_layers:
+        for multiplier in multipliers:
+            for texts in in_batches(inputs.sweep_prompts):
+                logits = next_logits(texts, layer, multiplier * vectors[layer])
+                differences.append(logits[:, first] - logits[:, second])
+    return {"differences": torch.cat(differences)}
 
 
 def trained_matrices(layers: Any) -> list[nn.Parameter]:

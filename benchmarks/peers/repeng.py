@@ -14,7 +14,7 @@ from repeng.extract import batched_get_hiddens
 from torch import Tensor
 
 from peers.inputs import MULTIPLIERS, Inputs
-from peers.recipe import BATCH, Loaded, encode, in_batches, load_huggingface
+from peers.recipe import BATCH, Loaded, continuations, encode, load_huggingface, swept
 from peers.worker import Task, serve
 
 
@@ -29,11 +29,11 @@ def extract(loaded: Loaded, inputs: Inputs) -> dict[str, Tensor]:
 
 
 @contextmanager
-def controlled(model: Any, layer: int, vector: Tensor, multiplier: float = 1.0) -> Iterator[ControlModel]:
+def controlled(model: Any, layer: int, vector: Tensor) -> Iterator[ControlModel]:
     """The model under a control vector at one layer."""
     control = ControlModel(model, [layer])
     try:
-        control.set_control(ControlVector(model.config.model_type, {layer: vector.numpy()}), multiplier)
+        control.set_control(ControlVector(model.config.model_type, {layer: vector.numpy()}))
         yield control
     finally:
         control.unwrap()
@@ -41,27 +41,22 @@ def controlled(model: Any, layer: int, vector: Tensor, multiplier: float = 1.0) 
 
 def generate(loaded: Loaded, inputs: Inputs, n_prompts: int | None = None) -> dict[str, Tensor]:
     model, tokenizer = loaded
-    batch = encode(tokenizer, inputs.prompts[:n_prompts])
     with controlled(model, inputs.steer_layer, inputs.load_vectors()[inputs.steer_layer]) as control:
-        tokens = control.generate(**batch, max_new_tokens=inputs.new_tokens, do_sample=False)
-    return {"tokens": tokens[:, batch["input_ids"].shape[1] :]}
+        return {"tokens": continuations(control.generate, tokenizer, inputs.prompts[:n_prompts], inputs.new_tokens)}
 
 
 @torch.no_grad()
 def sweep(loaded: Loaded, inputs: Inputs, multipliers: Sequence[float]) -> dict[str, Tensor]:
     model, tokenizer = loaded
-    vectors, (first, second) = inputs.load_vectors(), inputs.sweep_tokens
-    differences = []
-    for layer in inputs.sweep_layers:
-        for multiplier in multipliers:
-            with controlled(model, layer, vectors[layer], multiplier) as control:
-                for texts in in_batches(inputs.sweep_prompts):
-                    batch = encode(tokenizer, texts)
-                    # Its mask of padding reads the positions, one row for each text.
-                    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-                    logits = control(**batch, position_ids=positions).logits[:, -1]
-                    differences.append(logits[:, first] - logits[:, second])
-    return {"differences": torch.cat(differences)}
+
+    def next_logits(texts: Sequence[str], layer: int, vector: Tensor) -> Tensor:
+        batch = encode(tokenizer, texts)
+        # Its mask of padding reads the positions, one row for each text.
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with controlled(model, layer, vector) as control:
+            return control(**batch, position_ids=positions).logits[:, -1]
+
+    return swept(next_logits, inputs, multipliers)
 
 
 TASKS = {

@@ -66,10 +66,17 @@ class Runs:
         return bool(self.seconds) and worst(self.checks).equal
 
 
-def speed_ratio(ours: Runs, theirs: Runs) -> float:
-    """How many times as fast as theirs ours is: the median over the rounds that both have."""
+def speed_ratios(ours: Runs, theirs: Runs) -> list[float]:
+    """How many times as fast as theirs ours is, in each of the rounds that both have."""
     common = ours.seconds.keys() & theirs.seconds.keys()
-    return statistics.median(theirs.seconds[number] / ours.seconds[number] for number in common)
+    return [theirs.seconds[number] / ours.seconds[number] for number in sorted(common)]
+
+
+def shown_ratio(ours: Runs, theirs: Runs) -> str:
+    """Their median, with the lowest and the highest where they differ."""
+    ratios = speed_ratios(ours, theirs)
+    ends = [f"{end:.2f}" for end in (min(ratios), max(ratios))]
+    return f"{statistics.median(ratios):.2f}" + (f" [{', '.join(ends)}]" if ends[0] != ends[1] else "")
 
 
 def fastest_peer(runs: Mapping[str, Runs]) -> str | None:
@@ -83,8 +90,8 @@ def table(measure: Measure, runs: Mapping[str, Runs]) -> list[str]:
     fastest = fastest_peer(runs)
     label = TOOLS[fastest].label if fastest else "none"
     lines = [
-        f"| tool | {measure.unit}, median [range] | n | speed (plain Hugging Face = 1) | speed (fastest peer, {label}, "
-        "= 1) | peak memory, MiB | work equal to plain Hugging Face's |",
+        f"| tool | {measure.unit}, median [range] | n | speed, median [range] (plain Hugging Face = 1) | speed (the "
+        f"fastest peer, {label}, = 1) | peak memory, MiB | work equal to plain Hugging Face's |",
         "|---|---|---|---|---|---|---|",
     ]
     return lines + [_row(name, measure, runs, fastest) for name in TOOLS if name in runs]
@@ -96,9 +103,7 @@ def _row(name: str, measure: Measure, runs: Mapping[str, Runs], fastest: str | N
         return _cells([label, NOT_DONE, "0", NOT_DONE, NOT_DONE, NOT_DONE, run.failure or "has no such task"])
     check = worst(run.checks)
     ratios = [
-        f"{speed_ratio(run, runs[other]):.2f}"
-        if check.equal and other in runs and runs[other].seconds
-        else "not ranked"
+        shown_ratio(run, runs[other]) if check.equal and other in runs and runs[other].seconds else "not ranked"
         for other in (REFERENCE, fastest or "")
     ]
     work = "reference" if name == REFERENCE else f"{'yes' if check.equal else '**no**'}: {check.text}"

@@ -10,7 +10,7 @@ from steering_vectors import SteeringVector, train_steering_vector
 from torch import Tensor
 
 from peers.inputs import MULTIPLIERS, Inputs
-from peers.recipe import BATCH, Loaded, encode, in_batches, load_huggingface
+from peers.recipe import BATCH, Loaded, continuations, encode, load_huggingface, swept
 from peers.worker import Task, serve
 
 
@@ -24,25 +24,19 @@ def extract(loaded: Loaded, inputs: Inputs) -> dict[str, Tensor]:
 
 def generate(loaded: Loaded, inputs: Inputs, n_prompts: int | None = None) -> dict[str, Tensor]:
     model, tokenizer = loaded
-    batch = encode(tokenizer, inputs.prompts[:n_prompts])
-    vector = SteeringVector({inputs.steer_layer: inputs.load_vectors()[inputs.steer_layer]})
-    with vector.apply(model):
-        tokens = model.generate(**batch, max_new_tokens=inputs.new_tokens, do_sample=False)
-    return {"tokens": tokens[:, batch["input_ids"].shape[1] :]}
+    with SteeringVector({inputs.steer_layer: inputs.load_vectors()[inputs.steer_layer]}).apply(model):
+        return {"tokens": continuations(model.generate, tokenizer, inputs.prompts[:n_prompts], inputs.new_tokens)}
 
 
 @torch.no_grad()
 def sweep(loaded: Loaded, inputs: Inputs, multipliers: Sequence[float]) -> dict[str, Tensor]:
     model, tokenizer = loaded
-    vectors, (first, second) = inputs.load_vectors(), inputs.sweep_tokens
-    differences = []
-    for layer in inputs.sweep_layers:
-        for multiplier in multipliers:
-            with SteeringVector({layer: vectors[layer]}).apply(model, multiplier=multiplier):
-                for texts in in_batches(inputs.sweep_prompts):
-                    logits = model(**encode(tokenizer, texts)).logits[:, -1]
-                    differences.append(logits[:, first] - logits[:, second])
-    return {"differences": torch.cat(differences)}
+
+    def next_logits(texts: Sequence[str], layer: int, vector: Tensor) -> Tensor:
+        with SteeringVector({layer: vector}).apply(model):
+            return model(**encode(tokenizer, texts)).logits[:, -1]
+
+    return swept(next_logits, inputs, multipliers)
 
 
 TASKS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rt_lens as rtl
 from peers.inputs import MULTIPLIERS, Inputs
-from peers.recipe import COSINE_LAYERS, TRAINED_BLOCKS, encode, in_batches, mean_difference, train
+from peers.recipe import COSINE_LAYERS, TRAINED_BLOCKS, encode, in_batches, mean_difference, swept, train
 from peers.worker import Task, serve
 
 MATRICES = ("attn.W_Q", "attn._W_K", "attn._W_V", "attn.W_O", "mlp.W_gate", "mlp.W_in", "mlp.W_out")
@@ -82,16 +82,12 @@ def reload_weights(model: Any, inputs: Inputs) -> None:
 
 @torch.no_grad()
 def sweep(model: Any, inputs: Inputs, multipliers: Sequence[float]) -> dict[str, Tensor]:
-    vectors, (first, second) = inputs.load_vectors(), inputs.sweep_tokens
-    differences = []
-    for layer in inputs.sweep_layers:
-        for multiplier in multipliers:
-            with model.hooks(fwd_hooks=[(name_of(layer), adding(multiplier * vectors[layer]))]):
-                for texts in in_batches(inputs.sweep_prompts):
-                    tokens, mask = batch_of(model, texts)
-                    logits = model(tokens, attention_mask=mask)[:, -1]
-                    differences.append(logits[:, first] - logits[:, second])
-    return {"differences": torch.cat(differences)}
+    def next_logits(texts: Sequence[str], layer: int, vector: Tensor) -> Tensor:
+        tokens, mask = batch_of(model, texts)
+        with model.hooks(fwd_hooks=[(name_of(layer), adding(vector))]):
+            return model(tokens, attention_mask=mask)[:, -1]
+
+    return swept(next_logits, inputs, multipliers)
 
 
 TASKS = {
