@@ -1,6 +1,6 @@
 """How cost grows, in rt_lens and in plain Hugging Face, next to the machine's bound: it writes `benchmarks/GROWTH.md`.
 
-    python benchmarks/growth.py                                # all curves: an hour or more; 12 GB of memory, 6 of disk
+    python benchmarks/growth.py                                # all curves; 12 GB of memory, 6 of disk
     python benchmarks/growth.py --curves pairs rows --points 4 # only the first four points of two curves
 
 The table is written after each point, so an interrupted run keeps what it has measured.
@@ -32,6 +32,8 @@ from peers.report import Measure, Runs, shown_ratio
 from peers.tools import BENCHMARKS, OWN, REFERENCE, TOOLS, Refused, Worker, environment
 
 COMPARED = (REFERENCE, OWN)
+LONG = 60.0
+"""Seconds of both tools together, above which a point is measured once and without a warm-up."""
 SECONDS = Measure("", "")
 
 
@@ -81,9 +83,9 @@ def table(curve: Curve, points: Sequence[Point], machine: Machine) -> list[str]:
     lines = [
         f"## {curve.title}",
         "",
-        f"| {curve.quantity} | plain Hugging Face, s | rt_lens, s | rt_lens's speed (plain = 1) | least, s | rt_lens's "
-        "share of the bound | peak, plain, MiB | peak, rt_lens, MiB | same work |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| {curve.quantity} | n | plain Hugging Face, s | rt_lens, s | rt_lens's speed (plain = 1) | least, s | "
+        "rt_lens's share of the bound | peak, plain, MiB | peak, rt_lens, MiB | same work |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_row(point, machine) for point in points),
         "",
     ]
@@ -94,7 +96,7 @@ def _row(point: Point, machine: Machine) -> str:
     theirs, ours = point.runs[REFERENCE], point.runs[OWN]
     least, check = bounds.seconds(point.phases, machine), worst(ours.checks)
     cells = [
-        f"{point.size:.4g}", SECONDS.value(theirs.median), SECONDS.value(ours.median),
+        f"{point.size:.4g}", str(len(ours.seconds)), SECONDS.value(theirs.median), SECONDS.value(ours.median),
         shown_ratio(ours, theirs), SECONDS.value(least), f"{least / ours.median:.0%}",
         f"{theirs.peak_mib:.0f}", f"{ours.peak_mib:.0f}", f"{'yes' if check.equal else '**no**'}: {check.text}",
     ]  # fmt: skip
@@ -110,20 +112,25 @@ def _exponent_line(name: str, points: Sequence[Point]) -> str:
 def measure(
     curve: Curve, inputs: Inputs, workers: Mapping[str, Worker], material: Material, n_rounds: int
 ) -> Point:  # fmt: skip
-    """One point in both tools, in turn; the first round warms up and does not count."""
+    """One point in both tools, in turn. The first round warms up and does not count, unless it is long."""
     rows = rows_of(curve, inputs, material)
     point = Point(curve.size(inputs, rows), phases_of(curve, inputs, rows))
     path = inputs.write(material.folder / "point.json")
     for number in range(n_rounds + 1):
-        results = {}
-        for name, worker in workers.items():
-            answer = worker.ask(curve.task, path, material.folder / f"{name}.safetensors")
-            results[name] = load_file(answer["out"])
-            if number:
+        answers = {
+            name: worker.ask(curve.task, path, material.folder / f"{name}.safetensors")
+            for name, worker in workers.items()
+        }
+        long = sum(answer["seconds"] for answer in answers.values()) > LONG
+        if number or long:
+            reference = load_file(answers[REFERENCE]["out"])
+            for name, answer in answers.items():
                 runs = point.runs[name]
                 runs.seconds[number] = answer["seconds"]
-                runs.checks.append(compare(results[name], results[REFERENCE]))
+                runs.checks.append(compare(load_file(answer["out"]), reference))
                 runs.peak_mib = max(runs.peak_mib, answer["peak_mib"])
+        if long:
+            break
     return point
 
 
@@ -132,8 +139,9 @@ def document(points: Mapping[str, Sequence[Point]], machine: Machine, n_rounds: 
     head = [
         "# How cost grows",
         "",
-        f"Written by `python benchmarks/growth.py`: medians of {n_rounds} rounds in turn, after a warm-up; float32 "
-        "on the CPU. An exponent is the slope of log seconds against log size (95 % interval); 1 is in proportion.",
+        f"Written by `python benchmarks/growth.py`: medians of n rounds in turn ({n_rounds} after a warm-up; one "
+        f"without it where a round takes over {LONG:.0f} s), ratios with their range; float32 on the CPU. An exponent "
+        "is the slope of log seconds against log size (95 % interval); 1 is in proportion.",
         "",
         f"The least time is what {machine.flops / 1e9:.0f} GFLOP/s and {machine.stream / 1e9:.1f} GB/s allow, the best "
         "rates of the same run. Peaks are of the whole process, weights included.",
