@@ -1,3 +1,7 @@
+from .calibration import Calibrated as Calibrated
+from .calibration import KLMeter as KLMeter
+from .calibration import calibrate as calibrate
+from .calibration import scaled as scaled
 from .comparison import ArmEvaluator as ArmEvaluator
 from .comparison import ArmScores as ArmScores
 from .comparison import compare_arms as compare_arms
