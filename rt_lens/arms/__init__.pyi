@@ -5,6 +5,8 @@ from .calibration import scaled as scaled
 from .comparison import ArmEvaluator as ArmEvaluator
 from .comparison import ArmScores as ArmScores
 from .comparison import compare_arms as compare_arms
+from .equal_damage import KLCurves as KLCurves
+from .equal_damage import compare_at_kl as compare_at_kl
 from .inspection import ResidualShifts as ResidualShifts
 from .inspection import residual_shifts as residual_shifts
 from .inspection import weight_changes as weight_changes

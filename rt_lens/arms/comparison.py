@@ -325,11 +325,11 @@ def compare_arms(
     with Bar(runs, desc="arms", disable=not progress) as bar:
         for name, tuning_seed, arm in bar:
             bar.set_postfix(arm=name, seed=tuning_seed)
-            evaluator.measure(name, *(arm if _several(arm) else (arm,)), seed=tuning_seed)  # type: ignore[misc]
+            evaluator.measure(name, *(arm if several(arm) else (arm,)), seed=tuning_seed)  # type: ignore[misc]
     return evaluator.scores()
 
 
-def _several(arm: Any) -> bool:
+def several(arm: Any) -> bool:
     """Whether a tuple is of interventions, and not of hooks, which are pairs of a name and a function."""
     return isinstance(arm, tuple) and not all(isinstance(part, tuple) for part in arm)
 

@@ -5,6 +5,7 @@ has one colour in every figure, and signed values have a diverging scale centred
 figure escapes what Plotly would read as HTML or TeX (a token `<s>`, an arm `$x$`), so no caller escapes it.
 """
 
+from rt_lens.plots.at_kl import effect_at_kl
 from rt_lens.plots.calibration import calibration
 from rt_lens.plots.directions import activation_map, cosines, norms
 from rt_lens.plots.effects import arms, dose_response, side_effects
@@ -29,6 +30,7 @@ __all__ = [
     "cosines",
     "dose_response",
     "effect_against_side_effect",
+    "effect_at_kl",
     "kinds",
     "logit_lens",
     "losses",

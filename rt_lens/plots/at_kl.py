@@ -1,0 +1,133 @@
+"""Effect against damage, one curve per arm: what each does to the behaviour at the same KL from the untuned model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from rt_lens.common.formatting import number
+from rt_lens.plots.style import (
+    DIRECTIONS,
+    INK,
+    SYMBOLS,
+    Table,
+    apply_style,
+    arm_colours,
+    band,
+    check_table,
+    check_unique,
+    ordered,
+    row_estimate,
+    sample,
+    seeds_of,
+)
+
+_LABELS = ("arm", "direction", "set", "scorer", "seeds")
+_NUMBERS = ("budget", "n", "mean", "low", "high", "kl", "n_texts")
+_HEADINGS = {"toward": "toward: higher is more effect", "away": "away: lower is more effect", "none": ""}
+
+
+def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effect at equal damage") -> go.Figure:
+    """Draws the score of every arm against its KL from the untuned model, a panel for each direction.
+
+    Args:
+        table: one row per arm, direction and budget, of one set and one scorer, and one of the untuned model, which has
+            no budget. Columns: arm, direction, budget, set, scorer, n, mean, low, high (score), seeds (list of int),
+            kl (nats per token, as reached), n_texts. `KLCurves.table` returns such rows.
+        gaps: rows of arm, direction, budget that were not reached, which the figure names.
+        title: heading of the figure.
+
+    Raises:
+        ValueError: if a column is missing, an arm, direction and budget have two rows, or there is not one untuned row.
+
+    Example:
+        >>> row = {"set": "test", "scorer": "vader", "n": 60, "low": 0.0, "high": 0.4, "seeds": [0], "n_texts": 18}
+        >>> untuned = row | {"arm": "untuned", "direction": "none", "budget": None, "mean": 0.2, "kl": 0.0}
+        >>> steered = row | {"arm": "steered", "direction": "away", "budget": 0.01, "mean": -0.1, "kl": 0.011}
+        >>> [trace.name for trace in effect_at_kl([untuned, steered]).data if trace.name]
+        ['untuned', 'steered']
+    """
+    frame = check_table(table, labels=_LABELS, numbers=_NUMBERS)
+    check_unique(frame, ["arm", "direction", "budget"], fix="Keep one set and one scorer, pooled over seeds.")
+    untuned, curves = frame[frame["budget"].isna()], frame[frame["budget"].notna()]
+    if len(untuned) != 1 or curves.empty:
+        raise ValueError(
+            f"table must have one row without a budget, the untuned model, and some with one, got {len(untuned)} and "
+            f"{len(curves)}. Use the table of compare_at_kl."
+        )
+    directions = ordered(curves["direction"], DIRECTIONS)
+    headings = [_HEADINGS.get(direction, direction) for direction in directions]
+    figure = make_subplots(cols=len(directions), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=headings)
+    span = [curves["kl"].min() / 1.4, curves["kl"].max() * 1.4]
+    colours = arm_colours(frame["arm"])
+    named: set[str] = set()
+    for column, direction in enumerate(directions, start=1):
+        panel = curves[curves["direction"] == direction]
+        traces = _untuned(untuned.iloc[0], span, colours)
+        for arm in ordered(panel["arm"]):
+            traces += _curve(panel[panel["arm"] == arm].sort_values("kl"), colours[arm], SYMBOLS[direction])
+        for trace in traces:
+            trace.showlegend = bool(trace.name) and trace.name not in named
+            named |= {trace.name} if trace.name else set()
+            figure.add_trace(trace, row=1, col=column)
+    budgets = sorted(curves["budget"].unique())
+    figure.update_xaxes(
+        type="log", range=np.log10(span).tolist(), tickvals=budgets, ticktext=[f"{budget:g}" for budget in budgets],
+        title_text="KL from the untuned model (nats per token)", zeroline=False,
+    )  # fmt: skip
+    figure.update_yaxes(zeroline=False)
+    scorers = ", ".join(ordered(frame["scorer"]))
+    figure.update_yaxes(title_text=f"mean score ({scorers})", col=1)
+    reading = (
+        "At one KL, the arm furthest from the dashed line moves the behaviour most. Bands: 95 % intervals. "
+        + _gap_sentence(gaps)
+    ).strip()
+    texts = sample(frame[["n_texts"]].rename(columns={"n_texts": "n"})).replace(".", " texts.")
+    legend = {"orientation": "h", "y": -0.2, "x": 0.5, "xanchor": "center"}
+    return apply_style(figure, title, reading, f"Score: {sample(frame)} KL: {texts}", height=520, legend=legend)
+
+
+def _untuned(row: pd.Series, span: list[float], colours: dict[str, str]) -> list[go.Scatter]:
+    """The untuned score across the panel, dashed, with its interval."""
+    colour = colours[row["arm"]]
+    ends = pd.DataFrame({"kl": span, "low": row["low"], "high": row["high"]})
+    hover = f"{row['arm']}<br>score {row_estimate(row)}<br>n = {number(row['n'], 0)}"
+    line = {"color": colour, "width": 2, "dash": "dash"}
+    return [
+        *band(ends, "kl", colour),
+        go.Scatter(
+            x=span, y=[row["mean"]] * 2, mode="lines", line=line, name=row["arm"], legendgroup=row["arm"],
+            hovertext=[hover] * 2, hoverinfo="text",
+        ),
+    ]  # fmt: skip
+
+
+def _curve(rows: pd.DataFrame, colour: str, symbol: str) -> list[go.Scatter]:
+    """One arm's score over KL, with its interval."""
+    arm = rows["arm"].iloc[0]
+    hover = [
+        f"{arm}, budget {row['budget']:g}<br>score {row_estimate(row)}<br>KL {row_estimate(row, 'kl')}<br>"
+        f"n = {number(row['n'], 0)}, {seeds_of(row)}"
+        for _, row in rows.iterrows()
+    ]
+    marker = {"symbol": symbol, "size": 10, "color": colour, "line": {"color": INK, "width": 0.5}}
+    return [
+        *band(rows, "kl", colour),
+        go.Scatter(
+            x=rows["kl"], y=rows["mean"], mode="lines+markers", line={"color": colour, "width": 3}, marker=marker,
+            name=arm, legendgroup=arm, hovertext=hover, hoverinfo="text",
+        ),
+    ]  # fmt: skip
+
+
+def _gap_sentence(gaps: Table | None) -> str:
+    """Which arms did not reach which budgets."""
+    if gaps is None or not len(gaps):
+        return ""
+    frame = check_table(gaps, labels=("arm", "direction"), numbers=("budget",), argument="gaps")
+    cells = frame.groupby(["arm", "direction"], sort=False)["budget"].apply(
+        lambda budgets: ", ".join(f"{budget:g}" for budget in sorted(set(budgets)))
+    )
+    return "Not reached: " + "; ".join(f"{arm} ({way}) {budgets}" for (arm, way), budgets in cells.items()) + "."

@@ -1,0 +1,139 @@
+"""Arms at the strengths of one KL, their scores there, and the figure of both."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from drawn import HOSTILE, check_drawn_as_it_is
+
+from rt_lens import plots
+from rt_lens.arms import KLMeter, compare_arms, compare_at_kl, scaled
+from rt_lens.evaluation import EvalTask
+from rt_lens.steering import add
+from rt_lens.tuning import WeightDelta
+
+CALIBRATION = ["The river bends twice before the mill.", "A prime number has two divisors."]
+TEXTS = ["Rice grows in flooded fields.", "The train leaves at noon from the second platform."]
+BUDGETS = [0.003, 0.03]
+
+
+def length(response: str) -> float:
+    return float(len(response))
+
+
+TASK = EvalTask(["How are you?", "What is rain?", "Name a metal."], length, max_new_tokens=4)
+
+
+@pytest.fixture
+def deltas(tiny):
+    def made(seed: int) -> WeightDelta:
+        noise = torch.Generator().manual_seed(seed)
+        names = [name for name, weight in tiny.named_parameters() if ".mlp." in name and weight.ndim == 2][:2]
+        changes = {name: 0.05 * torch.randn(tiny.get_parameter(name).shape, generator=noise) for name in names}
+        return WeightDelta(changes, tiny.cfg.model_name, {}, [])
+
+    return {0: made(0), 1: made(1)}
+
+
+@pytest.fixture
+def arms(tiny_vectors, deltas):
+    return {
+        "steered, toward": add(tiny_vectors, [1], 1.0),
+        "steered, away": add(tiny_vectors, [1], -1.0),
+        "rep_tuned, away": deltas,
+    }
+
+
+@pytest.fixture
+def curves(tiny, arms):
+    return compare_at_kl(tiny, arms, TASK, BUDGETS, calibration=CALIBRATION, texts=TEXTS, progress=False)
+
+
+def test_every_arm_stands_at_every_budget_and_the_untuned_model_once(curves):
+    table = curves.table()
+    found = list(table[["arm", "direction", "budget"]].itertuples(index=False, name=None))
+    assert found[0][:2] == ("untuned", "none") and math.isnan(found[0][2])
+    assert found[1:] == [
+        (arm, way, budget)
+        for arm, way in (("steered", "toward"), ("steered", "away"), ("rep_tuned", "away"))
+        for budget in BUDGETS
+    ]
+    assert table["n"].tolist() == [3] * len(table) and curves.gaps.empty
+    assert curves.strengths["kl"].tolist() == pytest.approx(curves.strengths["budget"].tolist(), rel=0.03)
+    assert table.query("arm == 'rep_tuned'")["seeds"].tolist() == [[0, 1]] * 2
+
+
+def test_scores_and_kl_are_those_of_the_arm_scaled_by_hand(tiny, arms, curves):
+    row = curves.strengths.query("direction == 'toward' and budget == 0.03").iloc[0]
+    acting = scaled(arms["steered, toward"], row["strength"])
+    by_hand = compare_arms(tiny, {"untuned": None, "steered": acting}, TASK, texts=TEXTS, progress=False).summary()
+    at_kl = curves.table().query("direction == 'toward' and budget == 0.03").iloc[0]
+    for column in ("mean", "low", "high", "kl", "kl_low", "perplexity"):
+        assert at_kl[column] == pytest.approx(by_hand.iloc[1][column])
+    assert KLMeter(tiny, CALIBRATION)(acting).mean == pytest.approx(0.03, rel=0.03)
+
+
+def test_a_budget_that_one_seed_does_not_reach_is_a_gap_of_the_arm_alone(tiny, tiny_vectors, deltas):
+    arms = {"steered, away": add(tiny_vectors, [1], -1.0), "rep_tuned, away": {0: deltas[0], 1: 0.0 * deltas[1]}}
+    curves = compare_at_kl(tiny, arms, TASK, BUDGETS, calibration=CALIBRATION, texts=TEXTS, progress=False)
+    assert set(curves.table()["arm"]) == {"untuned", "steered"}
+    assert set(curves.gaps["seed"]) == {1} and len(curves.gaps) == len(BUDGETS)
+    assert curves.gaps["reason"].str.contains("up to 64 times").all() and curves.gaps["strength"].isna().all()
+    figure = plots.effect_at_kl(curves.table(), curves.gaps)
+    assert "Not reached: rep_tuned (away) 0.003, 0.03." in figure.layout.title.subtitle.text.replace("<br>", " ")
+    assert curves.comparisons(0.03, ["untuned"])[["a", "b"]].values.tolist() == [["steered", "untuned"]]
+
+
+def test_comparisons_are_of_one_budget_and_corrected_over_it_alone(curves):
+    table = curves.comparisons(0.003, ["rep_tuned", "untuned"])
+    assert table[["a", "a_direction", "b"]].values.tolist() == [
+        ["steered", "away", "rep_tuned"],
+        ["steered", "toward", "untuned"],
+        ["steered", "away", "untuned"],
+    ]
+    assert (table["budget"] == 0.003).all() and (table["p_holm"] >= table["p"] - 1e-12).all()
+    means = curves.table().set_index(["arm", "direction", "budget"])["mean"]
+    expected = means["steered", "away", 0.003] - means["rep_tuned", "away", 0.003]
+    assert table["difference"].iloc[0] == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_wrong_requests_say_what_is_allowed(tiny, tiny_vectors, curves):
+    some = {"steered": add(tiny_vectors, [1])}
+    for arms, texts, message in (
+        ({}, TEXTS, "arms must map at least one name to an intervention, got none"),
+        ({"untuned": None}, TEXTS, "arms must not be named 'untuned'"),
+        (some, [*TEXTS, CALIBRATION[0]], "texts must be other texts than those of calibration, got 'The river"),
+        ({"own": [("blocks.1.hook_resid_post", lambda h, hook: h)]}, TEXTS, "intervention must consist of edits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_at_kl(tiny, arms, TASK, calibration=CALIBRATION, texts=texts, progress=False)
+    with pytest.raises(ValueError, match=r"budget must be one of 0.003, 0.03, got 0.01"):
+        curves.comparisons(0.01, ["untuned"])
+    with pytest.raises(ValueError, match="against must name arms of untuned, steered, rep_tuned, got 'other'"):
+        curves.comparisons(0.003, ["other"])
+    with pytest.raises(ValueError, match="name and scorer must be one of"):
+        curves.table("no such set")
+
+
+def test_the_figure_shows_the_tables_numbers_in_a_panel_for_each_direction(curves, only_returned):
+    table = curves.table()
+    figure = plots.effect_at_kl(table, curves.gaps)
+    drawn = {(trace.name, trace.xaxis): trace for trace in figure.data if trace.name}
+    assert set(drawn) == {("untuned", "x"), ("untuned", "x2"), ("steered", "x"), ("steered", "x2"), ("rep_tuned", "x2")}
+    rows = table.query("arm == 'rep_tuned'")
+    assert list(drawn["rep_tuned", "x2"].x) == rows["kl"].tolist()
+    assert list(drawn["rep_tuned", "x2"].y) == rows["mean"].tolist()
+    assert list(drawn["untuned", "x"].y) == [table["mean"][0]] * 2
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["untuned", "steered", "rep_tuned"]
+    assert figure.layout.xaxis.type == "log" and list(figure.layout.xaxis.ticktext) == ["0.003", "0.03"]
+
+
+def test_the_figure_draws_names_as_they_are_and_refuses_what_it_cannot_draw(curves):
+    table = curves.table().replace({"arm": {"steered": HOSTILE}})
+    check_drawn_as_it_is(plots.effect_at_kl(table, table.tail(1).assign(arm=HOSTILE)), least=3)
+    for wrong in (table.tail(2), table.head(1)):
+        with pytest.raises(ValueError, match="table must have one row without a budget"):
+            plots.effect_at_kl(wrong)
