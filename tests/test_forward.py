@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rt_lens.models.backends import backend_of, products
 from rt_lens.models.backends.hooked import KeyValueCache, can_be_quick
+from rt_lens.models.backends.hooked_folder import hooked_from_folder
+from rt_lens.models.backends.lean import joined
 from rt_lens.models.forward import logits_where, quick
 
 pytestmark = pytest.mark.hooked
@@ -462,3 +465,52 @@ def test_products_are_torchs_and_keep_their_gradients(monkeypatch, switch):
             trained.requires_grad_(False)
     finally:
         products._operator.cache_clear()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("biased", [True, False])
+def test_matrices_that_read_the_same_input_are_one_product_as_long_as_they_lie_together(tmp_path, biased):
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=biased,
+    ))  # fmt: skip
+    for name, parameter in theirs.named_parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape) * name.endswith("bias")
+    theirs.save_pretrained(tmp_path)
+    model = hooked_from_folder(tmp_path, device="cpu", dtype=torch.float32)
+    backend, tokens = backend_of(model), torch.arange(12).view(2, 6) + 5
+    expected = theirs.eval()(tokens).logits
+    with quick(model):
+        torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-5)
+        weights = backend.weights(1)
+        assert torch.equal(weights.qkv.matrix, torch.cat([weights.q, weights.k, weights.v]))
+        assert torch.equal(weights.qkv.bias, torch.cat([weights.q_bias, weights.k_bias, weights.v_bias]))
+        assert torch.equal(weights.gate_up.matrix, torch.cat([weights.gate, weights.up]))
+        assert weights.qkv.matrix.data_ptr() == weights.q.data_ptr()  # a view, which no write can outdate
+        for name in ("attn.W_Q", "mlp.W_in"):
+            parameter = model.blocks[1].get_parameter(name)
+            parameter.data = parameter.data.clone()
+        weights = backend.weights(1)
+        assert weights.qkv is None and weights.gate_up is None
+        torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-5)
+    with torch.enable_grad():
+        assert backend.weights(0).qkv is None
+
+
+def test_matrices_of_other_memory_or_order_are_not_joined():
+    whole = torch.randn(6, 4)
+    first, second = whole.split([2, 4])
+    assert torch.equal(joined((first, second), (None, None)).matrix, whole)
+    for parts in (
+        (second, first),
+        (first, second.clone()),
+        (first, second[:, :2]),
+        (first.T, second.T),
+        (first, first),
+    ):
+        assert joined(parts, (None, None)) is None
+    bias = torch.randn(6)
+    assert torch.equal(joined((first, second), bias.split([2, 4])).bias, bias)
+    for biases in ((bias[:2], None), (bias[:2], bias[2:].clone()), (bias[:2], bias[2:4])):
+        assert joined((first, second), biases) is None

@@ -47,7 +47,7 @@ def scaled(intervention: Interventions, strength: float) -> Interventions:
     if not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number, got {strength}.")
     if isinstance(intervention, tuple):
-        return tuple(scaled(each, strength) for each in intervention)  # type: ignore[misc]
+        return tuple(scaled(each, strength) for each in intervention)  # type: ignore[return-value]
     check_intervention(intervention, "intervention")
     if intervention is None:
         return None

@@ -75,14 +75,14 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
     budgets = sorted(curves["budget"].unique())
     figure.update_xaxes(
         type="log", range=np.log10(span).tolist(), tickvals=budgets, ticktext=[f"{budget:g}" for budget in budgets],
-        title_text="KL from the untuned model (nats per token)", zeroline=False,
+        title_text="KL (nats per token)", zeroline=False,
     )  # fmt: skip
     figure.update_yaxes(zeroline=False)
     scorers = ", ".join(ordered(frame["scorer"]))
     figure.update_yaxes(title_text=f"mean score ({scorers})", col=1)
     reading = (
-        "At one KL, the arm furthest from the dashed line moves the behaviour most. Bands: 95 % intervals. "
-        + _gap_sentence(gaps)
+        "KL from the untuned model on neutral texts: the damage. At one KL, the arm furthest from the dashed line "
+        "moves the behaviour most. Bands: 95 % intervals. " + _gap_sentence(gaps)
     ).strip()
     texts = sample(frame[["n_texts"]].rename(columns={"n_texts": "n"})).replace(".", " texts.")
     legend = {"orientation": "h", "y": -0.2, "x": 0.5, "xanchor": "center"}
@@ -127,7 +127,10 @@ def _gap_sentence(gaps: Table | None) -> str:
     if gaps is None or not len(gaps):
         return ""
     frame = check_table(gaps, labels=("arm", "direction"), numbers=("budget",), argument="gaps")
-    cells = frame.groupby(["arm", "direction"], sort=False)["budget"].apply(
-        lambda budgets: ", ".join(f"{budget:g}" for budget in sorted(set(budgets)))
+    cells: dict[tuple[str, str], list[float]] = {}
+    for arm, way, budget in zip(frame["arm"], frame["direction"], frame["budget"], strict=True):
+        cells.setdefault((arm, way), []).append(budget)
+    named = (
+        f"{arm} ({way}) {', '.join(f'{b:g}' for b in sorted(set(budgets)))}" for (arm, way), budgets in cells.items()
     )
-    return "Not reached: " + "; ".join(f"{arm} ({way}) {budgets}" for (arm, way), budgets in cells.items()) + "."
+    return f"Not reached: {'; '.join(named)}."

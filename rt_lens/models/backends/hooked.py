@@ -184,10 +184,13 @@ def _matrices(block: Any) -> lean.Weights:
     of_keys = {name: getattr(attn, grouped + name) for name in ("W_K", "W_V", "b_K", "b_V")}
     q, k, v = (w.transpose(1, 2).flatten(0, 1) for w in (attn.W_Q, of_keys["W_K"], of_keys["W_V"]))
     q_bias, k_bias, v_bias = (b.flatten() for b in (attn.b_Q, of_keys["b_K"], of_keys["b_V"]))
+    gate, up = mlp.W_gate.T, mlp.W_in.T
+    in_one = not torch.is_grad_enabled()  # a view across parameters would take no part in their gradients
     return lean.Weights(
         first_norm=block.ln1.w, q=q, k=k, v=v, o=attn.W_O.flatten(0, 1).T, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
-        o_bias=attn.b_O, second_norm=block.ln2.w, gate=mlp.W_gate.T, up=mlp.W_in.T, middle=mlp.b_in, down=mlp.W_out.T,
-        down_bias=mlp.b_out,
+        o_bias=attn.b_O, second_norm=block.ln2.w, gate=gate, up=up, middle=mlp.b_in, down=mlp.W_out.T,
+        down_bias=mlp.b_out, qkv=lean.joined((q, k, v), (q_bias, k_bias, v_bias)) if in_one else None,
+        gate_up=lean.joined((gate, up), (None, None)) if in_one else None,
     )  # fmt: skip
 
 

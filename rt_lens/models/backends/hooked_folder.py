@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ def hooked_from_folder(
     """Builds the HookedTransformer of a Llama-style folder (`config.json` and safetensors), unprocessed.
 
     The parameters keep the memory layout of Hugging Face's matrices, transposed as views, so TransformerLens's forward
-    pass copies no weight. Each weight is read directly to the device, which holds the weights once.
+    pass copies no weight; those that read the same input lie one after the other (see `lean.joined`). Each weight is
+    read directly to the device, which holds the weights once.
 
     Raises:
         NotLlamaStyle: if the configuration is not covered, the MLPs have biases before their product, or the folder
@@ -190,6 +191,7 @@ def _to_transformer_lens(
     d_model, d_head, heads, d_mlp = cfg.d_model, cfg.d_head, cfg.n_heads, cfg.d_mlp
     assert d_mlp is not None
     kv_heads, grouped = cfg.n_key_value_heads or heads, "_" if cfg.n_key_value_heads else ""
+    counts = {"Q": heads, "K": kv_heads, "V": kv_heads}
     embedding = take("model.embed_tokens.weight", cfg.d_vocab, d_model)
     state = {
         "embed.W_E": embedding,
@@ -199,10 +201,13 @@ def _to_transformer_lens(
     }
     for layer in range(cfg.n_layers):
         theirs, ours = f"model.layers.{layer}", f"blocks.{layer}"
-        for letter, kind, n in (("Q", "q_proj", heads), ("K", "k_proj", kv_heads), ("V", "v_proj", kv_heads)):
-            applied, stem = "" if letter == "Q" else grouped, f"{theirs}.self_attn.{kind}"
-            matrix = take(f"{stem}.weight", n * d_head, d_model)
-            bias = take(f"{stem}.bias", n * d_head) if letter in biased else zeros(n * d_head)
+        matrices, biases = [], []
+        for letter, n in counts.items():
+            stem = f"{theirs}.self_attn.{letter.lower()}_proj"
+            matrices.append(take(f"{stem}.weight", n * d_head, d_model))
+            biases.append(take(f"{stem}.bias", n * d_head) if letter in biased else zeros(n * d_head))
+        for (letter, n), matrix, bias in zip(counts.items(), _in_one(matrices), _in_one(biases), strict=True):
+            applied = "" if letter == "Q" else grouped
             state[f"{ours}.attn.{applied}W_{letter}"] = rearrange(matrix, "(n h) m -> n m h", n=n)
             state[f"{ours}.attn.{applied}b_{letter}"] = rearrange(bias, "(n h) -> n h", n=n)
         output = take(f"{theirs}.self_attn.o_proj.weight", d_model, heads * d_head)
@@ -210,8 +215,8 @@ def _to_transformer_lens(
         state[f"{ours}.attn.b_O"] = (
             take(f"{theirs}.self_attn.o_proj.bias", d_model) if "O" in biased else zeros(d_model)
         )
-        state[f"{ours}.mlp.W_in"] = take(f"{theirs}.mlp.up_proj.weight", d_mlp, d_model).T
-        state[f"{ours}.mlp.W_gate"] = take(f"{theirs}.mlp.gate_proj.weight", d_mlp, d_model).T
+        gate, up = _in_one([take(f"{theirs}.mlp.{kind}_proj.weight", d_mlp, d_model) for kind in ("gate", "up")])
+        state[f"{ours}.mlp.W_in"], state[f"{ours}.mlp.W_gate"] = up.T, gate.T
         state[f"{ours}.mlp.W_out"] = take(f"{theirs}.mlp.down_proj.weight", d_model, d_mlp).T
         state[f"{ours}.mlp.b_in"] = zeros(d_mlp)
         for kind in ("gate_proj", "up_proj") if "M" in biased else ():
@@ -224,6 +229,11 @@ def _to_transformer_lens(
         state[f"{ours}.ln2.w"] = take(f"{theirs}.post_attention_layernorm.weight", d_model)
         weights.pop(f"{theirs}.self_attn.rotary_emb.inv_freq", None)
     return state
+
+
+def _in_one(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The parts in one memory, one after the other."""
+    return torch.cat(list(parts)).split([len(part) for part in parts])
 
 
 def _unembedding(

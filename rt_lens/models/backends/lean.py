@@ -2,9 +2,11 @@
 
 A block that nobody listens inside has no need to call its hook points, to lay heads out on an axis of their own before
 each of them, or to make a tensor for each step of a norm. What is left is written out here once, for the blocks of
-either kind of model: seven products, two norms, the rotation of queries and keys, and torch's fused attention. For a
-single new token the queries that share a key are laid out as the rows of one small product, so that keys and values are
-read once instead of copied for each head.
+either kind of model: seven products, two norms, the rotation of queries and keys, and torch's fused attention. Where
+the matrices that read the same input lie one after the other in memory, as `hooked_folder` lays them, one product does
+the work of several: four for a block, which counts where there are few rows. For a single new token the queries that
+share a key are laid out as the rows of one small product, so that keys and values are read once instead of copied for
+each head.
 
 The plain path (TransformerLens's or Hugging Face's own blocks) stays: it runs where somebody listens, and the tests
 compare this one with it.
@@ -12,6 +14,8 @@ compare this one with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,7 +27,10 @@ from rt_lens.models.backends.products import product
 
 
 class Weights(NamedTuple):
-    """The weights of one block, matrices as [out, in]; `middle` is a bias that follows the product of gate and up."""
+    """The weights of one block, matrices as [out, in]; `middle` is a bias that follows the product of gate and up.
+
+    `qkv` and `gate_up` are views of several matrices as one, and of their biases; None where memory does not allow it.
+    """
 
     first_norm: Tensor
     q: Tensor
@@ -42,6 +49,46 @@ class Weights(NamedTuple):
     up_bias: Tensor | None = None
     middle: Tensor | None = None
     down_bias: Tensor | None = None
+    qkv: Joined | None = None
+    gate_up: Joined | None = None
+
+
+class Joined(NamedTuple):
+    """Several matrices [out, in] as one, with their biases as one, and the rows of each."""
+
+    matrix: Tensor
+    bias: Tensor | None
+    rows: list[int]
+
+
+def joined(matrices: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Joined | None:
+    """A view of matrices that lie one after the other in one memory, and of their biases; None where they do not."""
+    matrix, bias = _in_one(matrices), _in_one([bias for bias in biases if bias is not None])
+    if matrix is None or (bias is None) != all(each is None for each in biases):
+        return None
+    if bias is not None and len(bias) != len(matrix):
+        return None
+    return Joined(matrix, bias, [len(each) for each in matrices])
+
+
+def _in_one(parts: Sequence[Tensor]) -> Tensor | None:
+    """The parts as a view along the first axis, if each begins in memory where the one before it ends."""
+    if not parts or any(not part.is_contiguous() for part in parts):
+        return None
+    memory, first = {part.untyped_storage().data_ptr() for part in parts}, parts[0]
+    follows = all(a.data_ptr() + a.numel() * a.element_size() == b.data_ptr() for a, b in pairwise(parts))
+    if len(memory) > 1 or not follows or len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+        return None
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def _products(
+    x: Tensor, whole: Joined | None, matrices: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> Sequence[Tensor]:
+    """The product of one input with each matrix."""
+    if whole is not None:
+        return product(x, whole.matrix, whole.bias).split(whole.rows, -1)
+    return [product(x, matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)]
 
 
 def queries_keys_values(
@@ -49,12 +96,9 @@ def queries_keys_values(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each as [batch, pos, head, d_head], before rotation."""
     x = norm(residual, weights.first_norm, eps)
-    shape = (*residual.shape[:2], -1, d_head)
-    return (
-        product(x, weights.q, weights.q_bias).view(shape),
-        product(x, weights.k, weights.k_bias).view(shape),
-        product(x, weights.v, weights.v_bias).view(shape),
-    )
+    matrices, biases = (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias)
+    q, k, v = (each.view(*residual.shape[:2], -1, d_head) for each in _products(x, weights.qkv, matrices, biases))
+    return q, k, v
 
 
 def after_attention(
@@ -63,7 +107,9 @@ def after_attention(
     """The residual stream after the block, from what attention has read."""
     residual = residual + product(z, weights.o, weights.o_bias)
     x = norm(residual, weights.second_norm, eps)
-    gate, up = F.silu(product(x, weights.gate, weights.gate_bias)), product(x, weights.up, weights.up_bias)
+    matrices, biases = (weights.gate, weights.up), (weights.gate_bias, weights.up_bias)
+    gate, up = _products(x, weights.gate_up, matrices, biases)
+    gate = F.silu(gate)
     middle = gate * up if gate.requires_grad or up.requires_grad else gate.mul_(up)
     if weights.middle is not None:
         middle = middle + weights.middle

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
 
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokenizers import source_tokenizer
@@ -71,12 +73,26 @@ def export_hf(
                 json.dumps(exported.generation, indent=2) + "\n", encoding="utf-8"
             )
         source_tokenizer(model).save_pretrained(folder)
-        save_torch_state_dict(exported.weights, folder, max_shard_size=max_shard_size)
+        _write_weights(exported.weights, folder, max_shard_size)
         text = model_card(path.name, model, delta, rows, behaviour=behaviour, note=exported.note)
         (folder / "README.md").write_text(text, encoding="utf-8")
         if check:
             _check_reads_back(model, delta, folder)
     return path
+
+
+def _write_weights(weights: Mapping[str, Tensor], folder: Path, max_shard_size: str) -> None:
+    """The weights in one file, or in shards with their index, as Hugging Face reads them.
+
+    Its own `save_torch_state_dict` refuses matrices that lie side by side in one memory, as a HookedTransformer's do.
+    """
+    plan = split_torch_state_dict_into_shards(dict(weights), max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: weights[name].contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
