@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from growth import exponent  # noqa: E402
-from peers import bounds, equality, report  # noqa: E402
+from peers import bounds, equality, report, worker  # noqa: E402
 from peers.bounds import Machine, Phase, Shape  # noqa: E402
 from peers.recipe import cosine_toward, rate  # noqa: E402
 from peers.report import Measure, Runs  # noqa: E402
@@ -175,3 +175,20 @@ def test_peers_run_with_the_versions_that_rt_lens_is_tested_with():
               for name in ("constraints.txt", "benchmarks/peers/requirements.txt")]  # fmt: skip
     for package in ("torch", "transformers", "tokenizers", "safetensors"):
         assert pinned[0][package] == pinned[1][package]
+
+
+@pytest.mark.parametrize(("short", "times"), [(60.0, 5), (0.0, 1)])
+def test_short_tasks_run_several_times_after_one_preparation_and_long_ones_once(monkeypatch, short, times):
+    monkeypatch.setattr(worker, "SHORT", short)
+    done = []
+
+    def run(model, inputs, prepared):
+        done.append("run")
+        return {"losses": torch.tensor([float(prepared)])}
+
+    task = worker.Task(
+        run, lambda model, inputs: done.append("before") or 7, lambda model, inputs: done.append("after")
+    )
+    seconds, result = task.timed(None, None)
+    assert done == ["before", *["run", "after"] * times]
+    assert result["losses"].item() == 7.0 and 0 <= seconds["seconds"] < 1 and 0 <= seconds["before"] < 1

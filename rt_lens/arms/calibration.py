@@ -108,6 +108,13 @@ class Calibrated:
         held_out: KL reached on other texts; None if none were given, or there is no strength.
         evaluations: strength -> mean KL, of all that was tried.
         reason: why no strength reaches the budget; empty if one does.
+
+    Example:
+        >>> near, far = calibrate(add(vectors, [21], -1.0), KLMeter(model, texts), [0.01, 1000.0])
+        >>> near.reached, 0.5 < near.strength < 4, near.reason
+        (True, True, '')
+        >>> far.reached, far.intervention, far.reason
+        (False, None, 'KL is at most ... up to 64 times its strength.')
     """
 
     budget: float
