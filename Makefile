@@ -21,7 +21,7 @@ help:
 	@echo "make demo-tl4  the demo in that environment"
 	@echo "make check  set up, then lint, type-check and run the quick tests (after set-up 3 minutes)"
 	@echo "make lint   ruff and mypy only"
-	@echo "make bench  rt_lens and its peers on the same work: writes benchmarks/RESULTS.md (an hour or two)"
+	@echo "make bench  rt_lens and its peers on the same work: writes benchmarks/RESULTS.md (an hour)"
 	@echo "make bench-quick  the same with less work, in one round (under 5 minutes on two idle, fast cores)"
 	@echo "make clean  remove the environment and everything made by demo and test"
 
