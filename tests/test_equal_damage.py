@@ -19,11 +19,12 @@ TEXTS = ["Rice grows in flooded fields.", "The train leaves at noon from the sec
 BUDGETS = [0.003, 0.03]
 
 
-def length(response: str) -> float:
-    return float(len(response))
+def letters(response: str) -> float:
+    """A number that tells any two responses apart."""
+    return float(sum(map(ord, response)) % 997)
 
 
-TASK = EvalTask(["How are you?", "What is rain?", "Name a metal."], length, max_new_tokens=4)
+TASK = EvalTask(["How are you?", "What is rain?", "Name a metal."], letters, max_new_tokens=4)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_scores_and_kl_are_those_of_the_arm_scaled_by_hand(tiny, arms, curves):
     by_hand = compare_arms(tiny, {"untuned": None, "steered": acting}, TASK, texts=TEXTS, progress=False).summary()
     at_kl = curves.table().query("direction == 'toward' and budget == 0.03").iloc[0]
     for column in ("mean", "low", "high", "kl", "kl_low", "perplexity"):
-        assert at_kl[column] == pytest.approx(by_hand.iloc[1][column])
+        assert at_kl[column] == pytest.approx(by_hand.iloc[1][column], nan_ok=True), column  # NaN: all the same
     assert KLMeter(tiny, CALIBRATION)(acting).mean == pytest.approx(0.03, rel=0.03)
 
 

@@ -8,7 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rt_lens.models.backends import backend_of, products
 from rt_lens.models.backends.hooked import KeyValueCache, can_be_quick
-from rt_lens.models.backends.hooked_folder import hooked_from_folder
 from rt_lens.models.backends.lean import joined
 from rt_lens.models.forward import logits_where, quick
 
@@ -470,7 +469,8 @@ def test_products_are_torchs_and_keep_their_gradients(monkeypatch, switch):
 @torch.no_grad()
 @pytest.mark.parametrize("biased", [True, False])
 def test_matrices_that_read_the_same_input_are_one_product_as_long_as_they_lie_together(tmp_path, biased):
-    torch.manual_seed(0)
+    from rt_lens.models.backends.hooked_folder import hooked_from_folder  # not there with TransformerLens 4
+
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, attention_bias=biased,
