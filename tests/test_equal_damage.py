@@ -105,12 +105,19 @@ def test_wrong_requests_say_what_is_allowed(tiny, tiny_vectors, curves):
     some = {"steered": add(tiny_vectors, [1])}
     for arms, texts, message in (
         ({}, TEXTS, "arms must map at least one name to an intervention, got none"),
+        (
+            {"steered, away": some["steered"], "steered_away": some["steered"]},
+            TEXTS,
+            "arms must have different names and",
+        ),
         ({"untuned": None}, TEXTS, "arms must not be named 'untuned'"),
         (some, [*TEXTS, CALIBRATION[0]], "texts must be other texts than those of calibration, got 'The river"),
         ({"own": [("blocks.1.hook_resid_post", lambda h, hook: h)]}, TEXTS, "intervention must consist of edits"),
     ):
         with pytest.raises(ValueError, match=message):
             compare_at_kl(tiny, arms, TASK, calibration=CALIBRATION, texts=texts, progress=False)
+    with pytest.raises(ValueError, match="kl must be at least one budget, got none"):
+        compare_at_kl(tiny, some, TASK, [], calibration=CALIBRATION, texts=TEXTS, progress=False)
     with pytest.raises(ValueError, match=r"budget must be one of 0.003, 0.03, got 0.01"):
         curves.comparisons(0.01, ["untuned"])
     with pytest.raises(ValueError, match="against must name arms of untuned, steered, rep_tuned, got 'other'"):
@@ -138,3 +145,13 @@ def test_the_figure_draws_names_as_they_are_and_refuses_what_it_cannot_draw(curv
     for wrong in (table.tail(2), table.head(1)):
         with pytest.raises(ValueError, match="table must have one row without a budget"):
             plots.effect_at_kl(wrong)
+
+
+def test_a_budget_of_many_digits_is_found_again_and_one_given_twice_is_measured_once(tiny, tiny_vectors):
+    budget, hooks = 0.01234567891, tuple(add(tiny_vectors, [0, 1]))  # a tuple of hooks is one intervention
+    curves = compare_at_kl(
+        tiny, {"steered": hooks}, TASK, [budget, budget], calibration=CALIBRATION, texts=TEXTS, progress=False
+    )
+    assert curves.table()["budget"].tolist()[1:] == [budget] == curves.strengths["budget"].tolist()
+    assert len(curves.comparisons(budget, ["untuned"])) == 1
+    assert (curves.strengths["kl_low"] <= curves.strengths["kl"]).all()

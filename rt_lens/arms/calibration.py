@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
-from rt_lens.arms.intervention import Intervention, applied, check_intervention
+from rt_lens.arms.intervention import Intervention, Interventions, applied, check_intervention, each_of
 from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import Interval
 from rt_lens.evaluation.texts import PerplexityResult, perplexity
@@ -20,8 +20,6 @@ from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.protocol import Model
 from rt_lens.steering.edits import Edit
 from rt_lens.tuning.delta import WeightDelta
-
-Interventions: TypeAlias = Intervention | tuple[Intervention, ...]
 
 LARGEST = 64.0
 """The largest strength that is tried: further from what an arm was made for, it is another arm."""
@@ -46,8 +44,12 @@ def scaled(intervention: Interventions, strength: float) -> Interventions:
     """
     if not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number, got {strength}.")
-    if isinstance(intervention, tuple):
-        return tuple(scaled(each, strength) for each in intervention)  # type: ignore[return-value]
+    parts = each_of(intervention)
+    acting = tuple(_scaled(part, strength) for part in parts)
+    return acting if parts is intervention else acting[0]
+
+
+def _scaled(intervention: Intervention, strength: float) -> Intervention:
     check_intervention(intervention, "intervention")
     if intervention is None:
         return None
@@ -86,11 +88,10 @@ class KLMeter:
 
     def __call__(self, intervention: Interventions) -> Interval:
         """Mean KL per token, in nats, with its 95 % interval over texts."""
-        several = intervention if isinstance(intervention, tuple) else (intervention,)
         if self._untuned is None:
             with self._shared:
                 self._untuned = perplexity(self.model, self.texts, keep=True, seed=self.seed)
-        with self._shared, applied(self.model, *several):
+        with self._shared, applied(self.model, *each_of(intervention)):
             measured = perplexity(self.model, self.texts, reference=self._untuned, seed=self.seed)
         assert measured.mean_kl is not None
         return measured.mean_kl

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from rt_lens.arms.intervention import Intervention, applied
+from rt_lens.arms.intervention import Intervention, Interventions, applied, each_of
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.comparisons import holm, paired_comparison
@@ -28,7 +28,7 @@ from rt_lens.evaluation.texts import PerplexityResult, perplexity
 from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.protocol import Model
 
-ArmLike: TypeAlias = Intervention | tuple[Intervention, ...] | Mapping[int, Intervention | tuple[Intervention, ...]]
+ArmLike: TypeAlias = Interventions | Mapping[int, Interventions]
 """What acts in an arm: an Intervention, several in a tuple, or {tuning seed: one of these}."""
 
 _LABEL = ["arm", "direction"]
@@ -325,13 +325,8 @@ def compare_arms(
     with Bar(runs, desc="arms", disable=not progress) as bar:
         for name, tuning_seed, arm in bar:
             bar.set_postfix(arm=name, seed=tuning_seed)
-            evaluator.measure(name, *(arm if several(arm) else (arm,)), seed=tuning_seed)  # type: ignore[misc]
+            evaluator.measure(name, *each_of(arm), seed=tuning_seed)
     return evaluator.scores()
-
-
-def several(arm: Any) -> bool:
-    """Whether a tuple is of interventions, and not of hooks, which are pairs of a name and a function."""
-    return isinstance(arm, tuple) and not all(isinstance(part, tuple) for part in arm)
 
 
 def matrix(scores: pd.DataFrame) -> Float[np.ndarray, "seed item"]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from rt_lens.arms.calibration import Calibrated, KLMeter, calibrate
-from rt_lens.arms.comparison import ArmEvaluator, ArmLike, ArmScores, several
+from rt_lens.arms.calibration import Calibrated, KLMeter, calibrate, scaled
+from rt_lens.arms.comparison import ArmEvaluator, ArmLike, ArmScores
+from rt_lens.arms.intervention import Interventions, each_of
 from rt_lens.common.arm_labels import ArmLabel
 from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
@@ -28,8 +29,8 @@ class KLCurves:
 
     Attributes:
         scores: of the untuned model, and of each arm at each budget, as the arm `name at KL budget`.
-        strengths: a row per arm, direction, seed and budget: strength, kl (on the calibration's texts), n_texts, reason
-            (empty where the budget was reached; else strength and kl are empty).
+        strengths: a row per arm, direction, seed and budget: strength, kl, kl_low, kl_high (on the calibration's
+            texts), n_texts, reason (empty where the budget was reached; else strength and kl are empty).
 
     Example:
         >>> arms = {"steered, away": add(vectors, [21], -1.0), "rep_tuned, away": {0: delta}}
@@ -151,7 +152,9 @@ def compare_at_kl(
         >>> 0 < low < high and curves.gaps.empty
         True
     """
-    budgets = [float(budget) for budget in kl]
+    budgets = list(dict.fromkeys(map(float, kl)))
+    if not budgets:
+        raise ValueError("kl must be at least one budget, got none. Try [0.01].")
     calibration, texts = text_list(calibration, "calibration"), text_list(texts, "texts")
     _check_arms(arms)
     if shared := set(calibration) & set(texts):
@@ -165,10 +168,7 @@ def compare_at_kl(
         for name, arm in arms.items():
             bar.set_postfix(arm=name)
             label = ArmLabel.parse(name)
-            found = {
-                number: calibrate(of_seed if several(of_seed) else (of_seed,), meter, budgets)  # type: ignore[arg-type]
-                for number, of_seed in (arm if isinstance(arm, Mapping) else {0: arm}).items()
-            }
+            found = {number: calibrate(each_of(of_seed), meter, budgets) for number, of_seed in _by_seed(arm).items()}
             rows += [_row(label, number, result) for number, results in found.items() for result in results]
             _measure(evaluator, label, found, budgets)
             bar.update()
@@ -180,6 +180,16 @@ def _check_arms(arms: Any) -> None:
         raise ValueError("arms must map at least one name to an intervention, got none. Try {'tuned, away': delta}.")
     if any(ArmLabel.parse(name).arm == UNTUNED for name in arms):
         raise ValueError("arms must not be named 'untuned', which is measured by itself, got one. Leave it out.")
+    labels = [ArmLabel.parse(name) for name in arms]
+    if repeated := [name for name, label in zip(arms, labels, strict=True) if labels.count(label) > 1]:
+        raise ValueError(f"arms must have different names and directions, got {', '.join(repeated)}. Rename one.")
+    for arm in arms.values():
+        for intervention in _by_seed(arm).values():
+            scaled(intervention, 1.0)  # refuses what has no strength
+
+
+def _by_seed(arm: ArmLike) -> Mapping[int, Interventions]:
+    return arm if isinstance(arm, Mapping) else {0: arm}
 
 
 def _measure(
@@ -195,11 +205,10 @@ def _measure(
 
 
 def _row(label: ArmLabel, seed: int, result: Calibrated) -> dict[str, Any]:
-    reached = result.kl
+    n_texts, kl, low, high = result.kl or (None,) * 4
     return {
-        "arm": label.arm, "direction": label.direction, "seed": seed, "budget": result.budget,
-        "strength": result.strength, "kl": None if reached is None else reached.mean,
-        "n_texts": None if reached is None else reached.n, "reason": result.reason,
+        **label._asdict(), "seed": seed, "budget": result.budget, "strength": result.strength,
+        "kl": kl, "kl_low": low, "kl_high": high, "n_texts": n_texts, "reason": result.reason,
     }  # fmt: skip
 
 
@@ -207,7 +216,7 @@ _AT = " at KL "
 
 
 def _named(arm: str, budget: float) -> str:
-    return arm if arm == UNTUNED else f"{arm}{_AT}{budget:g}"
+    return arm if arm == UNTUNED else f"{arm}{_AT}{budget}"
 
 
 def _parsed(name: str) -> tuple[str, float]:

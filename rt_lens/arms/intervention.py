@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from rt_lens.models.protocol import Model
 from rt_lens.steering.binding import steered
@@ -13,6 +13,19 @@ from rt_lens.tuning.delta import WeightDelta
 
 Intervention: TypeAlias = WeightDelta | Sequence[FwdHook] | None
 """A WeightDelta, the hooks that `add` and the like give, or None for the model as it is."""
+Interventions: TypeAlias = Intervention | tuple[Intervention, ...]
+"""One of them, or several in a tuple."""
+
+
+def each_of(interventions: Interventions) -> tuple[Intervention, ...]:
+    """The interventions as a tuple; a tuple of hooks, which are pairs of a name and a function, is one of them."""
+    if isinstance(interventions, tuple) and not all(_is_hook(part) for part in interventions):
+        return cast(tuple[Intervention, ...], interventions)
+    return (cast(Intervention, interventions),)
+
+
+def _is_hook(part: object) -> bool:
+    return isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], str)
 
 
 @contextmanager

@@ -206,7 +206,9 @@ def _to_transformer_lens(
             stem = f"{theirs}.self_attn.{letter.lower()}_proj"
             matrices.append(take(f"{stem}.weight", n * d_head, d_model))
             biases.append(take(f"{stem}.bias", n * d_head) if letter in biased else zeros(n * d_head))
-        for (letter, n), matrix, bias in zip(counts.items(), _in_one(matrices), _in_one(biases), strict=True):
+        for (letter, n), matrix, bias in zip(
+            counts.items(), _side_by_side(matrices), _side_by_side(biases), strict=True
+        ):
             applied = "" if letter == "Q" else grouped
             state[f"{ours}.attn.{applied}W_{letter}"] = rearrange(matrix, "(n h) m -> n m h", n=n)
             state[f"{ours}.attn.{applied}b_{letter}"] = rearrange(bias, "(n h) -> n h", n=n)
@@ -215,7 +217,7 @@ def _to_transformer_lens(
         state[f"{ours}.attn.b_O"] = (
             take(f"{theirs}.self_attn.o_proj.bias", d_model) if "O" in biased else zeros(d_model)
         )
-        gate, up = _in_one([take(f"{theirs}.mlp.{kind}_proj.weight", d_mlp, d_model) for kind in ("gate", "up")])
+        gate, up = _side_by_side([take(f"{theirs}.mlp.{kind}_proj.weight", d_mlp, d_model) for kind in ("gate", "up")])
         state[f"{ours}.mlp.W_in"], state[f"{ours}.mlp.W_gate"] = up.T, gate.T
         state[f"{ours}.mlp.W_out"] = take(f"{theirs}.mlp.down_proj.weight", d_model, d_mlp).T
         state[f"{ours}.mlp.b_in"] = zeros(d_mlp)
@@ -231,7 +233,7 @@ def _to_transformer_lens(
     return state
 
 
-def _in_one(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _side_by_side(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The parts in one memory, one after the other."""
     return torch.cat(list(parts)).split([len(part) for part in parts])
 
