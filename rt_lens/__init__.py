@@ -6,9 +6,9 @@ subpackages: `rt_lens.data`, `vectors`, `steering`, `tuning`, `evaluation`, `arm
 
 from importlib.metadata import PackageNotFoundError, version
 
-import lazy_loader
+from rt_lens.common.lazy_imports import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
 
 try:
     __version__ = version("rt_lens")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import re
 import subprocess
@@ -9,6 +11,7 @@ import sys
 
 import pytest
 
+from rt_lens.common.lazy_imports import collector_rests
 from rt_lens.common.threads import SPIN_COUNT
 
 SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -54,6 +57,42 @@ def test_the_front_door_and_help_import_no_torch_and_the_list_of_models_no_trans
     assert not {"torch", "numpy", "transformer_lens"} & imported("import rt_lens")
     assert not {"torch", "numpy", "transformer_lens"} & imported(COMMAND.format("--help"))
     assert not {"transformers", "transformer_lens"} & imported(COMMAND.format("models"))
+
+
+def test_the_collector_rests_while_names_are_imported_and_works_again_after(tmp_path, monkeypatch):
+    room = tmp_path / "some_room"
+    room.mkdir()
+    (room / "__init__.py").write_text(
+        "from rt_lens.common.lazy_imports import attach_stub\n"
+        "__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)\n"
+    )
+    (room / "__init__.pyi").write_text("from .inner import at_work as at_work, missing as missing\n")
+    (room / "inner.py").write_text("import gc\nat_work = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    room = importlib.import_module("some_room")
+    assert room.at_work is False
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(AttributeError):
+        _ = room.missing
+    assert gc.isenabled()
+
+
+def test_a_users_own_collector_settings_stay():
+    gc.disable()
+    try:
+        with collector_rests():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        gc.freeze()
+        frozen = gc.get_freeze_count()
+        gc.enable()
+        with collector_rests():
+            assert gc.isenabled()
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def test_importing_the_library_sets_no_variable():

@@ -1,4 +1,4 @@
-"""rt_lens as its README uses it."""
+"""rt_lens as its README uses it; what a task does not need is not imported for it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,12 @@ from peers.recipe import (
     WEIGHT_DECAY,
 )
 from peers.worker import Task, serve
-from rt_lens.data import Pair
-from rt_lens.evaluation import LogitDifference
-from rt_lens.models import generate_tokens
-from rt_lens.tuning import Target, TuningData, prepare_data
+from rt_lens import data, evaluation, models, tuning
 
 
 def extract(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     """From the pairs, so that applying the chat template is part of the time."""
-    pairs = rtl.ContrastPairs("mood", tuple(Pair(**pair) for pair in inputs.pairs))
+    pairs = rtl.ContrastPairs("mood", tuple(data.Pair(**pair) for pair in inputs.pairs))
     vectors = rtl.extract_vectors(model, pairs, layers=inputs.layers)
     return {"vectors": torch.stack([vectors[name] for name in vectors.hook_names])}
 
@@ -38,7 +35,7 @@ def generate(model: Any, inputs: Inputs, n_prompts: int | None = None) -> dict[s
     encoded = model.tokenizer(inputs.prompts[:n_prompts], add_special_tokens=False)["input_ids"]
     vectors = rtl.SteeringVectors.load(inputs.vectors)
     with model.hooks(fwd_hooks=rtl.add(vectors, layers=[inputs.steer_layer], multiplier=1.0)):
-        return {"tokens": torch.tensor(generate_tokens(model, encoded, inputs.new_tokens))}
+        return {"tokens": torch.tensor(models.generate_tokens(model, encoded, inputs.new_tokens))}
 
 
 def tuning_config(inputs: Inputs) -> rtl.TuneConfig:
@@ -51,24 +48,24 @@ def tuning_config(inputs: Inputs) -> rtl.TuneConfig:
     )  # fmt: skip
 
 
-def prepare(model: Any, inputs: Inputs) -> TuningData:
+def prepare(model: Any, inputs: Inputs) -> tuning.TuningData:
     """Tokens of the targets, and the residual before the first trained block."""
     targets = [
-        Target(prompt, answer, ended=False)
+        tuning.Target(prompt, answer, ended=False)
         for prompt, answer in zip(inputs.tuning_prompts, inputs.tuning_answers, strict=True)
     ]
     vectors = rtl.SteeringVectors.load(inputs.vectors)
-    return prepare_data(model, vectors, targets, tuning_config(inputs), validation=targets[:1])
+    return tuning.prepare_data(model, vectors, targets, tuning_config(inputs), validation=targets[:1])
 
 
-def tune(model: Any, inputs: Inputs, data: TuningData) -> dict[str, Tensor]:
+def tune(model: Any, inputs: Inputs, prepared: tuning.TuningData) -> dict[str, Tensor]:
     vectors = rtl.SteeringVectors.load(inputs.vectors)
-    delta = rtl.tune(model, vectors, data, tuning_config(inputs), progress=False)
+    delta = rtl.tune(model, vectors, prepared, tuning_config(inputs), progress=False)
     return {"losses": torch.tensor([row["total"] for row in delta.history if row["split"] == "train"])}
 
 
 def sweep(model: Any, inputs: Inputs, multipliers: Sequence[float]) -> dict[str, Tensor]:
-    measure = LogitDifference(inputs.sweep_prompts, *inputs.sweep_words)
+    measure = evaluation.LogitDifference(inputs.sweep_prompts, *inputs.sweep_words)
     vectors = rtl.SteeringVectors.load(inputs.vectors)
     result = rtl.sweep(model, vectors, measure, layers=inputs.sweep_layers, multipliers=multipliers, progress=False)
     return {"differences": torch.tensor(result.table["score"].to_numpy(), dtype=torch.float32)}

@@ -3,6 +3,6 @@
 This subpackage knows nothing of steering or tuning; callers apply those to the model first.
 """
 
-import lazy_loader
+from rt_lens.common.lazy_imports import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,5 +1,5 @@
 """The arms from one TOML file: untuned, steered, token-tuned, rep-tuned, in both directions."""
 
-import lazy_loader
+from rt_lens.common.lazy_imports import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

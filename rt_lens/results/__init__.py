@@ -1,5 +1,5 @@
 """A run's results: files on disk, tables for a paper, and what changed between two runs. It meets no model."""
 
-import lazy_loader
+from rt_lens.common.lazy_imports import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -16,6 +16,6 @@ of them:
 - `heads`: head indices, with hook `z`. Defaults to all.
 """
 
-import lazy_loader
+from rt_lens.common.lazy_imports import attach_stub
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)
