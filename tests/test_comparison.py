@@ -205,7 +205,7 @@ def test_order_of_questions_and_batch_size_change_no_score(tiny, delta, tasks):
         (lambda m: compare_arms(m, {}, {"a": EvalTask(PROMPTS)}), "arms must map at least one name to an intervention"),
         (
             lambda m: compare_arms(m, {"x": 3}, {"a": EvalTask(PROMPTS)}, progress=False),
-            "interventions must be a WeightDelta, a list of hooks as `add` gives, or None, got a int",
+            "interventions must be a WeightDelta, a list of hooks as `add` gives, a SystemPrompt, or None, got a int",
         ),
         (lambda m: compare_arms(m, {"x": None}, {}), "tasks must map at least one name to an EvalTask"),
         (lambda m: ArmEvaluator(m, {"a": EvalTask(PROMPTS)}).scores(), "scores needs at least one measured arm"),

@@ -17,6 +17,7 @@ import torch
 from llama_folder import llama_folder
 from typer.testing import CliRunner
 
+import rt_lens.arms.ways.token_tuned as token_tuned_module
 import rt_lens.experiment.run as run_module
 from rt_lens.apps.cli import app
 from rt_lens.apps.report.page import write_report
@@ -33,6 +34,7 @@ from rt_lens.vectors.steering_vectors import SteeringVectors
 SMALL = """
 name = "sweetness"
 description = "Sweet against bitter, a behaviour of a user's own."
+arms = ["prompted", "steered", "token_tuned", "rep_tuned"]
 [pairs]
 positive = ["You adore everything sweet.", "Speak of honey and cake.", "You taste sugar in every word."]
 negative = ["You adore everything bitter.", "Speak of bile and ash.", "You taste gall in every word."]
@@ -71,8 +73,15 @@ max_new_tokens = 6
 n_facts = 4
 n_instructions = 2
 n_texts = 3
+[compare]
+kl = [0.003, 0.01]
+side_effects = "stated"
+n_texts = 3
+max_new_tokens = 6
+n_personas = 1
 """
-ROWS = [("untuned", "none"), *((arm, d) for arm in ("steered", "token_tuned", "rep_tuned") for d in ("toward", "away"))]
+ARMS = ("prompted", "steered", "token_tuned", "rep_tuned")
+ROWS = [("untuned", "none"), *((arm, direction) for arm in ARMS for direction in ("toward", "away"))]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +107,8 @@ def command(*arguments: str, code: int = 0) -> str:
 def test_results_hold_every_arm_and_direction_with_intervals(run):
     results = json.loads((run / "results.json").read_text())
     assert sorted((row["arm"], row["direction"]) for row in results["summary"]) == sorted(ROWS)
-    assert len(results["arms"]) == 1 + 3 * (1 + 2)  # untuned; steered and two tuned arms x one and two seeds
+    # Untuned; steered and two tuned arms x one and two seeds; prompted, which does not depend on the seed.
+    assert len(results["arms"]) == 1 + 3 * (1 + 2) + 2
     for row in results["summary"] + results["arms"]:
         assert row["n"] == 4
         assert row["low"] <= row["mean"] <= row["high"]
@@ -178,7 +188,7 @@ def tuned(tiny_experiment, tmp_path, monkeypatch):
         given.append((vectors, material, config))
         return tune(model, vectors, material, config, **others)
 
-    monkeypatch.setattr(run_module, "tune", noting)
+    monkeypatch.setattr(token_tuned_module, "tune", noting)
     run_experiment(tiny_experiment, tmp_path / "out", progress=False)
     return given
 
@@ -269,7 +279,7 @@ def test_a_second_run_in_a_folder_takes_the_place_of_the_first_whole_or_not_at_a
     assert {"vectors.safetensors", "rep_tuned_toward.safetensors", "rep_tuned_away.safetensors"} <= set(files)
 
     def breaks_off(self, arm, *interventions, **label):  # by then the second run has vectors
-        if arm == "steered":
+        if arm.startswith("steered"):
             raise KeyboardInterrupt
         return measure(self, arm, *interventions, **label)
 
@@ -456,10 +466,18 @@ def test_a_key_under_both_names_is_refused(tmp_path):
         load_experiment_of(tmp_path, '[honesty]\nopener = "A:"\nprefill = "B:"\n')
 
 
-def test_choices_need_a_multiplier_within_the_bound(tmp_path):
-    (tmp_path / "b.toml").write_text(SMALL.replace("bound = 1.5", "bound = 1.0").replace("[0.5]", "[40.0]"))
-    with pytest.raises(ValueError, match="Give smaller multipliers, or raise choose.bound"):
-        run_experiment(load_experiment(tmp_path / "b.toml"), tmp_path / "out", progress=False)
+def test_a_direction_without_a_dose_within_the_bound_runs_all_the_same_and_says_so(tiny_experiment, tmp_path):
+    choose = replace(tiny_experiment.choose, multipliers=(40.0, 20.0), bound=0.1)
+    alone = replace(tiny_experiment, choose=choose, arms=("steered",), tune_seeds={"toward": (0,), "away": (0,)})
+    results = run_experiment(alone, tmp_path / "out", progress=False)
+    assert not any(row["admissible"] for row in results["dose_response"] if row["multiplier"])
+    for direction, multiplier in (("toward", 20.0), ("away", -20.0)):
+        choice = results["choices"][direction]
+        assert choice["multiplier"] == multiplier
+        assert "at the smallest multiplier; none keeps perplexity within the bound" in choice["why"]
+    reached = [row for row in results["at_kl"]["strengths"] if not row["reason"]]
+    assert len(reached) == 4 and all(abs(row["kl"] / row["budget"] - 1) < 0.04 for row in reached)
+    write_report(tmp_path / "out")
 
 
 def test_the_wheel_carries_the_data(tmp_path):

@@ -1,8 +1,9 @@
 """How strongly an intervention acts, and the strength at which it does a given damage.
 
 Arms compared at different damage are not compared: a stronger dose of the worse one can score higher. Damage here is
-KL(untuned || intervention) per token on neutral texts. It grows about with the square of a small strength, so a secant
-between logarithms finds the strength for a budget in a few evaluations.
+KL(untuned || intervention) per token on neutral texts. Give it plain ones and the untuned model's own responses to
+neutral prompts: a system prompt, or an edit of generated tokens, acts on the latter alone. KL grows about with the
+square of a small strength, so a secant between logarithms finds the strength for a budget in a few evaluations.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rt_lens.arms.intervention import Intervention, Interventions, applied, check_intervention, each_of
-from rt_lens.common.inputs import text_list
+from rt_lens.arms.intervention import (
+    Intervention,
+    Interventions,
+    SystemPrompt,
+    applied,
+    check_intervention,
+    each_of,
+)
 from rt_lens.common.statistics.intervals import Interval
-from rt_lens.evaluation.texts import PerplexityResult, perplexity
+from rt_lens.evaluation.texts import PerplexityResult, Scored, perplexity, scored_list
 from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.protocol import Model
 from rt_lens.steering.edits import Edit
@@ -35,7 +42,8 @@ def scaled(intervention: Interventions, strength: float) -> Interventions:
         strength: 1 leaves it as it is, 0 makes it act on nothing.
 
     Raises:
-        ValueError: for a hook that is a function of your own, which has no multiplier, or a strength not finite.
+        ValueError: for a hook that is a function of your own, which has no multiplier, a SystemPrompt, or a strength
+            not finite.
 
     Example:
         >>> (_, edit), = scaled(add(vectors, [21], multiplier=-2.0), 0.5)
@@ -49,10 +57,24 @@ def scaled(intervention: Interventions, strength: float) -> Interventions:
     return acting if parts is intervention else acting[0]
 
 
+def has_strength(intervention: Interventions) -> bool:
+    """Whether an intervention can be scaled. A system prompt is what it is, and so is anything together with one.
+
+    Example:
+        >>> has_strength(add(vectors, [21])), has_strength(rtl.arms.SystemPrompt("You are a pirate."))
+        (True, False)
+    """
+    return not any(isinstance(part, SystemPrompt) for part in each_of(intervention))
+
+
 def _scaled(intervention: Intervention, strength: float) -> Intervention:
     check_intervention(intervention, "intervention")
     if intervention is None:
         return None
+    if isinstance(intervention, SystemPrompt):
+        raise ValueError(
+            "intervention must have a strength, got a SystemPrompt, which has none. Measure it as it is (compare_arms)."
+        )
     if isinstance(intervention, WeightDelta):
         return strength * intervention
     return [(name, _scaled_edit(name, edit, strength)) for name, edit in intervention]
@@ -72,7 +94,7 @@ class KLMeter:
 
     Args:
         model: the untuned model.
-        texts: such as `neutral_paragraphs()`.
+        texts: plain texts such as `neutral_paragraphs()`, and a Response for each of the model's own answers.
         seed: seed for the bootstraps.
 
     Example:
@@ -81,8 +103,8 @@ class KLMeter:
         True
     """
 
-    def __init__(self, model: Model, texts: Iterable[str], *, seed: int = 0) -> None:
-        self.model, self.texts, self.seed = model, text_list(texts, "texts", blank=True), seed
+    def __init__(self, model: Model, texts: Iterable[Scored], *, seed: int = 0) -> None:
+        self.model, self.texts, self.seed = model, scored_list(texts, "texts"), seed
         self._shared = SharedBelow(model)
         self._untuned: PerplexityResult | None = None
 
@@ -211,8 +233,13 @@ class _Search:
         return math.exp((1 - share) * math.log(below) + share * math.log(above))
 
     def _step(self, strength: float, budget: float) -> float:
-        """The factor to the budget, if KL grows with the square."""
-        return math.sqrt(budget / max(self._kl(strength), 1e-12))
+        """The factor to the budget, if KL goes on growing as between the two strengths nearest; at first, squared."""
+        power, kl = 2.0, max(self._kl(strength), 1e-12)
+        others = [s for s in self.tried if s != strength and 0 < self._kl(s) < math.inf]
+        if others:
+            other = min(others, key=lambda s: abs(math.log(s / strength)))
+            power = math.log(self._kl(other) / kl) / math.log(other / strength)
+        return float((budget / kl) ** (1 / min(4.0, max(1.0, power))))
 
     def _kl(self, strength: float) -> float:
         kl = self.tried[strength].mean

@@ -16,7 +16,6 @@ import pandas as pd
 from jaxtyping import Float
 
 from rt_lens.arms.intervention import Intervention, Interventions, applied, each_of
-from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.comparisons import holm, paired_comparison
 from rt_lens.common.statistics.intervals import Interval, crossed_interval, ratio_interval, share_interval
@@ -24,7 +23,7 @@ from rt_lens.data.questions import Answer
 from rt_lens.evaluation.answering import ask, response_text
 from rt_lens.evaluation.scorers import is_share
 from rt_lens.evaluation.tasks import EvalTask
-from rt_lens.evaluation.texts import PerplexityResult, perplexity
+from rt_lens.evaluation.texts import PerplexityResult, Scored, perplexity, scored_list
 from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.protocol import Model
 
@@ -57,7 +56,7 @@ class ArmEvaluator:
         self,
         model: Model,
         tasks: Mapping[str, EvalTask],
-        texts: Iterable[str] = (),
+        texts: Iterable[Scored] = (),
         *,
         seed: int = 0,
         batch_size: int = 64,
@@ -67,7 +66,7 @@ class ArmEvaluator:
                 "tasks must map at least one name to an EvalTask, got none. Try {'test': EvalTask(prompts)}."
             )
         self.model, self.tasks, self.seed, self.batch_size = model, dict(tasks), seed, batch_size
-        self.texts = text_list(texts, "texts", blank=True, none=True)
+        self.texts = scored_list(texts, "texts", none=True)
         self._scores: list[dict[str, Any]] = []
         self._texts: list[dict[str, Any]] = []
         self._answers: list[dict[str, Any]] = []
@@ -75,8 +74,22 @@ class ArmEvaluator:
         self._reference: PerplexityResult | None = None
         self._shared = SharedBelow(model)  # the blocks below what an arm changes read the same texts in all arms
 
-    def measure(self, arm: str, *interventions: Intervention, direction: str = "none", seed: int = 0) -> None:
+    def measure(
+        self,
+        arm: str,
+        *interventions: Intervention,
+        direction: str = "none",
+        seed: int = 0,
+        only: Iterable[str] | None = None,
+    ) -> None:
         """Applies an arm, asks everything, reverts it, and scores. KL and pairwise judges refer to the first arm.
+
+        Args:
+            arm: its name.
+            interventions: applied in order.
+            direction: which way it goes.
+            seed: tuning seed.
+            only: names of the sets to ask. Defaults to all. The first arm is asked all.
 
         Raises:
             ValueError: if this arm was measured with this direction and seed before.
@@ -85,8 +98,11 @@ class ArmEvaluator:
         if any(label.items() <= row.items() for row in self._scores):
             raise ValueError(f"arm {arm!r} ({direction}, seed {seed}) was already measured. Choose a different name.")
         answers: dict[str, list[Answer]] = {}
+        asked = set(self.tasks) if only is None or not self._baseline else set(only)
         with self._shared, applied(self.model, *interventions):
             for name, task in self.tasks.items():
+                if name not in asked:
+                    continue
                 answers[name] = ask(
                     self.model, task.asked, {scorer.reads for scorer in task.made}, seed=self.seed,
                     max_new_tokens=task.max_new_tokens, batch_size=self.batch_size,
@@ -97,6 +113,11 @@ class ArmEvaluator:
             self._score(label, name, of_task)
         if perplexities is not None:
             self._keep_texts(label, perplexities)
+
+    @property
+    def baseline(self) -> Mapping[str, Sequence[Answer]]:
+        """Set name -> the answers of the first arm."""
+        return self._baseline
 
     def scores(self) -> ArmScores:
         """What was measured so far.
@@ -285,7 +306,7 @@ def compare_arms(
     arms: Mapping[str, ArmLike],
     tasks: Mapping[str, EvalTask] | EvalTask,
     *,
-    texts: Iterable[str] = (),
+    texts: Iterable[Scored] = (),
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
-from rt_lens.arms.calibration import Calibrated, KLMeter, calibrate, scaled
+from rt_lens.arms.calibration import Calibrated, KLMeter, calibrate, has_strength, scaled
 from rt_lens.arms.comparison import ArmEvaluator, ArmLike, ArmScores
 from rt_lens.arms.intervention import Interventions, each_of
 from rt_lens.common.arm_labels import ArmLabel
-from rt_lens.common.inputs import text_list
 from rt_lens.common.progress import Bar
+from rt_lens.common.statistics.intervals import Interval
+from rt_lens.data.questions import Answer
 from rt_lens.evaluation.tasks import EvalTask
+from rt_lens.evaluation.texts import Response, Scored, scored_list
 from rt_lens.models.protocol import Model
 
 UNTUNED = "untuned"
@@ -28,9 +30,12 @@ class KLCurves:
     """The scores of arms at equal damage.
 
     Attributes:
-        scores: of the untuned model, and of each arm at each budget, as the arm `name at KL budget`.
+        scores: of the untuned model, of each arm at each budget, as the arm `name at KL budget`, and of arms without a
+            strength, by their name.
         strengths: a row per arm, direction, seed and budget: strength, kl, kl_low, kl_high (on the calibration's
-            texts), n_texts, reason (empty where the budget was reached; else strength and kl are empty).
+            texts), n_texts; own_kl, own_kl_low, own_kl_high, n_own (on the untuned responses to the prompts of the
+            first set); reason (empty where the budget was reached; else all these are empty). An arm without a
+            strength has one row, without a budget.
 
     Example:
         >>> arms = {"steered, away": add(vectors, [21], -1.0), "rep_tuned, away": {0: delta}}
@@ -46,27 +51,63 @@ class KLCurves:
     strengths: pd.DataFrame
 
     def table(self, name: str | None = None, scorer: str | None = None) -> pd.DataFrame:
-        """A row per arm, direction and budget that was reached, for `plots.effect_at_kl`; the untuned model first.
+        """A row per arm, direction and budget that every seed reached; the untuned model first.
+
+        An arm without a strength has one row, without a budget. `plots.effect_at_kl` draws the table.
 
         Args:
             name: of the set. Defaults to the first.
             scorer: its name. Defaults to the set's first.
 
         Returns:
-            The columns of `ArmScores.summary`, and budget (NaN for the untuned model). `kl` is the KL reached on texts
-            that the calibration has not seen.
+            The columns of `ArmScores.summary`, and budget (NaN for the untuned model, and for an arm without a
+            strength). `kl` is the KL reached on texts that the calibration has not seen.
 
         Raises:
             ValueError: for an unknown set or scorer.
         """
-        summary = self.scores.summary()
+        summary = self.summary()
         known = list(dict.fromkeys(zip(summary["set"], summary["scorer"], strict=True)))
         wanted = [(a, b) for a, b in known if name in (None, a) and scorer in (None, b)]
         if not wanted:
             raise ValueError(f"name and scorer must be one of {known}, got ({name!r}, {scorer!r}).")
-        rows = summary[(summary["set"] == wanted[0][0]) & (summary["scorer"] == wanted[0][1])]
+        of_it = (summary["set"] == wanted[0][0]) & (summary["scorer"] == wanted[0][1])
+        return summary[of_it].reset_index(drop=True)
+
+    def summary(self) -> pd.DataFrame:
+        """The rows of `table` of all sets and scorers, side effects too."""
+        rows = self.scores.summary()
         parts = [_parsed(arm) for arm in rows["arm"]]
-        return rows.assign(arm=[arm for arm, _ in parts], budget=[budget for _, budget in parts]).reset_index(drop=True)
+        rows = rows.assign(arm=[arm for arm, _ in parts], budget=[budget for _, budget in parts])
+        missed = set(self.gaps[_CELL].itertuples(index=False, name=None))
+        kept = [cell not in missed for cell in rows[_CELL].itertuples(index=False, name=None)]
+        return rows[kept].reset_index(drop=True)
+
+    def at(self, budget: float) -> ArmScores:
+        """The scores at one budget, by the arms' own names: of the untuned model, and of those without a strength.
+
+        An arm that does not reach the budget with every seed is left out.
+
+        Args:
+            budget: one of those measured.
+
+        Raises:
+            ValueError: for a budget that was not measured.
+        """
+        self._check(budget)
+        missed = set(self.gaps[_CELL].itertuples(index=False, name=None))
+
+        def here(arm: str, direction: str) -> bool:
+            name, its = _parsed(arm)
+            return math.isnan(its) or (its == budget and (name, direction, budget) not in missed)
+
+        def of(table: pd.DataFrame) -> pd.DataFrame:
+            kept = table[[here(*cell) for cell in zip(table["arm"], table["direction"], strict=True)]]
+            return kept.assign(arm=[_parsed(arm)[0] for arm in kept["arm"]]).reset_index(drop=True)
+
+        kept = [row for row in self.scores.answers if here(row["arm"], row["direction"])]
+        answers = [{**row, "arm": _parsed(row["arm"])[0]} for row in kept]
+        return replace(self.scores, scores=of(self.scores.scores), texts=of(self.scores.texts), answers=answers)
 
     @property
     def gaps(self) -> pd.DataFrame:
@@ -89,9 +130,8 @@ class KLCurves:
         Raises:
             ValueError: for a budget or arm that was not measured.
         """
-        table, budgets = self.table(*(of or (None, None))), sorted(self.strengths["budget"].unique())
-        if budget not in budgets:
-            raise ValueError(f"budget must be one of {', '.join(f'{b:g}' for b in budgets)}, got {budget:g}.")
+        self._check(budget)
+        table = self.table(*(of or (None, None)))
         arms = list(dict.fromkeys([UNTUNED, *self.strengths["arm"]]))
         if unknown := [arm for arm in against if arm not in arms]:
             raise ValueError(f"against must name arms of {', '.join(arms)}, got {unknown[0]!r}.")
@@ -108,6 +148,103 @@ class KLCurves:
             return rows
         return rows.assign(a=[_parsed(a)[0] for a in rows["a"]], b=[_parsed(b)[0] for b in rows["b"]], budget=budget)
 
+    def _check(self, budget: float) -> None:
+        budgets = sorted(self.strengths["budget"].dropna().unique())
+        if budget not in budgets:
+            raise ValueError(f"budget must be one of {', '.join(f'{b:g}' for b in budgets)}, got {budget:g}.")
+
+
+class KLEvaluator:
+    """Measures one arm after the other at the strengths of some budgets; a delta can be forgotten once it was measured.
+
+    Args:
+        model: the untuned model, which is measured first, as `untuned`.
+        tasks: set name -> EvalTask.
+        kl: the budgets, in nats per token.
+        calibration: texts that set the strengths. Use them for nothing else.
+        texts: other neutral texts, on which the KL reached is reported.
+        always: names of the sets that are asked at every budget. Defaults to all.
+        stated: the budget at which the others are asked.
+        seed: seed for the bootstraps.
+        batch_size: texts per batch.
+
+    Example:
+        >>> task = EvalTask(prompts, max_new_tokens=4)
+        >>> evaluator = KLEvaluator(model, {"test": task}, [0.01], calibration=texts, texts=neutral)
+        >>> (found,) = evaluator.measure("rep_tuned, away", delta, seed=3)
+        >>> found.reached, evaluator.curves().strengths[["arm", "seed"]].values.tolist()
+        (True, [['rep_tuned', 3]])
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tasks: Mapping[str, EvalTask],
+        kl: Sequence[float] = BUDGETS,
+        *,
+        calibration: Iterable[Scored],
+        texts: Iterable[Scored],
+        always: Collection[str] | None = None,
+        stated: float | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        self.budgets = list(dict.fromkeys(map(float, kl)))
+        if not self.budgets:
+            raise ValueError("kl must be at least one budget, got none. Try [0.01].")
+        calibration, texts = scored_list(calibration, "calibration"), scored_list(texts, "texts")
+        if shared := set(calibration) & set(texts):
+            text = min(map(str, shared))
+            raise ValueError(f"texts must be other texts than those of calibration, got {text[:60]!r} in both.")
+        self.always, self.stated = always, stated
+        self.evaluator = ArmEvaluator(model, tasks, texts, seed=seed, batch_size=batch_size)
+        self.meter = KLMeter(model, calibration, seed=seed)
+        self._rows: list[dict[str, Any]] = []
+        self.evaluator.measure(UNTUNED)
+        own = _responses(next(iter(self.evaluator.baseline.values())))
+        self.own = KLMeter(model, own, seed=seed) if own else None
+
+    def measure(self, arm: str, interventions: Interventions, seed: int = 0) -> list[Calibrated]:
+        """Finds the strengths of an arm and measures it at each; an arm without a strength as it is.
+
+        Args:
+            arm: `name, direction`, or a name.
+            interventions: at any strength above 0.
+            seed: tuning seed.
+
+        Returns:
+            A result for each budget; none for an arm without a strength.
+        """
+        label, parts = ArmLabel.parse(arm), each_of(interventions)
+        if not has_strength(interventions):
+            self.evaluator.measure(label.arm, *parts, direction=label.direction, seed=seed)
+            with_kl = Calibrated(math.nan, math.nan, interventions, self.meter(interventions), None, {})
+            self._rows.append(_row(label, seed, with_kl, self._own_kl(interventions)))
+            return []
+        results = calibrate(parts, self.meter, self.budgets)
+        for result in results:
+            if result.reached:
+                assert isinstance(result.intervention, tuple)
+                self.evaluator.measure(
+                    _named(label.arm, result.budget), *result.intervention, direction=label.direction, seed=seed,
+                    only=None if result.budget == self.stated else self.always,
+                )  # fmt: skip
+            self._rows.append(_row(label, seed, result, self._own_kl(result.intervention) if result.reached else None))
+        return results
+
+    def unavailable(self, arm: str, reason: str, seed: int = 0) -> None:
+        """Records that an arm could not be made: a gap at every budget, with the reason."""
+        label = ArmLabel.parse(arm)
+        gaps = (Calibrated(budget, None, None, None, None, {}, reason) for budget in self.budgets)
+        self._rows += [_row(label, seed, gap, None) for gap in gaps]
+
+    def curves(self) -> KLCurves:
+        """What was measured so far."""
+        return KLCurves(self.evaluator.scores(), pd.DataFrame(self._rows, columns=_STRENGTHS))
+
+    def _own_kl(self, intervention: Interventions) -> Interval | None:
+        return None if self.own is None else self.own(intervention)
+
 
 def compare_at_kl(
     model: Model,
@@ -115,17 +252,17 @@ def compare_at_kl(
     tasks: Mapping[str, EvalTask] | EvalTask,
     kl: Sequence[float] = BUDGETS,
     *,
-    calibration: Iterable[str],
-    texts: Iterable[str],
+    calibration: Iterable[Scored],
+    texts: Iterable[Scored],
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = True,
 ) -> KLCurves:
     """Measures arms at equal damage: the strength of each is set so that its KL to the untuned model is the budget.
 
-    An arm is scaled as a whole: the multipliers of its edits, the differences of its weights (`scaled`). With several
-    tuning seeds each has its own strength. A budget that an arm does not reach with every seed is a gap in its curve,
-    with the reason in `gaps`.
+    An arm is scaled as a whole: the multipliers of its edits, the differences of its weights (`scaled`). One without a
+    strength, a system prompt, is measured as it is. With several tuning seeds each has its own strength. A budget that
+    an arm does not reach with every seed is a gap in its curve, with the reason in `gaps`.
 
     Args:
         model: the untuned model, which is measured too, as `untuned`.
@@ -140,8 +277,8 @@ def compare_at_kl(
         progress: show a bar.
 
     Raises:
-        ValueError: for no arm, an arm named `untuned` or without a strength, a text in both lists, or a budget that is
-            not above 0.
+        ValueError: for no arm, an arm named `untuned`, a hook without a multiplier, a text in both lists, or a budget
+            that is not above 0.
 
     Example:
         >>> curves = compare_at_kl(
@@ -152,27 +289,18 @@ def compare_at_kl(
         >>> 0 < low < high and curves.gaps.empty
         True
     """
-    budgets = list(dict.fromkeys(map(float, kl)))
-    if not budgets:
-        raise ValueError("kl must be at least one budget, got none. Try [0.01].")
-    calibration, texts = text_list(calibration, "calibration"), text_list(texts, "texts")
     _check_arms(arms)
-    if shared := set(calibration) & set(texts):
-        raise ValueError(f"texts must be other texts than those of calibration, got {min(shared)[:60]!r} in both.")
     tasks = {"test": tasks} if isinstance(tasks, EvalTask) else tasks
-    evaluator = ArmEvaluator(model, tasks, texts, seed=seed, batch_size=batch_size)
-    meter = KLMeter(model, calibration, seed=seed)
-    rows: list[dict[str, Any]] = []
     with Bar(total=len(arms), desc="arms at equal KL", unit="arm", disable=not progress) as bar:
-        evaluator.measure(UNTUNED)
+        evaluator = KLEvaluator(
+            model, tasks, kl, calibration=calibration, texts=texts, seed=seed, batch_size=batch_size
+        )
         for name, arm in arms.items():
             bar.set_postfix(arm=name)
-            label = ArmLabel.parse(name)
-            found = {number: calibrate(each_of(of_seed), meter, budgets) for number, of_seed in _by_seed(arm).items()}
-            rows += [_row(label, number, result) for number, results in found.items() for result in results]
-            _measure(evaluator, label, found, budgets)
+            for number, of_seed in _by_seed(arm).items():
+                evaluator.measure(name, of_seed, number)
             bar.update()
-    return KLCurves(evaluator.scores(), pd.DataFrame(rows))
+    return evaluator.curves()
 
 
 def _check_arms(arms: Any) -> None:
@@ -185,33 +313,38 @@ def _check_arms(arms: Any) -> None:
         raise ValueError(f"arms must have different names and directions, got {', '.join(repeated)}. Rename one.")
     for arm in arms.values():
         for intervention in _by_seed(arm).values():
-            scaled(intervention, 1.0)  # refuses what has no strength
+            if has_strength(intervention):
+                scaled(intervention, 1.0)  # refuses a hook without a multiplier
 
 
 def _by_seed(arm: ArmLike) -> Mapping[int, Interventions]:
     return arm if isinstance(arm, Mapping) else {0: arm}
 
 
-def _measure(
-    evaluator: ArmEvaluator, label: ArmLabel, found: Mapping[int, Sequence[Calibrated]], budgets: Sequence[float]
-) -> None:
-    """Measures an arm at the budgets that every seed reaches."""
-    for number, budget in enumerate(budgets):
-        at_budget = {seed: results[number] for seed, results in found.items()}
-        if all(result.reached for result in at_budget.values()):
-            for seed, result in at_budget.items():
-                assert isinstance(result.intervention, tuple)
-                evaluator.measure(_named(label.arm, budget), *result.intervention, direction=label.direction, seed=seed)
+def _responses(answers: Sequence[Answer]) -> list[Scored]:
+    """The responses to prompts that stand alone: without persona, prefill or options."""
+    return [
+        Response(answer.question.prompt, answer.text)
+        for answer in answers
+        if answer.text and not (answer.question.system or answer.question.prefill or answer.question.options)
+    ]
 
 
-def _row(label: ArmLabel, seed: int, result: Calibrated) -> dict[str, Any]:
+def _row(label: ArmLabel, seed: int, result: Calibrated, own: Interval | None) -> dict[str, Any]:
     n_texts, kl, low, high = result.kl or (None,) * 4
+    n_own, own_kl, own_low, own_high = own or (None,) * 4
     return {
         **label._asdict(), "seed": seed, "budget": result.budget, "strength": result.strength,
-        "kl": kl, "kl_low": low, "kl_high": high, "n_texts": n_texts, "reason": result.reason,
+        "kl": kl, "kl_low": low, "kl_high": high, "n_texts": n_texts,
+        "own_kl": own_kl, "own_kl_low": own_low, "own_kl_high": own_high, "n_own": n_own, "reason": result.reason,
     }  # fmt: skip
 
 
+_CELL = ["arm", "direction", "budget"]
+_STRENGTHS = [
+    *("arm", "direction", "seed", "budget", "strength", "kl", "kl_low", "kl_high", "n_texts"),
+    *("own_kl", "own_kl_low", "own_kl_high", "n_own", "reason"),
+]
 _AT = " at KL "
 
 

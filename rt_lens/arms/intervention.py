@@ -1,18 +1,46 @@
-"""Interventions on a model: hooks, weight deltas, both, or none. This module measures nothing."""
+"""Interventions on a model: hooks, weight deltas, system prompts, several of them, or none. It measures nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from rt_lens.models.protocol import Model
+from rt_lens.models.tokens.chats import system_prompt
 from rt_lens.steering.binding import steered
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.delta import WeightDelta
 
-Intervention: TypeAlias = WeightDelta | Sequence[FwdHook] | None
-"""A WeightDelta, the hooks that `add` and the like give, or None for the model as it is."""
+
+@dataclass(frozen=True)
+class SystemPrompt:
+    """An intervention that asks for the behaviour: a system prompt for every chat that has none of its own.
+
+    It acts on prompts that get the chat template while it is applied, and not on plain texts or finished chats. A model
+    without a template reads it as a paragraph before the prompt.
+
+    Attributes:
+        text: a persona or instruction.
+
+    Example:
+        >>> with applied(model, SystemPrompt("You are a happy assistant.")):
+        ...     print(rtl.chat_text(model, "How was your day?"))
+        <|im_start|>system
+        You are a happy assistant.<|im_end|>
+        ...
+    """
+
+    text: str
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError("text must be a persona or an instruction, got an empty one. Use None to change nothing.")
+
+
+Intervention: TypeAlias = WeightDelta | Sequence[FwdHook] | SystemPrompt | None
+"""A WeightDelta, the hooks that `add` and the like give, a SystemPrompt, or None for the model as it is."""
 Interventions: TypeAlias = Intervention | tuple[Intervention, ...]
 """One of them, or several in a tuple."""
 
@@ -34,7 +62,7 @@ def applied(model: Model, *interventions: Intervention) -> Iterator[Any]:
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        interventions: WeightDeltas and lists of hooks; None changes nothing.
+        interventions: WeightDeltas, lists of hooks, SystemPrompts; None changes nothing.
 
     Raises:
         ValueError: for anything else; then nothing is changed.
@@ -51,6 +79,8 @@ def applied(model: Model, *interventions: Intervention) -> Iterator[Any]:
         for intervention in interventions:
             if isinstance(intervention, WeightDelta):
                 stack.enter_context(intervention.applied(model))
+            elif isinstance(intervention, SystemPrompt):
+                stack.enter_context(system_prompt(model, intervention.text))
             elif intervention is not None:
                 stack.enter_context(steered(model, list(intervention)))
         yield model
@@ -65,8 +95,8 @@ def check_intervention(intervention: object, argument: str = "interventions") ->
     hooks = isinstance(intervention, Sequence) and all(
         isinstance(hook, tuple) and len(hook) == 2 for hook in intervention
     )
-    if not (intervention is None or isinstance(intervention, WeightDelta) or hooks):
+    if not (intervention is None or isinstance(intervention, WeightDelta | SystemPrompt) or hooks):
         raise ValueError(
-            f"{argument} must be a WeightDelta, a list of hooks as `add` gives, or None, got a "
+            f"{argument} must be a WeightDelta, a list of hooks as `add` gives, a SystemPrompt, or None, got a "
             f"{type(intervention).__name__}."
         )

@@ -1,4 +1,6 @@
 from .builtin import behaviours as behaviours
+from .builtin import calibration_paragraphs as calibration_paragraphs
+from .builtin import calibration_prompts as calibration_prompts
 from .builtin import data_path as data_path
 from .builtin import held_out_neutral_prompts as held_out_neutral_prompts
 from .builtin import neutral_paragraphs as neutral_paragraphs

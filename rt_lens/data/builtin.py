@@ -66,8 +66,17 @@ def neutral_paragraphs() -> list[str]:
         >>> len(paragraphs), paragraphs[0][:26]
         (24, 'A canal lock lets a boat p')
     """
-    text = data_path("neutral/text.txt").read_text(encoding="utf-8")
-    return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
+    return _paragraphs("neutral/text.txt")
+
+
+def calibration_paragraphs() -> list[str]:
+    """48 more paragraphs of that kind, on other subjects (for setting strengths to a KL only).
+
+    Example:
+        >>> set(calibration_paragraphs()) & set(neutral_paragraphs())
+        set()
+    """
+    return _paragraphs("neutral/calibration.txt")
 
 
 def neutral_prompts() -> list[str]:
@@ -78,6 +87,16 @@ def neutral_prompts() -> list[str]:
         (64, 'How many legs does a spider have?')
     """
     return _lines("neutral/prompts.txt")
+
+
+def calibration_prompts() -> list[str]:
+    """48 neutral instructions on other subjects (for setting strengths to a KL, and for reporting it, only).
+
+    Example:
+        >>> set(calibration_prompts()) & {*neutral_prompts(), *held_out_neutral_prompts()}
+        set()
+    """
+    return _lines("neutral/calibration_prompts.txt")
 
 
 def held_out_neutral_prompts() -> list[str]:
@@ -130,6 +149,11 @@ def question_file(name_or_path: str | Path) -> Path:
     """
     known = QUESTIONS.get(str(name_or_path))
     return Path(name_or_path) if known is None else data_path(known)
+
+
+def _paragraphs(relative: str) -> list[str]:
+    text = data_path(relative).read_text(encoding="utf-8")
+    return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def _lines(relative: str) -> list[str]:

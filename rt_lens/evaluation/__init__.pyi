@@ -32,4 +32,5 @@ from .tasks import LogitDifference as LogitDifference
 from .tasks import Measure as Measure
 from .tasks import evaluate as evaluate
 from .texts import PerplexityResult as PerplexityResult
+from .texts import Response as Response
 from .texts import perplexity as perplexity

@@ -10,14 +10,14 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rt_lens.common.inputs import text_list
+from rt_lens.common.inputs import as_text, listed
 from rt_lens.common.progress import breathe
 from rt_lens.common.statistics.intervals import Interval, ratio_interval
 from rt_lens.models.context import token_context
@@ -25,6 +25,29 @@ from rt_lens.models.divergence import kl_divergence
 from rt_lens.models.forward import logits_where
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
+from rt_lens.models.tokens.chats import answered, chat_text
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response to a prompt, to be scored: its tokens count, those of the prompt do not.
+
+    Attributes:
+        prompt: the user's message, in the model's chat template and under its current system prompt.
+        text: the response.
+
+    Example:
+        >>> reply = Response("Name a metal.", "Iron is a metal.")
+        >>> perplexity(model, [reply]).sizes.tolist() < perplexity(model, [reply.text]).sizes.tolist()
+        False
+    """
+
+    prompt: str
+    text: str
+
+
+Scored: TypeAlias = str | Response
+"""A plain text, or a response to a prompt."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,7 @@ class PerplexityResult:
         texts_sha256: checksum of the texts.
         seed: seed for the bootstrap.
         log_probabilities: Float[Tensor, "token d_vocab"] if kept, so that this result can be a reference. Tokens are
-            in the order of the forward passes, longest windows first.
+            in the order of the forward passes, windows that score most first.
         window: tokens per forward pass, if a text is longer than that; None if all texts fit.
         stride: tokens from the start of one window to the start of the next; None if all texts fit.
 
@@ -96,7 +119,7 @@ class PerplexityResult:
 @torch.no_grad()
 def perplexity(
     model: Model,
-    texts: Iterable[str],
+    texts: Iterable[Scored],
     *,
     reference: PerplexityResult | None = None,
     keep: bool = False,
@@ -119,7 +142,7 @@ def perplexity(
 
     Args:
         model: the model, measured with its current hooks and weights.
-        texts: texts, each scored on its own, from its second token on.
+        texts: texts, each scored on its own, from its second token on; a Response from its first.
         reference: an earlier result with `keep=True` on the same texts and windows.
         keep: keep the log-probabilities (4 bytes x tokens x vocabulary; 8 bytes for a model in float64).
         batch_size: windows per forward pass; it affects speed and memory only.
@@ -128,8 +151,9 @@ def perplexity(
         seed: seed for the bootstrap.
 
     Raises:
-        ValueError: for no text, a text of a single token, a window beyond the context, a stride beyond the window, or a
-            reference without log-probabilities or of other texts or windows.
+        ValueError: for no text, a text of a single token, a response that does not fit into the window, a window beyond
+            the context, a stride beyond the window, or a reference without log-probabilities or of other texts or
+            windows.
 
     Example:
         >>> untuned = perplexity(model, texts, keep=True)
@@ -143,14 +167,14 @@ def perplexity(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     window, stride = _checked(model, window, stride)
-    texts = text_list(texts, "texts", blank=True)
+    texts = scored_list(texts, "texts")
     encoded = _encoded(model, texts)
-    checksum = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    longer = max(map(len, encoded)) > window
+    checksum = hashlib.sha256("\0".join(map(_name, texts)).encode()).hexdigest()
+    longer = any(len(text.ids) > window for text in encoded if text.first == 1)
     in_windows = (window, stride) if longer else (None, None)
-    expected = None if reference is None else _log_probabilities_of(reference, checksum, in_windows)
+    sizes = np.array([len(text.ids) - text.first for text in encoded])
+    expected = None if reference is None else _log_probabilities_of(reference, checksum, in_windows, sizes)
     pieces = _in_windows(encoded, window, stride)
-    sizes = np.array([len(ids) - 1 for ids in encoded])
     nll, kl, kept, start = np.zeros(len(texts)), np.zeros(len(texts)), None, 0
     for first in range(0, len(pieces), batch_size):
         breathe()
@@ -277,14 +301,46 @@ def predictions(
         done += len(logits)
 
 
-def _in_windows(encoded: Sequence[Sequence[int]], window: int, stride: int) -> list[Piece]:
-    """All windows of all texts, the longest first, so that a batch too large for memory fails at once."""
-    pieces = [
-        Piece(number, start, tuple(ids[start:end]), first, tuple(ids[first : end + 1]), len(ids))
-        for number, ids in enumerate(encoded)
-        for start, end, first in windows_of(len(ids), window, stride)
+def scored_list(given: Iterable[Scored], argument: str, *, none: bool = False) -> list[Scored]:
+    """Texts and responses as a list.
+
+    Raises:
+        ValueError: as `text_list`.
+    """
+    return [
+        item if isinstance(item, Response) else as_text(item, argument, number, blank=True)
+        for number, item in enumerate(listed(given, argument, none=none))
     ]
-    return sorted(pieces, key=lambda piece: -len(piece.ids))
+
+
+def _name(text: Scored) -> str:
+    """What tells a text from all others."""
+    return text if isinstance(text, str) else f"{text.prompt}\1{text.text}"
+
+
+class _Encoded(NamedTuple):
+    """Tokens of a text, the index of the first that is scored, and how many count as the prompt."""
+
+    ids: list[int]
+    first: int
+    length: int
+
+
+def _in_windows(encoded: Sequence[_Encoded], window: int, stride: int) -> list[Piece]:
+    """All windows of all texts, the longest first, so that a batch too large for memory fails at once.
+
+    Their order is by what is scored alone: a system prompt, which makes responses longer, does not change it.
+    """
+    pieces = []
+    for number, (ids, begin, length) in enumerate(encoded):
+        if begin > 1:
+            pieces.append(Piece(number, 0, tuple(ids[:-1]), begin, tuple(ids[begin:]), length))
+            continue
+        pieces += [
+            Piece(number, start, tuple(ids[start:end]), first, tuple(ids[first : end + 1]), length)
+            for start, end, first in windows_of(len(ids), window, stride)
+        ]
+    return sorted(pieces, key=lambda piece: -len(piece.targets))
 
 
 def _checked(model: Model, window: int | None, stride: int | None) -> tuple[int, int]:
@@ -301,20 +357,40 @@ def _checked(model: Model, window: int | None, stride: int | None) -> tuple[int,
     return window, stride
 
 
-def _encoded(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    encoded = [encode(model, text) for text in texts]
-    for number, ids in enumerate(encoded):
-        if len(ids) < 2:
+def _encoded(model: Model, texts: Sequence[Scored]) -> list[_Encoded]:
+    encoded = [_encoded_text(model, text) for text in texts]
+    for number, (ids, first, _) in enumerate(encoded):
+        if len(ids) - first < 1:
             raise ValueError(
                 "texts must have at least two tokens each, so that there is one to predict, got "
                 f"{len(ids) or 'no'} token{'s' * (len(ids) != 1)} at index {number}, {texts[number]!r}. Leave it out, "
                 "or join it to another text."
             )
+        if first > 1 and len(ids) - 1 > model.cfg.n_ctx:
+            raise ValueError(
+                f"texts must be responses that fit into the model's context of {model.cfg.n_ctx} tokens with their "
+                f"prompts, got {len(ids)} tokens at index {number}. Shorten it."
+            )
     return encoded
 
 
+def _encoded_text(model: Model, text: Scored) -> _Encoded:
+    if isinstance(text, str):
+        ids = encode(model, text)
+        return _Encoded(ids, 1, len(ids))
+    prompt = chat_text(model, text.prompt)
+    before, ids = encode(model, prompt), encode(model, answered(model, prompt, text.text))
+    # A token may span the end of the prompt and the start of the response, which then begins with it.
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, ids, strict=False))
+    first = max(1, sum(1 for _ in alike))
+    return _Encoded(ids, first, first)
+
+
 def _log_probabilities_of(
-    reference: PerplexityResult, checksum: str, in_windows: tuple[int | None, int | None]
+    reference: PerplexityResult,
+    checksum: str,
+    in_windows: tuple[int | None, int | None],
+    sizes: Int[np.ndarray, "text"],
 ) -> Float[Tensor, "token d_vocab"]:
     if reference.log_probabilities is None:
         raise ValueError(
@@ -323,6 +399,11 @@ def _log_probabilities_of(
     if reference.texts_sha256 != checksum:
         raise ValueError(
             "reference must be measured on the same texts in the same order, got one of other texts. Measure it again."
+        )
+    if not np.array_equal(reference.sizes, sizes):
+        raise ValueError(
+            "reference must score as many tokens of each text as this model, got other numbers: the system prompt "
+            "changes how a response is split into tokens. Leave out the responses that it changes."
         )
     its_windows = (reference.window, reference.stride)
     if its_windows != in_windows:

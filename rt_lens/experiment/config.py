@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -10,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from rt_lens.arms.equal_damage import BUDGETS
+from rt_lens.arms.registry import check_arms, registered_arm
 from rt_lens.common.files import as_name, check_name
 from rt_lens.data.builtin import behaviour_file
 from rt_lens.data.contrast_pairs import ContrastPairs, pairs_from_table
@@ -105,6 +109,38 @@ class TestConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """How the arms are compared at equal damage.
+
+    Attributes:
+        kl: budgets, in nats per token from the untuned model.
+        stated: the budget of tables and comparisons, chosen before the run; one of `kl`.
+        side_effects: `every` measures facts, arithmetic and instructions at every budget, `stated` at that one.
+        n_texts: plain paragraphs, and as many responses, on which strengths are set; as many others report the KL.
+        max_new_tokens: length of these responses.
+        n_personas: training personas that the prompted arm tries.
+    """
+
+    kl: tuple[float, ...] = BUDGETS
+    stated: float = 0.01
+    side_effects: Literal["every", "stated"] = "every"
+    n_texts: int = 24
+    max_new_tokens: int = 24
+    n_personas: int = 6
+
+    def __post_init__(self) -> None:
+        if not self.kl or any(not 0 < budget < math.inf for budget in self.kl):
+            raise ValueError(f"compare.kl must be budgets above 0, got {list(self.kl)}. Try kl = [0.003, 0.01, 0.03].")
+        if self.stated not in self.kl:
+            raise ValueError(f"compare.stated must be one of compare.kl, {list(self.kl)}, got {self.stated:g}.")
+        if self.side_effects not in ("every", "stated"):
+            raise ValueError(f"compare.side_effects must be 'every' or 'stated', got {self.side_effects!r}.")
+        for name in ("n_texts", "max_new_tokens", "n_personas"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"compare.{name} must be at least 1, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The settings of a behaviour's whole experiment.
 
@@ -119,6 +155,7 @@ class Experiment:
             these.
         token: settings in which the token-tuned arm differs from `tune`, such as its learning rate. It never has a
             cosine loss.
+        arms: names of the arms to compare, see `rt_lens.arms.registry`.
         model: name or path for `load_model`.
         dtype: of the model's weights.
         chat_template_kwargs: keywords for the chat template besides the messages.
@@ -142,6 +179,7 @@ class Experiment:
     tune: TuneConfig
     tune_seeds: Mapping[str, tuple[int, ...]]
     token: Mapping[str, Any] = field(default_factory=dict)
+    arms: tuple[str, ...] = ("prompted", "steered", "token_tuned", "rep_tuned", "random")
     model: str = DEFAULT_MODEL
     dtype: str = "float32"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -151,6 +189,7 @@ class Experiment:
     extract: ExtractConfig = field(default_factory=ExtractConfig)
     choose: ChooseConfig = field(default_factory=ChooseConfig)
     test: TestConfig = field(default_factory=TestConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     permissions: Permissions | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -161,6 +200,17 @@ class Experiment:
             ValueError: for a setting of `token` that is out of range.
         """
         return {"token_tuned": replace(self.tune, cosine_weight=0.0, **self.token), "rep_tuned": self.tune}
+
+    @property
+    def tuning_runs(self) -> list[tuple[str, str, int]]:
+        """Arm, direction and seed of each tuning run that the arms need, once each."""
+        runs: dict[tuple[str, str, int], None] = {}
+        for direction, seeds in self.tune_seeds.items():
+            for seed, arm in itertools.product(seeds, self.arms):
+                both = itertools.product(registered_arm(arm).uses, DIRECTIONS)
+                needed = [(arm, direction), *both]
+                runs |= dict.fromkeys((name, way, seed) for name, way in needed if name in self.tuned_arms)
+        return list(runs)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -227,8 +277,8 @@ def load_experiment(
     path = behaviour_file(name_or_path)
     content = _with_new_names(read_toml(path), path)
     permissions = Permissions.of_user() if permissions is None else permissions
-    tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test", "honesty", "judge"}
-    _refuse_unknown(path.name, content, {"name", "description"} | tables)
+    tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test", "compare", "honesty", "judge"}
+    _refuse_unknown(path.name, content, {"name", "description", "arms"} | tables)
     name = check_name(content["name"], f"name in {path.name}") if "name" in content else as_name(path.stem)
     tuning = dict(content.get("tune", {}))
     seeds, token = _seeds(tuning.pop("seeds", [0, 1, 2])), tuning.pop("token", {})
@@ -250,6 +300,7 @@ def load_experiment(
         tune=_table(TuneConfig, "tune", tuning),
         tune_seeds=seeds,
         token=_token_settings(token),
+        arms=_arms(content.get("arms", Experiment.arms)),
         model=model,
         dtype=dtype or model_table.get("dtype", "float32"),
         chat_template_kwargs=chat_template_kwargs or model_table.get("chat_template_kwargs", {}),
@@ -259,6 +310,7 @@ def load_experiment(
         extract=_table(ExtractConfig, "extract", content.get("extract", {})),
         choose=_table(ChooseConfig, "choose", content.get("choose", {})),
         test=_table(TestConfig, "test", content.get("test", {})),
+        compare=_table(CompareConfig, "compare", content.get("compare", {})),
         permissions=permissions,
     )
     _ = experiment.tuned_arms  # refuses a value out of range now, and not after an hour
@@ -351,6 +403,13 @@ def seen(items: Sequence[Categorised], config: HonestyConfig, *, held_out: bool 
     if unknown := sorted(set(config.held_out) - known):
         raise ValueError(f"held_out must name categories of {', '.join(sorted(known))}, got {', '.join(unknown)}.")
     return [item for item in items if (item.category in config.held_out) == held_out]
+
+
+def _arms(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"arms must be a list of names, got {names!r}. Write for example arms = ['steered'].")
+    check_arms(names)
+    return tuple(names)
 
 
 def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:

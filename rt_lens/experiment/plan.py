@@ -167,12 +167,16 @@ def plan_of(experiment: Experiment) -> Plan:
         exact=tokenizer is not None,
         items=items,
         steps=max(planner.steps for planner in (first, *others)),
-        runs=2 * sum(map(len, experiment.tune_seeds.values())),
+        runs=len(experiment.tuning_runs),
         trained=shape.trained(experiment.tune),
         stages=stages,
         files={
             "vectors.safetensors": 4 * shape.n_layers * shape.d_model,
-            **{f"{ArmLabel('rep_tuned', direction).stem}.safetensors": delta for direction in DIRECTIONS},
+            **(
+                {f"{ArmLabel('rep_tuned', direction).stem}.safetensors": delta for direction in DIRECTIONS}
+                if "rep_tuned" in experiment.arms
+                else {}
+            ),
         },
         here=measured(shape, experiment.dtype),
     )

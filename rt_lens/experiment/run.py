@@ -1,16 +1,18 @@
-"""Runs the four arms of an experiment and writes the results to disk.
+"""Runs the arms of an experiment at equal damage and writes the results to disk.
 
 The order of the stages keeps the test clean: vectors and weights see the training topics, every choice sees the
-validation topics, and the test topics are asked once, at the end.
+validation topics, and the test topics are asked once, at the end. The strength of each arm is set on texts that
+nothing else uses.
 """
 
 from __future__ import annotations
 
 import platform
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,30 +21,37 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rt_lens.arms.comparison import ArmEvaluator, ArmScores
-from rt_lens.arms.intervention import Intervention, applied
+from rt_lens.arms.calibration import Calibrated
+from rt_lens.arms.comparison import ArmScores
+from rt_lens.arms.equal_damage import KLCurves, KLEvaluator
+from rt_lens.arms.intervention import Interventions, applied, each_of
+from rt_lens.arms.registry import ArmInputs, ArmUnavailable, RegisteredArm, registered_arm
 from rt_lens.common.arm_labels import ArmLabel
 from rt_lens.common.files import together, write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
-from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
+from rt_lens.data.builtin import (
+    calibration_paragraphs,
+    calibration_prompts,
+    neutral_paragraphs,
+    neutral_prompts,
+)
 from rt_lens.data.questions import Answer
 from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.fluency import repetition
-from rt_lens.evaluation.texts import perplexity
+from rt_lens.evaluation.texts import Response, Scored, perplexity
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import family_of
 from rt_lens.experiment.reproducibility import recorded
 from rt_lens.models.forward import check_layers, model_name
-from rt_lens.models.generation import as_chat
+from rt_lens.models.generation import as_chat, generate
 from rt_lens.models.load import load_model
 from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.tokens.chats import answered
 from rt_lens.results.schema import SCHEMA, files_of_run
 from rt_lens.results.writing import plain, tables_of, write_results
 from rt_lens.steering.binding import add
-from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.loop import tune
+from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Target, write_neutral
 from rt_lens.tuning.tuning_data import TuningData, prepare_data
@@ -50,8 +59,10 @@ from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.reading import logit_lens, separability, token_projections
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
-_SEED_DRAWS = ["the pairs of the vectors", "the targets", "the neutral responses", "the order of the batches"]
-_PAIRED = (("rep_tuned", "token_tuned"), ("rep_tuned", "steered"), ("token_tuned", "untuned"), ("steered", "untuned"))
+_SEED_DRAWS = [
+    *("the pairs of the vectors", "the targets", "the neutral responses", "the order of the batches"),
+    *("the factors of a low-rank change", "the random direction"),
+]
 
 
 def check_writable(folder: Path) -> Path:
@@ -74,7 +85,7 @@ def check_writable(folder: Path) -> Path:
 def run_experiment(
     experiment: Experiment, out: Path, *, source: str | Path | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Runs the four arms in both directions and writes vectors, deltas, responses and `results.json` to `out`.
+    """Runs the arms in both directions at equal damage, and writes vectors, deltas, responses and `results.json`.
 
     Args:
         experiment: from `load_experiment`.
@@ -155,14 +166,12 @@ class _Run:
             choices: dict[str, Any] = {direction: self._choice(doses, direction) for direction in DIRECTIONS}
         with self._stage("evaluate"):
             evaluator = self._measured_untuned(vectors)
-            for direction in DIRECTIONS:
-                for other in experiment.tune_seeds[direction]:
-                    hooks = self._steering(by_seed[other], choices[direction])
-                    evaluator.measure("steered", hooks, direction=direction, seed=other)
-            self._project("steered away", vectors, self._steering(vectors, choices["away"]))
         for other in experiment.seeds:
-            self._tuned_arms(other, by_seed[other], vectors, evaluator)
-        results = self._results(evaluator.scores()) | {
+            self._arms_of_seed(other, by_seed[other], vectors, choices, evaluator)
+        curves = evaluator.curves()
+        scores = curves.at(experiment.compare.stated)
+        results = self._results(scores) | {
+            "at_kl": self._at_kl(curves),
             "choices": {**choices, "rule": self._rule()},
             "separability": separated.to_dict("records"),
             "dose_response": doses.to_dict("records"),
@@ -172,7 +181,7 @@ class _Run:
             "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
         }
         files = [file.name for file in self.out.iterdir()]
-        write_results(self.out, results, evaluator.scores(), self._projections(vectors), files=files)
+        write_results(self.out, results, scores, self._projections(vectors), files=files)
         return plain(results)
 
     def _extracted(self, seed: int) -> SteeringVectors:
@@ -199,17 +208,44 @@ class _Run:
             **tables,
             # Only by the first scorer of each set: with every further row Holm's correction gets stricter.
             "comparisons": scores.comparisons(
-                _pairs(), [(name, task.made[0].name) for name, task in self.protocol.tasks.items()]
+                self._pairs(scores), [(name, task.made[0].name) for name, task in self.protocol.tasks.items()]
             ).to_dict("records"),
         }  # fmt: skip
 
-    def _measured_untuned(self, vectors: SteeringVectors) -> ArmEvaluator:
-        protocol = self.protocol
-        evaluator = ArmEvaluator(
-            self.model, {**protocol.tasks, **protocol.checks}, self.test_texts, seed=self.experiment.test.seed
-        )
-        evaluator.measure("untuned")
-        first = evaluator.scores().answers[0]
+    def _pairs(self, scores: ArmScores) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+        """The pairs of arms that are compared: each against rep-tuned and against untuned, as stated before the run.
+
+        An arm without a strength does its own damage, so it is compared with the untuned model alone.
+        """
+        measured = {(row["arm"], row["direction"]) for row in scores.answers}
+        pairs: list[tuple[tuple[str, str], tuple[str, str]]] = []
+        for direction in DIRECTIONS:
+            for arm in self.experiment.arms:
+                if arm not in ("rep_tuned", "prompted"):
+                    pairs.append((("rep_tuned", direction), (arm, direction)))
+                pairs.append(((arm, direction), ("untuned", "none")))
+        return [pair for pair in pairs if measured.issuperset(pair)]
+
+    def _at_kl(self, curves: KLCurves) -> dict[str, Any]:
+        """The curves over the budgets, and how the strengths were set."""
+        compare = self.experiment.compare
+        return {
+            **asdict(compare),
+            "arms": {name: registered_arm(name).description for name in self.experiment.arms},
+            "table": curves.summary().to_dict("records"),
+            "strengths": curves.strengths.to_dict("records"),
+        }
+
+    def _measured_untuned(self, vectors: SteeringVectors) -> KLEvaluator:
+        protocol, compare = self.protocol, self.experiment.compare
+        paragraphs, (calibrating, reporting) = calibration_paragraphs(), self._own_responses()
+        evaluator = KLEvaluator(
+            self.model, {**protocol.tasks, **protocol.checks}, compare.kl,
+            calibration=[*paragraphs[: compare.n_texts], *calibrating], texts=[*self.test_texts, *reporting],
+            always=None if compare.side_effects == "every" else list(protocol.tasks), stated=compare.stated,
+            seed=self.experiment.test.seed,
+        )  # fmt: skip
+        first = evaluator.curves().scores.answers[0]
         prompt, response = first["prompt"], first["response"]
         untuned = prompt, answered(self.model, as_chat(self.model, [prompt])[0], response)
         self.shown: str
@@ -258,59 +294,106 @@ class _Run:
     def _choice(self, doses: pd.DataFrame, direction: str) -> dict[str, Any]:
         sign = 1 if direction == "toward" else -1
         allowed = doses[doses["admissible"] & (doses["multiplier"] * sign > 0)]
-        if allowed.empty:
-            raise ValueError(
-                f"choose.multipliers must have one for {direction!r} that keeps perplexity within "
-                f"{self.experiment.choose.bound:g} times that of the untuned model, got none. "
-                "Give smaller multipliers, or raise choose.bound."
-            )
+        within = not allowed.empty
+        if not within:  # the comparison sets the strength, so only the layer is at stake
+            moving = doses[doses["multiplier"] * sign > 0]
+            allowed = moving[moving["multiplier"].abs() == moving["multiplier"].abs().min()]
         ranked = allowed.assign(moved=sign * allowed["mean"], size=allowed["multiplier"].abs())
         best = ranked.sort_values(["moved", "size"], ascending=[False, True]).iloc[0]
         unsteered = float(doses.loc[doses["multiplier"] == 0, "mean"].iloc[0])
         why = (
             f"It moves the mean score of {int(best['n'])} validation prompts from {unsteered:.2f} to "
-            f"{best['mean']:.2f}, the largest change of {len(allowed)} settings within the bound"
+            f"{best['mean']:.2f}, the largest change of {len(allowed)} settings "
+            + ("within the bound" if within else "at the smallest multiplier; none keeps perplexity within the bound")
         )
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
 
-    def _tuned_arms(self, seed: int, vectors: SteeringVectors, shown: SteeringVectors, evaluator: ArmEvaluator) -> None:
-        """Tunes and measures both tuned arms of one seed on the vectors, targets and neutral responses of that seed.
+    def personas(self, direction: Direction) -> list[str]:
+        """Some training personas of a direction's side, the same for all seeds."""
+        side = 0 if direction == "toward" else 1
+        personas = dict.fromkeys(pair.sides[side][0] for pair in self.protocol.train.pairs)
+        named = sorted(persona for persona in personas if persona.strip())
+        n = min(self.experiment.compare.n_personas, len(named))
+        return random.Random(self.experiment.split.seed).sample(named, n)
 
-        Each arm is measured as soon as it is tuned, so that memory holds one delta at a time.
+    def _own_responses(self) -> tuple[list[Scored], list[Scored]]:
+        """The untuned model's own responses to neutral prompts: to set strengths on, and to report the KL on."""
+        compare = self.experiment.compare
+        prompts = calibration_prompts()[: 2 * compare.n_texts]
+        responses = generate(self.model, prompts, max_new_tokens=compare.max_new_tokens)
+        given: list[Scored] = [Response(*pair) for pair in zip(prompts, responses, strict=True) if pair[1].strip()]
+        return given[::2], given[1::2]
+
+    def _arms_of_seed(
+        self,
+        seed: int,
+        vectors: SteeringVectors,
+        shown: SteeringVectors,
+        choices: Mapping[str, Any],
+        evaluator: KLEvaluator,
+    ) -> None:
+        """Makes and measures the arms of one seed, on the vectors, targets and neutral responses of that seed.
+
+        Each arm is measured as soon as it is made, so that memory holds one delta at a time, and those that another
+        arm is made of.
 
         Args:
             seed: seed for everything that is random.
             vectors: those of the seed.
             shown: vectors for the projections, the same for all arms.
+            choices: direction -> layer and multiplier.
             evaluator: measures the arms.
         """
-        seeds = self.experiment.tune_seeds
-        arms = {arm: replace(config, seed=seed) for arm, config in self.experiment.tuned_arms.items()}
-        with self._stage("tune"):
-            neutral = self._neutral(list(arms.values()))
+        seeds, arms = self.experiment.tune_seeds, [registered_arm(name) for name in self.experiment.arms]
+        maker = _Maker(self, seed, vectors, choices, keeps={used for arm in arms for used in arm.uses})
         for direction in (direction for direction in DIRECTIONS if seed in seeds[direction]):
-            with self._stage("tune"):
-                data = self._tuning_data(direction, vectors, list(arms.values()), neutral)
-            for arm, config in arms.items():
-                with self._stage("tune"):
-                    directed = replace(config, direction=direction)
-                    delta = tune(self.model, vectors, data, directed, progress=self.progress)
-                with self._stage("evaluate"):
-                    evaluator.measure(arm, delta, direction=direction, seed=seed)
-                label = ArmLabel(arm, direction, seed)
-                self.history += [{**label._asdict(), **row} for row in delta.history]
-                if arm == "rep_tuned" and seed == seeds[direction][0]:
-                    delta.save(self.out / f"{label.stem}.safetensors")
-                    self._project(f"rep_tuned {direction}", shown, delta)
+            for arm in arms:
+                first = seed == seeds[direction][0]
+                if first or arm.seeded:
+                    self._arm(arm, ArmLabel(arm.name, direction, seed), maker, evaluator, shown if first else None)
+            maker.forget_data()
 
-    def _neutral(self, configs: Sequence[TuneConfig]) -> list[Target]:
+    def _arm(
+        self,
+        arm: RegisteredArm,
+        label: ArmLabel,
+        maker: _Maker,
+        evaluator: KLEvaluator,
+        shown: SteeringVectors | None,
+    ) -> None:
+        """Makes and measures one arm; of the first seed, the rep-tuned delta is saved and the projections are read."""
+        try:
+            with self._stage("tune" if arm.tunes else "choose"):
+                made = maker.make(arm.name, label.direction)  # type: ignore[arg-type]
+        except ArmUnavailable as reason:
+            evaluator.unavailable(str(label), str(reason), label.seed)
+            return
+        with self._stage("evaluate"):
+            found = evaluator.measure(str(label), made, label.seed)
+        if shown is None or arm.name not in ("steered", "rep_tuned"):
+            return
+        acting = self._stated(found, made)
+        if isinstance(acting, WeightDelta):
+            acting.save(self.out / f"{label.stem}.safetensors")
+        if arm.name == "rep_tuned" or label.direction == "away":
+            self._project(f"{label.arm} {label.direction}", shown, acting)
+
+    def _stated(self, found: Sequence[Calibrated], made: Interventions) -> Interventions:
+        """The arm at the stated budget; as it was made, if it does not reach it."""
+        for result in found:
+            if result.reached and result.budget == self.experiment.compare.stated:
+                (acting,) = each_of(result.intervention)
+                return acting
+        return made
+
+    def neutral(self, configs: Sequence[TuneConfig]) -> list[Target]:
         """Neutral prompts answered by the untuned model, as many as the steps of one run can read."""
         if not any(config.kl_weight for config in configs):
             return []
         n_prompts = max(config.max_steps * config.neutral_batch_size for config in configs if config.kl_weight)
         return write_neutral(self.model, neutral_prompts()[:n_prompts], configs[0])
 
-    def _tuning_data(
+    def tuning_data(
         self, direction: Direction, vectors: SteeringVectors, configs: Sequence[TuneConfig], neutral: Sequence[Target]
     ) -> TuningData:
         """The data of all arms of one seed and direction, cached up to the first block that any of them trains."""
@@ -324,12 +407,9 @@ class _Run:
         )
         return prepare_data(self.model, vectors, train, shared, validation=validation, neutral=neutral)
 
-    def _steering(self, vectors: SteeringVectors, choice: Mapping[str, Any]) -> list[FwdHook]:
-        return add(vectors, [choice["layer"]], choice["multiplier"])
-
-    def _project(self, name: str, vectors: SteeringVectors, intervention: Intervention = None) -> None:
+    def _project(self, name: str, vectors: SteeringVectors, intervention: Interventions = None) -> None:
         """Layer x token projections of one text, the same text for all arms."""
-        with applied(self.model, intervention):
+        with applied(self.model, *each_of(intervention)):
             self.shown_tokens, values = token_projections(self.model, vectors, self.shown_text)
         self.projections[name] = [[round(value, 3) for value in row] for row in values.tolist()]
 
@@ -338,15 +418,61 @@ class _Run:
         return {"prompt": self.shown, "tokens": self.shown_tokens, "layers": layers, "arms": self.projections}
 
 
+class _Maker:
+    """Makes the arms of one seed. What several of them need is made once."""
+
+    def __init__(
+        self,
+        run: _Run,
+        seed: int,
+        vectors: SteeringVectors,
+        choices: Mapping[str, Any],
+        *,
+        keeps: set[str],
+    ) -> None:
+        self.run, self.seed, self.vectors, self.choices, self.keeps = run, seed, vectors, choices, keeps
+        self.configs = {arm: replace(config, seed=seed) for arm, config in run.experiment.tuned_arms.items()}
+        self._neutral: list[Target] | None = None
+        self._data: dict[Direction, TuningData] = {}
+        self._kept: dict[tuple[str, Direction], Interventions] = {}
+
+    def make(self, arm: str, direction: Direction) -> Interventions:
+        """The arm in a direction."""
+        if (arm, direction) in self._kept:
+            return self._kept[arm, direction]
+        made = registered_arm(arm).way(self._inputs(direction))
+        if arm in self.keeps:
+            self._kept[arm, direction] = made
+        return made
+
+    def forget_data(self) -> None:
+        """Frees the data of both directions."""
+        self._data.clear()
+
+    def _inputs(self, direction: Direction) -> ArmInputs:
+        run = self.run
+        return ArmInputs(
+            model=run.model, direction=direction, seed=self.seed, vectors=self.vectors,
+            layer=self.choices[direction]["layer"], personas=run.personas(direction),
+            validation=run.protocol.choosing, configs=self.configs, data=self._data_of, make=self.make,
+            tuned=self._remember, progress=run.progress,
+        )  # fmt: skip
+
+    def _data_of(self, direction: Direction) -> TuningData:
+        configs = list(self.configs.values())
+        if self._neutral is None:
+            self._neutral = self.run.neutral(configs)
+        if direction not in self._data:
+            self._data[direction] = self.run.tuning_data(direction, self.vectors, configs, self._neutral)
+        return self._data[direction]
+
+    def _remember(self, arm: str, direction: Direction, delta: WeightDelta) -> None:
+        label = ArmLabel(arm, direction, self.seed)
+        self.run.history += [{**label._asdict(), **row} for row in delta.history]
+
+
 def _repetition(answers: Sequence[Answer]) -> float:
     return float(np.mean([repetition(answer.text) for answer in answers]))
-
-
-def _pairs() -> list[tuple[tuple[str, str], tuple[str, str]]]:
-    """The pairs of arms that are compared, in each direction."""
-    return [
-        ((a, direction), (b, "none" if b == "untuned" else direction)) for direction in DIRECTIONS for a, b in _PAIRED
-    ]
 
 
 def _versions() -> dict[str, str]:

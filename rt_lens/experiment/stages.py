@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rt_lens.arms.comparison import EvalTask
-from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts
+from rt_lens.arms.registry import registered_arm
+from rt_lens.data.builtin import (
+    calibration_paragraphs,
+    calibration_prompts,
+    neutral_paragraphs,
+    neutral_prompts,
+)
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.honesty import PREFILL
 from rt_lens.data.questions import Question, lettered
+from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.costs import Costs, Work, steps_of, summed
 from rt_lens.experiment.protocols import Protocol, family_of
@@ -19,6 +25,8 @@ from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, TokenTarget
 
+_TRIED = 3
+"""Strengths that are tried for each budget, about."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -88,10 +96,14 @@ class Planner:
     def stages(self) -> dict[str, Work]:
         """Name -> Work."""
         experiment, shape, size = self.experiment, self.shape, self.costs.size
-        arms = 1 + 3 * sum(map(len, experiment.tune_seeds.values()))  # untuned; steered and both tuned, each seed
-        test = summed(self._task(task, 64) for task in self.tests.values()) + self.costs.fit(self.test_texts, kept=True)
-        # Memory holds a tuned arm's weights beside the untuned ones, and the delta beside both.
-        tuned = {"a tuned arm's weights and delta": 2 * max(map(shape.trained, self.arms)) * size}
+        # Memory holds a tuned arm's weights beside the untuned ones, and the delta and the scaled one beside both.
+        kept = {used for arm in experiment.arms for used in registered_arm(arm).uses}
+        deltas = 3 + len(DIRECTIONS) * len(kept)
+        tuned = {
+            "a tuned arm's weights, its delta and those it is made of": deltas
+            * max(map(shape.trained, self.arms))
+            * size
+        }
         return {
             # Files of the hub are loaded into a Hugging Face model first; those of a folder are views of the file.
             "load": Work(host={} if self.local else {"a Hugging Face model": shape.parameters * size}),
@@ -99,8 +111,34 @@ class Planner:
             "extract": self._extract(),
             "choose": self._choose(),
             "tune": self._tune(),
-            "evaluate": (test * arms).holding(tuned),
+            "evaluate": self._evaluate().holding(tuned),
         }
+
+    def _evaluate(self) -> Work:
+        """The untuned model, and each arm at each budget: its strength, the tests, and KL where it is reported."""
+        experiment, compare, costs = self.experiment, self.experiment.compare, self.costs
+        prompts = [chat_text(self.model, prompt) for prompt in calibration_prompts()[: 2 * compare.n_texts]]
+        own = [size + compare.max_new_tokens for size in self._sizes(prompts)]
+        paragraphs = self._sizes(calibration_paragraphs()[: compare.n_texts])
+        calibration, reported = [*paragraphs, *own[::2]], [*self.test_texts, *own[1::2]]
+        responses = [
+            self._size(chat_text(self.model, question.prompt)) + task.max_new_tokens
+            for task in list(self.protocol.tasks.values())[:1]
+            for question in task.asked
+            if not question.options
+        ]
+        texts = costs.fit(reported, kept=True) + (costs.fit(responses, kept=True) if responses else Work())
+        behaviour = summed(self._task(task, 64) for task in self.protocol.tasks.values()) + texts
+        checks = summed(self._task(task, 64) for task in self.protocol.checks.values())
+        strength, budgets = costs.fit(calibration, kept=True), len(compare.kl)
+        with_checks = budgets if compare.side_effects == "every" else 1
+        at_budgets = strength * (_TRIED * budgets) + behaviour * budgets + checks * with_checks
+        work = costs.written(self._sizes(prompts), compare.max_new_tokens, 64) + strength + behaviour + checks
+        for seeds in experiment.tune_seeds.values():
+            for arm in map(registered_arm, experiment.arms):
+                times = len(seeds) if arm.seeded else 1
+                work += (behaviour + checks + strength if arm.name == "prompted" else at_budgets) * times
+        return work
 
     def _calibrate(self) -> Work:
         """Judging statements and answering questions; to filter pairs, the letters of each pair on both sides."""
@@ -126,15 +164,18 @@ class Planner:
         return work
 
     def _choose(self) -> Work:
-        """All multipliers of a layer in one batch, and perplexity under each of them."""
+        """All multipliers of a layer in one batch, and perplexity under each of them; a persona for each direction."""
         choose, task = self.experiment.choose, self.protocol.choosing
         doses = len({0.0, *choose.multipliers, *(-m for m in choose.multipliers)})
         all_doses = EvalTask(list(task.asked) * doses, task.made, task.max_new_tokens)
         fit = self.costs.fit(self.choice_texts)
-        return (self._task(all_doses, 128) + fit * (doses - 1)) * len(choose.layers) + fit
+        work = (self._task(all_doses, 128) + fit * (doses - 1)) * len(choose.layers) + fit
+        if "prompted" in self.experiment.arms:
+            work += self._task(task, 64) * (self.experiment.compare.n_personas * len(DIRECTIONS))
+        return work
 
     def _tune(self) -> Work:
-        """Writing the targets, the untuned model's prefix of them, and the tuning runs of both arms."""
+        """Writing the targets, the untuned model's prefix of them, and the tuning runs."""
         base, costs, work, seeds = self.experiment.tune, self.costs, Work(), self.experiment.tune_seeds
         answer = base.target_tokens
         neutral = [size + answer for size in self.neutral]
@@ -146,10 +187,9 @@ class Planner:
                 for sizes in (self.training, self.validation):
                     work += costs.written([size - answer for size in sizes], answer, 64) * len(seeds[direction])
             rows = [*self.training, *self.validation, *neutral]
-            for config in self.arms:
-                run = costs.tuning(config, self.training, self.validation, neutral, predicted)
-                work += run * len(seeds[direction])
             work += costs.material(rows, base) * len(seeds[direction])
+        for arm, _, _ in self.experiment.tuning_runs:
+            work += costs.tuning(self.experiment.tuned_arms[arm], self.training, self.validation, neutral, predicted)
         return work
 
     def _task(self, task: EvalTask, batch: int) -> Work:

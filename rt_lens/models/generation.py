@@ -21,7 +21,14 @@ from rt_lens.models.forward import model_name
 from rt_lens.models.prompts import knows_rows, run_prompts
 from rt_lens.models.protocol import HasTokenizer, Model
 from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
-from rt_lens.models.tokens.chats import begins_with_thought, chat_text, end_ids, has_chat_template, is_chat
+from rt_lens.models.tokens.chats import (
+    begins_with_thought,
+    chat_text,
+    end_ids,
+    has_chat_template,
+    is_chat,
+    system_of,
+)
 from rt_lens.models.tokens.texts import Pieces, text_of
 
 
@@ -104,8 +111,11 @@ class NewToken:
 
 
 def as_chat(model: HasTokenizer, prompts: Sequence[str], *, system: str = "") -> list[str]:
-    """User messages with the chat template applied; chats, and all texts without a template, stay as they are."""
-    if not has_chat_template(model):
+    """User messages with the chat template applied; chats stay as they are, and so do texts without a template.
+
+    A system prompt that `system_prompt` has set stands before both.
+    """
+    if not has_chat_template(model) and not system_of(model):
         return list(prompts)
     return [text if is_chat(model, text) else chat_text(model, text, system=system) for text in prompts]
 

@@ -33,9 +33,10 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
     """Draws the score of every arm against its KL from the untuned model, a panel for each direction.
 
     Args:
-        table: one row per arm, direction and budget, of one set and one scorer, and one of the untuned model, which has
-            no budget. Columns: arm, direction, budget, set, scorer, n, mean, low, high (score), seeds (list of int),
-            kl (nats per token, as reached), n_texts. `KLCurves.table` returns such rows.
+        table: one row per arm, direction and budget, of one set and one scorer, and one of the untuned model, whose
+            direction is `none`. An arm without a strength has one row, without a budget: a point. Columns: arm,
+            direction, budget, set, scorer, n, mean, low, high (score), seeds (list of int), kl (nats per token, as
+            reached), n_texts. `KLCurves.table` returns such rows.
         gaps: rows of arm, direction, budget that were not reached, which the figure names.
         title: heading of the figure.
 
@@ -51,16 +52,18 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
     """
     frame = check_table(table, labels=_LABELS, numbers=_NUMBERS)
     check_unique(frame, ["arm", "direction", "budget"], fix="Keep one set and one scorer, pooled over seeds.")
-    untuned, curves = frame[frame["budget"].isna()], frame[frame["budget"].notna()]
-    if len(untuned) != 1 or curves.empty:
+    is_untuned = frame["budget"].isna() & (frame["direction"] == "none")
+    untuned, curves = frame[is_untuned], frame[~is_untuned]
+    if len(untuned) != 1 or curves["budget"].isna().all():
         raise ValueError(
-            f"table must have one row without a budget, the untuned model, and some with one, got {len(untuned)} and "
-            f"{len(curves)}. Use the table of compare_at_kl."
+            f"table must have one row without budget and direction, the untuned model, and some with a budget, got "
+            f"{len(untuned)} and {curves['budget'].notna().sum()}. Use the table of compare_at_kl."
         )
     directions = ordered(curves["direction"], DIRECTIONS)
     headings = [_HEADINGS.get(direction, direction) for direction in directions]
     figure = make_subplots(cols=len(directions), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=headings)
-    span = [curves["kl"].min() / 1.4, curves["kl"].max() * 1.4]
+    span = [curves.loc[curves["kl"] > 0, "kl"].min() / 1.4, curves["kl"].max() * 1.4]
+    curves = curves.assign(kl=curves["kl"].clip(lower=span[0]))  # a logarithmic axis has no zero
     colours = arm_colours(frame["arm"])
     named: set[str] = set()
     for column, direction in enumerate(directions, start=1):
@@ -72,7 +75,7 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
             trace.showlegend = bool(trace.name) and trace.name not in named
             named |= {trace.name} if trace.name else set()
             figure.add_trace(trace, row=1, col=column)
-    budgets = sorted(curves["budget"].unique())
+    budgets = sorted(curves["budget"].dropna().unique())
     figure.update_xaxes(
         type="log", range=np.log10(span).tolist(), tickvals=budgets, ticktext=[f"{budget:g}" for budget in budgets],
         title_text="KL (nats per token)", zeroline=False,
@@ -105,21 +108,27 @@ def _untuned(row: pd.Series, span: list[float], colours: dict[str, str]) -> list
 
 
 def _curve(rows: pd.DataFrame, colour: str, symbol: str) -> list[go.Scatter]:
-    """One arm's score over KL, with its interval."""
-    arm = rows["arm"].iloc[0]
+    """One arm's score over KL, with its interval: a line over the budgets, or a point with a bar."""
+    arm, point = rows["arm"].iloc[0], len(rows) == 1
     hover = [
-        f"{arm}, budget {row['budget']:g}<br>score {row_estimate(row)}<br>KL {row_estimate(row, 'kl')}<br>"
-        f"n = {number(row['n'], 0)}, {seeds_of(row)}"
+        f"{arm}{_budget(row)}<br>score {row_estimate(row)}<br>"
+        f"KL {row_estimate(row, 'kl')}<br>n = {number(row['n'], 0)}, {seeds_of(row)}"
         for _, row in rows.iterrows()
     ]
     marker = {"symbol": symbol, "size": 10, "color": colour, "line": {"color": INK, "width": 0.5}}
+    bar = {"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "color": colour}
     return [
-        *band(rows, "kl", colour),
+        *([] if point else band(rows, "kl", colour)),
         go.Scatter(
             x=rows["kl"], y=rows["mean"], mode="lines+markers", line={"color": colour, "width": 3}, marker=marker,
-            name=arm, legendgroup=arm, hovertext=hover, hoverinfo="text",
+            error_y={"type": "data", "visible": point, **bar}, name=arm, legendgroup=arm, hovertext=hover,
+            hoverinfo="text",
         ),
     ]  # fmt: skip
+
+
+def _budget(row: pd.Series) -> str:
+    return "" if np.isnan(row["budget"]) else f", budget {row['budget']:g}"
 
 
 def _gap_sentence(gaps: Table | None) -> str:

@@ -36,6 +36,7 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 | bound | the largest allowed rise of perplexity, as a ratio |
 | history | a row per arm, direction, seed, split and step of tuning: losses |
 | logit_lens | a row per layer and sign: tokens |
+| at_kl | null in runs without; kl: budgets; stated: the one of the tables above; see below |
 | seconds | stage -> seconds |
 | seed_draws | what a tuning seed controls, in words; in runs without it a seed controls the order of the batches only |
 | files | name -> SHA-256 of each other file of the run; `Results.files` when it is read |
@@ -43,6 +44,13 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 Columns of arms and summary: arm, direction, set, scorer, n, mean, low, high (score); perplexity, perplexity_low,
 perplexity_high, kl, kl_low, kl_high (nats per token), n_texts; facts, facts_low, facts_high, n_facts (fraction of
 plain questions answered right); repetition, repetition_low, repetition_high.
+
+at_kl compares the arms at equal damage. Since there is at_kl, each arm with a strength stands in all tables above as it
+is at the stated budget. Further keys: side_effects, n_texts, max_new_tokens, n_personas (settings); arms: name ->
+description; table: the columns of summary but facts and repetition, and budget (null for the untuned model and for an
+arm without a strength); strengths: arm, direction, seed, budget, strength, kl, kl_low, kl_high, n_texts (on the texts
+that set the strength), own_kl, own_kl_low, own_kl_high, n_own (on the untuned responses to the test prompts), reason
+(why the budget was not reached, or empty).
 
 Older runs still load. Schema 1 used other names: `_OLD_NAMES` maps them, and what is read back has the names of
 schema 2. Runs without `files`, `reproducibility`, `side_effects`, `protocol`, scores.csv and texts.csv, or with
@@ -100,6 +108,10 @@ _COLUMNS = {
         *("a", "a_direction", "b", "b_direction", "set", "scorer"),
         *("n", "difference", "low", "high", "p", "p_holm", "test", "seeds"),
     ),
+}
+_AT_KL = {
+    "table": ("arm", "direction", "budget", "set", "scorer", "n", "mean", "low", "high", "kl", "n_texts", "seeds"),
+    "strengths": ("arm", "direction", "seed", "budget", "strength", "kl", "own_kl", "reason"),
 }
 _CALIBRATION = ("task", "n", "mean", "low", "high", "chance", "seed")
 _REPRODUCIBILITY = ("command", "call", "file", "toml", "sha256", "settings")
@@ -316,7 +328,12 @@ def checked(content: Any) -> dict[str, Any]:
             f"file (version {version}), or run the experiment again with this one."
         )
     _check_keys("results.json", content, _KEYS)
-    content = {"side_effects": [], "protocol": {"name": "answers", "why": "", "calibration": []}, **content}
+    missing: dict[str, Any] = {
+        "side_effects": [],
+        "protocol": {"name": "answers", "why": "", "calibration": []},
+        "at_kl": None,
+    }
+    content = {**missing, **content}
     if content["schema"] < SCHEMA:
         content = _with_new_names(content)
     if "reproducibility" in content:
@@ -324,6 +341,10 @@ def checked(content: Any) -> dict[str, Any]:
     _check_keys("results.json: choices", content["choices"], ("rule",))
     for direction, choice in choices_of(content).items():
         _check_keys(f"results.json: choices: {direction}", choice, ("layer", "multiplier", "why"))
+    if content["at_kl"] is not None:
+        _check_keys("results.json: at_kl", content["at_kl"], ("kl", "stated", "arms", *_AT_KL))
+        for key, columns in _AT_KL.items():
+            _check_rows(f"results.json: at_kl: {key}", content["at_kl"][key], columns)
     _check_keys("results.json: protocol", content["protocol"], ("name", "why", "calibration"))
     _check_rows("results.json: protocol: calibration", content["protocol"]["calibration"], _CALIBRATION)
     for key in ("arms", "summary", "side_effects"):

@@ -7,7 +7,8 @@ characters, so no start token is added twice and no template is applied twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -72,6 +73,28 @@ def is_chat(model: HasTokenizer, text: str) -> bool:
     return has_chat_template(model) and text.startswith(tuple(map(str, tokenizer_of(model).all_special_tokens)))
 
 
+@contextmanager
+def system_prompt(model: HasTokenizer, text: str) -> Iterator[None]:
+    """Context manager: `chat_text` writes this text as the system prompt of every chat that has none of its own.
+
+    Args:
+        model: its configuration holds the text meanwhile.
+        text: a persona or instruction.
+    """
+    cfg: Any = model.cfg  # type: ignore[attr-defined]
+    before = system_of(model)
+    cfg.rt_lens_system_prompt = text
+    try:
+        yield
+    finally:
+        cfg.rt_lens_system_prompt = before
+
+
+def system_of(model: HasTokenizer) -> str:
+    """The system prompt that `system_prompt` has set; empty if none is."""
+    return str(getattr(getattr(model, "cfg", None), "rt_lens_system_prompt", "") or "")
+
+
 def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str = "") -> str:
     """A user message in the model's chat template, up to the point where the assistant continues.
 
@@ -82,7 +105,7 @@ def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str 
     Args:
         model: for its tokenizer, and for `chat_template_kwargs` of `load_model`.
         user: the user message.
-        system: a persona or instruction; empty leaves the template's default.
+        system: a persona or instruction; empty takes that of `system_prompt`, or leaves the template's default.
         prefill: first words of the response, put into the assistant's mouth.
 
     Returns:
@@ -97,6 +120,7 @@ def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str 
         <|im_start|>assistant
         It was
     """
+    system = system or system_of(model)
     if not has_chat_template(model):
         return "\n\n".join(part for part in (system, user, prefill) if part)
     messages = [{"role": "system", "content": system}] if system else []

@@ -1,0 +1,13 @@
+"""Adding the steering vector at one layer, at every token (Turner et al. 2023; Rimsky et al. 2024)."""
+
+from __future__ import annotations
+
+from rt_lens.arms.intervention import Interventions
+from rt_lens.arms.registry import ArmInputs, register_arm
+from rt_lens.steering.binding import add
+
+
+@register_arm("steered", "The steering vector is added at the chosen layer, at every token.")
+def steered(inputs: ArmInputs) -> Interventions:
+    """The vector at the chosen layer, with multiplier 1 or -1."""
+    return add(inputs.vectors, [inputs.layer], inputs.sign)
