@@ -362,6 +362,8 @@ class _Run:
         shown: SteeringVectors | None,
     ) -> None:
         """Makes and measures one arm; of the first seed, the rep-tuned delta is saved and the projections are read."""
+        if self.progress:
+            print(f"{label}, seed {label.seed} ...", flush=True)
         try:
             with self._stage("tune" if arm.tunes else "choose"):
                 made = maker.make(arm.name, label.direction)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from rt_lens.apps.report.reproducibility import repeat
 from rt_lens.apps.report.sections import sections
 from rt_lens.apps.report.sentences import findings, headline
 from rt_lens.apps.report.uncertainty import uncertainty_sentences
+from rt_lens.apps.report.verdict import opening
 from rt_lens.common.files import write_atomically
 from rt_lens.results.schema import load_results
 
@@ -121,10 +122,14 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections: Mapping[str, Any]) -> str:
     title = f"{results['behaviour']} on {results['model']}"
-    summary = [
+    first_screen = opening(results, responses)
+    details = [
         Part("Results", _findings(results)),
         Part("How certain are these results?", items(uncertainty_sentences(results))),
     ]
+    # A run at equal damage opens with one picture; what is known in detail is folded below it.
+    folds = [Part(part.name, folded("All of it, in sentences", part.html)) for part in details]
+    summary = [*first_screen, *folds] if first_screen else details
     rest = [*sections(results, responses, projections), repeat(results)]
     first = "\n".join(map(rendered, summary))
     body = "\n".join(map(rendered, rest))
@@ -146,12 +151,18 @@ def _findings(results: Mapping[str, Any]) -> str:
     """The sentences; those of the third set and of later sets are folded."""
     parts = findings(results)
     names = dict.fromkeys(row["arm"] for row in results["summary"])
-    explained = "; ".join(f"<b>{arm}</b>: {_ARMS[arm]}" for arm in names if arm in _ARMS)
+    own = {arm: escape(text.rstrip(".")) for arm, text in (results["at_kl"] or {"arms": {}})["arms"].items()}
+    described = {**_ARMS, **own}
+    explained = "; ".join(f"<b>{escape(arm)}</b>: {described[arm]}" for arm in names if arm in described)
     arms = f"<p>The arms: {explained}.</p>" if explained else ""
     sets = [
         folded(name, items(sentences)) if number >= _SETS_UNFOLDED else f"<h3>{escape(name)}</h3>{items(sentences)}"
         for number, (name, sentences) in enumerate(parts.sets.items())
     ]
     side_effects = [f"<h3>Side effects</h3>{items(parts.side_effects)}"] if parts.side_effects else []
-    claims = [f"<p><b>{escape(claim)}</b> {escape(support)}</p>" for claim, support in headline(results)]
+    claims = (
+        [f"<p><b>{escape(claim)}</b> {escape(support)}</p>" for claim, support in headline(results)]
+        if results["at_kl"] is None  # at equal damage the first screen says it, by the strengths that were set
+        else []
+    )
     return "\n".join([*claims, items(parts.opening) if parts.opening else "", arms, *sets, *side_effects])

@@ -20,7 +20,16 @@ from rt_lens.apps.report.labels import (
 from rt_lens.results.schema import checked
 
 _ALPHA = 0.05
-_IN_WORDS = {"rep_tuned": "Representation tuning", "token_tuned": "Token tuning", "steered": "Steering"}
+_IN_WORDS = {
+    "rep_tuned": "Representation tuning", "token_tuned": "Token tuning", "steered": "Steering",
+    "steered_generated": "Steering of generated tokens", "weight_steered": "Weight steering",
+    "prompted": "Prompting", "random": "A random direction",
+}  # fmt: skip
+
+
+def in_words(arm: str) -> str:
+    """An arm as a sentence begins with it."""
+    return _IN_WORDS.get(arm, arm)
 
 
 def summary_sentences(results: Mapping[str, Any]) -> list[str]:
@@ -117,8 +126,9 @@ def _claim(results: Mapping[str, Any], best: Row, untuned: Row, *, n_arms: int, 
     verb, score = ("raised" if sign > 0 else "lowered"), f"the {results['behaviour']} score"
     measure = f"({best['set']}; {sample(best)})"
     if sign * (best["mean"] - untuned["mean"]) > 0:
-        name = _IN_WORDS.get(best["arm"], best["arm"])
-        claim = f"{name} {verb} {score} most, from {brief(untuned)} (untuned) to {brief(best)} {measure}."
+        claim = (
+            f"{in_words(best['arm'])} {verb} {score} most, from {brief(untuned)} (untuned) to {brief(best)} {measure}."
+        )
         claim += _verdict(against_untuned)
         # The largest of several means is partly large by chance.
         support += [f"This is the best of {n_arms} arms, so its effect is likely overestimated (selection bias)."] * (

@@ -1,0 +1,174 @@
+"""The first screen of the page: effect against damage in one picture, and in some sentences what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rt_lens import plots
+from rt_lens.apps.report.labels import Row, brief, estimate, of_first_scorer, p_value, sample
+from rt_lens.apps.report.markup import Part, boxed, chart, items
+from rt_lens.apps.report.sentences import holds, in_words
+
+_SIGNS = {"toward": 1, "away": -1}
+
+
+def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
+    """The picture, the sentences beside it, and one prompt answered by every arm; nothing for a run without at_kl."""
+    at_kl = results["at_kl"]
+    if at_kl is None:
+        return []
+    rows, gaps = first_rows(at_kl["table"]), [row for row in at_kl["strengths"] if row["reason"]]
+    drawn = any(row["budget"] is not None for row in rows)
+    figure = plots.effect_at_kl(rows, gaps, title=f"{results['behaviour']}: effect at equal damage") if drawn else None
+    picture = chart("at-kl", figure) if figure else "<p>No arm reached a budget.</p>"
+    said = items([*verdict(results), sureness(results)])
+    return [
+        Part("Which arm moves the behaviour most?", picture),
+        Part("What was found", said + _same_prompt(results, responses)),
+    ]
+
+
+def first_rows(table: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of the first set and scorer."""
+    first = table[0]
+    return [dict(row) for row in table if (row["set"], row["scorer"]) == (first["set"], first["scorer"])]
+
+
+def without_strength(at_kl: Mapping[str, Any]) -> set[str]:
+    """The arms that are measured as they are, at their own KL."""
+    with_budget = {row["arm"] for row in at_kl["table"] if row["budget"] is not None}
+    return {row["arm"] for row in at_kl["table"] if row["direction"] != "none"} - with_budget
+
+
+def verdict(results: Mapping[str, Any]) -> list[str]:
+    """For each direction the arm that moved the score most at the stated KL, by how much, and what it cost.
+
+    Args:
+        results: the content of results.json, with `at_kl`.
+    """
+    at_kl = results["at_kl"]
+    rows = next(iter(of_first_scorer(results["summary"]).values()))
+    untuned = next(row for row in rows if row["arm"] == "untuned")
+    alone = without_strength(at_kl)
+    sentences = []
+    for direction, sign in _SIGNS.items():
+        measured = [row for row in rows if row["direction"] == direction and row["mean"] is not None]
+        equal = [row for row in measured if row["arm"] not in alone]
+        if equal:
+            best = max(equal, key=lambda row: sign * row["mean"])
+            sentences.append(" ".join(_most(results, best, untuned, equal, sign)))
+        sentences += [_asked(row, untuned) for row in measured if row["arm"] in alone]
+    gaps = {(row["arm"], row["direction"]): row["reason"] for row in at_kl["strengths"] if _missed(row, at_kl)}
+    sentences += [f"{arm} ({way}) does not reach that KL: {reason}" for (arm, way), reason in gaps.items()]
+    return sentences
+
+
+def sureness(results: Mapping[str, Any]) -> str:
+    """One line on how sure one may be: the comparisons stated in advance, and the control."""
+    rows = of_first_scorer(results["comparisons"])
+    of_set = next(iter(rows.values()), [])
+    n, held = len(results["comparisons"]), sum(map(holds, results["comparisons"]))
+    line = (
+        f"How sure: {held} of the {n} comparisons that were stated before the run hold after Holm's correction. "
+        if n
+        else "How sure: no comparison could be made. "
+    )
+    controls = [row for row in of_set if (row["a"], row["b"]) == ("random", "untuned")]
+    for row in controls:
+        moved = "moves" if holds(row) else "is not shown to move"
+        line += f"A random direction {moved} the score ({row['a_direction']}, {estimate(row, 'difference')}). "
+    return line + "Brackets are 95 % confidence intervals."
+
+
+def _most(results: Mapping[str, Any], best: Row, untuned: Row, equal: Sequence[Row], sign: int) -> Iterator[str]:
+    stated, direction = results["at_kl"]["stated"], best["direction"]
+    where = f"At a KL of {stated:g} nats per token, {direction}:"
+    if sign * (best["mean"] - untuned["mean"]) <= 0:
+        yield f"{where} no arm moves the score that way; untuned {brief(untuned)} ({sample(untuned)})."
+        return
+    yield (
+        f"{where} {in_words(best['arm']).lower()} moves the score most, from {brief(untuned)} (untuned) to "
+        f"{brief(best)} ({sample(best)})."
+    )
+    others = sorted((row for row in equal if row is not best), key=lambda row: -sign * row["mean"])
+    if others:
+        yield _next(others)
+    yield from _against(results, best)
+    yield from _cost(results, best, untuned)
+
+
+def _next(others: Sequence[Row]) -> str:
+    return "Next: " + ", ".join(f"{row['arm']} {brief(row)}" for row in others) + "."
+
+
+def _against(results: Mapping[str, Any], best: Row) -> Iterator[str]:
+    """The best arm's differences from the others, as far as they were compared."""
+    found = []
+    for row in results["comparisons"]:
+        sides = [(row["a"], row["a_direction"]), (row["b"], row["b_direction"])]
+        label = (best["arm"], best["direction"])
+        if (row["set"], row["scorer"]) != (best["set"], best["scorer"]) or label not in sides:
+            continue
+        other = row["b"] if sides[0] == label else row["a"]
+        p = row["p"] if row["p_holm"] is None else row["p_holm"]
+        shown = "" if holds(row) else ", not shown"
+        found.append(f"{other} by {_size(row)} (p {p_value(p)}{shown})")
+    if found:
+        yield f"It differs from {'; '.join(found)}."
+
+
+def _size(row: Row) -> str:
+    """The size of a difference with its interval, whichever arm is ahead."""
+    if row["difference"] is not None and row["difference"] < 0:
+        row = {"difference": -row["difference"], "low": -row["high"], "high": -row["low"]}
+    return estimate(row, "difference")
+
+
+def _cost(results: Mapping[str, Any], best: Row, untuned: Row) -> Iterator[str]:
+    """Side effects of the arm beside the untuned model's, and KL on the behaviour's own prompts."""
+    parts = [
+        f"{name} {brief(best, column)} (untuned {brief(untuned, column)})"
+        for column, name in (("repetition", "repetition"), ("facts", "facts right"))
+        if best[column] is not None and untuned[column] is not None
+    ]
+    own = [
+        row["own_kl"]
+        for row in results["at_kl"]["strengths"]
+        if (row["arm"], row["direction"], row["budget"]) == (best["arm"], best["direction"], results["at_kl"]["stated"])
+        and row["own_kl"] is not None
+    ]
+    if own:
+        parts.append(f"KL {sum(own) / len(own):.3f} on the behaviour's own prompts (mean of {len(own)} seeds)")
+    if parts:
+        yield f"What it cost: {', '.join(parts)}."
+
+
+def _asked(row: Row, untuned: Row) -> str:
+    kl = f" at a KL of {brief(row, 'kl')}" if row["kl"] is not None else ""
+    return (
+        f"Asking for it ({row['arm']}, {row['direction']}) scores {brief(row)}{kl}; it has no strength to set, so it "
+        "does its own damage."
+    )
+
+
+def _missed(row: Row, at_kl: Mapping[str, Any]) -> bool:
+    return bool(row["reason"]) and row["budget"] == at_kl["stated"]
+
+
+def _same_prompt(results: Mapping[str, Any], responses: Sequence[Row]) -> str:
+    """The first test prompt, with the response of each arm's first seed."""
+    if not responses:
+        return ""
+    first = responses[0]
+    rows: dict[str, dict[str, str]] = {}
+    for row in responses:
+        if (row["prompt"], row.get("set")) == (first["prompt"], first.get("set")):
+            rows.setdefault(row["arm"], {}).setdefault(row["direction"], row["response"])
+    columns = [way for way in _SIGNS if any(way in said for said in rows.values())]
+    body = [
+        [escape(arm), *(escape(said.get(way, said.get("none", "–"))) for way in columns)] for arm, said in rows.items()
+    ]
+    heading = f"<p><q>{escape(first['prompt'])}</q>, answered by every arm at that KL:</p>"
+    return heading + boxed("one prompt, every arm", ("arm", *columns), body, kind="responses")
