@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from rt_lens.arms.comparison import ArmScores
-from rt_lens.results.writing import tables_of, write_results
+from rt_lens.results.writing import plain, tables_of, write_results
 
 ARMS = (("untuned", "none"), ("steered", "away"), ("rep_tuned", "toward"), ("rep_tuned", "away"))
 SETS = {"test": ("vader", "repetition"), "facts": ("contains_answer",), "talk": ("repetition", "follows_instruction")}
@@ -92,6 +92,29 @@ def make_content(board: ArmScores, **changes: Any) -> dict[str, Any]:
         "logit_lens": [],
         "seconds": {"tune": 1.0},
     }
+    return {**content, **changes}
+
+
+def make_at_kl(board: ArmScores, **changes: Any) -> dict[str, Any]:
+    """The key at_kl of a board whose arms reach KL 0.01 and do not reach 0.03; steered has no strength."""
+    summary, rows = board.summary(), []
+    labels = board.scores[["arm", "direction", "seed"]].drop_duplicates().itertuples(index=False, name=None)
+    for arm, direction, seed in labels:
+        of_arm = {"arm": arm, "direction": direction, "seed": seed, "n_texts": 8, "n_own": 24}
+        kl = {"kl": 0.01, "kl_low": 0.009, "kl_high": 0.011, "own_kl": 0.02, "own_kl_low": 0.018, "own_kl_high": 0.022}
+        if arm == "steered":
+            rows.append({**of_arm, **kl, "budget": None, "strength": None, "reason": ""})
+        elif arm != "untuned":
+            gap = dict.fromkeys(kl) | {"budget": 0.03, "strength": None, "reason": "KL is at most 0.02."}
+            rows += [{**of_arm, **kl, "budget": 0.01, "strength": 1.2, "reason": ""}, {**of_arm, **gap}]
+    strong = summary["arm"].isin(["untuned", "steered"])
+    table = summary.assign(budget=[None if point else 0.01 for point in strong]).astype({"budget": object})
+    content = {
+        "kl": [0.01, 0.03], "stated": 0.01, "side_effects": "every", "n_texts": 8, "max_new_tokens": 24,
+        "n_personas": 2,
+        "arms": {"steered": "The vector is added.", "rep_tuned": "Tuned along the vector."},
+        "table": plain(table.to_dict("records")), "strengths": plain(rows),
+    }  # fmt: skip
     return {**content, **changes}
 
 

@@ -40,6 +40,7 @@ CATEGORIES = {
 }  # fmt: skip
 SMALL = """
 name = "honesty"
+arms = ["steered", "token_tuned", "rep_tuned"]
 [honesty]
 protocol = "PROTOCOL"
 held_out = ["animals"]
@@ -70,6 +71,11 @@ n_prompts = 2
 max_new_tokens = 4
 n_instructions = 2
 n_texts = 3
+[compare]
+kl = [0.01]
+side_effects = "stated"
+n_texts = 2
+max_new_tokens = 4
 """
 
 

@@ -25,7 +25,7 @@ from rt_lens.evaluation.choices import likelihoods
 from rt_lens.evaluation.permissions import Permissions
 from rt_lens.evaluation.scorers import OfText
 from rt_lens.evaluation.texts import perplexity
-from rt_lens.experiment.config import Experiment, load_experiment
+from rt_lens.experiment.config import CompareConfig, Experiment, load_experiment
 from rt_lens.experiment.costs import Costs, Work
 from rt_lens.experiment.plan import GPU, Plan, plan_of
 from rt_lens.experiment.protocols import answers_protocol
@@ -80,6 +80,9 @@ def paper(folder) -> Experiment:
             learning_rate=1e-2, token_learning_rate=1e-2,
         ),
         test=replace(full.test, n_prompts=4, n_instructions=4, max_new_tokens=4),
+        compare=CompareConfig(kl=(0.01,), n_texts=2, max_new_tokens=4),
+        arms=("steered", "token_tuned", "rep_tuned"),
+        token={**full.token, "token_learning_rate": 1e-2},  # so that three steps reach a KL
         tune_seeds={"toward": (0,), "away": (0,)},
     )  # fmt: skip
 

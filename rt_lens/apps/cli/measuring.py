@@ -37,9 +37,9 @@ def run(
     allow_judge: AllowJudge = None,
     judge_key_env: JudgeKeyEnv = None,
 ) -> None:
-    """Run the four arms (untuned, steered, token-tuned, rep-tuned) in both directions and write report.html."""
+    """Compare the arms of a behaviour at equal damage, in both directions, and write report.html."""
     from rt_lens.apps.report.page import write_report
-    from rt_lens.apps.report.sentences import summary_sentences
+    from rt_lens.apps.report.verdict import spoken
     from rt_lens.experiment.plan import plan_of
     from rt_lens.experiment.run import check_writable, run_experiment
 
@@ -50,7 +50,7 @@ def run(
     folder = check_writable(out or Path("runs") / experiment.name)
     results = run_experiment(experiment, folder, source=behaviour)
     page = write_report(folder)
-    typer.echo("\n" + "\n".join(summary_sentences(results)))
+    typer.echo("\n" + "\n".join(spoken(results)))
     stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
     typer.echo(f"\nTime: {stages}.")
     typer.echo(f"Saved {folder / 'results.json'}. Next: open {page} in a browser, or rt-lens dashboard {folder}")

@@ -53,10 +53,10 @@ def summary_sentences(results: Mapping[str, Any]) -> list[str]:
     """
     parts = findings(results)
     of_sets = [sentence for sentences in parts.sets.values() for sentence in sentences]
-    return [*parts.opening, *map(_plain, [*of_sets, *parts.side_effects, *parts.notes])]
+    return [*parts.opening, *map(plain_text, [*of_sets, *parts.side_effects, *parts.notes])]
 
 
-def _plain(sentence: str) -> str:
+def plain_text(sentence: str) -> str:
     """With the hyphen and the apostrophe that every terminal can print."""
     return sentence.replace("−", "-").replace("’", "'")
 

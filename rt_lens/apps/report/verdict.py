@@ -9,7 +9,7 @@ from typing import Any
 from rt_lens import plots
 from rt_lens.apps.report.labels import Row, brief, estimate, of_first_scorer, p_value, sample
 from rt_lens.apps.report.markup import Part, boxed, chart, items
-from rt_lens.apps.report.sentences import holds, in_words
+from rt_lens.apps.report.sentences import holds, in_words, plain_text, summary_sentences
 
 _SIGNS = {"toward": 1, "away": -1}
 
@@ -28,6 +28,13 @@ def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
         Part("Which arm moves the behaviour most?", picture),
         Part("What was found", said + _same_prompt(results, responses)),
     ]
+
+
+def spoken(results: Mapping[str, Any]) -> list[str]:
+    """The sentences of the first screen for a terminal; those of all tables for a run without at_kl."""
+    if results["at_kl"] is None:
+        return summary_sentences(results)
+    return [plain_text(sentence) for sentence in [*verdict(results), sureness(results)]]
 
 
 def first_rows(table: Sequence[Row]) -> list[dict[str, Any]]:
@@ -59,7 +66,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         if equal:
             best = max(equal, key=lambda row: sign * row["mean"])
             sentences.append(" ".join(_most(results, best, untuned, equal, sign)))
-        sentences += [_asked(row, untuned) for row in measured if row["arm"] in alone]
+        sentences += [_as_it_is(row) for row in measured if row["arm"] in alone]
     gaps = {(row["arm"], row["direction"]): row["reason"] for row in at_kl["strengths"] if _missed(row, at_kl)}
     sentences += [f"{arm} ({way}) does not reach that KL: {reason}" for (arm, way), reason in gaps.items()]
     return sentences
@@ -145,11 +152,11 @@ def _cost(results: Mapping[str, Any], best: Row, untuned: Row) -> Iterator[str]:
         yield f"What it cost: {', '.join(parts)}."
 
 
-def _asked(row: Row, untuned: Row) -> str:
+def _as_it_is(row: Row) -> str:
     kl = f" at a KL of {brief(row, 'kl')}" if row["kl"] is not None else ""
     return (
-        f"Asking for it ({row['arm']}, {row['direction']}) scores {brief(row)}{kl}; it has no strength to set, so it "
-        "does its own damage."
+        f"{in_words(row['arm'])} ({row['direction']}) scores {brief(row)}{kl}: it has no strength to set, so it does "
+        "its own damage."
     )
 
 

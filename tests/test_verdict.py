@@ -1,0 +1,81 @@
+"""The first screen of a report at equal damage: the picture, the sentences, one prompt answered by every arm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from small_runs import make_at_kl, make_board, make_content, write_run
+
+from rt_lens.apps.report.page import write_report
+from rt_lens.apps.report.verdict import opening, spoken, sureness, verdict
+from rt_lens.results.schema import checked, load_results
+
+LABELS = [(("rep_tuned", way), ("untuned", "none")) for way in ("toward", "away")]
+
+
+def made(shift: float, **changes: Any) -> dict[str, Any]:
+    board = make_board(0, shift=shift)
+    comparisons = board.comparisons(LABELS, [("test", "vader")]).to_dict("records")
+    return checked(make_content(board, at_kl=make_at_kl(board, **changes), comparisons=comparisons))
+
+
+def test_the_arm_that_moved_most_is_named_with_its_interval_and_what_it_cost():
+    results = made(0.6)
+    rows = {(row["arm"], row["direction"]): row for row in results["summary"] if row["scorer"] == "vader"}
+    toward, away, steered = verdict(results)
+    best, untuned = rows["rep_tuned", "toward"], rows["untuned", "none"]
+    assert toward.startswith(
+        "At a KL of 0.01 nats per token, toward: representation tuning moves the score most, from "
+    )
+    for row in (best, untuned):
+        assert f"{row['mean']:.3f}".replace("-", "−") in toward or f"{row['mean']:.2f}".replace("-", "−") in toward
+    assert "n = 24, seeds 0, 1, 2" in toward and "It differs from untuned by" in toward
+    assert "What it cost: repetition" in toward and "KL 0.020 on the behaviour's own prompts" in toward
+    assert away == (
+        "At a KL of 0.01 nats per token, away: no arm moves the score that way; untuned "
+        + toward.split("from ")[1].split(" (untuned)")[0]
+        + " (n = 24, seed 0)."
+    )
+    assert steered.startswith("Steering (away) scores ") and "its own damage" in steered
+
+
+def test_a_difference_that_is_not_shown_is_said_to_be_so():
+    (toward, *_), sure = verdict(made(0.02)), sureness(made(0.02))
+    assert ", not shown)" in toward or "no arm moves the score that way" in toward
+    assert sure.startswith("How sure: 0 of the 2 comparisons that were stated before the run hold after Holm")
+
+
+def test_an_arm_that_does_not_reach_the_stated_kl_is_named_with_the_reason():
+    results = made(0.6)
+    assert not [sentence for sentence in verdict(results) if "does not reach" in sentence]  # 0.03 is not the stated one
+    results = made(0.6, stated=0.03)
+    missed = [sentence for sentence in verdict(results) if "does not reach that KL" in sentence]
+    assert missed == [f"rep_tuned ({way}) does not reach that KL: KL is at most 0.02." for way in ("toward", "away")]
+
+
+def test_the_page_opens_with_the_picture_and_the_sentences_and_folds_the_rest(tmp_path):
+    board = make_board(0, shift=0.6)
+    page = write_report(write_run(tmp_path / "run", board, at_kl=make_at_kl(board))).read_text(encoding="utf-8")
+    order = [page.index(text) for text in (
+        "Which arm moves the behaviour most?</h2>", "What was found</h2>", "Results</h2>",
+        "How certain are these results?</h2>", "Scores by arm</h2>",
+    )]  # fmt: skip
+    assert order == sorted(order)
+    assert "<b>rep_tuned</b>: Tuned along the vector" in page
+    assert "Question 0, test?" in page[order[1] : order[2]]  # one prompt, answered by every arm
+
+
+@pytest.mark.parametrize("missing", ["stated", "table", "strengths"])
+def test_a_damaged_table_is_refused_by_name(missing):
+    board = make_board(0)
+    at_kl = {key: value for key, value in make_at_kl(board).items() if key != missing}
+    with pytest.raises(ValueError, match=f"results.json: at_kl must have the key {missing}"):
+        checked(make_content(board, at_kl=at_kl))
+
+
+def test_a_run_without_it_has_no_such_screen_and_its_sentences_are_the_older_ones(tmp_path):
+    content = load_results(write_run(tmp_path / "run", make_board(0))).content
+    assert content["at_kl"] is None and opening(content, []) == []
+    assert spoken(content)[0].startswith("The untuned tiny scores")
+    assert spoken(made(0.6))[-1].startswith("How sure:")
