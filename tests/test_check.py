@@ -102,17 +102,17 @@ def personas(experiment: Experiment) -> list[tuple[str, str]]:
 def test_personas_that_differ_in_length_are_a_confound_and_equally_long_ones_are_not(example):
     longer = [f"{positive} Do so at length, please." for positive, _ in personas(example)]
     found = warned(changed(example, positive=longer), "length")
-    assert "15.1 words and negative ones 10.1" in found and "difference 5.0" in found and "AUC 1.00" in found
-    mixed = [f"{text} Please." if n % 2 else text for n, (text, _) in enumerate(personas(example))]
-    assert not warned(changed(example, positive=mixed), "length")  # half a word is no length
+    assert "16.2 words and negative ones 11.2" in found and "difference 5.0" in found and "AUC 1.00" in found
+    mixed = [f"{text} Please." if n % 5 == 0 else text for n, (text, _) in enumerate(personas(example))]
+    assert not warned(changed(example, positive=mixed), "length")  # a fifth of a word is none
 
 
 @pytest.mark.parametrize(
     ("scorer", "says"),
     [
-        ({"kind": "pattern", "pattern": r"\btrains?\b"}, "'pattern' itself counts 2 of 40 topics"),
-        ({"kind": "lexicon", "positive": ["trains", "soup"], "negative": ["x"]}, "(for 'trains', 'soup')"),
-        (lambda text: float("train" in text), "itself counts 2 of 40 topics"),
+        ({"kind": "pattern", "pattern": r"\b(soup|cats)\b"}, "'pattern' itself counts 2 of 40 topics"),
+        ({"kind": "lexicon", "positive": ["soup", "cats"], "negative": ["x"]}, "(for 'soup', 'cats')"),
+        (lambda text: float("soup" in text or "cats" in text), "itself counts 2 of 40 topics"),
     ],
 )
 def test_words_of_the_scorer_in_topics_are_found(example, scorer, says):
@@ -200,7 +200,7 @@ def test_personas_that_move_the_score_are_ok_with_n_interval_and_seed(example, t
     found = measured(example, tiny, scores={"untuned": noisy(0), "positive": noisy(0.5), "negative": noisy(-0.5)})
     assert [finding.verdict for finding in found] == ["ok"] * 4
     assert found[0].text.startswith("The personas move the score: positive minus negative is 1.00")
-    assert all("n = 16 training topics, seed 0" in finding.text for finding in found)
+    assert all("n = 24 topics, seed 0" in finding.text for finding in found)
     assert "[" in found[3].text
 
 
@@ -233,14 +233,14 @@ def test_a_score_without_spread_is_a_warning_at_an_unknown_place_and_ok_within_a
 
 def test_a_scorer_that_never_fires_is_the_one_finding(example, tiny):
     (found,) = measured(example, tiny, scores=dict.fromkeys(("untuned", "positive", "negative"), 0))
-    assert found.subject == "scorer" and "gives 0.00 to all 48 responses" in found.text
+    assert found.subject == "scorer" and "gives 0.00 to all 72 responses" in found.text
 
 
 def test_test_topics_are_never_asked(example, tiny):
     scorer = OfPersona(example, dict.fromkeys(("untuned", "positive", "negative"), noisy(0)))
     measure_behaviour(replace(example, scorer=scorer), tiny, n_topics=100)
-    train, _, test = parts(example)
-    assert scorer.asked == set(train.topics) and not scorer.asked & set(test.topics)
+    train, validation, test = parts(example)
+    assert scorer.asked == {*train.topics, *validation.topics} and not scorer.asked & set(test.topics)
 
 
 # The commands
@@ -353,3 +353,10 @@ def test_the_untuned_model_heeds_the_personas_of_the_example(model, tmp_path):
     found = measure_behaviour(load_experiment(file), model)
     assert found[0].text.startswith("The personas move the score")
     assert found[3].verdict == "ok"
+
+
+def test_a_few_responses_that_score_do_not_show_that_personas_do(example, tiny):
+    """3 of 24: the bootstrap interval excludes 0, and the permutation test shows nothing."""
+    scores = {"untuned": 0, "positive": lambda number: float(number < 3), "negative": 0}
+    found = measured(example, tiny, scores=scores)
+    assert found[0].text.startswith("The model ignores these personas") and "[0.04, 0.33]" in found[0].text

@@ -1,7 +1,7 @@
 """What helps or hurts a behaviour before a run: its texts, its split, its scorer, and the untuned model's responses.
 
 Nothing here sees a response to a test topic: `check_behaviour` reads the texts alone, and `measure_behaviour` asks
-training topics.
+topics of the training and validation parts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rt_lens.common.formatting import estimate, number, p_value
 from rt_lens.common.statistics.comparisons import Comparison, mcnemar, paired_comparison
 from rt_lens.common.statistics.power import detectable, prompts_for_effect
 from rt_lens.data.builtin import neutral_prompts
-from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.data.questions import Answer, Question
 from rt_lens.evaluation.registry import unmade_scorer
 from rt_lens.evaluation.scorers import Lexicon, OfText, Pattern, Scorer, is_share
@@ -323,12 +323,13 @@ def _time(experiment: Experiment) -> Finding:
 
 
 def measure_behaviour(experiment: Experiment, model: Model, n_topics: int = 24) -> list[Finding]:
-    """Asks training topics without a persona and with those of each side: does the score have room, and does it move?
+    """Asks topics without a persona and with those of each side: does the score have room, and does it move?
 
     Args:
         experiment: of the behaviour. Honesty is measured as a run measures it before its test.
         model: the untuned model.
-        n_topics: the largest number of topics to ask, each three times.
+        n_topics: the largest number of topics to ask, each three times. They are of the training part, and of the
+            validation part where these are too few; never of the test.
 
     Returns:
         Whether the personas move the score comes first. Numbers have their n, a 95 % interval and the seed.
@@ -346,8 +347,8 @@ def measure_behaviour(experiment: Experiment, model: Model, n_topics: int = 24) 
         scorer = experiment.made_scorer
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the split's, which `check_behaviour` reports
-            train, *_ = family_of(experiment).parts()
-        pairs = train.sample(min(n_topics, len(train.topics)), seed).pairs
+            train, validation, _ = family_of(experiment).parts()
+        pairs = _of_each_topic(train, validation, n_topics, seed)
         untuned, positive, negative = (
             evaluate(
                 model, [Question(pair.user, system=persona) for pair, persona in zip(pairs, side, strict=True)], scorer,
@@ -368,11 +369,19 @@ def measure_behaviour(experiment: Experiment, model: Model, n_topics: int = 24) 
     ]
 
 
+def _of_each_topic(train: ContrastPairs, validation: ContrastPairs, n: int, seed: int) -> list[Pair]:
+    """At most n pairs, of one topic each: of training, and where these are too few of validation."""
+    pairs = list(train.sample(min(n, len(train.topics)), seed).pairs)
+    if more := min(n - len(pairs), len(validation.topics)):
+        pairs += validation.sample(more, seed).pairs
+    return pairs
+
+
 def _constant(untuned: Evaluation) -> Finding:
     n, score = len(untuned.scores), number(untuned.scores[0], 2)
     text = (
         f"The scorer '{untuned.scorer}' gives {score} to all {3 * n} responses, with the positive personas, with the "
-        f"negative ones and without (n = {n} training topics each, seed {untuned.seed}). A run would show nothing. "
+        f"negative ones and without (n = {n} topics each, seed {untuned.seed}). A run would show nothing. "
         f"A response: {_quoted(untuned.responses[0])}."
     )
     return Finding("warning", "scorer", text, "Change the scorer, or the personas, until the score differs.")
@@ -408,8 +417,7 @@ def _room(untuned: Evaluation, scorer: Scorer) -> Finding:
     scores, (n, mean, low, high) = untuned.scores, untuned.interval
     alike = ", the same for all, so without an interval" if len(set(scores)) == 1 else ""
     text = (
-        f"Without a persona the score is {estimate(mean, low, high, 2)}{alike} (n = {n} training topics, seed "
-        f"{untuned.seed})."
+        f"Without a persona the score is {estimate(mean, low, high, 2)}{alike} (n = {n} topics, seed {untuned.seed})."
     )
     least, most = (0.0, 1.0) if is_share(scorer) else _RANGES.get(scorer.name, (math.nan, math.nan))
     for end, name, direction in ((least, "low", "away"), (most, "high", "toward")):
@@ -425,16 +433,16 @@ def _room(untuned: Evaluation, scorer: Scorer) -> Finding:
 
 
 def _direction(comparison: Comparison) -> int:
-    """1 or -1 if a difference is shown, else 0. A difference that is the same on all topics has no interval."""
-    low, high = comparison.low, comparison.high
-    if math.isnan(low):
-        low = high = comparison.difference if comparison.n > 1 else 0.0
-    return (low > 0) - (high < 0)
+    """1 or -1 if the test shows a difference, else 0.
+
+    The interval alone does not decide: of few responses that score at all, the bootstrap's is too narrow.
+    """
+    return 0 if comparison.p >= 0.05 else (comparison.difference > 0) - (comparison.difference < 0)
 
 
 def _difference(comparison: Comparison, seed: int) -> str:
     n, difference, low, high, p, _ = comparison
-    return f"{estimate(difference, low, high, 2)} (n = {n} training topics, seed {seed}, p {p_value(p)})"
+    return f"{estimate(difference, low, high, 2)} (n = {n} topics, seed {seed}, p {p_value(p)})"
 
 
 def _plain(text: str) -> str:

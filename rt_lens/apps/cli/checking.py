@@ -53,7 +53,10 @@ def new(
 def check(
     behaviour: Behaviour,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Load the model, and ask training topics with and without personas.")
+        bool,
+        typer.Option(
+            "--measure", help="Load the model, and ask it topics (none of the test) with and without personas."
+        ),
     ] = False,
     model: Model = None,
     dtype: Dtype = None,
@@ -96,7 +99,7 @@ def _measured(experiment: Experiment) -> list[Finding]:
     from rt_lens.experiment.check import measure_behaviour
     from rt_lens.models.load import load_model
 
-    typer.echo(f"Loading {experiment.model} and asking it training topics ...", err=True)
+    typer.echo(f"Loading {experiment.model} and asking it topics of the training and validation parts ...", err=True)
     model = load_model(experiment.model, dtype=experiment.dtype, chat_template_kwargs=experiment.chat_template_kwargs)
     return measure_behaviour(experiment, model)
 
