@@ -609,6 +609,17 @@ def test_more_prompts_halve_the_interval_of_one_seed_only(kept, halved, seeded):
     assert ("for an arm with several seeds, with other seeds" in first) == seeded
 
 
+def test_a_score_without_an_interval_gets_its_reason():
+    results = make_results()
+    assert "no interval" not in uncertainty_sentences(results)[0]
+    for row in results["summary"]:
+        row["low"] = row["high"] = None
+    told = uncertainty_sentences(results)[0]
+    assert "has no interval, since all responses have the same score (each arm)" in told
+    results["summary"][0] |= {"low": 0.1, "high": 0.2}
+    assert "(each arm)" not in uncertainty_sentences(results)[0]
+
+
 def test_weights_are_not_said_to_have_seen_training_topics_only():
     tuned = "\n".join(uncertainty_sentences(make_results()))
     assert "weights used" not in tuned, "the validation loss picks those that are kept"

@@ -58,6 +58,20 @@ def behaviour_file(name_or_path: str | Path) -> Path:
     raise ValueError(f"behaviour must be the name of a built-in behaviour or a file, got {str(name_or_path)!r}. {hint}")
 
 
+def new_behaviour(name: str) -> str:
+    """The content of a behaviour's file to start from: a small example that runs, with comments on what to change.
+
+    Args:
+        name: the behaviour's name in the file.
+
+    Example:
+        >>> new_behaviour("my_behaviour").splitlines()[3]
+        'name = "my_behaviour"'
+    """
+    template = data_path("templates/behaviour.toml").read_text(encoding="utf-8")
+    return template.replace("my_behaviour", name)
+
+
 def neutral_paragraphs() -> list[str]:
     """The built-in expository text without mood, one string per paragraph (for perplexity and KL only).
 

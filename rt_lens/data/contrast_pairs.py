@@ -262,9 +262,7 @@ def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
         return None
     by_topic = cut(topics, bounds, seed)
     if by_topic is None:
-        raise ValueError(
-            f"shares must leave every part a topic, got {tuple(bounds)} of {n_topics} topics. Give more topics."
-        )
+        raise _too_few(bounds, n_topics)
     keys = [by_topic, *(parts for axis in (personas, prefills) if (parts := cut(axis, bounds, seed)) is not None)]
     return [falls[0] if len(set(falls)) == 1 else None for falls in zip(*keys, strict=True)], []
 
@@ -279,9 +277,7 @@ def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
     by_topic = share_out(connected(topics), bounds, seed)
     if by_topic is None:
         n_topics = len(set(connected(topics)))
-        raise ValueError(
-            f"shares must leave every part a topic, got {tuple(bounds)} of {n_topics} topics. Give more topics."
-        )
+        raise _too_few(bounds, n_topics)
     allowed = _deviation(by_topic, bounds) + _SLACK
     separable = {
         "positive personas": _keys(pair.positive for pair in pairs),
@@ -298,6 +294,14 @@ def _grouped(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
             if parts is not None and _deviation(parts, bounds) <= allowed:
                 return list(parts), [name for name in separable if name not in separated]
     return list(by_topic), list(separable)
+
+
+def _too_few(bounds: Sequence[float], n_topics: int) -> ValueError:
+    shares = ", ".join(f"{high - low:.3g}" for low, high in itertools.pairwise([0.0, *bounds]))
+    return ValueError(
+        f"shares must leave every part a topic, got {shares} and the rest of {n_topics} topics. Give more topics, or "
+        "more equal shares."
+    )
 
 
 def _topic_keys(pairs: Sequence[Pair]) -> list[list[tuple[str, ...]]]:

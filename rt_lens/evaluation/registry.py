@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
+from rt_lens.common.inputs import text_list
 from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.data.questions import Answer
 from rt_lens.evaluation.endpoint import EndpointJudge
@@ -72,7 +73,8 @@ def unmade_scorer(scorer: ScorerLike) -> Scorer:
     """Checks a scorer without building it, since building may load a model: for a plan, and to check a file.
 
     Raises:
-        ValueError: for an unknown name or kind, or a key that the kind does not take or that is missing.
+        ValueError: for an unknown name or kind, a key that the kind does not take or that is missing, or a value that
+            can be checked without a model, such as a regular expression.
 
     Example:
         >>> unmade_scorer({"kind": "likelihood", "form": "multiple_choice"}).reads
@@ -87,6 +89,8 @@ def unmade_scorer(scorer: ScorerLike) -> Scorer:
         inspect.signature(_KINDS[kind]).bind(**table)
     except TypeError as error:
         raise _refusal(kind, table, error) from None
+    if kind in _LIGHT:
+        make_scorer({**table, "kind": kind})  # refuses a wrong value
     return Unmade(kind, table.get("form", "completion") if kind in ("likelihood", "off_option_mass") else "text")
 
 
@@ -136,6 +140,8 @@ def _refusal(kind: str, table: Mapping[str, Any], error: TypeError) -> ValueErro
 
 
 def _lexicon(positive: Any = (), negative: Any = ()) -> Scorer:
+    for name, given in (("positive", positive), ("negative", negative)):
+        text_list(given, f"{name} of scorer 'lexicon'", none=True)  # a str would become a list of letters
     return OfText("lexicon", Lexicon(tuple(positive), tuple(negative)))
 
 
@@ -144,6 +150,9 @@ def _classifier(model: str, pairs: str, seed: int = 0) -> Scorer:
 
     return classifier_of(load_model(model), load_pairs(pairs), seed=seed)
 
+
+_LIGHT = {"lexicon", "pattern", "likelihood", "off_option_mass"}
+"""Kinds that check their table when they are made, and load nothing."""
 
 _KINDS: dict[str, Callable[..., Scorer]] = {
     "vader": lambda: OfText("vader", vader),

@@ -138,6 +138,10 @@ class Lexicon:
         hits, misses = (len(_any_of(words).findall(_plain(answer))) for words in (self.positive, self.negative))
         return (hits - misses) / (hits + misses) if hits + misses else 0.0
 
+    def matches(self, answer: str) -> list[str]:
+        """The words and phrases of both lists that occur in a text, in lower case."""
+        return [match for words in (self.positive, self.negative) for match in _any_of(words).findall(_plain(answer))]
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -158,6 +162,11 @@ class Pattern:
     pattern: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise ValueError(
+                f"scorer 'pattern' must have a regular expression as text, got {self.pattern!r}. For several words "
+                r"write '\b(one|two)\b'."
+            )
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -168,6 +177,10 @@ class Pattern:
 
     def __call__(self, answer: str) -> float:
         return float(re.search(self.pattern, answer, re.IGNORECASE) is not None)
+
+    def matches(self, answer: str) -> list[str]:
+        """What the expression matches in a text."""
+        return [match[0] for match in re.finditer(self.pattern, answer, re.IGNORECASE)]
 
 
 @cache

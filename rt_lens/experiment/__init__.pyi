@@ -1,3 +1,6 @@
+from .check import Finding as Finding
+from .check import check_behaviour as check_behaviour
+from .check import measure_behaviour as measure_behaviour
 from .config import Experiment as Experiment
 from .config import load_experiment as load_experiment
 from .plan import Plan as Plan

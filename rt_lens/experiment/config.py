@@ -285,7 +285,9 @@ def load_experiment(
     honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
     judge = _judge(path, content, permissions)
     scorer = permissions.checked(content.get("scorer", "vader"), path)
-    unmade_scorer(scorer)  # refuses a wrong table before anything is loaded
+    unmade = unmade_scorer(scorer)  # refuses a wrong table before anything is loaded
+    if honesty is None:
+        _refuse_unreadable(scorer, unmade)
     pairs = honesty_pairs(honesty) if honesty else pairs_from_table(name, content.get("pairs", {}), source=path.name)
     model_table = content.get("model", {})
     _refuse_unknown("[model]", model_table, {"name", "dtype", "chat_template_kwargs"})
@@ -294,7 +296,7 @@ def load_experiment(
         check_model(model, path)
     experiment = Experiment(
         name=name,
-        description=content.get("description", ""),
+        description=_text("description", content.get("description", "")),
         pairs=pairs,
         scorer=scorer,
         tune=_table(TuneConfig, "tune", tuning),
@@ -417,9 +419,12 @@ def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:
     by_direction = seeds if isinstance(seeds, dict) else dict.fromkeys(DIRECTIONS, seeds)
     _refuse_unknown("tune.seeds", by_direction, set(DIRECTIONS))
     for direction in DIRECTIONS:
-        if not by_direction.get(direction):
+        given = by_direction.get(direction)
+        numbers = isinstance(given, list) and all(type(seed) is int and seed >= 0 for seed in given)
+        if not given or not numbers or len(set(given)) < len(given):
             raise ValueError(
-                f"tune.seeds must have at least one seed for {direction!r}, got none. Write for example seeds = [0]."
+                f"tune.seeds must have at least one seed for {direction!r}, in a list of different whole numbers, got "
+                f"{'none' if given in (None, []) else repr(given)}. Write for example seeds = [0]."
             )
     return {direction: tuple(by_direction[direction]) for direction in DIRECTIONS}
 
@@ -428,10 +433,53 @@ def _table(kind: type[T], name: str, values: Any) -> T:
     if not isinstance(values, Mapping):
         raise ValueError(f"config: {name} must be a table [{name}], got {values!r}. Write its settings below it.")
     _refuse_unknown(f"[{name}]", values, {entry.name for entry in fields(kind)})  # type: ignore[arg-type]
+    if kind in (SplitConfig, ExtractConfig, ChooseConfig, TestConfig):  # the others check themselves
+        for key, value in values.items():
+            _check_value(f"{name}.{key}", value, getattr(kind, key))
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except TypeError as error:
         raise ValueError(f"config: [{name}]: wrong type for one of its values ({error}).") from None
+
+
+def _check_value(name: str, value: Any, default: Any) -> None:
+    """Refuses a value of another type than the setting's default, an empty list, and a count below 1."""
+    if isinstance(default, tuple):
+        whole = isinstance(default[0], int)
+        rule = f"a list of at least one {'block' if whole else 'number'}"
+        allowed = isinstance(value, list) and bool(value) and all(_is_number(item, whole) for item in value)
+    elif isinstance(default, int):
+        least = 0 if name.endswith((".seed", ".n_texts")) else 1
+        rule = f"a whole number from {least} on"
+        allowed = _is_number(value, whole=True) and value >= least
+    else:
+        rule, allowed = "a number", _is_number(value)
+    if not allowed:
+        example = list(default) if isinstance(default, tuple) else default
+        key = name.rpartition(".")[2]
+        raise ValueError(f"{name} must be {rule}, got {value!r}. Write for example {key} = {example}.")
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    return type(value) is int or (type(value) is float and not whole)  # true and false are no numbers here
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {value!r}. Put it in quotes.")
+    return value
+
+
+def _refuse_unreadable(scorer: Any, unmade: Scorer) -> None:
+    """Refuses a scorer that reads more of an answer than the text of a response to a topic."""
+    pairs = isinstance(scorer, Mapping) and scorer.get("pairs") is True
+    if unmade.reads == "text" and unmade.name not in ("contains_answer", "follows_instruction") and not pairs:
+        return
+    what = "with pairs = true, which compares two responses" if pairs else "which reads a question's options or check"
+    raise ValueError(
+        f"scorer must read the text of one response, since a topic of [pairs] has nothing else, got {unmade.name!r}, "
+        f"{what}. Take for example kind = 'pattern', 'lexicon' or 'logit_judge'."
+    )
 
 
 def _refuse_unknown(table: str, values: Mapping[str, Any], known: set[str]) -> None:

@@ -250,7 +250,7 @@ def _lines(plan: Plan) -> list[str]:
     lines = [
         f"Plan of {plan.experiment} on {plan.model}. Nothing was run; memory and time are estimates.",
         f"Model: {shape.n_layers} blocks, width {shape.d_model:,}, {shape.parameters:,} parameters, "
-        f"{_gb(plan.weights)} in {plan.dtype}.",
+        f"{gigabytes(plan.weights)} in {plan.dtype}.",
         f"Protocol: {' or '.join(plan.protocols)}{' (the larger number of the two)' if plan.protocols[1:] else ''}.",
         "Items: " + "; ".join(f"{name} {n:,}" for name, n in plan.items.items() if n) + ".",
         f"Tuning: {plan.runs} runs of at most {plan.steps} steps; a rep-tuned run trains {plan.trained:,} parameters "
@@ -261,18 +261,18 @@ def _lines(plan: Plan) -> list[str]:
     there, here = plan.seconds(GPU), plan.seconds(plan.here)
     for stage, work in plan.stages.items():
         lines.append(
-            f"{stage:<10}{work.tokens:>14,.0f}{_gb(plan.on_gpu(stage)):>12}{_gb(plan.beside_gpu(stage)):>12}"
-            f"{_gb(plan.on_cpu(stage)):>12}{_time(there[stage]):>12}{_time(here[stage]):>12}"
+            f"{stage:<10}{work.tokens:>14,.0f}{gigabytes(plan.on_gpu(stage)):>12}{gigabytes(plan.beside_gpu(stage)):>12}"
+            f"{gigabytes(plan.on_cpu(stage)):>12}{duration(there[stage]):>12}{duration(here[stage]):>12}"
         )
     lines += [
-        f"{'in all':<60}{_time(sum(there.values())):>12}{_time(sum(here.values())):>12}",
+        f"{'in all':<60}{duration(sum(there.values())):>12}{duration(sum(here.values())):>12}",
         "",
         f"Tokens: {counted}. Half of the blocks count half; a gradient counts as the passes that it costs.",
         f"GPU: {GPU.name}.",
         f"Here: {plan.here.name}.",
         _verdict(plan, GPU, "80 GB GPU"),
         _verdict(plan, plan.here, "Here"),
-        "Files: " + ", ".join(f"{name} {_gb(size)}" for name, size in plan.files.items())
+        "Files: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in plan.files.items())
         + "; results.json, tables, responses and report.html, a few MB.",
         "Next: the same command without --plan runs the experiment.",
     ]  # fmt: skip
@@ -287,15 +287,15 @@ def _verdict(plan: Plan, machine: Machine, label: str) -> str:
     if not machine.gpu:
         parts |= {"libraries": _LIBRARIES, **work.host}
     held = ", ".join(
-        f"{name} {_gb(size)}" for size, name in sorted((size, name) for name, size in parts.items() if size)[::-1]
+        f"{name} {gigabytes(size)}" for size, name in sorted((size, name) for name, size in parts.items() if size)[::-1]
     )
     if not machine.memory:
         fits = "This system does not report its memory."
     elif need <= machine.memory:
-        fits = f"It fits ({need / machine.memory:.0%} of {_gb(machine.memory)})."
+        fits = f"It fits ({need / machine.memory:.0%} of {gigabytes(machine.memory)})."
     else:
-        fits = f"IT DOES NOT FIT into {_gb(machine.memory)}. {_advice(plan, stage, machine.memory)}"
-    return f"{label}: at most {_gb(need)}, in {stage}. {fits} Memory holds: {held}."
+        fits = f"IT DOES NOT FIT into {gigabytes(machine.memory)}. {_advice(plan, stage, machine.memory)}"
+    return f"{label}: at most {gigabytes(need)}, in {stage}. {fits} Memory holds: {held}."
 
 
 def _advice(plan: Plan, stage: str, memory: int) -> str:
@@ -311,11 +311,11 @@ def _advice(plan: Plan, stage: str, memory: int) -> str:
     return "Set tune.lora_rank = 16, or name fewer tune.target_modules or tune.trained_layers."
 
 
-def _gb(size: float) -> str:
+def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:,.1f} h"
     return f"{seconds / 60:,.0f} min" if seconds >= 90 else f"{seconds:,.0f} s"

@@ -10,7 +10,7 @@ import itertools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, TypeAlias, cast
 
 from rt_lens.common.formatting import estimate, number
@@ -31,7 +31,7 @@ from rt_lens.data.honesty import (
 from rt_lens.data.questions import Question, lettered, load_questions
 from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.choices import start_of
-from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Form, Likelihood, OffOptionMass
+from rt_lens.evaluation.scorers import ContainsAnswer, FollowsInstruction, Form, Likelihood, OffOptionMass, Scorer
 from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.experiment.config import Categorised, Experiment, HonestyConfig, questions_of, seen
 from rt_lens.models.protocol import HasTokenizer, Model
@@ -246,7 +246,7 @@ def answers_protocol(experiment: Experiment) -> Protocol:
             f"test.n_prompts must be at most {len(prompts)}, the number of topics in the test part, got {n_prompts}. "
             "Give more topics, or smaller shares to train and validation."
         )
-    score = experiment.made_scorer
+    score = _apart(experiment.made_scorer)
     facts = EvalTask(load_questions("capitals")[: experiment.test.n_facts], (ContainsAnswer(), _ACCURACY, _MARGIN), 10)
     sums = [question for question in load_questions("honesty") if question.category == "arithmetic"]
     checks = {
@@ -267,6 +267,13 @@ def answers_protocol(experiment: Experiment) -> Protocol:
         checks=checks,
         writing="test",
     )
+
+
+def _apart(scorer: Scorer) -> Scorer:
+    """The scorer, under a name of its own if it is one of those that measure how every response is written."""
+    if scorer.name in _WRITING and is_dataclass(scorer):
+        return replace(scorer, name=f"{scorer.name}_score")  # type: ignore[type-var]
+    return scorer
 
 
 _ACCURACY, _SHARE, _MARGIN = Likelihood("accuracy"), Likelihood("share"), Likelihood("margin")

@@ -6,11 +6,11 @@ import logging
 import sys
 import warnings
 
-from rt_lens.apps.cli import looking, measuring, steering, tuning
+from rt_lens.apps.cli import checking, looking, measuring, steering, tuning
 from rt_lens.apps.cli.app import app
 from rt_lens.common.threads import wait_gently
 
-__all__ = ["app", "looking", "main", "measuring", "steering", "tuning"]
+__all__ = ["app", "checking", "looking", "main", "measuring", "steering", "tuning"]
 
 
 def main() -> None:

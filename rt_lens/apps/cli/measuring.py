@@ -110,8 +110,10 @@ def evaluate(
     _print(scores.summary()[["arm", "set", "scorer", "n", "mean", "low", "high"]])
     if len(arms) > 1:
         _print(scores.comparisons()[["a", "b", "scorer", "n", "difference", "low", "high", "p", "p_holm"]])
+    alike = " (–: all scores are the same, so there is none)" if scores.summary()["low"].isna().any() else ""
     typer.echo(
-        f"Low and high are 95 % confidence intervals; p_holm is adjusted for the number of comparisons. Seed {seed}."
+        f"Low and high are 95 % confidence intervals{alike}; p_holm is adjusted for the number of comparisons. "
+        f"Seed {seed}."
     )
     if out is not None:
         write_scores(out, scores)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rt_lens.apps.report.labels import arm, counted, grouped, joined
@@ -39,8 +40,18 @@ def _intervals(results: Mapping[str, Any]) -> str:
     return (
         f"Each score is a mean over {counted(sizes)} prompts. The 95 % confidence interval in brackets shows how much "
         f"the mean would vary with another sample of prompts{over_seeds}. About 95 in 100 such "
-        "intervals contain the true mean."
+        f"intervals contain the true mean.{_without_interval(results['summary'])}"
     )
+
+
+def _without_interval(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Why some scores have no interval, as a further sentence; empty if all have one."""
+    without = [row for row in rows if row["low"] is None or math.isnan(row["low"])]
+    if not without:
+        return ""
+    alike = "there is one prompt" if all(row["n"] == 1 for row in without) else "all responses have the same score"
+    arms = "each arm" if len(without) == len(rows) else joined(dict.fromkeys(map(arm, without)))
+    return f" A score without brackets has no interval, since {alike} ({arms}): such data show no spread."
 
 
 def _seeds(results: Mapping[str, Any]) -> list[str]:

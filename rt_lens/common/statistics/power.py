@@ -40,8 +40,28 @@ def prompts_needed(differences: Values, power: float = 0.8, alpha: float = 0.05)
             "prompts."
         )
     effect = abs(float(sample.mean())) / float(sample.std(ddof=1))
-    if effect == 0:
-        return None
+    return None if effect == 0 else prompts_for_effect(effect, power, alpha)
+
+
+def prompts_for_effect(effect: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """Number of prompts on which a paired t-test shows an effect of this size.
+
+    Args:
+        effect: mean difference divided by the standard deviation of the differences (Cohen 1988: 0.2 is small, 0.5
+            medium, 0.8 large).
+        power: probability of detecting it (two-sided test).
+        alpha: level of the test.
+
+    Raises:
+        ValueError: an effect of 0 or less, or a power or alpha outside (0, 1).
+
+    Example:
+        >>> [prompts_for_effect(0.5, power) for power in (0.8, 0.9)]
+        [34, 44]
+    """
+    _check(power, alpha)
+    if not effect > 0:
+        raise ValueError(f"effect must be above 0, got {effect}. Give its size without a sign.")
     few = 16  # from here on statsmodels' solver converges for every effect; below, try each n
     for n in range(2, few):
         if _power(effect, n, alpha) >= power:
