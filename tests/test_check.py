@@ -300,7 +300,7 @@ def test_check_exits_with_1_for_what_a_run_would_refuse_and_only_for_that(tmp_pa
         ("n_prompts = 16", 'n_prompts = "16"', r"test\.n_prompts must be a whole number from 1 on, got '16'"),
         ("n_pairs = 96", "n_pairs = true", r"extract\.n_pairs must be a whole number from 1 on, got True"),
         ("train = 0.4", "train = [0.4]", r"split\.train must be a number, got \[0\.4\]"),
-        ("seeds = [0]", "seeds = 3", r"tune\.seeds must have at least one seed for 'toward'.*got 3"),
+        ("seeds = [0]", "seeds = 3", r"tune\.seeds must be a list of different whole numbers for 'toward', got 3"),
         ("seeds = [0]", "seeds = [0.5]", r"tune\.seeds .*different whole numbers, got \[0\.5\]"),
         ("seeds = [0]", "seeds = [1, 1]", r"tune\.seeds .*different whole numbers, got \[1, 1\]"),
         ("description = ", "description = 3 # ", r"description must be a text, got 3"),

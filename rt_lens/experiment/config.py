@@ -420,11 +420,15 @@ def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:
     _refuse_unknown("tune.seeds", by_direction, set(DIRECTIONS))
     for direction in DIRECTIONS:
         given = by_direction.get(direction)
-        numbers = isinstance(given, list) and all(type(seed) is int and seed >= 0 for seed in given)
-        if not given or not numbers or len(set(given)) < len(given):
+        if given is None or given == []:
             raise ValueError(
-                f"tune.seeds must have at least one seed for {direction!r}, in a list of different whole numbers, got "
-                f"{'none' if given in (None, []) else repr(given)}. Write for example seeds = [0]."
+                f"tune.seeds must have at least one seed for {direction!r}, got none. Write for example seeds = [0]."
+            )
+        whole = isinstance(given, list) and all(_is_number(seed, whole=True) for seed in given)
+        if not whole or len(set(given)) < len(given):
+            raise ValueError(
+                f"tune.seeds must be a list of different whole numbers for {direction!r}, got {given!r}. Write for "
+                "example seeds = [0, 1, 2]."
             )
     return {direction: tuple(by_direction[direction]) for direction in DIRECTIONS}
 
