@@ -21,6 +21,8 @@ from rt_lens.evaluation.texts import Response, Scored, scored_list
 from rt_lens.models.protocol import Model
 
 UNTUNED = "untuned"
+N_OWN = 24
+"""Untuned responses to the first set's prompts on which KL is reported, at most."""
 BUDGETS = (0.003, 0.01, 0.03, 0.1)
 """KL from the untuned model in nats per token: from hardly measurable to plainly another model."""
 
@@ -33,8 +35,8 @@ class KLCurves:
         scores: of the untuned model, of each arm at each budget, as the arm `name at KL budget`, and of arms without a
             strength, by their name.
         strengths: a row per arm, direction, seed and budget: strength, kl, kl_low, kl_high (on the calibration's
-            texts), n_texts; own_kl, own_kl_low, own_kl_high, n_own (on the untuned responses to the prompts of the
-            first set); reason (empty where the budget was reached; else all these are empty). An arm without a
+            texts), n_texts; own_kl, own_kl_low, own_kl_high, n_own (on the untuned responses to the first 24 prompts
+            of the first set); reason (empty where the budget was reached; else all these are empty). An arm without a
             strength has one row, without a budget.
 
     Example:
@@ -201,7 +203,7 @@ class KLEvaluator:
         self.meter = KLMeter(model, calibration, seed=seed)
         self._rows: list[dict[str, Any]] = []
         self.evaluator.measure(UNTUNED)
-        own = _responses(next(iter(self.evaluator.baseline.values())))
+        own = _responses(next(iter(self.evaluator.baseline.values())))[:N_OWN]
         self.own = KLMeter(model, own, seed=seed) if own else None
 
     def measure(self, arm: str, interventions: Interventions, seed: int = 0) -> list[Calibrated]:

@@ -32,7 +32,12 @@ BUILT_IN = (
 
 
 class ArmUnavailable(Exception):
-    """Raised by an arm that cannot be made of its inputs; the message says why, and the comparison reports it."""
+    """Raised by an arm that cannot be made of its inputs; the message says why, and the comparison reports it.
+
+    Example:
+        >>> str(ArmUnavailable("The pairs have no personas."))
+        'The pairs have no personas.'
+    """
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,16 @@ class ArmInputs:
         make: (arm, direction) -> another arm of this seed, made once.
         tuned: is called with the name and delta of each arm that was tuned.
         progress: show bars.
+
+    Example:
+        >>> inputs = ArmInputs(
+        ...     model=model, direction="away", seed=0, vectors=vectors, layer=21, personas=["You are a sad assistant."],
+        ...     validation=EvalTask(prompts, max_new_tokens=4), configs={}, data=lambda direction: data,
+        ...     make=lambda arm, direction: None,
+        ... )
+        >>> ((name, edit),) = rtl.arms.registered_arm("steered").way(inputs)
+        >>> name, edit.multiplier, inputs.opposite
+        ('blocks.21.hook_resid_post', -1.0, 'toward')
     """
 
     model: Model

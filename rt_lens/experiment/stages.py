@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rt_lens.arms.equal_damage import N_OWN
 from rt_lens.arms.registry import registered_arm
 from rt_lens.data.builtin import (
     calibration_paragraphs,
@@ -124,7 +125,7 @@ class Planner:
         responses = [
             self._size(chat_text(self.model, question.prompt)) + task.max_new_tokens
             for task in list(self.protocol.tasks.values())[:1]
-            for question in task.asked
+            for question in task.asked[:N_OWN]
             if not question.options
         ]
         texts = costs.fit(reported, kept=True) + (costs.fit(responses, kept=True) if responses else Work())
