@@ -30,7 +30,7 @@ def test_the_arm_that_moved_most_is_named_with_its_interval_and_what_it_cost():
     )
     for row in (best, untuned):
         assert f"{row['mean']:.3f}".replace("-", "−") in toward or f"{row['mean']:.2f}".replace("-", "−") in toward
-    assert "n = 24, seeds 0, 1, 2" in toward and "It differs from untuned by" in toward
+    assert "n = 24, seeds 0, 1, 2" in toward and " further than untuned (Holm-adjusted p" in toward
     assert "What it cost: repetition" in toward and "KL 0.020 on the behaviour's own prompts" in toward
     assert away == (
         "At a KL of 0.01 nats per token, away: no arm moves the score that way; untuned "
@@ -42,7 +42,7 @@ def test_the_arm_that_moved_most_is_named_with_its_interval_and_what_it_cost():
 
 def test_a_difference_that_is_not_shown_is_said_to_be_so():
     (toward, *_), sure = verdict(made(0.02)), sureness(made(0.02))
-    assert ", not shown)" in toward or "no arm moves the score that way" in toward
+    assert "not shown, Holm-adjusted p" in toward or "no arm moves the score that way" in toward
     assert sure.startswith("How sure: 0 of the 2 comparisons that were stated before the run hold after Holm")
 
 

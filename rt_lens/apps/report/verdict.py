@@ -102,7 +102,7 @@ def _most(results: Mapping[str, Any], best: Row, untuned: Row, equal: Sequence[R
     others = sorted((row for row in equal if row is not best), key=lambda row: -sign * row["mean"])
     if others:
         yield _next(others)
-    yield from _against(results, best)
+    yield from _further(results, best, others)
     yield from _cost(results, best, untuned)
 
 
@@ -110,20 +110,19 @@ def _next(others: Sequence[Row]) -> str:
     return "Next: " + ", ".join(f"{row['arm']} {brief(row)}" for row in others) + "."
 
 
-def _against(results: Mapping[str, Any], best: Row) -> Iterator[str]:
-    """The best arm's differences from the others, as far as they were compared."""
-    found = []
-    for row in results["comparisons"]:
-        sides = [(row["a"], row["a_direction"]), (row["b"], row["b_direction"])]
-        label = (best["arm"], best["direction"])
-        if (row["set"], row["scorer"]) != (best["set"], best["scorer"]) or label not in sides:
-            continue
-        other = row["b"] if sides[0] == label else row["a"]
-        p = row["p"] if row["p_holm"] is None else row["p_holm"]
-        shown = "" if holds(row) else ", not shown"
-        found.append(f"{other} by {_size(row)} (p {p_value(p)}{shown})")
+def _further(results: Mapping[str, Any], best: Row, others: Sequence[Row]) -> Iterator[str]:
+    """By how much the best arm is ahead of the next and of the untuned model, as far as they were compared."""
+    label, found = (best["arm"], best["direction"]), []
+    for other in [*others[:1], {"arm": "untuned", "direction": "none"}]:
+        pair = {label, (other["arm"], other["direction"])}
+        for row in results["comparisons"]:
+            sides = {(row["a"], row["a_direction"]), (row["b"], row["b_direction"])}
+            if sides == pair and (row["set"], row["scorer"]) == (best["set"], best["scorer"]):
+                p = row["p"] if row["p_holm"] is None else row["p_holm"]
+                shown = "" if holds(row) else "not shown, "
+                found.append(f"{_size(row)} further than {other['arm']} ({shown}Holm-adjusted p {p_value(p)})")
     if found:
-        yield f"It differs from {'; '.join(found)}."
+        yield f"That is {' and '.join(found)}."
 
 
 def _size(row: Row) -> str:
@@ -147,13 +146,14 @@ def _cost(results: Mapping[str, Any], best: Row, untuned: Row) -> Iterator[str]:
         and row["own_kl"] is not None
     ]
     if own:
-        parts.append(f"KL {sum(own) / len(own):.3f} on the behaviour's own prompts (mean of {len(own)} seeds)")
+        seeds = f", mean of {len(own)} seeds" if len(own) > 1 else ""
+        parts.append(f"KL {sum(own) / len(own):.3f} on the behaviour's own prompts{seeds}")
     if parts:
         yield f"What it cost: {', '.join(parts)}."
 
 
 def _as_it_is(row: Row) -> str:
-    kl = f" at a KL of {brief(row, 'kl')}" if row["kl"] is not None else ""
+    kl = f" at a KL of {estimate(row, 'kl')}" if row["kl"] is not None else ""
     return (
         f"{in_words(row['arm'])} ({row['direction']}) scores {brief(row)}{kl}: it has no strength to set, so it does "
         "its own damage."
