@@ -80,7 +80,7 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
         type="log", range=np.log10(span).tolist(), tickvals=budgets, ticktext=[f"{budget:g}" for budget in budgets],
         title_text="KL (nats per token)", zeroline=False,
     )  # fmt: skip
-    figure.update_yaxes(zeroline=False)
+    figure.update_yaxes(zeroline=False, range=_range(frame))
     scorers = ", ".join(ordered(frame["scorer"]))
     figure.update_yaxes(title_text=f"mean score ({scorers})", col=1)
     reading = (
@@ -90,6 +90,14 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
     texts = sample(frame[["n_texts"]].rename(columns={"n_texts": "n"})).replace(".", " texts.")
     legend = {"orientation": "h", "y": -0.2, "x": 0.5, "xanchor": "center"}
     return apply_style(figure, title, reading, f"Score: {sample(frame)} KL: {texts}", height=520, legend=legend)
+
+
+def _range(frame: pd.DataFrame) -> list[float]:
+    """All means with their intervals; an interval far wider than what separates the means leaves the panel."""
+    low, high = float(frame["mean"].min()), float(frame["mean"].max())
+    room = (high - low) or 1.0
+    bottom, top = max(float(frame["low"].min()), low - room), min(float(frame["high"].max()), high + room)
+    return [min(bottom, low) - room / 20, max(top, high) + room / 20]
 
 
 def _untuned(row: pd.Series, span: list[float], colours: dict[str, str]) -> list[go.Scatter]:

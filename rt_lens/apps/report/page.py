@@ -129,9 +129,11 @@ def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections:
     ]
     # A run at equal damage opens with one picture; what is known in detail is folded below it.
     folds = [Part(part.name, folded("All of it, in sentences", part.html)) for part in details]
-    summary = [*first_screen, *folds] if first_screen else details
+    lead, summary = first_screen[:1], [*first_screen[1:], *folds] if first_screen else details
     rest = [*sections(results, responses, projections), repeat(results)]
     first = "\n".join(map(rendered, summary))
+    opens, listed = "\n".join(map(rendered, lead)), contents([*lead, *summary, *rest])
+    above, below = ("", listed) if lead else (listed, "")  # nothing stands before the picture
     body = "\n".join(map(rendered, rest))
     # The text stands before Plotly's four megabytes, so that it can be read while they load.
     return (
@@ -141,7 +143,7 @@ def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections:
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f'<a class="skip" href="#results">Skip to the results</a>\n'
         f"<header>\n<h1>{escape(title)}</h1>\n<p>{escape(results['description'])}</p>\n</header>\n"
-        f'{contents([*summary, *rest])}\n<main>\n<div class="summary">\n{first}\n</div>\n{body}\n</main>\n'
+        f'{above}\n<main>\n{opens}\n<div class="summary">\n{first}\n</div>\n{below}\n{body}\n</main>\n'
         f'<script type="text/plain" id="plotly">{get_plotlyjs()}</script>\n'
         f"<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )

@@ -23,10 +23,11 @@ def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
     drawn = any(row["budget"] is not None for row in rows)
     figure = plots.effect_at_kl(rows, gaps, title=f"{results['behaviour']}: effect at equal damage") if drawn else None
     picture = chart("at-kl", figure) if figure else "<p>No arm reached a budget.</p>"
-    said = items([*verdict(results), sureness(results)])
+    answered = [Part("One prompt, every arm", _same_prompt(responses))] if responses else []
     return [
         Part("Which arm moves the behaviour most?", picture),
-        Part("What was found", said + _same_prompt(results, responses)),
+        Part("What was found", items([*verdict(results), sureness(results)])),
+        *answered,
     ]
 
 
@@ -164,10 +165,8 @@ def _missed(row: Row, at_kl: Mapping[str, Any]) -> bool:
     return bool(row["reason"]) and row["budget"] == at_kl["stated"]
 
 
-def _same_prompt(results: Mapping[str, Any], responses: Sequence[Row]) -> str:
+def _same_prompt(responses: Sequence[Row]) -> str:
     """The first test prompt, with the response of each arm's first seed."""
-    if not responses:
-        return ""
     first = responses[0]
     rows: dict[str, dict[str, str]] = {}
     for row in responses:
@@ -177,5 +176,5 @@ def _same_prompt(results: Mapping[str, Any], responses: Sequence[Row]) -> str:
     body = [
         [escape(arm), *(escape(said.get(way, said.get("none", "–"))) for way in columns)] for arm, said in rows.items()
     ]
-    heading = f"<p><q>{escape(first['prompt'])}</q>, answered by every arm at that KL:</p>"
+    heading = f"<p><q>{escape(first['prompt'])}</q>, answered at that KL:</p>"
     return heading + boxed("one prompt, every arm", ("arm", *columns), body, kind="responses")
