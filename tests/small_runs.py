@@ -90,6 +90,7 @@ def make_content(board: ArmScores, **changes: Any) -> dict[str, Any]:
         "bound": 1.1,
         "history": [],
         "logit_lens": [],
+        "at_kl": None,
         "seconds": {"tune": 1.0},
     }
     return {**content, **changes}

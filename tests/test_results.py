@@ -359,7 +359,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 def test_an_older_run_loads_with_what_can_be_filled_in(board, run):
     content = json.loads((run / "results.json").read_text())
-    for key in ("side_effects", "protocol", "files"):
+    for key in ("side_effects", "protocol", "at_kl", "files"):
         del content[key]
     old = ("a", "b", "n", "difference", "low", "high", "p", "test", "seeds")
     told = [row for row in content["comparisons"] if row["scorer"] == "vader"]
@@ -372,6 +372,7 @@ def test_an_older_run_loads_with_what_can_be_filled_in(board, run):
     kept = ("arm", "direction", "seed", "prompt", "response", "score")
     (run / "responses.jsonl").write_text("\n".join(json.dumps({key: row[key] for key in kept}) for row in rows))
     found = load_results(run)
+    assert found.content["at_kl"] is None
     assert found.content["side_effects"] == [] and found.content["protocol"]["why"] == ""
     first = found.content["comparisons"][0]
     assert (first["b"], first["b_direction"], first["set"], first["p_holm"]) == ("untuned", "none", "test", None)

@@ -26,7 +26,7 @@ class SystemPrompt:
 
     Example:
         >>> with applied(model, SystemPrompt("You are a happy assistant.")):
-        ...     print(rtl.chat_text(model, "How was your day?"))
+        ...     print(rtl.models.chat_text(model, "How was your day?"))
         <|im_start|>system
         You are a happy assistant.<|im_end|>
         ...
