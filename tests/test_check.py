@@ -258,7 +258,7 @@ def test_new_writes_a_file_with_a_comment_on_every_table_and_checks_it(tmp_path,
     assert "0 errors, 0 warnings." in said and "Saved sea.toml" in said and "rt-lens check sea.toml" in said
     lines = (tmp_path / "sea.toml").read_text().splitlines()
     tables = [number for number, line in enumerate(lines) if line.startswith("[")]
-    assert len(tables) == 8 and all(lines[number - 1].startswith("# ") for number in tables)
+    assert len(tables) == 9 and all(lines[number - 1].startswith("# ") for number in tables)
     assert read_toml(tmp_path / "sea.toml")["name"] == "sea"
 
 
@@ -301,8 +301,8 @@ def test_check_exits_with_1_for_what_a_run_would_refuse_and_only_for_that(tmp_pa
         ("n_pairs = 96", "n_pairs = true", r"extract\.n_pairs must be a whole number from 1 on, got True"),
         ("train = 0.4", "train = [0.4]", r"split\.train must be a number, got \[0\.4\]"),
         ("seeds = [0]", "seeds = 3", r"tune\.seeds must be a list of different whole numbers for 'toward', got 3"),
-        ("seeds = [0]", "seeds = [0.5]", r"tune\.seeds .*different whole numbers, got \[0\.5\]"),
-        ("seeds = [0]", "seeds = [1, 1]", r"tune\.seeds .*different whole numbers, got \[1, 1\]"),
+        ("seeds = [0]", "seeds = [0.5]", r"tune\.seeds .*different whole numbers for .toward., got \[0\.5\]"),
+        ("seeds = [0]", "seeds = [1, 1]", r"tune\.seeds .*different whole numbers for .toward., got \[1, 1\]"),
         ("description = ", "description = 3 # ", r"description must be a text, got 3"),
         ('kind = "lexicon"', 'kind = "lexicon"\nnegative = "farm"\n[x]', "negative of scorer 'lexicon' must be a list"),
         ('kind = "lexicon"', 'kind = "pattern"\npattern = ["a"]\n[x]', "a regular expression as text, got \\['a'\\]"),

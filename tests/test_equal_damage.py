@@ -143,7 +143,7 @@ def test_the_figure_draws_names_as_they_are_and_refuses_what_it_cannot_draw(curv
     table = curves.table().replace({"arm": {"steered": HOSTILE}})
     check_drawn_as_it_is(plots.effect_at_kl(table, table.tail(1).assign(arm=HOSTILE)), least=3)
     for wrong in (table.tail(2), table.head(1)):
-        with pytest.raises(ValueError, match="table must have one row without a budget"):
+        with pytest.raises(ValueError, match="table must have one row without budget and direction"):
             plots.effect_at_kl(wrong)
 
 

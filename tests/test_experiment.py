@@ -24,6 +24,7 @@ from rt_lens.apps.report.page import write_report
 from rt_lens.arms.comparison import ArmEvaluator
 from rt_lens.data.builtin import behaviours, data_path
 from rt_lens.data.contrast_pairs import load_pairs
+from rt_lens.evaluation.registry import make_scorer
 from rt_lens.experiment.config import HonestyConfig, load_experiment
 from rt_lens.experiment.plan import plan_of
 from rt_lens.experiment.run import run_experiment
@@ -74,7 +75,7 @@ n_facts = 4
 n_instructions = 2
 n_texts = 3
 [compare]
-kl = [0.003, 0.01]
+kl = [0.01]
 side_effects = "stated"
 n_texts = 3
 max_new_tokens = 6
@@ -452,13 +453,17 @@ def test_old_keys_of_the_honesty_table_are_still_read(tmp_path):
     [("names_right", "contains_answer"), ("obeys", "follows_instruction"), ("other", "off_option_mass")],
 )
 def test_old_names_of_scorers_are_still_read(tmp_path, old, new, as_table):
+    with pytest.warns(UserWarning, match=f"'{old}' is now '{new}'; the old name still works"):
+        scorer = make_scorer({"kind": old} if as_table else old)
+    assert scorer.name == new
     text = SMALL[: SMALL.index("[scorer]")] + SMALL[SMALL.index("[split]") :]
     text = f"{text}[scorer]\nkind = '{old}'\n" if as_table else f"scorer = '{old}'\n{text}"
-    with pytest.warns(UserWarning, match=f"'{old}' is now '{new}'; the old name still works"):
-        experiment = load_experiment_of(tmp_path, text)
-    with pytest.warns(UserWarning, match=f"'{old}' is now '{new}'"):
-        scorer = experiment.made_scorer
-    assert scorer.name == new
+    # A topic has no options, so none of them can score its responses; the message has today's name.
+    with (
+        pytest.warns(UserWarning, match=f"'{old}' is now '{new}'"),
+        pytest.raises(ValueError, match=f"scorer must read the text of one response, .* got '{new}'"),
+    ):
+        load_experiment_of(tmp_path, text)
 
 
 def test_a_key_under_both_names_is_refused(tmp_path):
@@ -476,7 +481,7 @@ def test_a_direction_without_a_dose_within_the_bound_runs_all_the_same_and_says_
         assert choice["multiplier"] == multiplier
         assert "at the smallest multiplier; none keeps perplexity within the bound" in choice["why"]
     reached = [row for row in results["at_kl"]["strengths"] if not row["reason"]]
-    assert len(reached) == 4 and all(abs(row["kl"] / row["budget"] - 1) < 0.04 for row in reached)
+    assert len(reached) == 2 and all(abs(row["kl"] / row["budget"] - 1) < 0.04 for row in reached)
     write_report(tmp_path / "out")
 
 
