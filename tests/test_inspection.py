@@ -441,7 +441,7 @@ def test_same_seed_same_tables(tiny, tiny_vectors):
         (
             TEXTS,
             {"wrong": "add"},
-            r"arms\['wrong'\] must be a WeightDelta, a list of hooks as `add` gives, a SystemPrompt, or None, got a str",
+            r"arms\['wrong'\] must be a WeightDelta, a list of hooks .*, or None, got a str",
         ),
         (TEXTS, {"far": [("blocks.7.hook_resid_post", lambda h, hook: h)]}, r"arms\['far'\] must fit this model"),
         (TEXTS, {"alien": WeightDelta({"w": torch.ones(1)}, "other", {}, [])}, r"arms\['alien'\] must fit this model"),
