@@ -24,7 +24,7 @@ from rt_lens.data.questions import Answer, Question
 from rt_lens.evaluation.registry import unmade_scorer
 from rt_lens.evaluation.scorers import Lexicon, OfText, Pattern, Scorer, is_share
 from rt_lens.evaluation.tasks import Evaluation, evaluate
-from rt_lens.experiment.config import Experiment
+from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.plan import duration, gigabytes, plan_of
 from rt_lens.experiment.protocols import answers_protocol, calibrate, family_of
 from rt_lens.experiment.shape import shape_of
@@ -36,7 +36,6 @@ Verdict: TypeAlias = Literal["ok", "warning", "error"]
 _FEW_PERSONAS = 8
 _LARGE = 0.8  # Cohen's (1988) large difference, in standard deviations
 _CONFOUNDED = 0.64  # AUC of a medium difference (0.5 standard deviations) between two normal distributions
-_N_COMPARED = 8  # comparisons of a run, over which Holm's correction goes
 _AT_AN_END = 0.9  # share of the responses at one end of the range that leaves no room there
 _OF_WORDS = {"vader", "lexicon", "pattern"}
 _OF_A_MODEL = {"logit_judge", "endpoint_judge", "classifier"}
@@ -288,7 +287,10 @@ def _power(experiment: Experiment, n_topics: int) -> Finding:
         f"A medium difference (0.5) needs {needed[0]} test topics for a power of 0.8 and {needed[1]} for 0.9: "
         f"{in_all[0]} and {in_all[1]} topics in all at these shares."
     )
-    if 2 * _N_COMPARED / 2**n > 0.05:  # the smallest p of a sign-flip test, after Holm's correction
+    arms = experiment.arms
+    against_rep = len(arms) - 1 if "rep_tuned" in arms else 0
+    n_compared = len(DIRECTIONS) * (len(arms) + against_rep)  # at most: an arm without a strength has one less
+    if 2 * n_compared / 2**n > 0.05:  # the smallest p of a sign-flip test, after Holm's correction
         text = f"With {n} test topics, no difference of two arms can be significant after Holm's correction."
         return Finding("warning", "power", text, fix)
     size = detectable(n, 1.0)

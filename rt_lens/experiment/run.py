@@ -7,6 +7,7 @@ nothing else uses.
 
 from __future__ import annotations
 
+import itertools
 import platform
 import random
 import time
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -59,6 +60,8 @@ from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.reading import logit_lens, separability, token_projections
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
+_Pair: TypeAlias = tuple[tuple[str, str], tuple[str, str]]
+"""Arm and direction, twice."""
 _SEED_DRAWS = [
     *("the pairs of the vectors", "the targets", "the neutral responses", "the order of the batches"),
     *("the factors of a low-rank change", "the random direction"),
@@ -170,7 +173,7 @@ class _Run:
             self._arms_of_seed(other, by_seed[other], vectors, choices, evaluator)
         curves = evaluator.curves()
         scores = curves.at(experiment.compare.stated)
-        results = self._results(scores) | {
+        results = self._results(scores, self._pairs(curves)) | {
             "at_kl": self._at_kl(curves),
             "choices": {**choices, "rule": self._rule()},
             "separability": separated.to_dict("records"),
@@ -188,7 +191,7 @@ class _Run:
         pairs = self.protocol.train.sample(self.experiment.extract.n_pairs, seed)
         return extract_vectors(self.model, pairs, seed=seed)
 
-    def _results(self, scores: ArmScores) -> dict[str, Any]:
+    def _results(self, scores: ArmScores, pairs: Sequence[_Pair]) -> dict[str, Any]:
         """The scores of the arms: the sets of the behaviour, and the side effects separately."""
         experiment = self.experiment
         tables = tables_of(scores, tasks=list(self.protocol.tasks), writing=self.protocol.writing)
@@ -208,22 +211,23 @@ class _Run:
             **tables,
             # Only by the first scorer of each set: with every further row Holm's correction gets stricter.
             "comparisons": scores.comparisons(
-                self._pairs(scores), [(name, task.made[0].name) for name, task in self.protocol.tasks.items()]
+                pairs, [(name, task.made[0].name) for name, task in self.protocol.tasks.items()]
             ).to_dict("records"),
         }  # fmt: skip
 
-    def _pairs(self, scores: ArmScores) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    def _pairs(self, curves: KLCurves) -> list[_Pair]:
         """The pairs of arms that are compared: each against rep-tuned and against untuned, as stated before the run.
 
         An arm without a strength does its own damage, so it is compared with the untuned model alone.
         """
-        measured = {(row["arm"], row["direction"]) for row in scores.answers}
-        pairs: list[tuple[tuple[str, str], tuple[str, str]]] = []
-        for direction in DIRECTIONS:
-            for arm in self.experiment.arms:
-                if arm not in ("rep_tuned", "prompted"):
-                    pairs.append((("rep_tuned", direction), (arm, direction)))
-                pairs.append(((arm, direction), ("untuned", "none")))
+        stated, strengths = self.experiment.compare.stated, curves.strengths
+        alone = set(strengths.loc[strengths["budget"].isna(), "arm"])
+        measured = {(row["arm"], row["direction"]) for row in curves.at(stated).answers}
+        pairs: list[_Pair] = []
+        for direction, arm in itertools.product(DIRECTIONS, self.experiment.arms):
+            if arm not in {"rep_tuned", *alone}:
+                pairs.append((("rep_tuned", direction), (arm, direction)))
+            pairs.append(((arm, direction), ("untuned", "none")))
         return [pair for pair in pairs if measured.issuperset(pair)]
 
     def _at_kl(self, curves: KLCurves) -> dict[str, Any]:
@@ -288,7 +292,7 @@ class _Run:
             f"Only layers and multipliers whose perplexity on {len(self.choice_texts)} neutral paragraphs is at most "
             f"{choose.bound:g} times that of the untuned model are allowed. The choice is the one that moves the mean "
             f"score of {len(self.protocol.choosing.asked)} validation prompts most in the direction; among equals, the "
-            "smaller multiplier."
+            "smaller multiplier. Arms take its layer; their strengths are set by KL."
         )
 
     def _choice(self, doses: pd.DataFrame, direction: str) -> dict[str, Any]:

@@ -227,7 +227,8 @@ def _side_effect_sentences(results: Mapping[str, Any]) -> list[str]:
         # A ratio of the two would need an interval of its own, which no table has.
         bound = results["bound"]
         rule = " Multipliers were restricted to those that keep perplexity within {:g} times the untuned model’s."
-        allowed = "" if bound is None else rule.format(bound)
+        # At equal damage the strengths are set by KL, and the bound was for the choice of a layer alone.
+        allowed = "" if bound is None or results["at_kl"] is not None else rule.format(bound)
         texts = f"n = {row['n_texts']} texts, {seeds(row)}"
         sentences.append(f"The highest perplexity is {compared(row, 'perplexity')} ({texts}).{allowed}")
     if row := worst("facts", min):

@@ -140,15 +140,17 @@ def _cost(results: Mapping[str, Any], best: Row, untuned: Row) -> Iterator[str]:
         for column, name in (("repetition", "repetition"), ("facts", "facts right"))
         if best[column] is not None and untuned[column] is not None
     ]
+    stated = results["at_kl"]["stated"]
     own = [
-        row["own_kl"]
+        row
         for row in results["at_kl"]["strengths"]
-        if (row["arm"], row["direction"], row["budget"]) == (best["arm"], best["direction"], results["at_kl"]["stated"])
+        if (row["arm"], row["direction"], row["budget"]) == (best["arm"], best["direction"], stated)
         and row["own_kl"] is not None
     ]
     if own:
-        seeds = f", mean of {len(own)} seeds" if len(own) > 1 else ""
-        parts.append(f"KL {sum(own) / len(own):.3f} on the behaviour's own prompts{seeds}")
+        mean = sum(row["own_kl"] for row in own) / len(own)
+        by_seed = ", ".join(f"seed {row['seed']}: {estimate(row, 'own_kl')}" for row in own)
+        parts.append(f"KL {mean:.3f} on the behaviour's own prompts ({by_seed}; n = {own[0]['n_own']} responses)")
     if parts:
         yield f"What it cost: {', '.join(parts)}."
 
