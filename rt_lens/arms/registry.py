@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import Any, TypeAlias
 
 from rt_lens.arms.intervention import Interventions
+from rt_lens.arms.knobs import Knob
 from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import TuneConfig
@@ -54,7 +55,9 @@ class ArmInputs:
         validation: validation prompts, and the scorer, of which more is further toward.
         configs: arm -> settings of its tuning.
         data: direction -> targets and neutral responses, prepared once for all arms of this seed.
-        make: (arm, direction) -> another arm of this seed, made once.
+        make: (arm, direction) -> another arm of this seed, made once; with this arm's settings where it has any.
+        settings: values of the arm's knobs, from the file's `[settings.ARM]` or a search; those not named are left to
+            the arm.
         tuned: is called with the name and delta of each arm that was tuned.
         progress: show bars.
 
@@ -79,6 +82,7 @@ class ArmInputs:
     configs: Mapping[str, TuneConfig]
     data: Callable[[Direction], TuningData]
     make: Callable[[str, Direction], Interventions]
+    settings: Mapping[str, Any] = field(default_factory=dict)
     tuned: Callable[[str, Direction, WeightDelta], None] = lambda arm, direction, delta: None
     progress: bool = False
 
@@ -86,6 +90,12 @@ class ArmInputs:
     def sign(self) -> float:
         """1 toward the behaviour, -1 away from it."""
         return 1.0 if self.direction == "toward" else -1.0
+
+    @property
+    def layers(self) -> list[int]:
+        """Blocks at which an arm steers: from `layer` of the settings, or the one chosen, `n_layers` of them (1)."""
+        first = self.settings.get("layer", self.layer)
+        return list(range(first, min(first + self.settings.get("n_layers", 1), self.model.cfg.n_layers)))
 
     @property
     def opposite(self) -> Direction:
@@ -107,6 +117,7 @@ class RegisteredArm:
         uses: names of other arms that it asks `ArmInputs.make` for.
         tunes: whether it trains weights.
         seeded: whether it depends on the seed; if not, it is made once for each direction.
+        knobs: name of a setting -> the values that a search tries.
     """
 
     name: str
@@ -115,13 +126,20 @@ class RegisteredArm:
     uses: tuple[str, ...] = ()
     tunes: bool = False
     seeded: bool = True
+    knobs: Mapping[str, Knob] = field(default_factory=dict)
 
 
 _ARMS: dict[str, RegisteredArm] = {}
 
 
 def register_arm(
-    name: str, description: str, *, uses: Sequence[str] = (), tunes: bool = False, seeded: bool = True
+    name: str,
+    description: str,
+    *,
+    uses: Sequence[str] = (),
+    tunes: bool = False,
+    seeded: bool = True,
+    knobs: Mapping[str, Knob] | None = None,
 ) -> Callable[[Way], Way]:
     """Decorator: makes a function available as an arm of this name, in a TOML file's `arms` too.
 
@@ -131,6 +149,7 @@ def register_arm(
         uses: other arms that the function asks `ArmInputs.make` for.
         tunes: whether it trains weights.
         seeded: whether it depends on the seed: on its vectors, its data, or a random draw.
+        knobs: name of a setting -> the values that a search tries; the function reads it from `ArmInputs.settings`.
 
     Raises:
         ValueError: for a name that is taken, or not a name.
@@ -151,7 +170,7 @@ def register_arm(
         raise ValueError(f"name must be one that no arm has, got {name!r}, which is taken. Choose another.")
 
     def registered(way: Way) -> Way:
-        _ARMS[name] = RegisteredArm(name, description, way, tuple(uses), tunes, seeded)
+        _ARMS[name] = RegisteredArm(name, description, way, tuple(uses), tunes, seeded, dict(knobs or {}))
         return way
 
     return registered

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from rt_lens.data.readers import read_lines
+from rt_lens.data.readers import read_lines, read_toml
 
 # An installed wheel carries the data inside the package; a checkout has it beside the package.
 _FOLDERS = (Path(__file__).parent / "files", Path(__file__).parents[2] / "data")
@@ -56,6 +58,40 @@ def behaviour_file(name_or_path: str | Path) -> Path:
     near = get_close_matches(str(name_or_path), known, n=1)
     hint = f"Did you mean {near[0]!r}?" if near else f"Built in: {', '.join(known)}."
     raise ValueError(f"behaviour must be the name of a built-in behaviour or a file, got {str(name_or_path)!r}. {hint}")
+
+
+def behaviour_content(path: Path) -> dict[str, Any]:
+    """A behaviour's file as a dictionary. One that `extends` a built-in behaviour holds what differs from it.
+
+    Args:
+        path: a TOML file. Tables are merged key by key; any other value replaces that of the built-in behaviour.
+
+    Raises:
+        ValueError: for a file that is not TOML, or that extends something else.
+
+    Example:
+        >>> content = behaviour_content(data_path("full/mood.toml"))
+        >>> content["name"], content["scorer"], len(content["tune"]["seeds"])
+        ('mood_full', {'kind': 'vader'}, 5)
+    """
+    content = read_toml(path)
+    extended = content.pop("extends", None)
+    if extended is None:
+        return content
+    if extended not in behaviours():
+        raise ValueError(
+            f"extends must be a built-in behaviour ({', '.join(behaviours())}), got {extended!r} in {path.name}. Name "
+            "one, or copy its tables into this file."
+        )
+    return _merged(read_toml(behaviour_file(extended)), content)
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(base[key], value) if isinstance(value, Mapping) and isinstance(base.get(key), Mapping) else value
+        for key, value in changes.items()
+    }
+    return {**base, **both}
 
 
 def new_behaviour(name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rt_lens.data.builtin import behaviour_file
-from rt_lens.data.readers import ROW_ENDINGS, Row, current_names, read_rows, read_toml, refuse_misspelt
+from rt_lens.data.readers import ROW_ENDINGS, Row, current_names, read_rows, refuse_misspelt
 from rt_lens.data.splitting import connected, cut, is_product, share_out, sizes_of
 from rt_lens.models.protocol import HasTokenizer
 from rt_lens.models.tokens.chats import chat_text
@@ -344,7 +344,7 @@ def load_pairs(name_or_path: str | Path) -> ContrastPairs:
     path = behaviour_file(name_or_path)
     ending = path.suffix.lower()
     if ending == ".toml":
-        return pairs_from_table(path.stem, read_toml(path).get("pairs", {}), source=str(path))
+        return pairs_from_table(path.stem, behaviour_content(path).get("pairs", {}), source=str(path))
     if ending not in ROW_ENDINGS:
         raise ValueError(f"pairs must be a .toml, .jsonl, .csv or .tsv file, got {path.name}. Rename or convert it.")
     known = [field.name for field in fields(Pair)]

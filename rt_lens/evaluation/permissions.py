@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rt_lens.data.builtin import behaviours
-from rt_lens.data.contrast_pairs import read_toml
+from rt_lens.data.readers import read_toml
 from rt_lens.evaluation.registry import ScorerLike
 from rt_lens.models.sources import cache_home
 

@@ -26,7 +26,7 @@ from rt_lens.evaluation.scorers import Lexicon, OfText, Pattern, Scorer, is_shar
 from rt_lens.evaluation.tasks import Evaluation, evaluate
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.plan import duration, gigabytes, plan_of
-from rt_lens.experiment.protocols import answers_protocol, calibrate, family_of
+from rt_lens.experiment.protocols import answers_protocol, calibrate, family_of, test_topics
 from rt_lens.experiment.shape import shape_of
 from rt_lens.models.protocol import Model
 
@@ -93,7 +93,7 @@ def check_behaviour(experiment: Experiment) -> list[Finding]:
     findings += [Finding("warning", "split", str(warning.message).removeprefix("split: ")) for warning in caught]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the split's, again
-        return [*findings, *_of_run(experiment, parts)]
+        return [*findings, *_of_run(experiment)]
 
 
 def _of_texts(experiment: Experiment) -> list[Finding]:
@@ -112,14 +112,14 @@ def _of_texts(experiment: Experiment) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _of_run(experiment: Experiment, parts: Sequence[ContrastPairs]) -> list[Finding]:
+def _of_run(experiment: Experiment) -> list[Finding]:
     """Findings about the test and the time of a run."""
     if experiment.honesty is None:
         try:
             answers_protocol(experiment.unmade())
         except ValueError as error:
             return [Finding("error", "test", str(error))]
-    power = [_power(experiment, len(parts[-1].topics))] if experiment.honesty is None else []
+    power = [_power(experiment, len(test_topics(experiment)))] if experiment.honesty is None else []
     return [*power, _time(experiment)]
 
 
@@ -262,10 +262,11 @@ def _split(experiment: Experiment, parts: Sequence[ContrastPairs]) -> Finding:
     """How many topics each part has."""
     train, validation, test = (len(part.topics) for part in parts)
     n_pairs, wanted = sum(map(len, parts)), experiment.choose.n_prompts
+    fresh = f" The test asks {len(experiment.test.topics)} other topics." if experiment.test.topics else ""
     asked = f", of which {experiment.test.n_prompts} are asked" if experiment.test.n_prompts < test else ""
     text = (
         f"{train + validation + test} topics: {train} for training, {validation} for validation, {test} for the "
-        f"test{asked if experiment.honesty is None else ''}. "
+        f"test{asked if experiment.honesty is None and not fresh else ''}.{fresh} "
     )
     if left_out := getattr(parts, "left_out", 0):
         text += (

@@ -15,11 +15,11 @@ from typing import Any, Literal, TypeVar
 from rt_lens.arms.equal_damage import BUDGETS
 from rt_lens.arms.registry import check_arms, registered_arm
 from rt_lens.common.files import as_name, check_name
-from rt_lens.data.builtin import behaviour_file
+from rt_lens.data.builtin import behaviour_content, behaviour_file
 from rt_lens.data.contrast_pairs import ContrastPairs, pairs_from_table
 from rt_lens.data.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.data.questions import Question, load_questions
-from rt_lens.data.readers import read_toml
+from rt_lens.data.readers import read_lines
 from rt_lens.evaluation.permissions import Permissions, check_model
 from rt_lens.evaluation.registry import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.scorers import Scorer
@@ -98,8 +98,20 @@ class ChooseConfig:
 
 @dataclass(frozen=True)
 class TestConfig:
-    """How the test prompts are asked. Perplexity and KL are measured on paragraphs that no choice has seen."""
+    """How the test prompts are asked. Perplexity and KL are measured on paragraphs that no choice has seen.
 
+    Attributes:
+        topics: test prompts in the place of the test part of `[pairs]`; none of them is a topic of the pairs. In a file
+            a list, or the path of a text file, one per line, beside it.
+        n_prompts: the first so many are asked.
+        max_new_tokens: length of a response.
+        n_facts: plain questions, and sums.
+        n_instructions: instructions to follow.
+        n_texts: paragraphs on which KL and perplexity are reported.
+        seed: of the bootstraps.
+    """
+
+    topics: tuple[str, ...] = ()
     n_prompts: int = 60
     max_new_tokens: int = 24
     n_facts: int = 25
@@ -141,6 +153,21 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """The search over each arm's own settings that comes before a run.
+
+    Attributes:
+        trials: for each arm, the same number; 0 runs the settings of the file.
+        n_prompts: validation prompts on which a trial is measured, in both directions.
+        seed: of the values that are tried, and of all that is random in a trial.
+    """
+
+    trials: int = 0
+    n_prompts: int = 24
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Experiment:
     """The settings of a behaviour's whole experiment.
 
@@ -156,6 +183,7 @@ class Experiment:
         token: settings in which the token-tuned arm differs from `tune`, such as its learning rate. It never has a
             cosine loss.
         arms: names of the arms to compare, see `rt_lens.arms.registry`.
+        settings: arm -> values of its knobs, which a search has found; an arm without any runs with the settings above.
         model: name or path for `load_model`.
         dtype: of the model's weights.
         chat_template_kwargs: keywords for the chat template besides the messages.
@@ -180,6 +208,7 @@ class Experiment:
     tune_seeds: Mapping[str, tuple[int, ...]]
     token: Mapping[str, Any] = field(default_factory=dict)
     arms: tuple[str, ...] = ("prompted", "steered", "token_tuned", "rep_tuned", "random")
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     model: str = DEFAULT_MODEL
     dtype: str = "float32"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -190,16 +219,20 @@ class Experiment:
     choose: ChooseConfig = field(default_factory=ChooseConfig)
     test: TestConfig = field(default_factory=TestConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     permissions: Permissions | None = field(default=None, repr=False, compare=False)
 
     @property
     def tuned_arms(self) -> dict[str, TuneConfig]:
-        """Arm -> its tuning settings.
+        """Arm -> its tuning settings. One that is made of another arm is here if it has settings of its own.
 
         Raises:
-            ValueError: for a setting of `token` that is out of range.
+            ValueError: for a setting of `token` or `settings` that is out of range.
         """
-        return {"token_tuned": replace(self.tune, cosine_weight=0.0, **self.token), "rep_tuned": self.tune}
+        base = {"token_tuned": replace(self.tune, cosine_weight=0.0, **self.token), "rep_tuned": self.tune}
+        made_of = {arm: registered_arm(arm).uses for arm in self.settings if self.settings[arm]}
+        of_others = {arm: base[used] for arm, uses in made_of.items() for used in uses if used in base}
+        return {arm: _with_settings(config, self.settings.get(arm, {})) for arm, config in (base | of_others).items()}
 
     @property
     def tuning_runs(self) -> list[tuple[str, str, int]]:
@@ -207,10 +240,21 @@ class Experiment:
         runs: dict[tuple[str, str, int], None] = {}
         for direction, seeds in self.tune_seeds.items():
             for seed, arm in itertools.product(seeds, self.arms):
-                both = itertools.product(registered_arm(arm).uses, DIRECTIONS)
-                needed = [(arm, direction), *both]
+                uses = registered_arm(arm).uses
+                names = [arm] if arm in self.tuned_arms else uses
+                needed = itertools.product(names, DIRECTIONS if uses else (direction,))
                 runs |= dict.fromkeys((name, way, seed) for name, way in needed if name in self.tuned_arms)
         return list(runs)
+
+    @property
+    def blocks(self) -> dict[str, list[int]]:
+        """Setting -> the blocks of the model that it names."""
+        named = {"choose.layers": list(self.choose.layers), "tune.layers": list(self.tune.layers)}
+        for arm, config in self.tuned_arms.items():
+            table = f"settings.{arm}" if self.settings.get(arm) else "tune"
+            named |= {f"{table}.layers": list(config.layers), f"{table}.trained_layers": list(config.blocks)}
+        steering = {f"settings.{arm}.layer": [own["layer"]] for arm, own in self.settings.items() if "layer" in own}
+        return named | steering
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -237,6 +281,12 @@ class Experiment:
         return replace(self, scorer=unmade_scorer(self.scorer), judge=judge)
 
 
+def _with_settings(config: TuneConfig, settings: Mapping[str, Any]) -> TuneConfig:
+    """The tuning settings with those found. Blocks to train follow the layers of the loss, unless both were found."""
+    following = {"trained_layers": None} if "layers" in settings else {}
+    return replace(config, **(following | dict(settings)))
+
+
 def judge_table(judge: Mapping[str, Any] | Scorer) -> ScorerLike:
     """The scorer, or the `[scorer]` table, of a `[judge]` table."""
     return {"kind": "endpoint_judge", **judge} if isinstance(judge, Mapping) else judge
@@ -248,6 +298,7 @@ def load_experiment(
     model: str | None = None,
     dtype: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    search: int | None = None,
     permissions: Permissions | None = None,
 ) -> Experiment:
     """Reads the experiment of a TOML file, or of a built-in behaviour.
@@ -257,6 +308,7 @@ def load_experiment(
         model: overrides the model of the file.
         dtype: overrides that of the file.
         chat_template_kwargs: override those of the file.
+        search: overrides `search.trials` of the file.
         permissions: which judges behind endpoints the file may use. Defaults to what the user's settings allow.
 
     Raises:
@@ -275,9 +327,10 @@ def load_experiment(
         ValueError: ...Did you mean 'mood'?
     """
     path = behaviour_file(name_or_path)
-    content = _with_new_names(read_toml(path), path)
+    content = _with_new_names(behaviour_content(path), path)
     permissions = Permissions.of_user() if permissions is None else permissions
-    tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test", "compare", "honesty", "judge"}
+    tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test", "compare", "search"}
+    tables |= {"settings", "honesty", "judge"}
     _refuse_unknown(path.name, content, {"name", "description", "arms"} | tables)
     name = check_name(content["name"], f"name in {path.name}") if "name" in content else as_name(path.stem)
     tuning = dict(content.get("tune", {}))
@@ -303,6 +356,7 @@ def load_experiment(
         tune_seeds=seeds,
         token=_token_settings(token),
         arms=_arms(content.get("arms", Experiment.arms)),
+        settings=_settings(content.get("settings", {})),
         model=model,
         dtype=dtype or model_table.get("dtype", "float32"),
         chat_template_kwargs=chat_template_kwargs or model_table.get("chat_template_kwargs", {}),
@@ -311,8 +365,11 @@ def load_experiment(
         split=_table(SplitConfig, "split", content.get("split", {})),
         extract=_table(ExtractConfig, "extract", content.get("extract", {})),
         choose=_table(ChooseConfig, "choose", content.get("choose", {})),
-        test=_table(TestConfig, "test", content.get("test", {})),
+        test=_test(content.get("test", {}), path, pairs),
         compare=_table(CompareConfig, "compare", content.get("compare", {})),
+        search=_table(
+            SearchConfig, "search", content.get("search", {}) | ({} if search is None else {"trials": search})
+        ),
         permissions=permissions,
     )
     _ = experiment.tuned_arms  # refuses a value out of range now, and not after an hour
@@ -362,6 +419,46 @@ def _token_settings(values: Any) -> dict[str, Any]:
         )
     _refuse_unknown("[tune.token]", values, {entry.name for entry in fields(TuneConfig)} - _SHARED)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _test(table: Any, path: Path, pairs: ContrastPairs) -> TestConfig:
+    """The table `[test]`, with its topics read."""
+    if not isinstance(table, Mapping) or "topics" not in table:
+        return _table(TestConfig, "test", table)
+    topics = table["topics"]
+    if isinstance(topics, str):
+        topics = [line.strip() for _, line in read_lines(path.parent / topics, "test.topics")]
+    if not isinstance(topics, list) or not topics or not all(isinstance(topic, str) and topic for topic in topics):
+        raise ValueError(f"test.topics must be a list of texts, or a file of them, got {table['topics']!r}.")
+    known = {topic.casefold() for topic in pairs.topics}
+    if leaked := [topic for topic in topics if topic.casefold() in known]:
+        raise ValueError(
+            f"test.topics must not be topics of [pairs], which training and validation see, got {leaked[0]!r} in both. "
+            "Remove it from one."
+        )
+    rest = _table(TestConfig, "test", {key: value for key, value in table.items() if key != "topics"})
+    return replace(rest, topics=tuple(topics))
+
+
+def _settings(tables: Any) -> dict[str, dict[str, Any]]:
+    """The tables `[settings.ARM]`: values of the knobs of each arm."""
+    if not isinstance(tables, Mapping):
+        raise ValueError(f"settings must be tables [settings.ARM], got {tables!r}. Write an arm's settings below one.")
+    found: dict[str, dict[str, Any]] = {}
+    for arm, values in tables.items():
+        check_arms([arm])
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings.{arm} must be a table [settings.{arm}], got {values!r}.")
+        knobs = registered_arm(arm).knobs
+        _refuse_unknown(f"[settings.{arm}]", values, set(knobs))
+        for name, value in values.items():
+            if not knobs[name].allows(value):
+                raise ValueError(
+                    f"settings.{arm}.{name} must be as a search writes it ({knobs[name]}), got {value!r}. Change it, "
+                    "or leave it out."
+                )
+        found[arm] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return found
 
 
 def _judge(path: Path, content: Mapping[str, Any], permissions: Permissions) -> Mapping[str, Any] | None:
@@ -437,7 +534,7 @@ def _table(kind: type[T], name: str, values: Any) -> T:
     if not isinstance(values, Mapping):
         raise ValueError(f"config: {name} must be a table [{name}], got {values!r}. Write its settings below it.")
     _refuse_unknown(f"[{name}]", values, {entry.name for entry in fields(kind)})  # type: ignore[arg-type]
-    if kind in (SplitConfig, ExtractConfig, ChooseConfig, TestConfig):  # the others check themselves
+    if kind in (SplitConfig, ExtractConfig, ChooseConfig, TestConfig, SearchConfig):  # the others check themselves
         for key, value in values.items():
             _check_value(f"{name}.{key}", value, getattr(kind, key))
     try:
@@ -453,7 +550,7 @@ def _check_value(name: str, value: Any, default: Any) -> None:
         rule = f"a list of at least one {'block' if whole else 'number'}"
         allowed = isinstance(value, list) and bool(value) and all(_is_number(item, whole) for item in value)
     elif isinstance(default, int):
-        least = 0 if name.endswith((".seed", ".n_texts")) else 1
+        least = 0 if name.endswith((".seed", ".n_texts", ".trials")) else 1
         rule = f"a whole number from {least} on"
         allowed = _is_number(value, whole=True) and value >= least
     else:

@@ -185,10 +185,7 @@ def plan_of(experiment: Experiment) -> Plan:
 def _check(experiment: Experiment, shape: Shape) -> None:
     if experiment.dtype not in BYTES:
         raise ValueError(f"dtype must be one of {', '.join(map(repr, BYTES))}, got {experiment.dtype!r}.")
-    for name, blocks in (
-        ("choose.layers", experiment.choose.layers), ("tune.layers", experiment.tune.layers),
-        *(("tune.trained_layers", config.blocks) for config in experiment.tuned_arms.values()),
-    ):  # fmt: skip
+    for name, blocks in experiment.blocks.items():
         if wrong := [block for block in blocks if not 0 <= block < shape.n_layers]:
             raise ValueError(
                 f"{name} contains {wrong[0]}, but this model has blocks 0..{shape.n_layers - 1}. "

@@ -238,12 +238,13 @@ def parts(experiment: Experiment) -> tuple[ContrastPairs, ContrastPairs, Contras
 
 def answers_protocol(experiment: Experiment) -> Protocol:
     """A scorer measures responses to everyday prompts: mood, formality and the like."""
-    train, validation, test = parts(experiment)
+    train, validation, _ = parts(experiment)
     choose, n_prompts = experiment.choose, experiment.test.n_prompts
-    prompts = test.topics[:n_prompts]
+    prompts = test_topics(experiment)[:n_prompts]
     if len(prompts) < n_prompts:
+        where = "in test.topics" if experiment.test.topics else "in the test part"
         raise ValueError(
-            f"test.n_prompts must be at most {len(prompts)}, the number of topics in the test part, got {n_prompts}. "
+            f"test.n_prompts must be at most {len(prompts)}, the number of topics {where}, got {n_prompts}. "
             "Give more topics, or smaller shares to train and validation."
         )
     score = _apart(experiment.made_scorer)
@@ -267,6 +268,11 @@ def answers_protocol(experiment: Experiment) -> Protocol:
         checks=checks,
         writing="test",
     )
+
+
+def test_topics(experiment: Experiment) -> list[str]:
+    """The topics of which the test prompts are the first: those of `[test]`, or the test part of the pairs."""
+    return list(experiment.test.topics) or parts(experiment)[-1].topics
 
 
 def _apart(scorer: Scorer) -> Scorer:

@@ -41,13 +41,16 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
     text = file.read_text(encoding="utf-8-sig")
     as_read = load_experiment(file, permissions=experiment.permissions)
     overrides = {name: getattr(experiment, name) for name in ("model", "dtype", "chat_template_kwargs")}
-    if replace(as_read, **overrides) != experiment:
+    trials = experiment.search.trials
+    if replace(as_read, **overrides, search=replace(as_read.search, trials=trials)) != experiment:
         return settings_alone
     builtin = file.stem in behaviours() and file == data_path(f"behaviours/{file.stem}.toml")
     name = file.stem if builtin else file.name
     overrides = {name: value for name, value in overrides.items() if value != getattr(as_read, name)}
     if "model" in overrides:
         overrides["model"] = _last(experiment.model)
+    if trials != as_read.search.trials:
+        overrides["search"] = trials
     options = [
         part
         for name, value in overrides.items()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import itertools
 import platform
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,36 +26,33 @@ from rt_lens.arms.calibration import Calibrated
 from rt_lens.arms.comparison import ArmScores
 from rt_lens.arms.equal_damage import KLCurves, KLEvaluator
 from rt_lens.arms.intervention import Interventions, applied, each_of
-from rt_lens.arms.registry import ArmInputs, ArmUnavailable, RegisteredArm, registered_arm
+from rt_lens.arms.registry import ArmUnavailable, RegisteredArm, registered_arm
 from rt_lens.common.arm_labels import ArmLabel
 from rt_lens.common.files import together, write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
 from rt_lens.data.builtin import (
     calibration_paragraphs,
-    calibration_prompts,
     neutral_paragraphs,
-    neutral_prompts,
 )
 from rt_lens.data.questions import Answer
 from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.fluency import repetition
-from rt_lens.evaluation.texts import Response, Scored, perplexity
+from rt_lens.evaluation.texts import Scored, perplexity
 from rt_lens.experiment.config import DIRECTIONS, Experiment
+from rt_lens.experiment.making import ArmMaker, Material, own_responses
 from rt_lens.experiment.protocols import family_of
 from rt_lens.experiment.reproducibility import recorded
+from rt_lens.experiment.search import RULE, Search
 from rt_lens.models.forward import check_layers, model_name
-from rt_lens.models.generation import as_chat, generate
+from rt_lens.models.generation import as_chat
 from rt_lens.models.load import load_model
 from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.tokens.chats import answered
 from rt_lens.results.schema import SCHEMA, files_of_run
 from rt_lens.results.writing import plain, tables_of, write_results
 from rt_lens.steering.binding import add
-from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.losses import Direction
-from rt_lens.tuning.targets import Target, write_neutral
-from rt_lens.tuning.tuning_data import TuningData, prepare_data
 from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.reading import logit_lens, separability, token_projections
 from rt_lens.vectors.steering_vectors import SteeringVectors
@@ -116,14 +113,17 @@ def run_experiment(
     """
     check_writable(out)
     with together(out, files_of_run, last="results.json", kept="out: the run was") as aside:
-        return _Run(experiment, aside, source, progress).run()
+        return _Run(experiment, aside, source, progress, journal=out / "search.journal").run()
 
 
 class _Run:
     """The stages of an experiment, in order. Each is timed."""
 
-    def __init__(self, experiment: Experiment, out: Path, source: str | Path | None, progress: bool) -> None:
-        self.experiment, self.out, self.progress = experiment, out, progress
+    def __init__(
+        self, experiment: Experiment, out: Path, source: str | Path | None, progress: bool, *, journal: Path
+    ) -> None:
+        self.experiment, self.out, self.progress, self.journal = experiment, out, progress, journal
+        self.search: dict[str, Any] | None = None
         self.reproducibility = recorded(experiment, source)  # now, since the file can be edited during the run
         self.judge = experiment.made_judge  # refuses a missing key before anything is loaded
         self.seconds: dict[str, float] = {}
@@ -150,10 +150,8 @@ class _Run:
             self.model = load_model(
                 experiment.model, dtype=experiment.dtype, chat_template_kwargs=experiment.chat_template_kwargs
             )
-            check_layers(self.model, experiment.choose.layers)
-            check_layers(self.model, experiment.tune.layers)
-            for config in experiment.tuned_arms.values():
-                check_layers(self.model, config.blocks)
+            for blocks in experiment.blocks.values():
+                check_layers(self.model, blocks)
         if self.family.asks_model:
             with self._stage("calibrate"):
                 self.protocol = self.family.protocol(self.model)
@@ -167,6 +165,9 @@ class _Run:
         with self._stage("choose"):
             doses = self._dose_response(vectors)
             choices: dict[str, Any] = {direction: self._choice(doses, direction) for direction in DIRECTIONS}
+        if experiment.search.trials:
+            with self._stage("search"):
+                self._search(vectors, choices)
         with self._stage("evaluate"):
             evaluator = self._measured_untuned(vectors)
         for other in experiment.seeds:
@@ -175,6 +176,7 @@ class _Run:
         scores = curves.at(experiment.compare.stated)
         results = self._results(scores, self._pairs(curves)) | {
             "at_kl": self._at_kl(curves),
+            "search": self.search,
             "choices": {**choices, "rule": self._rule()},
             "separability": separated.to_dict("records"),
             "dose_response": doses.to_dict("records"),
@@ -242,10 +244,9 @@ class _Run:
 
     def _measured_untuned(self, vectors: SteeringVectors) -> KLEvaluator:
         protocol, compare = self.protocol, self.experiment.compare
-        paragraphs, (calibrating, reporting) = calibration_paragraphs(), self._own_responses()
         evaluator = KLEvaluator(
             self.model, {**protocol.tasks, **protocol.checks}, compare.kl,
-            calibration=[*paragraphs[: compare.n_texts], *calibrating], texts=[*self.test_texts, *reporting],
+            calibration=self._calibration(), texts=[*self.test_texts, *self.own_responses[1]],
             always=None if compare.side_effects == "every" else list(protocol.tasks), stated=compare.stated,
             seed=self.experiment.test.seed,
         )  # fmt: skip
@@ -312,21 +313,31 @@ class _Run:
         )
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
 
-    def personas(self, direction: Direction) -> list[str]:
-        """Some training personas of a direction's side, the same for all seeds."""
-        side = 0 if direction == "toward" else 1
-        personas = dict.fromkeys(pair.sides[side][0] for pair in self.protocol.train.pairs)
-        named = sorted(persona for persona in personas if persona.strip())
-        n = min(self.experiment.compare.n_personas, len(named))
-        return random.Random(self.experiment.split.seed).sample(named, n)
+    def _search(self, vectors: SteeringVectors, choices: Mapping[str, Any]) -> None:
+        """Searches the arms' settings, and goes on with those found."""
+        experiment, task = self.experiment, self.protocol.choosing
+        if not self.family.asks_model:
+            task = replace(task, questions=self.family.parts()[1].topics[: experiment.search.n_prompts])
+        layers = {direction: choices[direction]["layer"] for direction in DIRECTIONS}
+        found = Search(
+            experiment, self.model, self.protocol, vectors, layers, task, self._calibration(), self.journal,
+            progress=self.progress,
+        ).run()  # fmt: skip
+        self.experiment = replace(experiment, settings={**experiment.settings, **found.settings})
+        write_atomically(self.out / "settings.toml", found.toml().encode())
+        self.search = {
+            "trials": experiment.search.trials, "seed": experiment.search.seed, "rule": RULE,
+            "budget": experiment.compare.stated, "table": found.table(), "toml": found.toml(),
+        }  # fmt: skip
 
-    def _own_responses(self) -> tuple[list[Scored], list[Scored]]:
-        """The untuned model's own responses to neutral prompts: to set strengths on, and to report the KL on."""
-        compare = self.experiment.compare
-        prompts = calibration_prompts()[: 2 * compare.n_texts]
-        responses = generate(self.model, prompts, max_new_tokens=compare.max_new_tokens)
-        given: list[Scored] = [Response(*pair) for pair in zip(prompts, responses, strict=True) if pair[1].strip()]
-        return given[::2], given[1::2]
+    def _calibration(self) -> list[Scored]:
+        """The texts that set strengths."""
+        return [*calibration_paragraphs()[: self.experiment.compare.n_texts], *self.own_responses[0]]
+
+    @cached_property
+    def own_responses(self) -> tuple[list[Scored], list[Scored]]:
+        """The untuned model's responses to neutral prompts: those that set strengths, and those that report the KL."""
+        return own_responses(self.experiment, self.model)
 
     def _arms_of_seed(
         self,
@@ -349,7 +360,13 @@ class _Run:
             evaluator: measures the arms.
         """
         seeds, arms = self.experiment.tune_seeds, [registered_arm(name) for name in self.experiment.arms]
-        maker = _Maker(self, seed, vectors, choices, keeps={used for arm in arms for used in arm.uses})
+        layers = {direction: choices[direction]["layer"] for direction in DIRECTIONS}
+        material = Material(self.experiment, self.model, self.protocol, seed)
+
+        def remember(arm: str, direction: Direction, delta: WeightDelta) -> None:
+            self.history += [{**ArmLabel(arm, direction, seed)._asdict(), **row} for row in delta.history]
+
+        maker = ArmMaker(self.experiment, material, vectors, layers, remember=remember, progress=self.progress)
         for direction in (direction for direction in DIRECTIONS if seed in seeds[direction]):
             for arm in arms:
                 first = seed == seeds[direction][0]
@@ -361,7 +378,7 @@ class _Run:
         self,
         arm: RegisteredArm,
         label: ArmLabel,
-        maker: _Maker,
+        maker: ArmMaker,
         evaluator: KLEvaluator,
         shown: SteeringVectors | None,
     ) -> None:
@@ -392,27 +409,6 @@ class _Run:
                 return acting
         return made
 
-    def neutral(self, configs: Sequence[TuneConfig]) -> list[Target]:
-        """Neutral prompts answered by the untuned model, as many as the steps of one run can read."""
-        if not any(config.kl_weight for config in configs):
-            return []
-        n_prompts = max(config.max_steps * config.neutral_batch_size for config in configs if config.kl_weight)
-        return write_neutral(self.model, neutral_prompts()[:n_prompts], configs[0])
-
-    def tuning_data(
-        self, direction: Direction, vectors: SteeringVectors, configs: Sequence[TuneConfig], neutral: Sequence[Target]
-    ) -> TuningData:
-        """The data of all arms of one seed and direction, cached up to the first block that any of them trains."""
-        train, validation = self.protocol.targets(direction, configs[0].seed)
-        shared = replace(
-            self.experiment.tune,
-            direction=direction,
-            seed=configs[0].seed,
-            trained_layers=tuple(sorted({block for config in configs for block in config.blocks})),
-            kl_weight=max(config.kl_weight for config in configs),
-        )
-        return prepare_data(self.model, vectors, train, shared, validation=validation, neutral=neutral)
-
     def _project(self, name: str, vectors: SteeringVectors, intervention: Interventions = None) -> None:
         """Layer x token projections of one text, the same text for all arms."""
         with applied(self.model, *each_of(intervention)):
@@ -422,59 +418,6 @@ class _Run:
     def _projections(self, vectors: SteeringVectors) -> dict[str, Any]:
         layers = [int(name.split(".")[1]) for name in vectors.hook_names]
         return {"prompt": self.shown, "tokens": self.shown_tokens, "layers": layers, "arms": self.projections}
-
-
-class _Maker:
-    """Makes the arms of one seed. What several of them need is made once."""
-
-    def __init__(
-        self,
-        run: _Run,
-        seed: int,
-        vectors: SteeringVectors,
-        choices: Mapping[str, Any],
-        *,
-        keeps: set[str],
-    ) -> None:
-        self.run, self.seed, self.vectors, self.choices, self.keeps = run, seed, vectors, choices, keeps
-        self.configs = {arm: replace(config, seed=seed) for arm, config in run.experiment.tuned_arms.items()}
-        self._neutral: list[Target] | None = None
-        self._data: dict[Direction, TuningData] = {}
-        self._kept: dict[tuple[str, Direction], Interventions] = {}
-
-    def make(self, arm: str, direction: Direction) -> Interventions:
-        """The arm in a direction."""
-        if (arm, direction) in self._kept:
-            return self._kept[arm, direction]
-        made = registered_arm(arm).way(self._inputs(direction))
-        if arm in self.keeps:
-            self._kept[arm, direction] = made
-        return made
-
-    def forget_data(self) -> None:
-        """Frees the data of both directions."""
-        self._data.clear()
-
-    def _inputs(self, direction: Direction) -> ArmInputs:
-        run = self.run
-        return ArmInputs(
-            model=run.model, direction=direction, seed=self.seed, vectors=self.vectors,
-            layer=self.choices[direction]["layer"], personas=run.personas(direction),
-            validation=run.protocol.choosing, configs=self.configs, data=self._data_of, make=self.make,
-            tuned=self._remember, progress=run.progress,
-        )  # fmt: skip
-
-    def _data_of(self, direction: Direction) -> TuningData:
-        configs = list(self.configs.values())
-        if self._neutral is None:
-            self._neutral = self.run.neutral(configs)
-        if direction not in self._data:
-            self._data[direction] = self.run.tuning_data(direction, self.vectors, configs, self._neutral)
-        return self._data[direction]
-
-    def _remember(self, arm: str, direction: Direction, delta: WeightDelta) -> None:
-        label = ArmLabel(arm, direction, self.seed)
-        self.run.history += [{**label._asdict(), **row} for row in delta.history]
 
 
 def _repetition(answers: Sequence[Answer]) -> float:

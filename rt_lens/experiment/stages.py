@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from rt_lens.arms.equal_damage import N_OWN
 from rt_lens.arms.registry import registered_arm
@@ -111,6 +112,7 @@ class Planner:
             **({"calibrate": self._calibrate()} if self.family.asks_model else {}),
             "extract": self._extract(),
             "choose": self._choose(),
+            **({"search": self._search()} if experiment.search.trials else {}),
             "tune": self._tune(),
             "evaluate": self._evaluate().holding(tuned),
         }
@@ -118,10 +120,8 @@ class Planner:
     def _evaluate(self) -> Work:
         """The untuned model, and each arm at each budget: its strength, the tests, and KL where it is reported."""
         experiment, compare, costs = self.experiment, self.experiment.compare, self.costs
-        prompts = [chat_text(self.model, prompt) for prompt in calibration_prompts()[: 2 * compare.n_texts]]
-        own = [size + compare.max_new_tokens for size in self._sizes(prompts)]
-        paragraphs = self._sizes(calibration_paragraphs()[: compare.n_texts])
-        calibration, reported = [*paragraphs, *own[::2]], [*self.test_texts, *own[1::2]]
+        own = [size + compare.max_new_tokens for size in self._own_prompts()]
+        calibration, reported = self._calibration(), [*self.test_texts, *own[1::2]]
         responses = [
             self._size(chat_text(self.model, question.prompt)) + task.max_new_tokens
             for task in list(self.protocol.tasks.values())[:1]
@@ -134,7 +134,7 @@ class Planner:
         strength, budgets = costs.fit(calibration, kept=True), len(compare.kl)
         with_checks = budgets if compare.side_effects == "every" else 1
         at_budgets = strength * (_TRIED * budgets) + behaviour * budgets + checks * with_checks
-        work = costs.written(self._sizes(prompts), compare.max_new_tokens, 64) + strength + behaviour + checks
+        work = costs.written(self._own_prompts(), compare.max_new_tokens, 64) + strength + behaviour + checks
         for seeds in experiment.tune_seeds.values():
             for arm in map(registered_arm, experiment.arms):
                 times = len(seeds) if arm.seeded else 1
@@ -174,6 +174,42 @@ class Planner:
         if "prompted" in self.experiment.arms:
             work += self._task(task, 64) * (self.experiment.compare.n_personas * len(DIRECTIONS))
         return work
+
+    def _search(self) -> Work:
+        """In each trial an arm in both directions: it is tuned, its strength set, and validation prompts answered."""
+        experiment, search, costs = self.experiment, self.experiment.search, self.costs
+        task = self.protocol.choosing
+        if not self.family.asks_model:
+            task = replace(task, questions=self.family.parts()[1].topics[: search.n_prompts])
+        measured = self._task(task, 64)
+        strength = costs.fit(self._calibration(), kept=True) * _TRIED
+        work = costs.written(self._own_prompts(), experiment.compare.max_new_tokens, 64) + measured
+        for arm in map(registered_arm, experiment.arms):
+            if arm.knobs:
+                of_trial = measured + (Work() if "persona" in arm.knobs else strength)
+                work += (of_trial + (self._trained(arm.name) if arm.tunes else Work())) * (2 * search.trials)
+        return work
+
+    def _trained(self, arm: str) -> Work:
+        """One tuning run with its data; of an arm that is made of others, one of those."""
+        config = next(
+            self.experiment.tuned_arms[name]
+            for name in (arm, *registered_arm(arm).uses) if name in self.experiment.tuned_arms
+        )  # fmt: skip
+        neutral = [size + config.target_tokens for size in self.neutral]
+        predicted = max(self.longest, config.target_tokens if neutral else 1)
+        data = self.costs.material([*self.training, *self.validation, *neutral], config)
+        return data + self.costs.tuning(config, self.training, self.validation, neutral, predicted)
+
+    def _own_prompts(self) -> list[int]:
+        prompts = calibration_prompts()[: 2 * self.experiment.compare.n_texts]
+        return self._sizes([chat_text(self.model, prompt) for prompt in prompts])
+
+    def _calibration(self) -> list[int]:
+        """Tokens of the texts that set strengths: paragraphs, and every second of the model's own responses."""
+        compare = self.experiment.compare
+        own = [size + compare.max_new_tokens for size in self._own_prompts()]
+        return [*self._sizes(calibration_paragraphs()[: compare.n_texts]), *own[::2]]
 
     def _tune(self) -> Work:
         """Writing the targets, the untuned model's prefix of them, and the tuning runs."""

@@ -16,6 +16,7 @@ from rt_lens.plots.style import ARM_COLOURS
 from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.text import coloured_tokens, trace
 from rt_lens.plots.training import losses
+from rt_lens.plots.trials import trials
 from rt_lens.plots.tuned import block_search, kinds, variants
 from rt_lens.plots.tuned_steered import effect_against_side_effect, resistance
 from rt_lens.plots.validation import validation
@@ -47,6 +48,7 @@ __all__ = [
     "steerability",
     "sweep",
     "trace",
+    "trials",
     "validation",
     "variants",
     "weight_changes",

@@ -10,6 +10,7 @@
 | projections.json | prompt, tokens, layers, and arms: name -> projections [layer][token] |
 | table.md, table.tex | summary and side effects as tables |
 | vectors.safetensors, rep_tuned_DIRECTION.safetensors | the extracted vectors, and a weight delta per direction |
+| settings.toml | settings that a search found, as tables of a behaviour's file; only after a search |
 | report.html | the page that is made from these files later; no part of the run |
 
 The files are put in place together, and results.json has a checksum of each: a file that another run left, or that
@@ -37,6 +38,7 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 | history | a row per arm, direction, seed, split and step of tuning: losses |
 | logit_lens | a row per layer and sign: tokens |
 | at_kl | null in runs without; kl: budgets; stated: the one of the tables above; see below |
+| search | null in runs without one; settings of the arms, searched before the test; see below |
 | seconds | stage -> seconds |
 | seed_draws | what a tuning seed controls, in words; in runs without it a seed controls the order of the batches only |
 | files | name -> SHA-256 of each other file of the run; `Results.files` when it is read |
@@ -51,6 +53,11 @@ description; table: the columns of summary but facts and repetition, and budget 
 arm without a strength); strengths: arm, direction, seed, budget, strength, kl, kl_low, kl_high, n_texts (on the texts
 that set the strength), own_kl, own_kl_low, own_kl_high, n_own (on the untuned responses to the test prompts), reason
 (why the budget was not reached, or empty).
+
+search: trials (for each arm), seed, budget, rule (how the trials were chosen), toml (the settings found, as tables of a
+behaviour's file); table: a row per arm and number: settings; n, effect, low, high (change of the score on validation
+prompts, mean of both directions); own_kl (on the untuned responses to them); trained_tokens; seconds; reason (why it
+failed, or empty); front (whether no other trial beats it in effect and own_kl); chosen.
 
 Older runs still load. Schema 1 used other names: `_OLD_NAMES` maps them, and what is read back has the names of
 schema 2. Runs without `files`, `reproducibility`, `side_effects`, `protocol`, scores.csv and texts.csv, or with
@@ -113,6 +120,10 @@ _AT_KL = {
     "table": ("arm", "direction", "budget", "set", "scorer", "n", "mean", "low", "high", "kl", "n_texts", "seeds"),
     "strengths": ("arm", "direction", "seed", "budget", "strength", "kl", "own_kl", "reason"),
 }
+_SEARCH = (
+    *("arm", "number", "settings", "n", "effect", "low", "high", "own_kl", "trained_tokens", "seconds", "reason"),
+    *("front", "chosen"),
+)
 _CALIBRATION = ("task", "n", "mean", "low", "high", "chance", "seed")
 _REPRODUCIBILITY = ("command", "call", "file", "toml", "sha256", "settings")
 _RESPONSE = ("arm", "direction", "seed", "prompt", "response", "score")
@@ -332,6 +343,7 @@ def checked(content: Any) -> dict[str, Any]:
         "side_effects": [],
         "protocol": {"name": "answers", "why": "", "calibration": []},
         "at_kl": None,
+        "search": None,
     }
     content = {**missing, **content}
     if content["schema"] < SCHEMA:
@@ -345,6 +357,9 @@ def checked(content: Any) -> dict[str, Any]:
         _check_keys("results.json: at_kl", content["at_kl"], ("kl", "stated", "arms", *_AT_KL))
         for key, columns in _AT_KL.items():
             _check_rows(f"results.json: at_kl: {key}", content["at_kl"][key], columns)
+    if content["search"] is not None:
+        _check_keys("results.json: search", content["search"], ("trials", "seed", "budget", "rule", "toml", "table"))
+        _check_rows("results.json: search: table", content["search"]["table"], _SEARCH)
     _check_keys("results.json: protocol", content["protocol"], ("name", "why", "calibration"))
     _check_rows("results.json: protocol: calibration", content["protocol"]["calibration"], _CALIBRATION)
     for key in ("arms", "summary", "side_effects"):

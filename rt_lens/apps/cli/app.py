@@ -103,14 +103,14 @@ def permissions_of(allow_judge: list[str] | None, judge_key_env: str | None) -> 
 
 def experiment_of(
     behaviour: str, model: str | None, dtype: str | None, chat_template_kwargs: str | None,
-    allow_judge: list[str] | None, judge_key_env: str | None,
+    allow_judge: list[str] | None, judge_key_env: str | None, search: int | None = None,
 ) -> Experiment:  # fmt: skip
     """The experiment of a behaviour's file, with what the command's options change of it."""
     from rt_lens.experiment.config import load_experiment
 
     return load_experiment(
         behaviour, model=model, dtype=dtype, chat_template_kwargs=template_kwargs(chat_template_kwargs),
-        permissions=permissions_of(allow_judge, judge_key_env),
+        search=search, permissions=permissions_of(allow_judge, judge_key_env),
     )  # fmt: skip
 
 

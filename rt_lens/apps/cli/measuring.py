@@ -31,6 +31,10 @@ def run(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only estimate what the run needs: memory, steps, time.")
     ] = False,
+    search: Annotated[
+        int | None,
+        typer.Option(help="First search each arm's settings with this many trials, on validation prompts."),
+    ] = None,
     model: Model = None,
     dtype: Dtype = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
@@ -43,7 +47,7 @@ def run(
     from rt_lens.experiment.plan import plan_of
     from rt_lens.experiment.run import check_writable, run_experiment
 
-    experiment = experiment_of(behaviour, model, dtype, chat_template_kwargs, allow_judge, judge_key_env)
+    experiment = experiment_of(behaviour, model, dtype, chat_template_kwargs, allow_judge, judge_key_env, search)
     if plan:
         typer.echo(str(plan_of(experiment)))
         return
@@ -53,6 +57,8 @@ def run(
     typer.echo("\n" + "\n".join(spoken(results)))
     stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items())
     typer.echo(f"\nTime: {stages}.")
+    if results["search"]:
+        typer.echo(f"Saved {folder / 'settings.toml'}: the settings found, to paste into a behaviour's file.")
     typer.echo(f"Saved {folder / 'results.json'}. Next: open {page} in a browser, or rt-lens dashboard {folder}")
 
 

@@ -24,8 +24,10 @@ _NONE = "<p>None in this run.</p>"
 def sections(results: Mapping[str, Any], responses: Sequence[Row], projections: Mapping[str, Any]) -> list[Part]:
     """The parts in the order of the page. Results are checked; responses and projections come from their files."""
     protocol = [Part("Protocol", _protocol(results["protocol"]))] if results["protocol"]["why"] else []
+    search = [Part("Search", _search(results["search"]))] if results["search"] else []
     return [
         *protocol,
+        *search,
         _arms(results),
         _comparisons(results),
         _side_effects(results),
@@ -49,6 +51,39 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     settings = "; ".join(f"{key} = {value}" for key, value in protocol.get("settings", {}).items())
     text += f"<p>Settings: {escape(settings)}.</p>" if settings else ""
     return text + (table("what the model can do", header, rows) if rows else "")
+
+
+def _search(search: Mapping[str, Any]) -> str:
+    """What was tried for each arm before the test, what was chosen, and the settings to paste into a file."""
+    rows = search["table"]
+    done = [row for row in rows if row["effect"] is not None]
+    tried = (
+        f"<p>Each arm had {search['trials']} trials, on validation prompts alone; the first is the file's own "
+        f"settings. {escape(search['rule'])}</p>"
+    )
+    figure = (
+        chart("search", plots.trials(rows, budget=search["budget"], seed=search["seed"]))
+        if done
+        else "<p>No trial could be measured.</p>"
+    )
+    header = ("arm", "trials", "failed", "the file's [95 %]", "chosen [95 %]", "settings", "trained tokens", "minutes")
+    body = [_searched(name, of_arm) for (name,), of_arm in grouped(rows, "arm").items()]
+    found = folded("The settings, to paste into a behaviour's file", f"<pre>{escape(search['toml'])}</pre>")
+    return tried + figure + table("what the search chose", header, body) + found
+
+
+def _searched(name: str, rows: Sequence[Row]) -> list[str]:
+    chosen = next((row for row in rows if row["chosen"]), None)
+    settings = ", ".join(f"{key} = {value}" for key, value in chosen["settings"].items()) if chosen else ""
+    return [
+        escape(name), str(len(rows)), str(sum(bool(row["reason"]) for row in rows)), _effect(rows[0]),
+        _effect(chosen) if chosen else "–", escape(settings) or "as in the file",
+        f"{sum(row['trained_tokens'] for row in rows):,}", number(sum(row["seconds"] for row in rows) / 60, 1),
+    ]  # fmt: skip
+
+
+def _effect(trial: Row) -> str:
+    return estimate({**trial, "mean": trial["effect"]})
 
 
 def _arms(results: Mapping[str, Any]) -> Part:

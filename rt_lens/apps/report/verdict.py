@@ -26,7 +26,7 @@ def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
     answered = [Part("One prompt, every arm", _same_prompt(responses))] if responses else []
     return [
         Part("Which arm moves the behaviour most?", picture),
-        Part("What was found", items([*verdict(results), sureness(results)])),
+        Part("What was found", items([*verdict(results), searched(results), sureness(results)])),
         *answered,
     ]
 
@@ -35,7 +35,7 @@ def spoken(results: Mapping[str, Any]) -> list[str]:
     """The sentences of the first screen for a terminal; those of all tables for a run without at_kl."""
     if results["at_kl"] is None:
         return summary_sentences(results)
-    return [plain_text(sentence) for sentence in [*verdict(results), sureness(results)]]
+    return [plain_text(sentence) for sentence in [*verdict(results), searched(results), sureness(results)]]
 
 
 def first_rows(table: Sequence[Row]) -> list[dict[str, Any]]:
@@ -88,6 +88,18 @@ def sureness(results: Mapping[str, Any]) -> str:
         moved = "moves" if holds(row) else "is not shown to move"
         line += f"A random direction {moved} the score ({row['a_direction']}, {estimate(row, 'difference')}). "
     return line + "Brackets are 95 % confidence intervals."
+
+
+def searched(results: Mapping[str, Any]) -> str:
+    """One line on where the arms' settings come from."""
+    search = results["search"]
+    if search is None:
+        return "Settings: those of the file, without a search in this run."
+    n_arms = len({row["arm"] for row in search["table"]})
+    return (
+        f"Settings: searched before the test, with {search['trials']} trials for each of {n_arms} arms, on validation "
+        f"prompts alone (seed {search['seed']})."
+    )
 
 
 def _most(results: Mapping[str, Any], best: Row, untuned: Row, equal: Sequence[Row], sign: int) -> Iterator[str]:

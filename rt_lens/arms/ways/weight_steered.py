@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rt_lens.arms.intervention import Interventions
-from rt_lens.arms.registry import ArmInputs, register_arm
+from rt_lens.arms.registry import ArmInputs, register_arm, registered_arm
 from rt_lens.tuning.delta import WeightDelta
 
 
 @register_arm(
     "weight_steered", "The difference of the two token-tuned weight changes, toward minus away.",
-    uses=("token_tuned",), tunes=True,
+    uses=("token_tuned",), tunes=True, knobs=registered_arm("token_tuned").knobs,
 )  # fmt: skip
 def weight_steered(inputs: ArmInputs) -> Interventions:
     """The delta of this direction minus the other's: what both learn, such as the form of responses, cancels out."""
