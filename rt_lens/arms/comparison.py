@@ -44,6 +44,10 @@ class ArmEvaluator:
         seed: seed for the bootstraps.
         batch_size: texts per batch.
 
+    Attributes:
+        rows: what was measured: `scores`, `texts` and `answers`, as in ArmScores. Rows of an earlier process can be
+            added.
+
     Example:
         >>> evaluator = ArmEvaluator(model, {"test": EvalTask(prompts, max_new_tokens=4)}, texts)
         >>> evaluator.measure("untuned")
@@ -67,9 +71,7 @@ class ArmEvaluator:
             )
         self.model, self.tasks, self.seed, self.batch_size = model, dict(tasks), seed, batch_size
         self.texts = scored_list(texts, "texts", none=True)
-        self._scores: list[dict[str, Any]] = []
-        self._texts: list[dict[str, Any]] = []
-        self._answers: list[dict[str, Any]] = []
+        self.rows: dict[str, list[dict[str, Any]]] = {"scores": [], "texts": [], "answers": []}
         self._baseline: dict[str, list[Answer]] = {}
         self._reference: PerplexityResult | None = None
         self._shared = SharedBelow(model)  # the blocks below what an arm changes read the same texts in all arms
@@ -95,7 +97,7 @@ class ArmEvaluator:
             ValueError: if this arm was measured with this direction and seed before.
         """
         label = {"arm": arm, "direction": direction, "seed": seed}
-        if any(label.items() <= row.items() for row in self._scores):
+        if any(label.items() <= row.items() for row in self.rows["scores"]):
             raise ValueError(f"arm {arm!r} ({direction}, seed {seed}) was already measured. Choose a different name.")
         answers: dict[str, list[Answer]] = {}
         asked = set(self.tasks) if only is None or not self._baseline else set(only)
@@ -125,11 +127,11 @@ class ArmEvaluator:
         Raises:
             ValueError: if nothing was.
         """
-        if not self._scores:
+        if not self.rows["scores"]:
             raise ValueError("scores needs at least one measured arm, got none. Call measure first.")
-        texts = pd.DataFrame(self._texts, columns=[*_LABEL, "seed", "text", "tokens", "nll", "kl"])
+        texts = pd.DataFrame(self.rows["texts"], columns=[*_LABEL, "seed", "text", "tokens", "nll", "kl"])
         shares = frozenset(scorer.name for task in self.tasks.values() for scorer in task.made if is_share(scorer))
-        return ArmScores(pd.DataFrame(self._scores), texts, list(self._answers), self.seed, shares)
+        return ArmScores(pd.DataFrame(self.rows["scores"]), texts, list(self.rows["answers"]), self.seed, shares)
 
     def _perplexity(self) -> PerplexityResult:
         first = self._reference is None
@@ -143,7 +145,7 @@ class ArmEvaluator:
         assert kl is not None
         for text, (tokens, nll, divergence) in enumerate(zip(result.sizes, result.nll, kl, strict=True)):
             row = {"text": text, "tokens": int(tokens), "nll": float(nll), "kl": float(divergence)}
-            self._texts.append({**label, **row})
+            self.rows["texts"].append({**label, **row})
 
     def _score(self, label: Mapping[str, Any], name: str, answers: Sequence[Answer]) -> None:
         baseline = zip(answers, self._baseline[name], strict=True)
@@ -152,11 +154,11 @@ class ArmEvaluator:
         scores = {scorer.name: [float(score) for score in scorer(answers)] for scorer in scorers}
         for item, answer in enumerate(answers):
             cell = {**label, "set": name, "item": item, "category": answer.question.category}
-            self._answers.append(
+            self.rows["answers"].append(
                 {**label, "set": name, "prompt": answer.question.prompt, "response": response_text(answer, *scorers),
                  **{scorer: of_scorer[item] for scorer, of_scorer in scores.items()}}
             )  # fmt: skip
-            self._scores += [
+            self.rows["scores"] += [
                 {**cell, "scorer": scorer, "score": of_scorer[item]} for scorer, of_scorer in scores.items()
             ]
 

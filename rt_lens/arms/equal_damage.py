@@ -203,6 +203,7 @@ class KLEvaluator:
         self.meter = KLMeter(model, calibration, seed=seed)
         self._rows: list[dict[str, Any]] = []
         self.evaluator.measure(UNTUNED)
+        self._seen = self._lengths()
         own = _responses(next(iter(self.evaluator.baseline.values())))[:N_OWN]
         self.own = KLMeter(model, own, seed=seed) if own else None
 
@@ -240,9 +241,30 @@ class KLEvaluator:
         gaps = (Calibrated(budget, None, None, None, None, {}, reason) for budget in self.budgets)
         self._rows += [_row(label, seed, gap, None) for gap in gaps]
 
+    def since_last(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows measured since the last call (at first, since the untuned model), as JSON can hold them.
+
+        `add` gives them to another evaluator of the same model, tasks and texts: a run that was stopped goes on.
+        """
+        new = {name: rows[self._seen[name] :] for name, rows in self._all_rows().items()}
+        self._seen = self._lengths()
+        return new
+
+    def add(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Adds what `since_last` gave."""
+        for name, own in self._all_rows().items():
+            own += [dict(row) for row in rows[name]]
+        self._seen = self._lengths()
+
     def curves(self) -> KLCurves:
         """What was measured so far."""
         return KLCurves(self.evaluator.scores(), pd.DataFrame(self._rows, columns=_STRENGTHS))
+
+    def _all_rows(self) -> dict[str, list[dict[str, Any]]]:
+        return {**self.evaluator.rows, "strengths": self._rows}
+
+    def _lengths(self) -> dict[str, int]:
+        return {name: len(rows) for name, rows in self._all_rows().items()}
 
     def _own_kl(self, intervention: Interventions) -> Interval | None:
         return None if self.own is None else self.own(intervention)

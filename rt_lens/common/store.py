@@ -56,6 +56,12 @@ class Store:
             self._read()
             self._write()
 
+    def remove(self) -> None:
+        """Deletes the file, when the whole is finished and stands elsewhere."""
+        if self.path is not None:
+            with lock_of(self.path):
+                self.path.unlink(missing_ok=True)
+
     @classmethod
     def of_older(cls, path: Path, settings: Mapping[str, Any], parts: Mapping[str, Any], *, kind: str) -> Store:
         """A store with the parts of a file of another format, which the caller has read and checked; overwrites it."""

@@ -33,7 +33,7 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
         'rt-lens run mood --dtype bfloat16'
     """
     settings_alone = {
-        **dict.fromkeys(("command", "call", "file", "toml", "sha256")), "settings": _settings(experiment)
+        **dict.fromkeys(("command", "call", "file", "toml", "sha256")), "settings": settings_of(experiment)
     }  # fmt: skip
     if source is None and experiment.name not in behaviours():
         return settings_alone
@@ -66,7 +66,7 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
     }
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
+def settings_of(experiment: Experiment) -> dict[str, Any]:
     """Every setting; for the pairs, which can be a hundred thousand, only their number."""
     settings = {
         entry.name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -7,7 +7,9 @@ nothing else uses.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rt_lens.arms.calibration import Calibrated
+from rt_lens.arms.calibration import scaled
 from rt_lens.arms.comparison import ArmScores
 from rt_lens.arms.equal_damage import KLCurves, KLEvaluator
 from rt_lens.arms.intervention import Interventions, applied, each_of
@@ -30,6 +32,7 @@ from rt_lens.arms.registry import ArmUnavailable, RegisteredArm, registered_arm
 from rt_lens.common.arm_labels import ArmLabel
 from rt_lens.common.files import together, write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
+from rt_lens.common.store import Store
 from rt_lens.data.builtin import (
     calibration_paragraphs,
     neutral_paragraphs,
@@ -41,8 +44,9 @@ from rt_lens.evaluation.texts import Scored, perplexity
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.making import ArmMaker, Material, own_responses
 from rt_lens.experiment.protocols import family_of
-from rt_lens.experiment.reproducibility import recorded
+from rt_lens.experiment.reproducibility import recorded, settings_of
 from rt_lens.experiment.search import RULE, Search
+from rt_lens.models.checksums import parameters_sha256
 from rt_lens.models.forward import check_layers, model_name
 from rt_lens.models.generation import as_chat
 from rt_lens.models.load import load_model
@@ -113,21 +117,24 @@ def run_experiment(
     """
     check_writable(out)
     with together(out, files_of_run, last="results.json", kept="out: the run was") as aside:
-        return _Run(experiment, aside, source, progress, journal=out / "search.journal").run()
+        run = _Run(experiment, aside, source, progress, out)
+        results = run.run()
+    run.parts.remove()
+    return results
 
 
 class _Run:
     """The stages of an experiment, in order. Each is timed."""
 
     def __init__(
-        self, experiment: Experiment, out: Path, source: str | Path | None, progress: bool, *, journal: Path
+        self, experiment: Experiment, out: Path, source: str | Path | None, progress: bool, kept: Path
     ) -> None:
-        self.experiment, self.out, self.progress, self.journal = experiment, out, progress, journal
+        self.experiment, self.out, self.progress, self.kept = experiment, out, progress, kept
         self.search: dict[str, Any] | None = None
         self.reproducibility = recorded(experiment, source)  # now, since the file can be edited during the run
         self.judge = experiment.made_judge  # refuses a missing key before anything is loaded
         self.seconds: dict[str, float] = {}
-        self.history: list[dict[str, Any]] = []
+        self.history: dict[ArmLabel, list[dict[str, Any]]] = {}
         self.projections: dict[str, list[list[float]]] = {}
         self.family = family_of(experiment)
         if not self.family.asks_model:
@@ -170,6 +177,7 @@ class _Run:
                 self._search(vectors, choices)
         with self._stage("evaluate"):
             evaluator = self._measured_untuned(vectors)
+        self.parts = self._parts()
         for other in experiment.seeds:
             self._arms_of_seed(other, by_seed[other], vectors, choices, evaluator)
         curves = evaluator.curves()
@@ -181,13 +189,33 @@ class _Run:
             "separability": separated.to_dict("records"),
             "dose_response": doses.to_dict("records"),
             "bound": experiment.choose.bound,
-            "history": self.history,
+            "history": self._history(),
             "logit_lens": logit_lens(self.model, vectors).to_dict("records"),
             "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
         }
         files = [file.name for file in self.out.iterdir()]
         write_results(self.out, results, scores, self._projections(vectors), files=files)
         return plain(results)
+
+    def _parts(self) -> Store:
+        """What is measured of each arm, on disk until the run has ended: one that was stopped goes on from there.
+
+        The file is named after the settings, so that a run with others neither takes nor loses it.
+        """
+        settings = {
+            "experiment": settings_of(self.experiment), "versions": _versions(),
+            "pairs": hashlib.sha256(repr(self.experiment.pairs.pairs).encode()).hexdigest(),
+            "weights": parameters_sha256(self.model),
+        }  # fmt: skip
+        written = json.dumps(plain(settings), sort_keys=True, default=str)
+        name = hashlib.sha256(written.encode()).hexdigest()[:8]
+        return Store(self.kept / f"unfinished-{name}.json", json.loads(written), kind="run")
+
+    def _history(self) -> list[dict[str, Any]]:
+        """The losses of all tuning runs, in an order that does not depend on where the run was stopped."""
+        labels = [ArmLabel(*run) for run in self.experiment.tuning_runs]
+        labels += [label for label in self.history if label not in labels]
+        return [{**label._asdict(), **row} for label in labels for row in self.history.get(label, [])]
 
     def _extracted(self, seed: int) -> SteeringVectors:
         pairs = self.protocol.train.sample(self.experiment.extract.n_pairs, seed)
@@ -320,8 +348,8 @@ class _Run:
             task = replace(task, questions=self.family.parts()[1].topics[: experiment.search.n_prompts])
         layers = {direction: choices[direction]["layer"] for direction in DIRECTIONS}
         found = Search(
-            experiment, self.model, self.protocol, vectors, layers, task, self._calibration(), self.journal,
-            progress=self.progress,
+            experiment, self.model, self.protocol, vectors, layers, task, self._calibration(),
+            self.kept / "search.journal", progress=self.progress,
         ).run()  # fmt: skip
         self.experiment = replace(experiment, settings={**experiment.settings, **found.settings})
         write_atomically(self.out / "settings.toml", found.toml().encode())
@@ -364,7 +392,7 @@ class _Run:
         material = Material(self.experiment, self.model, self.protocol, seed)
 
         def remember(arm: str, direction: Direction, delta: WeightDelta) -> None:
-            self.history += [{**ArmLabel(arm, direction, seed)._asdict(), **row} for row in delta.history]
+            self.history[ArmLabel(arm, direction, seed)] = [dict(row) for row in delta.history]
 
         maker = ArmMaker(self.experiment, material, vectors, layers, remember=remember, progress=self.progress)
         for direction in (direction for direction in DIRECTIONS if seed in seeds[direction]):
@@ -383,30 +411,45 @@ class _Run:
         shown: SteeringVectors | None,
     ) -> None:
         """Makes and measures one arm; of the first seed, the rep-tuned delta is saved and the projections are read."""
+        key, is_shown = f"{label}, seed {label.seed}", shown is not None and arm.name in ("steered", "rep_tuned")
         if self.progress:
-            print(f"{label}, seed {label.seed} ...", flush=True)
+            print(f"{key} {'was measured before the run was stopped' if key in self.parts else '...'}", flush=True)
         try:
-            with self._stage("tune" if arm.tunes else "choose"):
-                made = maker.make(arm.name, label.direction)  # type: ignore[arg-type]
+            made = self._made(arm, label, maker) if key not in self.parts or is_shown else None
+            if key not in self.parts:
+                with self._stage("evaluate"):
+                    evaluator.measure(str(label), made, label.seed)
         except ArmUnavailable as reason:
-            evaluator.unavailable(str(label), str(reason), label.seed)
-            return
-        with self._stage("evaluate"):
-            found = evaluator.measure(str(label), made, label.seed)
-        if shown is None or arm.name not in ("steered", "rep_tuned"):
-            return
-        acting = self._stated(found, made)
+            made = None
+            if key not in self.parts:
+                evaluator.unavailable(str(label), str(reason), label.seed)
+        if key in self.parts:
+            part = self.parts.get(key)
+            evaluator.add(part["rows"])
+            self.history = {ArmLabel(*of): rows for of, rows in part["history"]} | self.history
+        else:
+            own = [[list(of), rows] for of, rows in self.history.items() if of.seed == label.seed]
+            self.parts.keep(key, {"rows": evaluator.since_last(), "history": own})
+        if is_shown and made is not None:
+            assert shown is not None
+            self._show(label, shown, self._stated(self.parts.get(key)["rows"]["strengths"], made))
+
+    def _made(self, arm: RegisteredArm, label: ArmLabel, maker: ArmMaker) -> Interventions:
+        with self._stage("tune" if arm.tunes else "choose"):
+            return maker.make(arm.name, label.direction)  # type: ignore[arg-type]
+
+    def _show(self, label: ArmLabel, shown: SteeringVectors, acting: Interventions) -> None:
+        """Saves a delta, and reads the projections of the arms that are shown."""
         if isinstance(acting, WeightDelta):
             acting.save(self.out / f"{label.stem}.safetensors")
-        if arm.name == "rep_tuned" or label.direction == "away":
+        if label.arm == "rep_tuned" or label.direction == "away":
             self._project(f"{label.arm} {label.direction}", shown, acting)
 
-    def _stated(self, found: Sequence[Calibrated], made: Interventions) -> Interventions:
+    def _stated(self, strengths: Sequence[Mapping[str, Any]], made: Interventions) -> Interventions:
         """The arm at the stated budget; as it was made, if it does not reach it."""
-        for result in found:
-            if result.reached and result.budget == self.experiment.compare.stated:
-                (acting,) = each_of(result.intervention)
-                return acting
+        for row in strengths:
+            if row["budget"] == self.experiment.compare.stated and row["strength"] is not None:
+                return scaled(made, row["strength"])
         return made
 
     def _project(self, name: str, vectors: SteeringVectors, intervention: Interventions = None) -> None:
