@@ -17,7 +17,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Watch, anew, answers, done, look, part, slide, started, traces
 from playwright.sync_api import Browser, BrowserContext, Page, expect
-from small_runs import make_board, write_run
+from small_runs import make_at_kl, make_board, write_run
 
 import rt_lens as rtl
 from rt_lens.apps.dashboard.serving import Dashboard
@@ -346,6 +346,30 @@ def test_a_run_without_its_model_opens_on_every_page(context, tmp_path):
         expect(page.locator(f"#page-{name} h2")).to_be_visible()
         page.wait_for_load_state("networkidle")
         assert page.locator(f"#{name}-start").count() == 0
+    served.stop()
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+def test_the_budget_of_all_arms_is_moved_by_the_keyboard(context, tmp_path, width):
+    board = make_board(1)
+    served = rtl.dashboard(run=write_run(tmp_path / "run", board, at_kl=make_at_kl(board)))
+    page = context.new_page()
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(f"{served.url}compare")
+    slider, answered = page.get_by_role("slider", name="Budget"), page.locator("#compare-answered")
+    expect(slider).to_have_attribute("aria-valuetext", "0.01 (stated)")
+    expect(answered).to_contain_text("rep_tuned, toward")
+    page.get_by_role("link", name="Compare").focus()
+    page.keyboard.press("Tab")
+    expect(slider).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(slider).to_have_attribute("aria-valuetext", "0.03")
+    expect(page.get_by_role("region", name="Every arm at KL 0.03")).to_contain_text("not reached: KL is at most 0.02.")
+    expect(answered).to_contain_text("The run kept no responses at 0.03.")
+    lines = "() => document.querySelector('#compare-at-kl .js-plotly-plot').layout.shapes.map(shape => shape.x0)"
+    assert page.evaluate(lines) == [0.03, 0.03]
+    assert violations(page) == []
+    assert page.evaluate("() => document.documentElement.scrollWidth") == width  # nothing sticks out
     served.stop()
 
 

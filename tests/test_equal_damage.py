@@ -139,6 +139,17 @@ def test_the_figure_shows_the_tables_numbers_in_a_panel_for_each_direction(curve
     assert figure.layout.xaxis.type == "log" and list(figure.layout.xaxis.ticktext) == ["0.003", "0.03"]
 
 
+def test_a_marked_budget_has_a_line_and_large_markers_where_an_arm_reached_it(curves):
+    figure = plots.effect_at_kl(curves.table(), curves.gaps, budget=0.03)
+    assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [(0.03, 0.03)] * 2
+    plain = plots.effect_at_kl(curves.table(), curves.gaps)
+    assert not plain.layout.shapes and plain.layout.xaxis.range == figure.layout.xaxis.range
+    arms = [trace for trace in figure.data if trace.name and trace.name != "untuned"]
+    large = sorted(x for trace in arms for x, size in zip(trace.x, trace.marker.size, strict=True) if size == 15)
+    assert large == sorted(curves.table().query("budget == 0.03")["kl"])
+    assert {size for trace in plain.data if trace.marker.size is not None for size in trace.marker.size} == {10}
+
+
 def test_the_figure_draws_names_as_they_are_and_refuses_what_it_cannot_draw(curves):
     table = curves.table().replace({"arm": {"steered": HOSTILE}})
     check_drawn_as_it_is(plots.effect_at_kl(table, table.tail(1).assign(arm=HOSTILE)), least=3)

@@ -26,10 +26,12 @@ from rt_lens.plots.style import (
 
 _LABELS = ("arm", "direction", "set", "scorer", "seeds")
 _NUMBERS = ("budget", "n", "mean", "low", "high", "kl", "n_texts")
-_HEADINGS = {"toward": "toward: higher is more effect", "away": "away: lower is more effect", "none": ""}
+_HEADINGS = {"toward": "toward<br>higher: more effect", "away": "away<br>lower: more effect", "none": ""}
 
 
-def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effect at equal damage") -> go.Figure:
+def effect_at_kl(
+    table: Table, gaps: Table | None = None, *, budget: float | None = None, title: str = "Effect at equal damage"
+) -> go.Figure:
     """Draws the score of every arm against its KL from the untuned model, a panel for each direction.
 
     Args:
@@ -38,6 +40,7 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
             direction, budget, set, scorer, n, mean, low, high (score), seeds (list of int), kl (nats per token, as
             reached), n_texts. `KLCurves.table` returns such rows.
         gaps: rows of arm, direction, budget that were not reached, which the figure names.
+        budget: one of the budgets, to be marked by a vertical line and by larger markers of the arms that reached it.
         title: heading of the figure.
 
     Raises:
@@ -61,8 +64,14 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
         )
     directions = ordered(curves["direction"], DIRECTIONS)
     headings = [_HEADINGS.get(direction, direction) for direction in directions]
-    figure = make_subplots(cols=len(directions), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=headings)
-    span = [curves.loc[curves["kl"] > 0, "kl"].min() / 1.4, curves["kl"].max() * 1.4]
+    figure = make_subplots(
+        cols=len(directions), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=headings,
+        x_title="KL (nats per token)",  # once, as two would run into each other in a narrow window
+    )  # fmt: skip
+    missed = _missed(gaps)
+    budgets = sorted({*curves["budget"].dropna(), *missed["budget"]})
+    drawn = [*curves.loc[curves["kl"] > 0, "kl"], *budgets]
+    span = [min(drawn) / 1.4, max(drawn) * 1.4]
     curves = curves.assign(kl=curves["kl"].clip(lower=span[0]))  # a logarithmic axis has no zero
     colours = arm_colours(frame["arm"])
     named: set[str] = set()
@@ -70,22 +79,23 @@ def effect_at_kl(table: Table, gaps: Table | None = None, *, title: str = "Effec
         panel = curves[curves["direction"] == direction]
         traces = _untuned(untuned.iloc[0], span, colours)
         for arm in ordered(panel["arm"]):
-            traces += _curve(panel[panel["arm"] == arm].sort_values("kl"), colours[arm], SYMBOLS[direction])
+            traces += _curve(panel[panel["arm"] == arm].sort_values("kl"), colours[arm], SYMBOLS[direction], budget)
         for trace in traces:
             trace.showlegend = bool(trace.name) and trace.name not in named
             named |= {trace.name} if trace.name else set()
             figure.add_trace(trace, row=1, col=column)
-    budgets = sorted(curves["budget"].dropna().unique())
+    if budget is not None:
+        figure.add_vline(x=budget, line={"color": INK, "width": 2, "dash": "dot"}, layer="below")
     figure.update_xaxes(
         type="log", range=np.log10(span).tolist(), tickvals=budgets, ticktext=[f"{budget:g}" for budget in budgets],
-        title_text="KL (nats per token)", zeroline=False,
+        zeroline=False,
     )  # fmt: skip
     figure.update_yaxes(zeroline=False, range=_range(frame))
     scorers = ", ".join(ordered(frame["scorer"]))
     figure.update_yaxes(title_text=f"mean score ({scorers})", col=1)
     reading = (
         "KL from the untuned model on neutral texts: the damage. At one KL, the arm furthest from the dashed line "
-        "moves the behaviour most. Bands: 95 % intervals. " + _gap_sentence(gaps)
+        "moves the behaviour most. Bands: 95 % intervals. " + _gap_sentence(missed)
     ).strip()
     texts = sample(frame[["n_texts"]].rename(columns={"n_texts": "n"})).replace(".", " texts.")
     legend = {"orientation": "h", "y": -0.2, "x": 0.5, "xanchor": "center"}
@@ -115,7 +125,7 @@ def _untuned(row: pd.Series, span: list[float], colours: dict[str, str]) -> list
     ]  # fmt: skip
 
 
-def _curve(rows: pd.DataFrame, colour: str, symbol: str) -> list[go.Scatter]:
+def _curve(rows: pd.DataFrame, colour: str, symbol: str, marked: float | None) -> list[go.Scatter]:
     """One arm's score over KL, with its interval: a line over the budgets, or a point with a bar."""
     arm, point = rows["arm"].iloc[0], len(rows) == 1
     hover = [
@@ -123,7 +133,10 @@ def _curve(rows: pd.DataFrame, colour: str, symbol: str) -> list[go.Scatter]:
         f"KL {row_estimate(row, 'kl')}<br>n = {number(row['n'], 0)}, {seeds_of(row)}"
         for _, row in rows.iterrows()
     ]
-    marker = {"symbol": symbol, "size": 10, "color": colour, "line": {"color": INK, "width": 0.5}}
+    at_mark = (rows["budget"] == marked).tolist()
+    line = {"color": INK, "width": [2 if here else 0.5 for here in at_mark]}
+    size = [15 if here else 10 for here in at_mark]
+    marker = {"symbol": symbol, "size": size, "opacity": 1, "color": colour, "line": line}  # many sizes: pale otherwise
     bar = {"array": rows["high"] - rows["mean"], "arrayminus": rows["mean"] - rows["low"], "color": colour}
     return [
         *([] if point else band(rows, "kl", colour)),
@@ -139,13 +152,18 @@ def _budget(row: pd.Series) -> str:
     return "" if np.isnan(row["budget"]) else f", budget {row['budget']:g}"
 
 
-def _gap_sentence(gaps: Table | None) -> str:
-    """Which arms did not reach which budgets."""
+def _missed(gaps: Table | None) -> pd.DataFrame:
     if gaps is None or not len(gaps):
+        return pd.DataFrame(columns=["arm", "direction", "budget"])
+    return check_table(gaps, labels=("arm", "direction"), numbers=("budget",), argument="gaps")
+
+
+def _gap_sentence(missed: pd.DataFrame) -> str:
+    """Which arms did not reach which budgets."""
+    if missed.empty:
         return ""
-    frame = check_table(gaps, labels=("arm", "direction"), numbers=("budget",), argument="gaps")
     cells: dict[tuple[str, str], list[float]] = {}
-    for arm, way, budget in zip(frame["arm"], frame["direction"], frame["budget"], strict=True):
+    for arm, way, budget in zip(missed["arm"], missed["direction"], missed["budget"], strict=True):
         cells.setdefault((arm, way), []).append(budget)
     named = (
         f"{arm} ({way}) {', '.join(f'{b:g}' for b in sorted(set(budgets)))}" for (arm, way), budgets in cells.items()

@@ -38,6 +38,7 @@ DIRECTIONS = ("none", "toward", "away", "suppress")
 SYMBOLS = {"none": "circle", "toward": "triangle-up", "away": "triangle-down", "suppress": "diamond"}
 LOSS_PARTS = {"total": "total", "token": "token (nats)", "cosine": "cosine (0 to 1)", "kl": "KL (nats)"}
 INK, FAINT = "#222222", "#8A8A8A"
+_TOP = 60  # px above the panels of a figure without title, for their names and Plotly's buttons
 
 
 def check_table(
@@ -152,6 +153,14 @@ def apply_style(
     figure.update_annotations(font_size=14)
     figure.update_yaxes(ticklabelstandoff=5)
     return figure
+
+
+def take_title(figure: go.Figure) -> tuple[str, str]:
+    """Removes the title, and returns it with its subtitle as plain text: text of a page wraps in any window."""
+    title, height, top = figure.layout.title, figure.layout.height, figure.layout.margin.t
+    heading, subtitle = (unescape((text or "").replace("<br>", " ")) for text in (title.text, title.subtitle.text))
+    figure.update_layout(title=None, margin_t=_TOP, height=height - top + _TOP)
+    return heading, subtitle
 
 
 def escape_html(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
@@ -22,11 +22,13 @@ from rt_lens.apps.dashboard.compared import (
     responses_to,
     side_effects_table,
 )
-from rt_lens.apps.dashboard.panel import Work, choice, field, slider, workplace
+from rt_lens.apps.dashboard.equal_damage import at_budget, budget_at, budget_slider, budgets_of, responses_at
+from rt_lens.apps.dashboard.panel import Work, choice, field, named, slider, workplace
 from rt_lens.apps.dashboard.panel import connect as connect_work
 from rt_lens.apps.dashboard.session import Session, provenance_text, tuned_label
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.apps.report.labels import of_first_scorer
+from rt_lens.apps.report.verdict import sureness, verdict
 from rt_lens.arms.comparison import ArmEvaluator, EvalTask
 from rt_lens.arms.intervention import Intervention
 from rt_lens.common.parsing import whole_number
@@ -253,31 +255,51 @@ def _arm_options(session: Session) -> list[dict[str, str]]:
 
 
 def _of_run(session: Session) -> list[Component]:
-    """The run's scores on a chosen set, the side effects of its arms, and its responses to a chosen prompt."""
+    """The run's results. One at equal damage opens as its report does, with effect against KL and a slider of budgets.
+
+    What the slider moves stands together, so that the slider stays in sight beside all of it.
+    """
     if session.run is None:
         return []
     below = [html.P(html.A("Compare arms of your own choice below", href=f"#{PAGE}-live"))] if session.has_model else []
-    content = session.run.content
+    head, content = [*below, html.H3("Results of the run")], session.run.content
+    if not budgets_of(content):
+        return [*head, *_scores_of_run(content), *_answered(session)]
+    moved = html.Div(at_budget(content, budget_at(content), f"{PAGE}-at-kl"), id=f"{PAGE}-at-budget")
+    return [
+        *head,
+        html.Section([*budget_slider(content, f"{PAGE}-budget"), moved, *_answered(session)], **named("By budget")),
+        html.H3(f"Results at the stated budget, KL {content['at_kl']['stated']:g}"),
+        html.Ul([html.Li(sentence) for sentence in [*verdict(content), sureness(content)]]),
+        *_scores_of_run(content),
+    ]
+
+
+def _scores_of_run(content: Mapping[str, Any]) -> list[Component]:
+    """The run's scores on a chosen set, and the side effects of its arms."""
     sets = list(of_first_scorer(content["summary"]))
-    parts: list[Component] = [
-        *below,
-        html.H3("Results of the run"),
+    return [
         field("Set", choice(f"{PAGE}-set", sets), "prompts on which the arms were tested"),
         html.Div(of_set(content, sets[0]), id=f"{PAGE}-of-set"),
         html.H4("Side effects"),
         side_effects_table(content["summary"], _n_responses(content["side_effects"])),
         *other_sets(content["side_effects"]),
-        html.H4("The same prompt, every arm"),
     ]
+
+
+def _answered(session: Session) -> list[Component]:
+    """The run's responses to a chosen prompt."""
+    assert session.run is not None
+    head = html.H4("The same prompt, every arm")
     try:
         rows = _responses(session)
     except (FileNotFoundError, ValueError) as refusal:
-        return [*parts, html.P(str(refusal), className="error")]
+        return [head, html.P(str(refusal), className="error")]
     names = list(dict.fromkeys(row["set"] for row in rows))
     prompts = prompts_of(rows, names[0], "")
     search = dcc.Input(id=f"{PAGE}-search", type="text", debounce=0.4, value="")
     return [
-        *parts,
+        head,
         html.Div(
             [
                 field("Set", choice(f"{PAGE}-asked", names)),
@@ -287,8 +309,18 @@ def _of_run(session: Session) -> list[Component]:
             style=_BESIDE,
         ),
         html.P(f"{len(prompts)} prompts.", id=f"{PAGE}-matches", className="note", role="status"),
-        html.Div(responses_to(rows, names[0], next(iter(prompts), None)), id=f"{PAGE}-answered"),
+        html.Div(_responses_to(session.run.content, rows, names[0], next(iter(prompts), None)), id=f"{PAGE}-answered"),
     ]
+
+
+def _responses_to(
+    content: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], name: str, prompt: str | None,
+    index: float | None = None,
+) -> Any:  # fmt: skip
+    """Each arm's response to a prompt; in a run at equal damage, at the budget of this place of the slider."""
+    if not budgets_of(content):
+        return responses_to(rows, name, prompt)
+    return responses_at(content, rows, name, prompt, budget_at(content, index))
 
 
 def _n_responses(rows: Sequence[Mapping[str, Any]]) -> int | None:
@@ -304,12 +336,24 @@ def _responses(session: Session) -> list[dict[str, Any]]:
 
 
 def _connect_run(app: Dash, session: Session) -> None:
-    responses = cache(lambda: _responses(session))
+    assert session.run is not None
+    content = session.run.content
+    # With one budget there is no slider, and a callback may name only what is on the page.
+    slider_moved = [Input(f"{PAGE}-budget", "value")] if len(budgets_of(content)) > 1 else []
+    if slider_moved:
+
+        @app.callback(Output(f"{PAGE}-at-budget", "children"), *slider_moved, prevent_initial_call=True)
+        def other_budget(index: float) -> Any:
+            return at_budget(content, budget_at(content, index), f"{PAGE}-at-kl")
 
     @app.callback(Output(f"{PAGE}-of-set", "children"), Input(f"{PAGE}-set", "value"), prevent_initial_call=True)
     def other_set(name: str) -> Any:
-        assert session.run is not None
-        return of_set(session.run.content, name)
+        return of_set(content, name)
+
+    try:
+        responses = _responses(session)
+    except (FileNotFoundError, ValueError):  # the page says so where the prompts would be
+        return
 
     @app.callback(
         Output(f"{PAGE}-prompt", "options"), Output(f"{PAGE}-prompt", "value"), Output(f"{PAGE}-matches", "children"),
@@ -317,14 +361,14 @@ def _connect_run(app: Dash, session: Session) -> None:
         prevent_initial_call=True,
     )  # fmt: skip
     def other_prompts(name: str, search: str | None, current: str | None) -> tuple[Any, Any, str]:
-        prompts = prompts_of(responses(), name, search or "")
+        prompts = prompts_of(responses, name, search or "")
         options = [{"label": label, "value": prompt} for prompt, label in prompts.items()]
         count = f"{len(prompts)} prompts." if prompts else "No prompt or response contains this."
         return options, no_update if current in prompts else next(iter(prompts), None), count
 
     @app.callback(
         Output(f"{PAGE}-answered", "children"), Input(f"{PAGE}-prompt", "value"), State(f"{PAGE}-asked", "value"),
-        prevent_initial_call=True,
+        *slider_moved, prevent_initial_call=True,
     )  # fmt: skip
-    def other_answers(prompt: str | None, name: str) -> Any:
-        return responses_to(responses(), name, prompt)
+    def other_answers(prompt: str | None, name: str, index: float | None = None) -> Any:
+        return _responses_to(content, responses, name, prompt, index)

@@ -15,7 +15,7 @@ from dash.exceptions import PreventUpdate
 from rt_lens.apps.dashboard.session import Session
 from rt_lens.apps.dashboard.work import Job, progress_text
 from rt_lens.common.formatting import number
-from rt_lens.plots.style import with_minus_sign
+from rt_lens.plots.style import take_title, with_minus_sign
 
 TICK = 100  # milliseconds between two requests for the state of a job
 # A new request cancels one that is still pending, so a busy server needs a long interval; a server that is gone needs
@@ -47,11 +47,18 @@ def choice(name: str, options: Sequence[str] | Mapping[str, str], value: str | N
     return dcc.Dropdown(id=name, options=entries, value=value or next(iter(labels), None), clearable=False)
 
 
-def slider(name: str, low: float, high: float, step: float, value: float, marks: Iterable[float]) -> dcc.Slider:
-    """A slider with marks at some values; its value changes when the user lets go."""
+def slider(
+    name: str, low: float, high: float, step: float, value: float, marks: Iterable[float] | Mapping[int, str]
+) -> dcc.Slider:
+    """A slider with marks at some values; its value changes when the user lets go.
+
+    Marks that map value -> label stand for things without a number of their own, so no number can be typed.
+    """
+    typed = not isinstance(marks, Mapping)
+    labels: Any = dict(marks) if isinstance(marks, Mapping) else {mark: f"{mark:g}" for mark in marks}
     return dcc.Slider(
-        id=name, min=low, max=high, step=step, value=value, marks={mark: f"{mark:g}" for mark in marks},
-        updatemode="mouseup",
+        id=name, min=low, max=high, step=step, value=value, marks=labels, updatemode="mouseup", included=typed,
+        allow_direct_input=typed,
     )  # fmt: skip
 
 
@@ -60,6 +67,14 @@ def graph(figure: go.Figure, name: str | None = None) -> html.Figure:
     title = unescape(figure.layout.title.text or "figure")
     content = dcc.Graph(id=name, figure=figure, config=_CONFIG) if name else dcc.Graph(figure=figure, config=_CONFIG)
     return html.Figure(content, role="figure", **named(title))
+
+
+def captioned(figure: go.Figure, name: str) -> html.Figure:
+    """The same with its title as text of the page, which wraps in a narrow window; `figure` loses the title."""
+    heading, subtitle = take_title(figure)
+    caption = html.Figcaption([html.B(heading), f" {subtitle}"], className="note")
+    content = dcc.Graph(id=name, figure=figure, config=_CONFIG)
+    return html.Figure([caption, content], role="figure", **named(heading))
 
 
 def table(rows: pd.DataFrame | Sequence[Mapping[str, Any]], caption: str, digits: int = 3) -> html.Div:

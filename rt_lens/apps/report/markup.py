@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape, unescape
+from html import escape
 
 import plotly.graph_objects as go
 
+from rt_lens.plots.style import take_title
+
 _DEEPEST = 3  # levels of headings
-_TOP = 60  # px above a chart's panels, for their names and Plotly's buttons
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,10 @@ def chart(name: str, figure: go.Figure) -> str:
         name: unique name of this chart; not the id of a section.
         figure: of `rt_lens.plots`, which escapes its labels. Its title is removed.
     """
-    title = figure.layout.title
-    heading, subtitle = (escape(unescape(text.replace("<br>", " "))) for text in (title.text, title.subtitle.text))
-    height = figure.layout.height - figure.layout.margin.t + _TOP
-    figure.update_layout(title=None, margin_t=_TOP, height=height)
+    heading, subtitle = map(escape, take_title(figure))
     # Plotly writes < > / as \u003c \u003e \u002f in its JSON, so no label can close the script element.
     return (
         f"<figure><figcaption><b>{heading}</b><br>{subtitle}</figcaption>"
-        f'<div id="figure-{name}" class="plotly-graph-div" style="height:{height:g}px"></div>'
+        f'<div id="figure-{name}" class="plotly-graph-div" style="height:{figure.layout.height:g}px"></div>'
         f'<script type="application/json">{figure.to_json()}</script></figure>'
     )

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+import plotly.graph_objects as go
+
 from rt_lens import plots
 from rt_lens.apps.report.labels import Row, brief, estimate, of_first_scorer, p_value, sample
 from rt_lens.apps.report.markup import Part, boxed, chart, items
 from rt_lens.apps.report.sentences import holds, in_words, plain_text, summary_sentences
 
 _SIGNS = {"toward": 1, "away": -1}
+NO_PICTURE = "No arm reached a budget."
 
 
 def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
@@ -19,16 +22,23 @@ def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
     at_kl = results["at_kl"]
     if at_kl is None:
         return []
-    rows, gaps = first_rows(at_kl["table"]), [row for row in at_kl["strengths"] if row["reason"]]
-    drawn = any(row["budget"] is not None for row in rows)
-    figure = plots.effect_at_kl(rows, gaps, title=f"{results['behaviour']}: effect at equal damage") if drawn else None
-    picture = chart("at-kl", figure) if figure else "<p>No arm reached a budget.</p>"
+    figure = picture(results)
+    drawn = chart("at-kl", figure) if figure else f"<p>{NO_PICTURE}</p>"
     answered = [Part("One prompt, every arm", _same_prompt(responses))] if responses else []
     return [
-        Part("Which arm moves the behaviour most?", picture),
+        Part("Which arm moves the behaviour most?", drawn),
         Part("What was found", items([*verdict(results), searched(results), sureness(results)])),
         *answered,
     ]
+
+
+def picture(results: Mapping[str, Any], budget: float | None = None) -> go.Figure | None:
+    """Effect against KL by the first set and scorer, with a budget marked; None if no arm reached a budget."""
+    at_kl = results["at_kl"]
+    rows, gaps = first_rows(at_kl["table"]), [row for row in at_kl["strengths"] if row["reason"]]
+    if all(row["budget"] is None for row in rows):
+        return None
+    return plots.effect_at_kl(rows, gaps, budget=budget, title=f"{results['behaviour']}: effect at equal damage")
 
 
 def spoken(results: Mapping[str, Any]) -> list[str]:
@@ -68,9 +78,14 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             best = max(equal, key=lambda row: sign * row["mean"])
             sentences.append(" ".join(_most(results, best, untuned, equal, sign)))
         sentences += [_as_it_is(row) for row in measured if row["arm"] in alone]
-    gaps = {(row["arm"], row["direction"]): row["reason"] for row in at_kl["strengths"] if _missed(row, at_kl)}
-    sentences += [f"{arm} ({way}) does not reach that KL: {reason}" for (arm, way), reason in gaps.items()]
-    return sentences
+    return sentences + gap_sentences(at_kl, at_kl["stated"])
+
+
+def gap_sentences(at_kl: Mapping[str, Any], budget: float) -> list[str]:
+    """The arms that do not reach a budget, with the reason."""
+    missed = [row for row in at_kl["strengths"] if row["reason"] and row["budget"] == budget]
+    gaps = {(row["arm"], row["direction"]): row["reason"] for row in missed}
+    return [f"{arm} ({way}) does not reach that KL: {reason}" for (arm, way), reason in gaps.items()]
 
 
 def sureness(results: Mapping[str, Any]) -> str:
@@ -173,10 +188,6 @@ def _as_it_is(row: Row) -> str:
         f"{in_words(row['arm'])} ({row['direction']}) scores {brief(row)}{kl}: it has no strength to set, so it does "
         "its own damage."
     )
-
-
-def _missed(row: Row, at_kl: Mapping[str, Any]) -> bool:
-    return bool(row["reason"]) and row["budget"] == at_kl["stated"]
 
 
 def _same_prompt(responses: Sequence[Row]) -> str:
