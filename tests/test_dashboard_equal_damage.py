@@ -141,6 +141,14 @@ def test_responses_are_those_of_the_budget_or_the_page_says_that_none_were_kept(
     assert "untuned" in other and "steered, away" in other and "rep_tuned, toward" not in other
 
 
+def test_responses_that_a_run_kept_at_other_budgets_are_shown_there_and_only_there(run):
+    rows, prompt = run.responses(), "Question 0, test?"
+    weaker = [{**row, "response": "At 0.03.", "budget": 0.03} for row in rows if row["arm"] == "rep_tuned"]
+    other = said(responses_at(run.content, [*rows, *weaker], "test", prompt, 0.03))
+    assert other.count("At 0.03.") == 2 and "kept no" not in other and "steered, away" in other
+    assert "At 0.03." not in said(responses_at(run.content, [*rows, *weaker], "test", prompt, 0.01))
+
+
 def test_an_arm_without_responses_at_the_stated_budget_has_its_reason_beside_them(tmp_path):
     board = make_board(0)
     run = run_of(tmp_path, board, at_kl=make_at_kl(board, stated=0.03))

@@ -47,7 +47,18 @@ def stopped_at(number: int, measured: Counter, monkeypatch) -> None:
     monkeypatch.setattr(KLEvaluator, "measure", counting)
 
 
-@pytest.mark.parametrize("number", [0, 4, 9, 16])  # before all, within and between directions, and the second seed
+def test_responses_at_every_budget_are_kept_once(whole):
+    run = load_results(whole)
+    stated, others = run.responses(), run.responses_at_kl()
+    assert {row["budget"] for row in others} == {0.002} and "responses_at_kl.jsonl" in run.files
+    with_strength = {row["arm"] for row in run.content["at_kl"]["strengths"] if row["budget"] == 0.002}
+    assert {row["arm"] for row in others} == with_strength == {row["arm"] for row in stated} - {"untuned", "prompted"}
+    label = ("arm", "direction", "seed", "set", "prompt")
+    of_test = [[tuple(row[key] for key in label) for row in rows if row["set"] == "test"] for rows in (stated, others)]
+    assert set(of_test[1]) < set(of_test[0]) and len(set(of_test[1])) == len(of_test[1])
+
+
+@pytest.mark.parametrize("number", [4, 16])  # between directions of the first seed, and within the second
 def test_it_ends_with_the_same_files_and_no_arm_is_measured_twice(experiment, whole, number, tmp_path, monkeypatch):
     measured: Counter = Counter()
     with monkeypatch.context() as patch:

@@ -48,7 +48,7 @@ n_facts = 2
 n_instructions = 2
 n_texts = 2
 [compare]
-kl = [0.001]
+kl = [0.001, 0.002]
 stated = 0.001
 side_effects = "stated"
 n_texts = 2

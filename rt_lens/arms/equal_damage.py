@@ -85,13 +85,14 @@ class KLCurves:
         kept = [cell not in missed for cell in rows[_CELL].itertuples(index=False, name=None)]
         return rows[kept].reset_index(drop=True)
 
-    def at(self, budget: float) -> ArmScores:
-        """The scores at one budget, by the arms' own names: of the untuned model, and of those without a strength.
+    def at(self, budget: float, *, same: bool = True) -> ArmScores:
+        """The scores at one budget, by the arms' own names.
 
         An arm that does not reach the budget with every seed is left out.
 
         Args:
             budget: one of those measured.
+            same: with what is the same at every budget: the untuned model, and the arms without a strength.
 
         Raises:
             ValueError: for a budget that was not measured.
@@ -101,7 +102,7 @@ class KLCurves:
 
         def here(arm: str, direction: str) -> bool:
             name, its = _parsed(arm)
-            return math.isnan(its) or (its == budget and (name, direction, budget) not in missed)
+            return (same and math.isnan(its)) or (its == budget and (name, direction, budget) not in missed)
 
         def of(table: pd.DataFrame) -> pd.DataFrame:
             kept = table[[here(*cell) for cell in zip(table["arm"], table["direction"], strict=True)]]

@@ -194,7 +194,8 @@ class _Run:
             "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
         }
         files = [file.name for file in self.out.iterdir()]
-        write_results(self.out, results, scores, self._projections(vectors), files=files)
+        others = {kl: curves.at(kl, same=False) for kl in experiment.compare.kl if kl != experiment.compare.stated}
+        write_results(self.out, results, scores, self._projections(vectors), at_budgets=others, files=files)
         return plain(results)
 
     def _parts(self) -> Store:

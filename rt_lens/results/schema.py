@@ -7,6 +7,7 @@
 | texts.csv | a row per arm, direction, seed and text: tokens, nll, kl (nats, summed over tokens); only with texts |
 | summary.csv | a row per arm, direction, set and scorer, side effects too: n, mean, low, high, perplexity, kl, seeds |
 | responses.jsonl | a row per arm, direction, seed, set and prompt: response, every score, score (the first scorer's) |
+| responses_at_kl.jsonl | the same at the budgets other than the stated one, with `budget`; only at equal damage |
 | projections.json | prompt, tokens, layers, and arms: name -> projections [layer][token] |
 | table.md, table.tex | summary and side effects as tables |
 | vectors.safetensors, rep_tuned_DIRECTION.safetensors | the extracted vectors, and a weight delta per direction |
@@ -203,11 +204,22 @@ class Results:
             FileNotFoundError: if the file does not exist.
             ValueError: if a line is not valid JSON, or lacks a key.
         """
-        path = self.file("responses.jsonl")
+        return self._rows_of(self.file("responses.jsonl"))
+
+    def responses_at_kl(self) -> list[dict[str, Any]]:
+        """The rows of responses_at_kl.jsonl, with `budget`; none for a run without that file.
+
+        Raises:
+            ValueError: if a line is not valid JSON, or lacks a key.
+        """
+        path = self.file("responses_at_kl.jsonl")
+        return self._rows_of(path, "budget") if path.is_file() else []
+
+    def _rows_of(self, path: Path, *keys: str) -> list[dict[str, Any]]:
         # Not splitlines(), which also splits at characters that JSON does not escape.
         rows = [_json(path, line) for line in _text(path).split("\n") if line.strip()]
         for row in rows:
-            _check_keys(path.name, row, _RESPONSE)
+            _check_keys(path.name, row, (*_RESPONSE, *keys))
         return [{_OLD_NAMES.get(key, key): value for key, value in row.items()} for row in rows] if self._old else rows
 
     def projections(self) -> dict[str, Any]:

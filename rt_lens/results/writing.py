@@ -103,6 +103,7 @@ def write_results(
     scores: ArmScores,
     projections: Mapping[str, Any],
     *,
+    at_budgets: Mapping[float, ArmScores] | None = None,
     files: Iterable[str] = (),
 ) -> Path:
     """Writes all files of a run (see `rt_lens.results.schema`), or none of them, and removes those of an earlier run.
@@ -112,6 +113,7 @@ def write_results(
         results: the content of results.json, with the tables that `tables_of` gives.
         scores: the scores of all arms.
         projections: the content of projections.json.
+        at_budgets: budget -> the scores there, for budgets other than the stated one: their responses are kept.
         files: names of further files of the run that are in the folder already, such as its vectors.
 
     Returns:
@@ -147,6 +149,8 @@ def write_results(
                 pieces.append(make(side_effects, caption=f"{caption}: side effects", by_direction=False))
             _write(aside / name, "\n".join(pieces))
         _write_scores(aside, scores)
+        if at_budgets:
+            _write(aside / "responses_at_kl.jsonl", "".join(f"{_json(row)}\n" for row in _at_kl(at_budgets)))
         _write(aside / "projections.json", _json(plain(projections)))
         content["files"] = checksums | {path.name: file_sha256(path) for path in sorted(aside.iterdir())}
         _write(aside / "results.json", json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False))
@@ -253,6 +257,12 @@ def _responses(scores: ArmScores) -> Iterable[dict[str, Any]]:
     for answer in scores.answers:
         row = {key: answer[key] for key in columns} | {"score": answer[first[answer["set"]]]}
         yield plain(row | {key: value for key, value in answer.items() if key not in row})
+
+
+def _at_kl(at_budgets: Mapping[float, ArmScores]) -> Iterable[dict[str, Any]]:
+    """The responses of the arms at each budget, without those that are the same at all of them."""
+    for budget, scores in at_budgets.items():
+        yield from ({**row, "budget": budget} for row in _responses(scores))
 
 
 def _csv(table: pd.DataFrame) -> str:

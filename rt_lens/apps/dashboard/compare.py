@@ -329,10 +329,10 @@ def _n_responses(rows: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def _responses(session: Session) -> list[dict[str, Any]]:
-    """The run's responses; older runs have one set without a name."""
+    """The run's responses at every budget; older runs have one set without a name."""
     assert session.run is not None
     first = session.run.content["summary"][0]["set"]
-    return [{"set": first, **row} for row in session.run.responses()]
+    return [{"set": first, **row} for row in [*session.run.responses(), *session.run.responses_at_kl()]]
 
 
 def _connect_run(app: Dash, session: Session) -> None:

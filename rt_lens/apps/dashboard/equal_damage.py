@@ -70,19 +70,25 @@ def responses_at(
 ) -> list[Component]:
     """Each arm's response to a prompt at a budget, as far as the run kept it, and a sentence on what it did not keep.
 
-    A run keeps the responses of the stated budget. Those of the untuned model, and of arms without a strength, are the
-    same at every budget.
+    Rows of other budgets than the stated one have a key `budget`; older runs kept none. Those of the untuned model, and
+    of arms without a strength, are the same at every budget.
     """
     at_kl, notes = content["at_kl"], gap_sentences(content["at_kl"], budget)
-    if budget != at_kl["stated"]:
-        same = {_UNTUNED[0], *without_strength(at_kl)}
-        lost = dict.fromkeys(row["arm"] for row in responses if row["arm"] not in same)
-        responses = [row for row in responses if row["arm"] in same]
-        if lost:
-            notes = [
-                f"The run kept no responses at {budget:g}. Set the budget to {at_kl['stated']:g} to read those of "
-                f"{joined(lost)}. Those below do not depend on the budget."
-            ]
+    stated = [row for row in responses if "budget" not in row]
+    if budget == at_kl["stated"]:
+        return _answers(notes, stated, name, prompt)
+    same = {_UNTUNED[0], *without_strength(at_kl)}
+    here = [row for row in responses if row.get("budget") == budget]
+    lost = [] if here else list(dict.fromkeys(row["arm"] for row in stated if row["arm"] not in same))
+    if lost:
+        notes = [
+            f"The run kept no responses at {budget:g}. Set the budget to {at_kl['stated']:g} to read those of "
+            f"{joined(lost)}. Those below do not depend on the budget."
+        ]
+    return _answers(notes, [*(row for row in stated if row["arm"] in same), *here], name, prompt)
+
+
+def _answers(notes: Sequence[str], responses: Sequence[Row], name: str, prompt: str | None) -> list[Component]:
     answered = responses_to(responses, name, prompt)
     return [*(html.P(note, className="note") for note in notes), *([] if answered is None else [answered])]
 
