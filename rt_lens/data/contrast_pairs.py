@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rt_lens.data.builtin import behaviour_file
+from rt_lens.data.builtin import behaviour_content, behaviour_file
 from rt_lens.data.readers import ROW_ENDINGS, Row, current_names, read_rows, refuse_misspelt
 from rt_lens.data.splitting import connected, cut, is_product, share_out, sizes_of
 from rt_lens.models.protocol import HasTokenizer

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from rt_lens.arms.equal_damage import BUDGETS
 from rt_lens.arms.registry import check_arms, registered_arm
 from rt_lens.common.files import as_name, check_name
-from rt_lens.data.builtin import behaviour_content, behaviour_file
+from rt_lens.data.builtin import behaviour_content, behaviour_file, data_path
 from rt_lens.data.contrast_pairs import ContrastPairs, pairs_from_table
 from rt_lens.data.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.data.questions import Question, load_questions
@@ -102,7 +102,7 @@ class TestConfig:
 
     Attributes:
         topics: test prompts in the place of the test part of `[pairs]`; none of them is a topic of the pairs. In a file
-            a list, or the path of a text file, one per line, beside it.
+            a list, or the name of a text file, one per line, in its folder or built in (`fresh/mood.txt`).
         n_prompts: the first so many are asked.
         max_new_tokens: length of a response.
         n_facts: plain questions, and sums.
@@ -427,7 +427,7 @@ def _test(table: Any, path: Path, pairs: ContrastPairs) -> TestConfig:
         return _table(TestConfig, "test", table)
     topics = table["topics"]
     if isinstance(topics, str):
-        topics = [line.strip() for _, line in read_lines(path.parent / topics, "test.topics")]
+        topics = [line.strip() for _, line in read_lines(_beside(path, topics), "test.topics")]
     if not isinstance(topics, list) or not topics or not all(isinstance(topic, str) and topic for topic in topics):
         raise ValueError(f"test.topics must be a list of texts, or a file of them, got {table['topics']!r}.")
     known = {topic.casefold() for topic in pairs.topics}
@@ -438,6 +438,18 @@ def _test(table: Any, path: Path, pairs: ContrastPairs) -> TestConfig:
         )
     rest = _table(TestConfig, "test", {key: value for key, value in table.items() if key != "topics"})
     return replace(rest, topics=tuple(topics))
+
+
+def _beside(path: Path, name: str) -> Path:
+    """A file in the folder of a behaviour's file, or a built-in one. A file from others must not read elsewhere."""
+    folder = path.parent.resolve()
+    found = (folder / name).resolve()
+    if not found.is_relative_to(folder) or ".." in Path(name).parts:
+        raise ValueError(
+            f"test.topics must be a file in the folder of {path.name}, got {name!r}, which leads out of it. Copy "
+            "it there."
+        )
+    return found if found.is_file() else data_path(name)
 
 
 def _settings(tables: Any) -> dict[str, dict[str, Any]]:

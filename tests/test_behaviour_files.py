@@ -1,0 +1,80 @@
+"""Behaviour files that extend a built-in one, and test topics of their own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rt_lens.data.builtin import behaviour_content, data_path
+from rt_lens.data.contrast_pairs import load_pairs
+from rt_lens.experiment.check import check_behaviour
+from rt_lens.experiment.config import load_experiment
+from rt_lens.experiment.protocols import answers_protocol, family_of
+from rt_lens.experiment.reproducibility import recorded
+
+FULL = data_path("full/mood.toml")
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_file_that_extends_another_holds_what_differs(tmp_path):
+    base = load_experiment("mood")
+    mine = load_experiment(written(tmp_path, 'extends = "mood"\nname = "mine"\n[tune]\nseeds = [7]\nmax_steps = 3\n'))
+    assert mine.pairs.pairs == base.pairs.pairs and mine.scorer == base.scorer and mine.choose == base.choose
+    assert (mine.name, mine.tune.max_steps, mine.tune_seeds["away"]) == ("mine", 3, (7,))
+    assert mine.tune.cosine_weight == base.tune.cosine_weight and mine.token == base.token
+    assert load_pairs(tmp_path / "mine.toml").pairs == base.pairs.pairs
+
+
+@pytest.mark.parametrize("extended", ['"../mood.toml"', '"moood"', "3"])
+def test_only_built_in_behaviours_can_be_extended(tmp_path, extended):
+    with pytest.raises(ValueError, match=r"extends must be a built-in behaviour \(.*mood.*\), got .* in mine\.toml"):
+        behaviour_content(written(tmp_path, f"extends = {extended}"))
+
+
+def test_the_full_comparison_asks_fresh_topics_alone():
+    full, demo = load_experiment(FULL), load_experiment("mood")
+    asked = [question.prompt for question in answers_protocol(full).tasks["test"].asked]
+    assert len(asked) == len(set(asked)) == 60
+    of_pairs = {topic for part in family_of(demo).parts() for topic in part.topics}
+    assert not of_pairs & set(asked)
+    assert family_of(full).parts()[0].topics == family_of(demo).parts()[0].topics  # the same training part
+    findings = {finding.subject: finding for finding in check_behaviour(full)}
+    assert "The test asks 60 other topics." in findings["split"].text
+    assert "With 60 test topics" in findings["power"].text
+
+
+def test_it_is_recorded_with_the_command_that_repeats_it():
+    assert recorded(load_experiment(FULL, search=12), FULL)["command"] == "rt-lens run mood.toml --search 12"
+
+
+def test_topics_may_be_a_list_or_a_file_beside(tmp_path):
+    (tmp_path / "asked.txt").write_text("Why?\n\nWhere to?\n", encoding="utf-8")
+    for topics in ('"asked.txt"', '["Why?", "Where to?"]'):
+        file = written(tmp_path, f'extends = "mood"\n[test]\nn_prompts = 2\ntopics = {topics}')
+        assert load_experiment(file).test.topics == ("Why?", "Where to?")
+    file.write_text(file.read_text().replace("n_prompts = 2", "n_prompts = 3"))
+    with pytest.raises(ValueError, match=r"test\.n_prompts must be at most 2, the number of topics in test\.topics"):
+        answers_protocol(load_experiment(file))
+
+
+@pytest.mark.parametrize(
+    ("topics", "says"),
+    [
+        ('"/etc/hostname"', "test.topics must be a file in the folder of mine.toml, got '/etc/hostname'"),
+        ('"../other.txt"', "test.topics must be a file in the folder of mine.toml, got '../other.txt'"),
+        ("[]", "test.topics must be a list of texts, or a file of them, got []"),
+        ("[1]", "test.topics must be a list of texts, or a file of them, got [1]"),
+        ('["tell me about your weekend."]', "test.topics must not be topics of [pairs]"),
+    ],
+)
+def test_wrong_topics_are_refused(tmp_path, topics, says):
+    (tmp_path.parent / "other.txt").write_text("Why?\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(says)):
+        load_experiment(written(tmp_path, f'extends = "mood"\n[test]\ntopics = {topics}'))
