@@ -36,6 +36,7 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 | bound | the largest allowed rise of perplexity, as a ratio |
 | history | a row per arm, direction, seed, split and step of tuning: losses |
 | logit_lens | a row per layer and sign: tokens |
+| persona_effect | null in runs without; what personas do to the untuned model's score, outside the test; see below |
 | at_kl | null in runs without; kl: budgets; stated: the one of the tables above; see below |
 | seconds | stage -> seconds |
 | seed_draws | what a tuning seed controls, in words; in runs without it a seed controls the order of the batches only |
@@ -44,6 +45,11 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 Columns of arms and summary: arm, direction, set, scorer, n, mean, low, high (score); perplexity, perplexity_low,
 perplexity_high, kl, kl_low, kl_high (nats per token), n_texts; facts, facts_low, facts_high, n_facts (fraction of
 plain questions answered right); repetition, repetition_low, repetition_high.
+
+persona_effect: scorer, seed, max_new_tokens; sides: rows of side (untuned, positive, negative), n, mean, low, high; n,
+difference, low, high, p, test: positive minus negative, topic by topic; moves: 1, -1 or 0 for up, down or not shown;
+alike: whether all responses have one score; range: the scorer's lowest and highest score, or null; end: low or high if
+nearly all untuned responses stand there, else empty; n_at_end: how many.
 
 at_kl compares the arms at equal damage. Since there is at_kl, each arm with a strength stands in all tables above as it
 is at the stated budget. Further keys: side_effects, n_texts, max_new_tokens, n_personas (settings); arms: name ->
@@ -113,6 +119,10 @@ _AT_KL = {
     "table": ("arm", "direction", "budget", "set", "scorer", "n", "mean", "low", "high", "kl", "n_texts", "seeds"),
     "strengths": ("arm", "direction", "seed", "budget", "strength", "kl", "own_kl", "reason"),
 }
+_PERSONA_EFFECT = (
+    *("scorer", "seed", "sides", "n", "difference", "low", "high", "p"),
+    *("moves", "alike", "range", "end", "n_at_end"),
+)
 _CALIBRATION = ("task", "n", "mean", "low", "high", "chance", "seed")
 _REPRODUCIBILITY = ("command", "call", "file", "toml", "sha256", "settings")
 _RESPONSE = ("arm", "direction", "seed", "prompt", "response", "score")
@@ -332,6 +342,7 @@ def checked(content: Any) -> dict[str, Any]:
         "side_effects": [],
         "protocol": {"name": "answers", "why": "", "calibration": []},
         "at_kl": None,
+        "persona_effect": None,
     }
     content = {**missing, **content}
     if content["schema"] < SCHEMA:
@@ -345,6 +356,9 @@ def checked(content: Any) -> dict[str, Any]:
         _check_keys("results.json: at_kl", content["at_kl"], ("kl", "stated", "arms", *_AT_KL))
         for key, columns in _AT_KL.items():
             _check_rows(f"results.json: at_kl: {key}", content["at_kl"][key], columns)
+    if (effect := content["persona_effect"]) is not None:
+        _check_keys("results.json: persona_effect", effect, _PERSONA_EFFECT)
+        _check_rows("results.json: persona_effect: sides", effect["sides"], ("side", "n", "mean", "low", "high"))
     _check_keys("results.json: protocol", content["protocol"], ("name", "why", "calibration"))
     _check_rows("results.json: protocol: calibration", content["protocol"]["calibration"], _CALIBRATION)
     for key in ("arms", "summary", "side_effects"):
