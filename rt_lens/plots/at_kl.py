@@ -96,7 +96,8 @@ def _range(frame: pd.DataFrame) -> list[float]:
     """All means with their intervals; an interval far wider than what separates the means leaves the panel."""
     low, high = float(frame["mean"].min()), float(frame["mean"].max())
     room = (high - low) or 1.0
-    bottom, top = max(float(frame["low"].min()), low - room), min(float(frame["high"].max()), high + room)
+    ends = frame[["low", "mean", "high"]]  # with the means, since scores that are all alike have no interval
+    bottom, top = max(float(ends.min(axis=None)), low - room), min(float(ends.max(axis=None)), high + room)
     return [min(bottom, low) - room / 20, max(top, high) + room / 20]
 
 

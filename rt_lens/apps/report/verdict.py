@@ -29,7 +29,8 @@ def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
     rows, gaps = first_rows(at_kl["table"]), [row for row in at_kl["strengths"] if row["reason"]]
     drawn = any(row["budget"] is not None for row in rows)
     figure = plots.effect_at_kl(rows, gaps, title=f"{results['behaviour']}: effect at equal damage") if drawn else None
-    picture = chart("at-kl", figure) if figure else "<p>No arm reached a budget.</p>"
+    none = "No arm reached a budget." if gaps else "No arm has a strength to set; each stands at its own KL."
+    picture = chart("at-kl", figure) if figure else f"<p>{none}</p>"
     answered = [Part("One prompt, every arm", _same_prompt(responses, at_kl["arms"]))] if responses else []
     return [
         Part("Which arm moves the behaviour most?", picture),
@@ -106,7 +107,7 @@ def _too_few(comparisons: Sequence[Row]) -> str:
     if not comparisons or any(len(row["seeds"]) > 1 for row in comparisons):
         return ""
     n = max(row["n"] for row in comparisons)
-    return f"With n = {n} prompts none of them could. " if 2 * len(comparisons) / 2**n >= ALPHA else ""
+    return f"With so few prompts (n = {n}) none of them could. " if 2 * len(comparisons) / 2**n >= ALPHA else ""
 
 
 def _most(results: Mapping[str, Any], best: Row, untuned: Row, equal: Sequence[Row], sign: int) -> Iterator[str]:
