@@ -91,6 +91,7 @@ def make_content(board: ArmScores, **changes: Any) -> dict[str, Any]:
         "history": [],
         "logit_lens": [],
         "at_kl": None,
+        "persona_effect": None,
         "seconds": {"tune": 1.0},
     }
     return {**content, **changes}

@@ -217,7 +217,9 @@ def test_where_the_personas_work_nothing_stands_before_the_picture(tmp_path):
 
 def test_older_runs_have_none_and_a_damaged_entry_is_refused_by_name():
     board = make_board(0)
-    assert checked(make_content(board))["persona_effect"] is None
+    older = make_content(board)
+    del older["persona_effect"]
+    assert checked(older)["persona_effect"] is None
     assert notice(checked(make_content(board))) == []
     for key in ("n", "moves", "sides", "end"):
         row = {name: value for name, value in ROW.items() if name != key}
