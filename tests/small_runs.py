@@ -92,6 +92,7 @@ def make_content(board: ArmScores, **changes: Any) -> dict[str, Any]:
         "logit_lens": [],
         "at_kl": None,
         "search": None,
+        "persona_effect": None,
         "seconds": {"tune": 1.0},
     }
     return {**content, **changes}

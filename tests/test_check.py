@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from llama_folder import llama_folder
 from typer.testing import CliRunner
 
 from rt_lens.apps.cli import app
+from rt_lens.apps.report.page import write_report
+from rt_lens.apps.report.verdict import spoken
 from rt_lens.data.builtin import neutral_prompts, new_behaviour
 from rt_lens.data.contrast_pairs import pairs_from_table
 from rt_lens.data.readers import read_toml
 from rt_lens.experiment.check import Finding, check_behaviour, measure_behaviour
 from rt_lens.experiment.config import Experiment, load_experiment
+from rt_lens.experiment.plan import plan_of
 from rt_lens.experiment.protocols import parts
 from rt_lens.experiment.run import run_experiment
 
@@ -345,6 +349,35 @@ def test_the_example_runs_from_start_to_report_without_personas_to_spare(example
     )  # fmt: skip
     results = run_experiment(short, tmp_path / "out", source=None, progress=False)
     assert {row["mean"] for row in results["summary"]} == {0.0}
+    assert results["persona_effect"]["alike"] and spoken(results)[0].startswith("The scorer 'lexicon' gives 0.00 to")
+    assert set(plan_of(short).stages) == set(results["seconds"])
+    assert_no_gap_shows(write_report(tmp_path / "out").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_a_run_of_prompts_alone_comes_to_its_report(example, tmp_path):
+    """No arm has a strength, so no budget is measured."""
+    few = replace(
+        example, arms=("prompted",), extract=replace(example.extract, n_pairs=4),
+        choose=replace(example.choose, multipliers=(0.1,), n_paragraphs=2, max_new_tokens=2),
+        test=replace(example.test, n_prompts=3, max_new_tokens=2, n_facts=2, n_instructions=2, n_texts=2),
+    )  # fmt: skip
+    results = run_experiment(few, tmp_path / "out", source=None, progress=False)
+    labels = [(row["arm"], row["direction"]) for row in results["summary"]]
+    assert labels == [("untuned", "none"), ("prompted", "toward"), ("prompted", "away")]
+    assert len(results["comparisons"]) == 2
+    assert_no_gap_shows(write_report(tmp_path / "out").read_text(encoding="utf-8"))
+
+
+def assert_no_gap_shows(page: str) -> None:
+    """No cell or sentence shows what Python calls a gap, and no axis of a figure has one for an end."""
+    body = page[: page.index('<script type="text/plain" id="plotly">')]
+    figures = re.findall(r'<script type="application/json">(.*?)</script>', body, re.DOTALL)
+    text = re.sub(r"<(script|style|pre).*?</\1>", "", body, flags=re.DOTALL)
+    for part in [text, *figures]:
+        assert not re.search(r"\b(nan|NaN|None|inf)\b(?! in this run)", part)
+    for figure in figures:
+        assert '"range":[null' not in figure
 
 
 def test_the_untuned_model_heeds_the_personas_of_the_example(model, tmp_path):

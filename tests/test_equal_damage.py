@@ -9,7 +9,7 @@ import torch
 from drawn import HOSTILE, check_drawn_as_it_is
 
 from rt_lens import plots
-from rt_lens.arms import KLMeter, compare_arms, compare_at_kl, scaled
+from rt_lens.arms import KLMeter, SystemPrompt, compare_arms, compare_at_kl, scaled
 from rt_lens.evaluation import EvalTask
 from rt_lens.steering import add
 from rt_lens.tuning import WeightDelta
@@ -166,3 +166,23 @@ def test_a_budget_of_many_digits_is_found_again_and_one_given_twice_is_measured_
     assert curves.table()["budget"].tolist()[1:] == [budget] == curves.strengths["budget"].tolist()
     assert len(curves.comparisons(budget, ["untuned"])) == 1
     assert (curves.strengths["kl_low"] <= curves.strengths["kl"]).all()
+
+
+def test_arms_without_a_strength_stand_at_any_budget_as_they_are(tiny):
+    """There is no budget to miss: a run of prompts alone has its table all the same."""
+    arms = {"prompted, away": SystemPrompt("Be brief."), "prompted, toward": SystemPrompt("Be long.")}
+    curves = compare_at_kl(tiny, arms, TASK, [0.01], calibration=CALIBRATION, texts=TEXTS, progress=False)
+    scores = curves.at(0.01)
+    assert scores.scores["arm"].tolist() == curves.scores.scores["arm"].tolist()
+    assert set(scores.scores["arm"]) == {"untuned", "prompted"} and curves.comparisons(0.01, ["untuned"]).empty
+
+
+def test_scores_that_are_all_alike_have_a_range_on_the_axis(curves):
+    """Without an interval anywhere, the axis still has numbers for its ends, with the one score between them."""
+    table = curves.table().assign(mean=0.5, low=math.nan, high=math.nan)
+    low, high = plots.effect_at_kl(table).layout.yaxis.range
+    assert low < 0.5 < high
+    wide = curves.table().assign(mean=0.5, low=math.nan, high=math.nan)
+    wide.loc[0, ["low", "high"]] = 0.3, 0.9
+    low, high = plots.effect_at_kl(wide).layout.yaxis.range
+    assert low < 0.3 and high > 0.9

@@ -79,3 +79,54 @@ def test_a_run_without_it_has_no_such_screen_and_its_sentences_are_the_older_one
     assert content["at_kl"] is None and opening(content, []) == []
     assert spoken(content)[0].startswith("The untuned tiny scores")
     assert spoken(made(0.6))[-1].startswith("How sure:")
+
+
+def test_where_arms_miss_the_kl_only_those_that_reach_it_are_said_not_to_move_the_score():
+    """With the shift down, nothing moves it up: the claim is about the arms that were measured."""
+    board = make_board(0, shift=-0.6)
+    at_kl = make_at_kl(board)
+    missed = [
+        {**row, "arm": "random", "budget": 0.01, "reason": "KL is at most 0.001."}
+        for row in at_kl["strengths"]
+        if (row["arm"], row["direction"], row["seed"], row["budget"]) == ("rep_tuned", "toward", 0, 0.03)
+    ]
+    comparisons = board.comparisons(LABELS, [("test", "vader")]).to_dict("records")
+    results = checked(make_content(board, at_kl=at_kl, comparisons=comparisons))
+    assert "toward: no arm moves the score that way" in verdict(results)[0]
+    assert "arms that miss" not in sureness(results)
+    at_kl["strengths"] += missed
+    results = checked(make_content(board, at_kl=at_kl, comparisons=comparisons))
+    assert "toward: none of the arms that reach it (rep_tuned) moves the score that way" in verdict(results)[0]
+    assert "random (toward) does not reach that KL: KL is at most 0.001." in verdict(results)
+    assert "correction; arms that miss the KL are in none of them. " in sureness(results)
+
+
+@pytest.mark.parametrize(("n", "seeds", "said"), [(6, (0,), True), (7, (0,), False), (6, (0, 1, 2), False)])
+def test_too_few_prompts_to_show_anything_are_said(n, seeds, said):
+    """The smallest p of a sign-flip test over n prompts is 2 in 2^n: with two comparisons 0.06 at 6, and 0.03 at 7."""
+    board = make_board(0, prompts=tuple(range(n)), seeds=seeds)
+    comparisons = board.comparisons(LABELS, [("test", "vader")]).to_dict("records")
+    results = checked(make_content(board, at_kl=make_at_kl(board), comparisons=comparisons))
+    assert (f"With so few prompts (n = {n}) none of them could." in sureness(results)) == said
+
+
+def test_a_score_without_an_interval_has_a_dash_in_its_brackets():
+    results = made(0.6)
+    assert "[–]" not in sureness(results)
+    for row in results["summary"]:
+        row |= {"mean": 0.0, "low": None, "high": None}
+    assert "untuned 0.00 [–] (n = 24" in verdict(results)[0]
+    assert sureness(results).endswith("Brackets are 95 % confidence intervals; [–] where all values are the same.")
+    assert "[-]" in spoken(results)[0] and "–" not in "".join(spoken(results))
+
+
+def test_a_run_without_an_arm_that_has_a_strength_does_not_speak_of_budgets():
+    board = make_board(0)
+    at_kl = make_at_kl(board)
+    alone = [{**row, "budget": None, "reason": ""} for row in at_kl["strengths"] if row["budget"] != 0.03]
+    table = [{**row, "budget": None} for row in at_kl["table"]]
+    results = checked(make_content(board, at_kl={**at_kl, "strengths": alone, "table": table}))
+    assert "No arm has a strength to set; each stands at its own KL." in opening(results, [])[0].html
+    gaps = [{**row, "reason": "KL is at most 0.001."} for row in at_kl["strengths"]]
+    results = checked(make_content(board, at_kl={**at_kl, "strengths": gaps, "table": table}))
+    assert "No arm reached a budget." in opening(results, [])[0].html

@@ -91,7 +91,7 @@ class KLCurves:
         An arm that does not reach the budget with every seed is left out.
 
         Args:
-            budget: one of those measured.
+            budget: one of those measured; any, where no arm has a strength.
             same: with what is the same at every budget: the untuned model, and the arms without a strength.
 
         Raises:
@@ -153,7 +153,7 @@ class KLCurves:
 
     def _check(self, budget: float) -> None:
         budgets = sorted(self.strengths["budget"].dropna().unique())
-        if budget not in budgets:
+        if budgets and budget not in budgets:  # without an arm that has a strength there is no budget to miss
             raise ValueError(f"budget must be one of {', '.join(f'{b:g}' for b in budgets)}, got {budget:g}.")
 
 

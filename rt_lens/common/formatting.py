@@ -30,6 +30,17 @@ def estimate(mean: float | None, low: float | None, high: float | None, digits: 
     return f"{number(mean, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
+def bracketed(mean: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
+    """A mean with its interval, and a dash in brackets where there is none; a dash alone without a mean.
+
+    Example:
+        >>> bracketed(0.5124, 0.43, 0.594), bracketed(0.5, None, None, digits=2), bracketed(None, None, None)
+        ('0.512 [0.430, 0.594]', '0.50 [–]', '–')
+    """
+    text = estimate(mean, low, high, digits)
+    return text if text == "–" or text.endswith("]") else f"{text} [–]"
+
+
 def p_value(p: float | None) -> str:
     """A p-value with its relation sign, as in "p = 0.034".
 

@@ -206,7 +206,7 @@ def evaluate(
     scores = [float(value) for value in score(answers)]
     return Evaluation(
         score.name, [question.prompt for question in questions],
-        [response_text(answer, score) for answer in answers], scores, _interval(score, scores, seed), seed,
+        [response_text(answer, score) for answer in answers], scores, interval_of(score, scores, seed), seed,
     )  # fmt: skip
 
 
@@ -221,7 +221,8 @@ def _refuse_beside_a_task(**settings: Any) -> None:
             )
 
 
-def _interval(scorer: Scorer, scores: Sequence[float], seed: int) -> Interval:
+def interval_of(scorer: Scorer, scores: Sequence[float], seed: int) -> Interval:
+    """The mean of a scorer's scores: Wilson's interval for shares, else a bootstrap over prompts."""
     if is_share(scorer) and set(scores) <= {0.0, 1.0}:
         return share_interval(int(sum(scores)), len(scores))
     return mean_interval(scores, seed)

@@ -1,7 +1,7 @@
 """What helps or hurts a behaviour before a run: its texts, its split, its scorer, and the untuned model's responses.
 
 Nothing here sees a response to a test topic: `check_behaviour` reads the texts alone, and `measure_behaviour` asks
-topics of the training and validation parts.
+topics of the validation and training parts.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, TypeAlias
 
 from rt_lens.common.formatting import estimate, number, p_value
-from rt_lens.common.statistics.comparisons import Comparison, mcnemar, paired_comparison
+from rt_lens.common.statistics.comparisons import Comparison, paired_comparison
 from rt_lens.common.statistics.power import detectable, prompts_for_effect
 from rt_lens.data.builtin import neutral_prompts
-from rt_lens.data.contrast_pairs import ContrastPairs, Pair
+from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.questions import Answer, Question
 from rt_lens.evaluation.registry import unmade_scorer
-from rt_lens.evaluation.scorers import Lexicon, OfText, Pattern, Scorer, is_share
-from rt_lens.evaluation.tasks import Evaluation, evaluate
+from rt_lens.evaluation.scorers import Lexicon, OfText, Pattern, is_share
+from rt_lens.evaluation.tasks import Evaluation
 from rt_lens.experiment.config import DIRECTIONS, Experiment
+from rt_lens.experiment.heeding import N_TOPICS, PersonaEffect, direction_of, measure_personas
 from rt_lens.experiment.plan import duration, gigabytes, plan_of
 from rt_lens.experiment.protocols import answers_protocol, calibrate, family_of, test_topics
 from rt_lens.experiment.shape import shape_of
@@ -36,10 +36,8 @@ Verdict: TypeAlias = Literal["ok", "warning", "error"]
 _FEW_PERSONAS = 8
 _LARGE = 0.8  # Cohen's (1988) large difference, in standard deviations
 _CONFOUNDED = 0.64  # AUC of a medium difference (0.5 standard deviations) between two normal distributions
-_AT_AN_END = 0.9  # share of the responses at one end of the range that leaves no room there
 _OF_WORDS = {"vader", "lexicon", "pattern"}
 _OF_A_MODEL = {"logit_judge", "endpoint_judge", "classifier"}
-_RANGES = {"vader": (-1.0, 1.0), "lexicon": (-1.0, 1.0), "pattern": (0.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -325,14 +323,14 @@ def _time(experiment: Experiment) -> Finding:
     return Finding("ok", "time", text)
 
 
-def measure_behaviour(experiment: Experiment, model: Model, n_topics: int = 24) -> list[Finding]:
+def measure_behaviour(experiment: Experiment, model: Model, n_topics: int = N_TOPICS) -> list[Finding]:
     """Asks topics without a persona and with those of each side: does the score have room, and does it move?
 
     Args:
         experiment: of the behaviour. Honesty is measured as a run measures it before its test.
         model: the untuned model.
-        n_topics: the largest number of topics to ask, each three times. They are of the training part, and of the
-            validation part where these are too few; never of the test.
+        n_topics: the largest number of topics to ask, each three times. They are of the validation part, and of the
+            training part where these are too few; never of the test.
 
     Returns:
         Whether the personas move the score comes first. Numbers have their n, a 95 % interval and the seed.
@@ -342,42 +340,22 @@ def measure_behaviour(experiment: Experiment, model: Model, n_topics: int = 24) 
         >>> [finding.subject for finding in findings]
         ['personas', 'positive', 'negative', 'untuned']
     """
-    seed = experiment.split.seed
     try:
         if experiment.honesty is not None:
-            _, _, why = calibrate(experiment.honesty, model, seed)
+            _, _, why = calibrate(experiment.honesty, model, experiment.split.seed)
             return [Finding("ok", "protocol", why)]
-        scorer = experiment.made_scorer
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the split's, which `check_behaviour` reports
-            train, validation, _ = family_of(experiment).parts()
-        pairs = _of_each_topic(train, validation, n_topics, seed)
-        untuned, positive, negative = (
-            evaluate(
-                model, [Question(pair.user, system=persona) for pair, persona in zip(pairs, side, strict=True)], scorer,
-                max_new_tokens=experiment.test.max_new_tokens, seed=seed,
-            )
-            for side in ([""] * len(pairs), [pair.positive for pair in pairs], [pair.negative for pair in pairs])
-        )  # fmt: skip
+        effect = measure_personas(experiment, model, n_topics)
     except ValueError as error:
         return [Finding("error", "scorer", str(error))]
-    if len({*untuned.scores, *positive.scores, *negative.scores}) == 1:
+    untuned, positive, negative = effect.untuned, effect.positive, effect.negative
+    if effect.alike:
         return [_constant(untuned)]
-    compared = mcnemar if is_share(scorer) else partial(paired_comparison, seed=seed)
     return [
-        _between_sides(compared(positive.scores, negative.scores), positive, negative),
-        _of_side("positive", compared(positive.scores, untuned.scores), positive, untuned),
-        _of_side("negative", compared(negative.scores, untuned.scores), negative, untuned),
-        _room(untuned, scorer),
+        _between_sides(effect.between, positive, negative),
+        _of_side("positive", effect.compared(positive, untuned), positive, untuned),
+        _of_side("negative", effect.compared(negative, untuned), negative, untuned),
+        _room(effect),
     ]
-
-
-def _of_each_topic(train: ContrastPairs, validation: ContrastPairs, n: int, seed: int) -> list[Pair]:
-    """At most n pairs, of one topic each: of training, and where these are too few of validation."""
-    pairs = list(train.sample(min(n, len(train.topics)), seed).pairs)
-    if more := min(n - len(pairs), len(validation.topics)):
-        pairs += validation.sample(more, seed).pairs
-    return pairs
 
 
 def _constant(untuned: Evaluation) -> Finding:
@@ -393,9 +371,9 @@ def _constant(untuned: Evaluation) -> Finding:
 def _between_sides(comparison: Comparison, positive: Evaluation, negative: Evaluation) -> Finding:
     text = f"positive minus negative is {_difference(comparison, positive.seed)}."
     means = f" The means are {number(positive.interval.mean, 2)} and {number(negative.interval.mean, 2)}."
-    if _direction(comparison) > 0:
+    if direction_of(comparison) > 0:
         return Finding("ok", "personas", f"The personas move the score: {text}{means}")
-    if _direction(comparison) < 0:
+    if direction_of(comparison) < 0:
         fix = "Exchange the lists `positive` and `negative`, or turn the scorer round."
         return Finding("warning", "personas", f"The personas move the score the wrong way: {text}{means}", fix)
     fix = "Name the behaviour in plainer words in each persona, read the responses below, or take a larger model."
@@ -408,39 +386,34 @@ def _of_side(side: str, comparison: Comparison, personas: Evaluation, untuned: E
         f"With them the score goes from {number(untuned.interval.mean, 2)} to {number(personas.interval.mean, 2)}: "
         f"difference {_difference(comparison, untuned.seed)}. A response: {_quoted(personas.responses[0])}."
     )
-    if _direction(comparison) == expected:
+    if direction_of(comparison) == expected:
         return Finding("ok", side, text)
     direction, way = ("toward", "up") if expected > 0 else ("away", "down")
     fix = f"Tuning {direction!r} learns from such responses; make these personas more explicit."
     return Finding("warning", side, f"These personas are not shown to move the score {way}. {text}", fix)
 
 
-def _room(untuned: Evaluation, scorer: Scorer) -> Finding:
+def _room(effect: PersonaEffect) -> Finding:
     """Whether the untuned score can go both ways."""
+    untuned = effect.untuned
     scores, (n, mean, low, high) = untuned.scores, untuned.interval
     alike = ", the same for all, so without an interval" if len(set(scores)) == 1 else ""
     text = (
         f"Without a persona the score is {estimate(mean, low, high, 2)}{alike} (n = {n} topics, seed {untuned.seed})."
     )
-    least, most = (0.0, 1.0) if is_share(scorer) else _RANGES.get(scorer.name, (math.nan, math.nan))
-    for end, name, direction in ((least, "low", "away"), (most, "high", "toward")):
-        at_end = scores.count(end)
-        if at_end >= _AT_AN_END * n:
-            found = f"{at_end} of {n} responses are at the {name} end of the scale, so {direction!r} has no room."
-            fix = f"Read the other direction alone, or choose topics and a scorer with room for {direction!r}."
-            return Finding("warning", "untuned", f"{text} {found}", fix)
+    if effect.end:
+        direction = "away" if effect.end == "low" else "toward"
+        found = (
+            f"{effect.n_at_end} of {n} responses are at the {effect.end} end of the scale, so {direction!r} has no "
+            "room."
+        )
+        fix = f"Read the other direction alone, or choose topics and a scorer with room for {direction!r}."
+        return Finding("warning", "untuned", f"{text} {found}", fix)
+    least, most = effect.range or (math.nan, math.nan)
     if alike and not least < mean < most:
         return Finding("warning", "untuned", text, "Check that the scorer counts what responses contain.")
     room = " Both directions have room." if least < mean < most else ""
     return Finding("ok", "untuned", f"{text}{room}")
-
-
-def _direction(comparison: Comparison) -> int:
-    """1 or -1 if the test shows a difference, else 0.
-
-    The interval alone does not decide: of few responses that score at all, the bootstrap's is too narrow.
-    """
-    return 0 if comparison.p >= 0.05 else (comparison.difference > 0) - (comparison.difference < 0)
 
 
 def _difference(comparison: Comparison, seed: int) -> str:

@@ -42,6 +42,7 @@ from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.fluency import repetition
 from rt_lens.evaluation.texts import Scored, perplexity
 from rt_lens.experiment.config import DIRECTIONS, Experiment
+from rt_lens.experiment.heeding import measure_personas
 from rt_lens.experiment.making import ArmMaker, Material, own_responses
 from rt_lens.experiment.protocols import family_of
 from rt_lens.experiment.reproducibility import recorded, settings_of
@@ -52,6 +53,7 @@ from rt_lens.models.generation import as_chat
 from rt_lens.models.load import load_model
 from rt_lens.models.prompts import SharedBelow
 from rt_lens.models.tokens.chats import answered
+from rt_lens.results.persona_effect import persona_warnings
 from rt_lens.results.schema import SCHEMA, files_of_run
 from rt_lens.results.writing import plain, tables_of, write_results
 from rt_lens.steering.binding import add
@@ -164,6 +166,7 @@ class _Run:
                 self.protocol = self.family.protocol(self.model)
             if self.progress:
                 print(self.protocol.why, flush=True)
+        persona_effect = self._persona_effect()
         with self._stage("extract"):
             vectors = self._extracted(seed)
             vectors.save(self.out / "vectors.safetensors")
@@ -183,6 +186,7 @@ class _Run:
         curves = evaluator.curves()
         scores = curves.at(experiment.compare.stated)
         results = self._results(scores, self._pairs(curves)) | {
+            "persona_effect": persona_effect,
             "at_kl": self._at_kl(curves),
             "search": self.search,
             "choices": {**choices, "rule": self._rule()},
@@ -217,6 +221,17 @@ class _Run:
         labels = [ArmLabel(*run) for run in self.experiment.tuning_runs]
         labels += [label for label in self.history if label not in labels]
         return [{**label._asdict(), **row} for label in labels for row in self.history.get(label, [])]
+
+    def _persona_effect(self) -> dict[str, Any] | None:
+        """What the personas do to the untuned score, said at once; None for honesty, which is calibrated instead."""
+        if self.family.asks_model:
+            return None
+        with self._stage("personas"):
+            effect = measure_personas(self.experiment, self.model).row()
+        if self.progress:
+            for sentence in persona_warnings(effect):
+                print(sentence.replace("−", "-"), flush=True)
+        return effect
 
     def _extracted(self, seed: int) -> SteeringVectors:
         pairs = self.protocol.train.sample(self.experiment.extract.n_pairs, seed)
@@ -335,11 +350,15 @@ class _Run:
         ranked = allowed.assign(moved=sign * allowed["mean"], size=allowed["multiplier"].abs())
         best = ranked.sort_values(["moved", "size"], ascending=[False, True]).iloc[0]
         unsteered = float(doses.loc[doses["multiplier"] == 0, "mean"].iloc[0])
+        moved = sign * (float(best["mean"]) - unsteered)
+        n, settings = int(best["n"]), f"{len(allowed)} setting{'s' * (len(allowed) != 1)}"
         why = (
-            f"It moves the mean score of {int(best['n'])} validation prompts from {unsteered:.2f} to "
-            f"{best['mean']:.2f}, the largest change of {len(allowed)} settings "
-            + ("within the bound" if within else "at the smallest multiplier; none keeps perplexity within the bound")
-        )
+            f"It moves the mean score of {n} validation prompts from {unsteered:.2f} to {best['mean']:.2f}, the "
+            f"largest change of {settings} "
+            if moved > 0
+            else f"No setting moves the mean score of {n} validation prompts ({unsteered:.2f}) that way; with this one "
+            f"it is {best['mean']:.2f}, the nearest of {settings} "
+        ) + ("within the bound" if within else "at the smallest multiplier; none keeps perplexity within the bound")
         return {"layer": int(best["layer"]), "multiplier": float(best["multiplier"]), "why": why}
 
     def _search(self, vectors: SteeringVectors, choices: Mapping[str, Any]) -> None:

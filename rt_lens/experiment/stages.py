@@ -19,6 +19,7 @@ from rt_lens.data.questions import Question, lettered
 from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.costs import Costs, Work, steps_of, summed
+from rt_lens.experiment.heeding import BATCH_SIZE, persona_task
 from rt_lens.experiment.protocols import Protocol, family_of
 from rt_lens.experiment.shape import Shape
 from rt_lens.models.protocol import HasTokenizer
@@ -110,6 +111,7 @@ class Planner:
             # Files of the hub are loaded into a Hugging Face model first; those of a folder are views of the file.
             "load": Work(host={} if self.local else {"a Hugging Face model": shape.parameters * size}),
             **({"calibrate": self._calibrate()} if self.family.asks_model else {}),
+            **({} if self.family.asks_model else {"personas": self._personas()}),
             "extract": self._extract(),
             "choose": self._choose(),
             **({"search": self._search()} if experiment.search.trials else {}),
@@ -150,6 +152,10 @@ class Planner:
             for texts in self.protocol.train.texts(self.model):
                 work += self.costs.read(self._sizes(texts), 16, logits=1)
         return work
+
+    def _personas(self) -> Work:
+        """Some topics without a persona, and with those of both sides."""
+        return self._task(persona_task(self.experiment, self.protocol.choosing.made[0]), BATCH_SIZE)
 
     def _extract(self) -> Work:
         """Residuals at all blocks, for the pairs of each seed and for the unseen pairs."""

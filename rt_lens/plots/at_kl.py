@@ -106,7 +106,9 @@ def _range(frame: pd.DataFrame) -> list[float]:
     """All means with their intervals; an interval far wider than what separates the means leaves the panel."""
     low, high = float(frame["mean"].min()), float(frame["mean"].max())
     room = (high - low) or 1.0
-    bottom, top = max(float(frame["low"].min()), low - room), min(float(frame["high"].max()), high + room)
+    # With the means, since scores that are all alike have no interval.
+    ends = frame[["low", "mean", "high"]].to_numpy(float)
+    bottom, top = max(float(np.nanmin(ends)), low - room), min(float(np.nanmax(ends)), high + room)
     return [min(bottom, low) - room / 20, max(top, high) + room / 20]
 
 

@@ -38,6 +38,7 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 | bound | the largest allowed rise of perplexity, as a ratio |
 | history | a row per arm, direction, seed, split and step of tuning: losses |
 | logit_lens | a row per layer and sign: tokens |
+| persona_effect | null in runs without; what personas do to the untuned model's score, outside the test; see below |
 | at_kl | null in runs without; kl: budgets; stated: the one of the tables above; see below |
 | search | null in runs without one; settings of the arms, searched before the test; see below |
 | seconds | stage -> seconds |
@@ -47,6 +48,11 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 Columns of arms and summary: arm, direction, set, scorer, n, mean, low, high (score); perplexity, perplexity_low,
 perplexity_high, kl, kl_low, kl_high (nats per token), n_texts; facts, facts_low, facts_high, n_facts (fraction of
 plain questions answered right); repetition, repetition_low, repetition_high.
+
+persona_effect: scorer, seed, max_new_tokens; sides: rows of side (untuned, positive, negative), n, mean, low, high; n,
+difference, low, high, p, test: positive minus negative, topic by topic; moves: 1, -1 or 0 for up, down or not shown;
+alike: whether all responses have one score; range: the scorer's lowest and highest score, or null; end: low or high if
+nearly all untuned responses stand there, else empty; n_at_end: how many.
 
 at_kl compares the arms at equal damage. Since there is at_kl, each arm with a strength stands in all tables above as it
 is at the stated budget. Further keys: side_effects, n_texts, max_new_tokens, n_personas (settings); arms: name ->
@@ -124,6 +130,10 @@ _AT_KL = {
 _SEARCH = (
     *("arm", "number", "settings", "n", "effect", "low", "high", "own_kl", "trained_tokens", "seconds", "reason"),
     *("front", "chosen"),
+)
+_PERSONA_EFFECT = (
+    *("scorer", "seed", "sides", "n", "difference", "low", "high", "p"),
+    *("moves", "alike", "range", "end", "n_at_end"),
 )
 _CALIBRATION = ("task", "n", "mean", "low", "high", "chance", "seed")
 _REPRODUCIBILITY = ("command", "call", "file", "toml", "sha256", "settings")
@@ -356,6 +366,7 @@ def checked(content: Any) -> dict[str, Any]:
         "protocol": {"name": "answers", "why": "", "calibration": []},
         "at_kl": None,
         "search": None,
+        "persona_effect": None,
     }
     content = {**missing, **content}
     if content["schema"] < SCHEMA:
@@ -372,6 +383,9 @@ def checked(content: Any) -> dict[str, Any]:
     if content["search"] is not None:
         _check_keys("results.json: search", content["search"], ("trials", "seed", "budget", "rule", "toml", "table"))
         _check_rows("results.json: search: table", content["search"]["table"], _SEARCH)
+    if (effect := content["persona_effect"]) is not None:
+        _check_keys("results.json: persona_effect", effect, _PERSONA_EFFECT)
+        _check_rows("results.json: persona_effect: sides", effect["sides"], ("side", "n", "mean", "low", "high"))
     _check_keys("results.json: protocol", content["protocol"], ("name", "why", "calibration"))
     _check_rows("results.json: protocol: calibration", content["protocol"]["calibration"], _CALIBRATION)
     for key in ("arms", "summary", "side_effects"):

@@ -11,7 +11,7 @@ from dash.development.base_component import Component
 from rt_lens.apps.dashboard.compared import responses_to
 from rt_lens.apps.dashboard.panel import captioned, field, slider, table
 from rt_lens.apps.report.labels import Row, brief, estimate, grouped, joined, number
-from rt_lens.apps.report.verdict import NO_PICTURE, first_rows, gap_sentences, picture, without_strength
+from rt_lens.apps.report.verdict import first_rows, gap_sentences, no_picture, picture, without_strength
 
 _UNTUNED = ("untuned", "none")
 
@@ -44,7 +44,7 @@ def at_budget(content: Mapping[str, Any], budget: float, name: str) -> list[Comp
     about = ", stated before the run" if budget == stated else f"; {stated:g} was stated before the run"
     return [
         html.P(f"{which}: a KL of {budget:g} nats per token{about}.", className="note", role="status"),
-        captioned(figure, name) if figure else html.P(NO_PICTURE),
+        captioned(figure, name) if figure else html.P(no_picture(at_kl)),
         html.Div(table(arms_at(at_kl, budget), f"Every arm at KL {budget:g}"), className="wide"),
         html.P(_reading(at_kl), className="note"),
     ]

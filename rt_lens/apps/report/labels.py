@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from typing import Any, Literal
 
 from rt_lens.common import formatting
@@ -58,17 +59,22 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def estimate(row: Row, key: str = "mean", digits: int = 3) -> str:
-    """A number of a row with its interval, as `0.512 [0.430, 0.594]`; the number alone if it has no interval.
+    """A number of a row with its interval, as `0.512 [0.430, 0.594]`; `0.512 [–]` if it has no interval.
 
     Negative numbers have a minus sign, not a hyphen.
     """
     low, high = ("low", "high") if key in ("mean", "difference") else (f"{key}_low", f"{key}_high")
-    return formatting.estimate(row[key], row.get(low), row.get(high), digits).replace("-", "−")
+    return formatting.bracketed(row[key], row.get(low), row.get(high), digits).replace("-", "−")
 
 
 def brief(row: Row, key: str = "mean") -> str:
     """The same with two digits."""
     return estimate(row, key, digits=2)
+
+
+def said(response: str | None) -> str:
+    """A response as markup; words in place of one that shows nothing, and a dash where there is none."""
+    return "–" if response is None else escape(response) if response.strip() else "<i>(empty)</i>"
 
 
 def counted(numbers: Iterable[int]) -> str:

@@ -14,7 +14,7 @@ from rt_lens.apps.report.reproducibility import repeat
 from rt_lens.apps.report.sections import sections
 from rt_lens.apps.report.sentences import findings, headline
 from rt_lens.apps.report.uncertainty import uncertainty_sentences
-from rt_lens.apps.report.verdict import opening
+from rt_lens.apps.report.verdict import notice, opening
 from rt_lens.common.files import write_atomically
 from rt_lens.results.schema import load_results
 
@@ -46,6 +46,8 @@ nav ul { columns: 4 11rem; list-style: none; padding: 0; margin: 0; } nav ul ul 
 .summary section + section { border-color: #e69f00; }
 .summary h2 { margin: .2rem 0; border: 0; } .summary h3 { font-size: 1rem; margin: .8rem 0 0; }
 .summary li { margin: .3rem 0; }
+#read-this-first { background: #fdf3e7; border-left: 5px solid #d55e00; padding: .6rem 1.1rem; margin: 1rem 0; }
+#read-this-first h2 { margin: .2rem 0; border: 0; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 pre { background: #f3f3ef; padding: .7rem 1rem; overflow: auto; max-height: 60vh; font-size: 14px; }
 figure { margin: 1.2rem 0; } figcaption { color: #444; font-size: 15px; } figcaption b { color: #222; }
@@ -57,6 +59,7 @@ tbody th { position: sticky; left: 0; background: #fff; font-weight: 600; }
 .numbers td { font-variant-numeric: tabular-nums; }
 .responses td { min-width: 14rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 .responses tbody th { min-width: 9rem; }
+.summary .responses td { min-width: 8rem; } .summary .responses tbody th { min-width: 0; }
 .score { display: block; color: #555; font-weight: 600; margin-top: .4rem; }
 @media (min-width: 1420px) {
   body { max-width: 1390px; display: grid; grid-template-columns: 250px minmax(0, 1fr); column-gap: 2rem; }
@@ -129,11 +132,13 @@ def _page(results: Mapping[str, Any], responses: Sequence[Mapping], projections:
     ]
     # A run at equal damage opens with one picture; what is known in detail is folded below it.
     folds = [Part(part.name, folded("All of it, in sentences", part.html)) for part in details]
-    lead, summary = first_screen[:1], [*first_screen[1:], *folds] if first_screen else details
+    summary = [*first_screen[1:], *folds] if first_screen else details
+    lead = [*notice(results), *first_screen[:1]]
     rest = [*sections(results, responses, projections), repeat(results)]
     first = "\n".join(map(rendered, summary))
     opens, listed = "\n".join(map(rendered, lead)), contents([*lead, *summary, *rest])
-    above, below = ("", listed) if lead else (listed, "")  # nothing stands before the picture
+    # Nothing but a warning stands before the picture.
+    above, below = ("", listed) if lead else (listed, "")
     body = "\n".join(map(rendered, rest))
     # The text stands before Plotly's four megabytes, so that it can be read while they load.
     return (

@@ -10,7 +10,17 @@ import numpy as np
 import plotly.graph_objects as go
 
 from rt_lens import plots
-from rt_lens.apps.report.labels import Row, arm, estimate, grouped, number, of_first_scorer, p_value, side_effect_of
+from rt_lens.apps.report.labels import (
+    Row,
+    arm,
+    estimate,
+    grouped,
+    number,
+    of_first_scorer,
+    p_value,
+    said,
+    side_effect_of,
+)
 from rt_lens.apps.report.markup import Part, boxed, chart, folded, items, table
 from rt_lens.plots.layers import without_first
 from rt_lens.results.schema import choices_of
@@ -235,7 +245,7 @@ def _answered(name: str, responses: Sequence[Row], n_shown: int) -> str:
     for rows in grouped(responses, "arm", "direction").values():
         first = rows[0]["seed"]
         columns[arm(rows[0])] = {
-            row["prompt"]: f'{escape(row["response"])}<span class="score">score {number(row["score"])}</span>'
+            row["prompt"]: f'{said(row["response"])}<span class="score">score {number(row["score"])}</span>'
             for row in rows
             if row["seed"] == first
         }

@@ -19,7 +19,7 @@ from rt_lens.apps.report.labels import (
 )
 from rt_lens.results.schema import checked
 
-_ALPHA = 0.05
+ALPHA = 0.05
 _IN_WORDS = {
     "rep_tuned": "Representation tuning", "token_tuned": "Token tuning", "steered": "Steering",
     "steered_generated": "Steering of generated tokens", "weight_steered": "Weight steering",
@@ -58,7 +58,7 @@ def summary_sentences(results: Mapping[str, Any]) -> list[str]:
 
 def plain_text(sentence: str) -> str:
     """With the hyphen and the apostrophe that every terminal can print."""
-    return sentence.replace("−", "-").replace("’", "'")
+    return sentence.replace("−", "-").replace("–", "-").replace("’", "'")
 
 
 class Findings(NamedTuple):
@@ -172,12 +172,12 @@ def _setting(name: str, direction: str) -> str:
 def holds(row: Row) -> bool:
     """Whether the difference is significant after Holm correction; before it in older runs, which have none."""
     p = row["p"] if row["p_holm"] is None else row["p_holm"]
-    return p is not None and p < _ALPHA
+    return p is not None and p < ALPHA
 
 
 def shows(row: Row) -> bool:
     """Whether the difference is significant before Holm correction."""
-    return row["p"] is not None and row["p"] < _ALPHA
+    return row["p"] is not None and row["p"] < ALPHA
 
 
 def _differences(heading: str, rows: Sequence[Row]) -> list[str]:

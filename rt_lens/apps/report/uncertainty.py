@@ -51,7 +51,7 @@ def _without_interval(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     alike = "there is one prompt" if all(row["n"] == 1 for row in without) else "all responses have the same score"
     arms = "each arm" if len(without) == len(rows) else joined(dict.fromkeys(map(arm, without)))
-    return f" A score without brackets has no interval, since {alike} ({arms}): such data show no spread."
+    return f" A score with a dash in its brackets has no interval, since {alike} ({arms}): such data show no spread."
 
 
 def _seeds(results: Mapping[str, Any]) -> list[str]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 
 from rt_lens import plots
-from rt_lens.apps.report.labels import Row, brief, estimate, of_first_scorer, p_value, sample
+from rt_lens.apps.report.labels import Row, brief, estimate, joined, of_first_scorer, p_value, said, sample
 from rt_lens.apps.report.markup import Part, boxed, chart, items
-from rt_lens.apps.report.sentences import holds, in_words, plain_text, summary_sentences
+from rt_lens.apps.report.sentences import ALPHA, holds, in_words, plain_text, summary_sentences
+from rt_lens.results.persona_effect import persona_warnings
 
 _SIGNS = {"toward": 1, "away": -1}
-NO_PICTURE = "No arm reached a budget."
+
+
+def notice(results: Mapping[str, Any]) -> list[Part]:
+    """What stands before the picture: that the personas or the scorer leave a run little to show; nothing elsewhere."""
+    found = persona_warnings(results["persona_effect"])
+    return [Part("Read this first", items(found))] if found else []
 
 
 def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
@@ -23,8 +29,8 @@ def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
     if at_kl is None:
         return []
     figure = picture(results)
-    drawn = chart("at-kl", figure) if figure else f"<p>{NO_PICTURE}</p>"
-    answered = [Part("One prompt, every arm", _same_prompt(responses))] if responses else []
+    drawn = chart("at-kl", figure) if figure else f"<p>{no_picture(at_kl)}</p>"
+    answered = [Part("One prompt, every arm", _same_prompt(responses, at_kl["arms"]))] if responses else []
     return [
         Part("Which arm moves the behaviour most?", drawn),
         Part("What was found", items([*verdict(results), searched(results), sureness(results)])),
@@ -41,11 +47,18 @@ def picture(results: Mapping[str, Any], budget: float | None = None) -> go.Figur
     return plots.effect_at_kl(rows, gaps, budget=budget, title=f"{results['behaviour']}: effect at equal damage")
 
 
+def no_picture(at_kl: Mapping[str, Any]) -> str:
+    """Why there is none."""
+    missed = any(row["reason"] for row in at_kl["strengths"])
+    return "No arm reached a budget." if missed else "No arm has a strength to set; each stands at its own KL."
+
+
 def spoken(results: Mapping[str, Any]) -> list[str]:
     """The sentences of the first screen for a terminal; those of all tables for a run without at_kl."""
     if results["at_kl"] is None:
         return summary_sentences(results)
-    return [plain_text(sentence) for sentence in [*verdict(results), searched(results), sureness(results)]]
+    found = [*persona_warnings(results["persona_effect"]), *verdict(results), searched(results), sureness(results)]
+    return [plain_text(sentence) for sentence in found]
 
 
 def first_rows(table: Sequence[Row]) -> list[dict[str, Any]]:
@@ -83,9 +96,12 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 def gap_sentences(at_kl: Mapping[str, Any], budget: float) -> list[str]:
     """The arms that do not reach a budget, with the reason."""
-    missed = [row for row in at_kl["strengths"] if row["reason"] and row["budget"] == budget]
-    gaps = {(row["arm"], row["direction"]): row["reason"] for row in missed}
+    gaps = {(row["arm"], row["direction"]): row["reason"] for row in _missed(at_kl, budget)}
     return [f"{arm} ({way}) does not reach that KL: {reason}" for (arm, way), reason in gaps.items()]
+
+
+def _missed(at_kl: Mapping[str, Any], budget: float) -> list[Row]:
+    return [row for row in at_kl["strengths"] if row["reason"] and row["budget"] == budget]
 
 
 def sureness(results: Mapping[str, Any]) -> str:
@@ -94,15 +110,26 @@ def sureness(results: Mapping[str, Any]) -> str:
     of_set = next(iter(rows.values()), [])
     n, held = len(results["comparisons"]), sum(map(holds, results["comparisons"]))
     line = (
-        f"How sure: {held} of the {n} comparisons that were stated before the run hold after Holm's correction. "
+        f"How sure: {held} of the {n} comparisons that were stated before the run hold after Holm's correction"
         if n
-        else "How sure: no comparison could be made. "
+        else "How sure: no comparison could be made"
     )
+    missed = _missed(results["at_kl"], results["at_kl"]["stated"])
+    line += f"{'; arms that miss the KL are in none of them. ' if missed else '. '}{_too_few(results['comparisons'])}"
     controls = [row for row in of_set if (row["a"], row["b"]) == ("random", "untuned")]
     for row in controls:
         moved = "moves" if holds(row) else "is not shown to move"
         line += f"A random direction {moved} the score ({row['a_direction']}, {estimate(row, 'difference')}). "
-    return line + "Brackets are 95 % confidence intervals."
+    dash = "; [–] where all values are the same" if "[–]" in "".join([line, *verdict(results)]) else ""
+    return f"{line}Brackets are 95 % confidence intervals{dash}."
+
+
+def _too_few(comparisons: Sequence[Row]) -> str:
+    """That so few prompts cannot show a difference, whatever it is: a sign-flip test's p is 2 in 2^n at least."""
+    if not comparisons or any(len(row["seeds"]) > 1 for row in comparisons):
+        return ""
+    n = max(row["n"] for row in comparisons)
+    return f"With so few prompts (n = {n}) none of them could. " if 2 * len(comparisons) / 2**n >= ALPHA else ""
 
 
 def searched(results: Mapping[str, Any]) -> str:
@@ -121,7 +148,10 @@ def _most(results: Mapping[str, Any], best: Row, untuned: Row, equal: Sequence[R
     stated, direction = results["at_kl"]["stated"], best["direction"]
     where = f"At a KL of {stated:g} nats per token, {direction}:"
     if sign * (best["mean"] - untuned["mean"]) <= 0:
-        yield f"{where} no arm moves the score that way; untuned {brief(untuned)} ({sample(untuned)})."
+        arms = sorted({row["arm"] for row in equal})
+        missed = any(row["direction"] == direction for row in _missed(results["at_kl"], stated))
+        none = f"none of the arms that reach it ({joined(arms)}) moves" if missed else "no arm moves"
+        yield f"{where} {none} the score that way; untuned {brief(untuned)} ({sample(untuned)})."
         return
     yield (
         f"{where} {in_words(best['arm']).lower()} moves the score most, from {brief(untuned)} (untuned) to "
@@ -190,16 +220,17 @@ def _as_it_is(row: Row) -> str:
     )
 
 
-def _same_prompt(responses: Sequence[Row]) -> str:
-    """The first test prompt, with the response of each arm's first seed."""
+def _same_prompt(responses: Sequence[Row], arms: Iterable[str]) -> str:
+    """The first test prompt, with the response of each arm's first seed; a dash for an arm that misses the KL."""
     first = responses[0]
     rows: dict[str, dict[str, str]] = {}
     for row in responses:
         if (row["prompt"], row.get("set")) == (first["prompt"], first.get("set")):
             rows.setdefault(row["arm"], {}).setdefault(row["direction"], row["response"])
-    columns = [way for way in _SIGNS if any(way in said for said in rows.values())]
-    body = [
-        [escape(arm), *(escape(said.get(way, said.get("none", "–"))) for way in columns)] for arm, said in rows.items()
-    ]
-    heading = f"<p><q>{escape(first['prompt'])}</q>, answered at that KL:</p>"
+    rows = {arm: rows.get(arm, {}) for arm in dict.fromkeys([first["arm"], *arms, *rows])}
+    columns = [way for way in _SIGNS if any(way in by_way for by_way in rows.values())] or list(_SIGNS)
+    cells = {arm: [by_way.get(way, by_way.get("none")) for way in columns] for arm, by_way in rows.items()}
+    body = [[escape(arm), *map(said, responses_of_arm)] for arm, responses_of_arm in cells.items()]
+    dash = " A dash: the arm does not reach it." if any(None in row for row in cells.values()) else ""
+    heading = f"<p><q>{escape(first['prompt'])}</q>, answered at that KL.{dash}</p>"
     return heading + boxed("one prompt, every arm", ("arm", *columns), body, kind="responses")
