@@ -139,6 +139,20 @@ def test_the_figure_shows_the_tables_numbers_in_a_panel_for_each_direction(curve
     assert figure.layout.xaxis.type == "log" and list(figure.layout.xaxis.ticktext) == ["0.003", "0.03"]
 
 
+def test_the_same_figure_stands_on_the_kl_of_the_behaviours_own_prompts(curves):
+    table = curves.table()
+    rows = table.query("arm == 'rep_tuned'")
+    by_seed = curves.strengths.query("arm == 'rep_tuned'").groupby("budget")["own_kl"]
+    assert rows["own_kl"].tolist() == pytest.approx(by_seed.mean().tolist()) and (by_seed.nunique() == 2).all()
+    assert math.isnan(table["own_kl"][0])  # the untuned model's own, which is no arm's
+    figure = plots.effect_at_kl(table, on="own")
+    (drawn,) = (trace for trace in figure.data if trace.name == "rep_tuned")
+    assert list(drawn.x) == rows["own_kl"].tolist() != rows["kl"].tolist()
+    assert [note.text for note in figure.layout.annotations if "own prompts" in note.text]
+    with pytest.raises(ValueError, match="own_kl"):
+        plots.effect_at_kl(table.drop(columns="own_kl"), on="own")
+
+
 def test_a_marked_budget_has_a_line_and_large_markers_where_an_arm_reached_it(curves):
     figure = plots.effect_at_kl(curves.table(), curves.gaps, budget=0.03)
     assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [(0.03, 0.03)] * 2

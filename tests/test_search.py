@@ -12,19 +12,23 @@ import time
 import tomllib
 from collections import Counter
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
 from tiny_behaviour import tiny_behaviour
 
+from rt_lens import plots
+from rt_lens.apps.report.page import write_report
 from rt_lens.arms.knobs import Among, Between, Blocks, Personas, Room
-from rt_lens.arms.registry import BUILT_IN, registered_arm
+from rt_lens.arms.registry import BUILT_IN, register_arm, registered_arm, unregister_arm
 from rt_lens.common.statistics.intervals import Interval
 from rt_lens.experiment.config import Experiment, load_experiment
 from rt_lens.experiment.plan import plan_of
 from rt_lens.experiment.run import run_experiment
-from rt_lens.experiment.search import Trial, found_of
+from rt_lens.experiment.search import RULE, Trial, found_of
 from rt_lens.results.schema import load_results
+from rt_lens.steering.binding import add
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,54 @@ def test_more_trials_later_keep_those_done_and_another_search_is_refused(searche
     other = replace(longer, choose=replace(longer.choose, max_new_tokens=3))
     with pytest.raises(ValueError, match=r"made with the same settings, got another choose for steered\. Choose"):
         run_experiment(other, tmp_path, progress=False)
+
+
+def test_the_report_shows_what_was_tried_and_the_settings_to_paste(searched):
+    page = write_report(searched).read_text(encoding="utf-8")
+    search = load_results(searched).content["search"]
+    assert "What the search tried" in page and escape(search["toml"]) in page and RULE in page
+    assert "Settings: searched before the test, with 2 trials for each of 6 arms" in page
+
+
+def test_an_arm_of_ones_own_is_searched_by_its_own_knobs(behaviour, tmp_path):
+    shares = []
+
+    @register_arm("shared", "A share of the vector.", knobs={"share": Among((0.25, 0.5))})
+    def shared(inputs):
+        shares.append(inputs.settings.get("share", 1.0))
+        return add(inputs.vectors, inputs.layers, inputs.sign * shares[-1])
+
+    try:
+        experiment = replace(load_experiment(behaviour, search=2), arms=("shared",))
+        results = run_experiment(experiment, tmp_path, progress=False)
+    finally:
+        unregister_arm("shared")
+    first, second = results["search"]["table"]
+    assert first["settings"] == {} and second["settings"]["share"] in (0.25, 0.5)
+    chosen = next(row["settings"] for row in (first, second) if row["chosen"])
+    assert shares == [
+        1.0,
+        1.0,
+        second["settings"]["share"],
+        second["settings"]["share"],
+        *[chosen.get("share", 1.0)] * 2,
+    ]
+
+
+def test_the_figure_marks_the_trial_chosen_and_joins_the_front():
+    trials = [trial(0, 0.1, 0.02), trial(1, 0.3, 0.05, layer=20), trial(2, 0.2, 0.01, layer=18)]
+    figure = plots.trials(found_of(trials).table(), budget=0.01, seed=3)
+    drawn = {trace.name: trace for trace in figure.data}
+    assert (list(drawn["front"].x), list(drawn["front"].y)) == ([0.01, 0.05], [0.2, 0.3])
+    assert (list(drawn["chosen"].x), list(drawn["chosen"].y)) == ([0.05], [0.3])
+    assert list(drawn["chosen"].error_y.array) == pytest.approx([0.1]) and "layer = 20" in drawn["chosen"].hovertext[0]
+    assert sorted(drawn["trials"].x) == [0.01, 0.02]
+    assert (
+        "n = 24 validation prompts" in figure.layout.title.subtitle.text
+        and "seed 3" in figure.layout.title.subtitle.text
+    )
+    with pytest.raises(ValueError, match="at least one trial with an effect, got 1 that all failed"):
+        plots.trials(found_of([Trial("steered", 0, {}, reason="No.")]).table(), budget=0.01, seed=0)
 
 
 def test_a_plan_counts_the_search(behaviour):

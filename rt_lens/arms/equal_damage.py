@@ -63,7 +63,8 @@ class KLCurves:
 
         Returns:
             The columns of `ArmScores.summary`, and budget (NaN for the untuned model, and for an arm without a
-            strength). `kl` is the KL reached on texts that the calibration has not seen.
+            strength). `kl` is the KL reached on texts that the calibration has not seen, `own_kl` that on `n_own`
+            untuned responses to the behaviour's prompts (mean over seeds; NaN where there are none).
 
         Raises:
             ValueError: for an unknown set or scorer.
@@ -83,7 +84,8 @@ class KLCurves:
         rows = rows.assign(arm=[arm for arm, _ in parts], budget=[budget for _, budget in parts])
         missed = set(self.gaps[_CELL].itertuples(index=False, name=None))
         kept = [cell not in missed for cell in rows[_CELL].itertuples(index=False, name=None)]
-        return rows[kept].reset_index(drop=True)
+        own = self.strengths.groupby(_CELL, dropna=False)[["own_kl", "n_own"]].mean().reset_index()
+        return rows[kept].merge(own, on=_CELL, how="left")
 
     def at(self, budget: float, *, same: bool = True) -> ArmScores:
         """The scores at one budget, by the arms' own names.

@@ -140,7 +140,7 @@ class Planner:
         for seeds in experiment.tune_seeds.values():
             for arm in map(registered_arm, experiment.arms):
                 times = len(seeds) if arm.seeded else 1
-                work += (behaviour + checks + strength if arm.name == "prompted" else at_budgets) * times
+                work += (behaviour + checks + strength if self._prompts(arm.name) else at_budgets) * times
         return work
 
     def _calibrate(self) -> Work:
@@ -177,7 +177,8 @@ class Planner:
         all_doses = EvalTask(list(task.asked) * doses, task.made, task.max_new_tokens)
         fit = self.costs.fit(self.choice_texts)
         work = (self._task(all_doses, 128) + fit * (doses - 1)) * len(choose.layers) + fit
-        if "prompted" in self.experiment.arms:
+        settings = self.experiment.settings
+        if any(self._prompts(arm) and "persona" not in settings.get(arm, {}) for arm in self.experiment.arms):
             work += self._task(task, 64) * (self.experiment.compare.n_personas * len(DIRECTIONS))
         return work
 
@@ -192,9 +193,13 @@ class Planner:
         work = costs.written(self._own_prompts(), experiment.compare.max_new_tokens, 64) + measured
         for arm in map(registered_arm, experiment.arms):
             if arm.knobs:
-                of_trial = measured + (Work() if "persona" in arm.knobs else strength)
+                of_trial = measured + (Work() if self._prompts(arm.name) else strength)
                 work += (of_trial + (self._trained(arm.name) if arm.tunes else Work())) * (2 * search.trials)
         return work
+
+    def _prompts(self, arm: str) -> bool:
+        """Whether an arm is a system prompt, which has no strength to set."""
+        return "persona" in registered_arm(arm).knobs
 
     def _trained(self, arm: str) -> Work:
         """One tuning run with its data; of an arm that is made of others, one of those."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -26,11 +28,28 @@ from rt_lens.plots.style import (
 
 _LABELS = ("arm", "direction", "set", "scorer", "seeds")
 _NUMBERS = ("budget", "n", "mean", "low", "high", "kl", "n_texts")
+_AXES = {"neutral": "KL (nats per token)", "own": "KL on the behaviour's own prompts (nats per token)"}
+_READING = {
+    "neutral": (
+        "KL from the untuned model on neutral texts: the damage. At one KL, the arm furthest from the dashed line "
+        "moves the behaviour most."
+    ),
+    "own": (
+        "KL from the untuned model on its own responses to the behaviour's prompts, which no budget holds. Each arm is "
+        "at the budgets of neutral text; one further right at the same effect changes these responses more."
+    ),
+}
+_ROUND = [factor * 10.0**power for power in range(-6, 2) for factor in (1, 3)]
 _HEADINGS = {"toward": "toward<br>higher: more effect", "away": "away<br>lower: more effect", "none": ""}
 
 
 def effect_at_kl(
-    table: Table, gaps: Table | None = None, *, budget: float | None = None, title: str = "Effect at equal damage"
+    table: Table,
+    gaps: Table | None = None,
+    *,
+    budget: float | None = None,
+    on: Literal["neutral", "own"] = "neutral",
+    title: str = "Effect at equal damage",
 ) -> go.Figure:
     """Draws the score of every arm against its KL from the untuned model, a panel for each direction.
 
@@ -41,6 +60,8 @@ def effect_at_kl(
             reached), n_texts. `KLCurves.table` returns such rows.
         gaps: rows of arm, direction, budget that were not reached, which the figure names.
         budget: one of the budgets, to be marked by a vertical line and by larger markers of the arms that reached it.
+        on: the texts of the KL: `neutral` ones, on which the budgets are; or `own`, the untuned responses to the
+            behaviour's prompts: then from the columns own_kl and n_own.
         title: heading of the figure.
 
     Raises:
@@ -53,7 +74,9 @@ def effect_at_kl(
         >>> [trace.name for trace in effect_at_kl([untuned, steered]).data if trace.name]
         ['untuned', 'steered']
     """
-    frame = check_table(table, labels=_LABELS, numbers=_NUMBERS)
+    frame = check_table(table, labels=_LABELS, numbers=(*_NUMBERS, *(("own_kl", "n_own") if on == "own" else ())))
+    if on == "own":  # an interval of the mean over seeds was not measured
+        frame = frame.assign(kl=frame["own_kl"], n_texts=frame["n_own"], kl_low=np.nan, kl_high=np.nan)
     check_unique(frame, ["arm", "direction", "budget"], fix="Keep one set and one scorer, pooled over seeds.")
     is_untuned = frame["budget"].isna() & (frame["direction"] == "none")
     untuned, curves = frame[is_untuned], frame[~is_untuned]
@@ -66,11 +89,11 @@ def effect_at_kl(
     headings = [_HEADINGS.get(direction, direction) for direction in directions]
     figure = make_subplots(
         cols=len(directions), shared_yaxes=True, horizontal_spacing=0.04, subplot_titles=headings,
-        x_title="KL (nats per token)",  # once, as two would run into each other in a narrow window
+        x_title=_AXES[on],  # once, as two would run into each other in a narrow window
     )  # fmt: skip
     missed = _missed(gaps)
     budgets = sorted({*curves["budget"].dropna(), *missed["budget"]})
-    drawn = [*curves.loc[curves["kl"] > 0, "kl"], *budgets]
+    drawn = [*curves.loc[curves["kl"] > 0, "kl"], *(budgets if on == "neutral" else ())]
     span = [min(drawn) / 1.4, max(drawn) * 1.4]
     curves = curves.assign(kl=curves["kl"].clip(lower=span[0]))  # a logarithmic axis has no zero
     colours = arm_colours(frame["arm"])
@@ -84,20 +107,19 @@ def effect_at_kl(
             trace.showlegend = bool(trace.name) and trace.name not in named
             named |= {trace.name} if trace.name else set()
             figure.add_trace(trace, row=1, col=column)
-    if budget is not None:
+    if budget is not None and on == "neutral":
         figure.add_vline(x=budget, line={"color": INK, "width": 2, "dash": "dot"}, layer="below")
+    ticks = budgets if on == "neutral" else [tick for tick in _ROUND if span[0] <= tick <= span[1]]
     figure.update_xaxes(
-        type="log", range=np.log10(span).tolist(), tickvals=budgets, ticktext=[f"{budget:g}" for budget in budgets],
+        type="log", range=np.log10(span).tolist(), tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks],
         zeroline=False,
     )  # fmt: skip
     figure.update_yaxes(zeroline=False, range=_range(frame))
     scorers = ", ".join(ordered(frame["scorer"]))
     figure.update_yaxes(title_text=f"mean score ({scorers})", col=1)
-    reading = (
-        "KL from the untuned model on neutral texts: the damage. At one KL, the arm furthest from the dashed line "
-        "moves the behaviour most. Bands: 95 % intervals. " + _gap_sentence(missed)
-    ).strip()
-    texts = sample(frame[["n_texts"]].rename(columns={"n_texts": "n"})).replace(".", " texts.")
+    reading = f"{_READING[on]} Bands: 95 % intervals. {_gap_sentence(missed)}".strip()
+    n_texts = frame.loc[frame["n_texts"].notna(), ["n_texts"]].rename(columns={"n_texts": "n"})
+    texts = sample(n_texts).replace(".", " texts." if on == "neutral" else " responses.")
     legend = {"orientation": "h", "y": -0.2, "x": 0.5, "xanchor": "center"}
     return apply_style(figure, title, reading, f"Score: {sample(frame)} KL: {texts}", height=520, legend=legend)
 

@@ -54,12 +54,12 @@ difference, low, high, p, test: positive minus negative, topic by topic; moves: 
 alike: whether all responses have one score; range: the scorer's lowest and highest score, or null; end: low or high if
 nearly all untuned responses stand there, else empty; n_at_end: how many.
 
-at_kl compares the arms at equal damage. Since there is at_kl, each arm with a strength stands in all tables above as it
-is at the stated budget. Further keys: side_effects, n_texts, max_new_tokens, n_personas (settings); arms: name ->
-description; table: the columns of summary but facts and repetition, and budget (null for the untuned model and for an
-arm without a strength); strengths: arm, direction, seed, budget, strength, kl, kl_low, kl_high, n_texts (on the texts
-that set the strength), own_kl, own_kl_low, own_kl_high, n_own (on the untuned responses to the test prompts), reason
-(why the budget was not reached, or empty).
+at_kl compares the arms at equal damage. Since there is at_kl, each arm with a strength stands in all tables above as
+it is at the stated budget. Further keys: side_effects, n_texts, max_new_tokens, n_personas (settings); arms: name ->
+description; table: the columns of summary but facts and repetition, budget (null for the untuned model and for an arm
+without a strength), own_kl and n_own (mean over seeds; runs of before lack them); strengths: arm, direction, seed,
+budget, strength, kl, kl_low, kl_high, n_texts (on the texts that set the strength), own_kl, own_kl_low, own_kl_high,
+n_own (on the untuned responses to the test prompts), reason (why the budget was not reached, or empty).
 
 search: trials (for each arm), seed, budget, rule (how the trials were chosen), toml (the settings found, as tables of a
 behaviour's file); table: a row per arm and number: settings; n, effect, low, high (change of the score on validation

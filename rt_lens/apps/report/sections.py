@@ -22,6 +22,7 @@ from rt_lens.apps.report.labels import (
     side_effect_of,
 )
 from rt_lens.apps.report.markup import Part, boxed, chart, folded, items, table
+from rt_lens.apps.report.verdict import first_rows
 from rt_lens.plots.layers import without_first
 from rt_lens.results.schema import choices_of
 from rt_lens.results.tables import efficient
@@ -165,7 +166,16 @@ def _side_effects(results: Mapping[str, Any]) -> Part:
         for arm_rows in grouped(summary, "arm", "direction").values()
     ]
     measures = table("side effects of each arm", ("arm", *_side_effect_heads(), "seeds"), rows)
-    return Part("Side effects", note + measures, (*_paretos(summary), *_others(results)))
+    return Part("Side effects", note + measures, (*_on_own_prompts(results), *_paretos(summary), *_others(results)))
+
+
+def _on_own_prompts(results: Mapping[str, Any]) -> Iterator[Part]:
+    """The opening picture against the KL that no budget holds; older runs have it in no table."""
+    rows = first_rows(results["at_kl"]["table"]) if results["at_kl"] else []
+    measured = [row for row in rows if row.get("own_kl") is not None and row["budget"] is not None]
+    if measured:
+        figure = plots.effect_at_kl(rows, on="own", title="Effect against KL on the behaviour’s own prompts")
+        yield Part("The same against KL on the behaviour’s own prompts", chart("own-kl", figure))
 
 
 def _paretos(summary: Sequence[Row]) -> Iterator[Part]:
