@@ -212,7 +212,7 @@ def test_where_the_personas_work_nothing_stands_before_the_picture(tmp_path):
     shown = {**ROW, "difference": 0.5, "low": 0.3, "high": 0.7, "p": 0.001, "moves": 1}
     run = run_with(shown, tmp_path / "run")
     assert "Read this first" not in write_report(run).read_text(encoding="utf-8")
-    assert spoken(load_results(run).content)[0].startswith("At a KL of")
+    assert spoken(load_results(run).content)[0].startswith("Toward, at a KL of")
 
 
 def test_older_runs_have_none_and_a_damaged_entry_is_refused_by_name():

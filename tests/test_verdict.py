@@ -23,17 +23,18 @@ def made(shift: float, **changes: Any) -> dict[str, Any]:
 def test_the_arm_that_moved_most_is_named_with_its_interval_and_what_it_cost():
     results = made(0.6)
     rows = {(row["arm"], row["direction"]): row for row in results["summary"] if row["scorer"] == "vader"}
-    toward, away, steered = verdict(results)
+    toward, cost, away, steered = verdict(results)
     best, untuned = rows["rep_tuned", "toward"], rows["untuned", "none"]
     assert toward.startswith(
-        "At a KL of 0.01 nats per token, toward: representation tuning moves the score most, from "
+        "Toward, at a KL of 0.01 nats per token: representation tuning moves the score most, from "
     )
     for row in (best, untuned):
         assert f"{row['mean']:.3f}".replace("-", "−") in toward or f"{row['mean']:.2f}".replace("-", "−") in toward
     assert "n = 24, seeds 0, 1, 2" in toward and " further than untuned (Holm-adjusted p" in toward
-    assert "What it cost: repetition" in toward and "KL 0.020 on the behaviour's own prompts" in toward
+    assert cost.startswith("What representation tuning (toward) costs there: repetition")
+    assert "KL 0.020 on the behaviour's own prompts" in cost
     assert away == (
-        "At a KL of 0.01 nats per token, away: no arm moves the score that way; untuned "
+        "Away, at a KL of 0.01 nats per token: no arm moves the score that way; untuned "
         + toward.split("from ")[1].split(" (untuned)")[0]
         + " (n = 24, seed 0)."
     )
@@ -92,11 +93,11 @@ def test_where_arms_miss_the_kl_only_those_that_reach_it_are_said_not_to_move_th
     ]
     comparisons = board.comparisons(LABELS, [("test", "vader")]).to_dict("records")
     results = checked(make_content(board, at_kl=at_kl, comparisons=comparisons))
-    assert "toward: no arm moves the score that way" in verdict(results)[0]
+    assert "per token: no arm moves the score that way" in verdict(results)[0]
     assert "arms that miss" not in sureness(results)
     at_kl["strengths"] += missed
     results = checked(make_content(board, at_kl=at_kl, comparisons=comparisons))
-    assert "toward: none of the arms that reach it (rep_tuned) moves the score that way" in verdict(results)[0]
+    assert "per token: none of the arms that reach it (rep_tuned) moves the score that way" in verdict(results)[0]
     assert "random (toward) does not reach that KL: KL is at most 0.001." in verdict(results)
     assert "correction; arms that miss the KL are in none of them. " in sureness(results)
 

@@ -74,7 +74,7 @@ def without_strength(at_kl: Mapping[str, Any]) -> set[str]:
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """For each direction the arm that moved the score most at the stated KL, by how much, and what it cost.
+    """For each direction the arm that moved the score most at the stated KL and by how much; then what it cost.
 
     Args:
         results: the content of results.json, with `at_kl`.
@@ -89,7 +89,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         equal = [row for row in measured if row["arm"] not in alone]
         if equal:
             best = max(equal, key=lambda row: sign * row["mean"])
-            sentences.append(" ".join(_most(results, best, untuned, equal, sign)))
+            sentences += _most(results, best, untuned, equal, sign)
         sentences += [_as_it_is(row) for row in measured if row["arm"] in alone]
     return sentences + gap_sentences(at_kl, at_kl["stated"])
 
@@ -146,31 +146,24 @@ def searched(results: Mapping[str, Any]) -> str:
 
 def _most(results: Mapping[str, Any], best: Row, untuned: Row, equal: Sequence[Row], sign: int) -> Iterator[str]:
     stated, direction = results["at_kl"]["stated"], best["direction"]
-    where = f"At a KL of {stated:g} nats per token, {direction}:"
+    where = f"{direction.capitalize()}, at a KL of {stated:g} nats per token:"
     if sign * (best["mean"] - untuned["mean"]) <= 0:
         arms = sorted({row["arm"] for row in equal})
         missed = any(row["direction"] == direction for row in _missed(results["at_kl"], stated))
         none = f"none of the arms that reach it ({joined(arms)}) moves" if missed else "no arm moves"
         yield f"{where} {none} the score that way; untuned {brief(untuned)} ({sample(untuned)})."
         return
+    others = sorted((row for row in equal if row is not best), key=lambda row: -sign * row["mean"])
     yield (
         f"{where} {in_words(best['arm']).lower()} moves the score most, from {brief(untuned)} (untuned) to "
-        f"{brief(best)} ({sample(best)})."
+        f"{brief(best)} ({sample(best)}).{_further(results, best, others)}"
     )
-    others = sorted((row for row in equal if row is not best), key=lambda row: -sign * row["mean"])
-    if others:
-        yield _next(others)
-    yield from _further(results, best, others)
     yield from _cost(results, best, untuned)
 
 
-def _next(others: Sequence[Row]) -> str:
-    return "Next: " + ", ".join(f"{row['arm']} {brief(row)}" for row in others) + "."
-
-
-def _further(results: Mapping[str, Any], best: Row, others: Sequence[Row]) -> Iterator[str]:
-    """By how much the best arm is ahead of the next and of the untuned model, as far as they were compared."""
-    label, found = (best["arm"], best["direction"]), []
+def _further(results: Mapping[str, Any], best: Row, others: Sequence[Row]) -> str:
+    """By how much the best arm is ahead of the next, or of the untuned model where it was compared with that alone."""
+    label = (best["arm"], best["direction"])
     for other in [*others[:1], {"arm": "untuned", "direction": "none"}]:
         pair = {label, (other["arm"], other["direction"])}
         for row in results["comparisons"]:
@@ -178,9 +171,9 @@ def _further(results: Mapping[str, Any], best: Row, others: Sequence[Row]) -> It
             if sides == pair and (row["set"], row["scorer"]) == (best["set"], best["scorer"]):
                 p = row["p"] if row["p_holm"] is None else row["p_holm"]
                 shown = "" if holds(row) else "not shown, "
-                found.append(f"{_size(row)} further than {other['arm']} ({shown}Holm-adjusted p {p_value(p)})")
-    if found:
-        yield f"That is {' and '.join(found)}."
+                name = other["arm"] if other["arm"] == "untuned" else f"the next, {other['arm']}"
+                return f" That is {_size(row)} further than {name} ({shown}Holm-adjusted p {p_value(p)})."
+    return ""
 
 
 def _size(row: Row) -> str:
@@ -209,7 +202,8 @@ def _cost(results: Mapping[str, Any], best: Row, untuned: Row) -> Iterator[str]:
         by_seed = ", ".join(f"seed {row['seed']}: {estimate(row, 'own_kl')}" for row in own)
         parts.append(f"KL {mean:.3f} on the behaviour's own prompts ({by_seed}; n = {own[0]['n_own']} responses)")
     if parts:
-        yield f"What it cost: {', '.join(parts)}."
+        arm = f"{in_words(best['arm']).lower()} ({best['direction']})"
+        yield f"What {arm} costs there: {', '.join(parts)}."
 
 
 def _as_it_is(row: Row) -> str:
