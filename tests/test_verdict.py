@@ -31,7 +31,7 @@ def test_the_arm_that_moved_most_is_named_with_its_interval_and_what_it_cost():
     for row in (best, untuned):
         assert f"{row['mean']:.3f}".replace("-", "−") in toward or f"{row['mean']:.2f}".replace("-", "−") in toward
     assert "n = 24, seeds 0, 1, 2" in toward and " further than untuned (Holm-adjusted p" in toward
-    assert cost.startswith("What representation tuning (toward) costs there: repetition")
+    assert cost.startswith("What else representation tuning (toward) changes there: repetition")
     assert "KL 0.020 on the behaviour's own prompts" in cost
     assert away == (
         "Away, at a KL of 0.01 nats per token: no arm moves the score that way; untuned "
@@ -43,7 +43,7 @@ def test_the_arm_that_moved_most_is_named_with_its_interval_and_what_it_cost():
 
 def test_a_difference_that_is_not_shown_is_said_to_be_so():
     (toward, *_), sure = verdict(made(0.02)), sureness(made(0.02))
-    assert "not shown, Holm-adjusted p" in toward or "no arm moves the score that way" in toward
+    assert "not shown to hold after that correction" in toward or "no arm moves the score that way" in toward
     assert sure.startswith("How sure: 0 of the 2 comparisons that were stated before the run hold after Holm")
 
 
@@ -99,7 +99,8 @@ def test_where_arms_miss_the_kl_only_those_that_reach_it_are_said_not_to_move_th
     results = checked(make_content(board, at_kl=at_kl, comparisons=comparisons))
     assert "per token: none of the arms that reach it (rep_tuned) moves the score that way" in verdict(results)[0]
     assert "random (toward) does not reach that KL: KL is at most 0.001." in verdict(results)
-    assert "correction; arms that miss the KL are in none of them. " in sureness(results)
+    held = "(toward: rep_tuned against untuned; away: rep_tuned against untuned)"
+    assert f"correction {held}; arms that miss the KL are in none of them. " in sureness(results)
 
 
 @pytest.mark.parametrize(("n", "seeds", "said"), [(6, (0,), True), (7, (0,), False), (6, (0, 1, 2), False)])

@@ -28,11 +28,14 @@ from rt_lens.plots.style import (
 
 _LABELS = ("arm", "direction", "set", "scorer", "seeds")
 _NUMBERS = ("budget", "n", "mean", "low", "high", "kl", "n_texts")
-_AXES = {"neutral": "KL (nats per token)", "own": "KL on the behaviour's own prompts (nats per token)"}
+_AXES = {
+    "neutral": "KL (nats per token, logarithmic)",
+    "own": "KL on the behaviour's own prompts (nats per token, logarithmic)",
+}
 _READING = {
     "neutral": (
         "KL from the untuned model on neutral texts: the damage. At one KL, the arm furthest from the dashed line "
-        "moves the behaviour most."
+        "moves the behaviour most. Markers stand at the KL reached on texts that set no strength."
     ),
     "own": (
         "KL from the untuned model on its own responses to the behaviour's prompts, which no budget holds. Each arm is "

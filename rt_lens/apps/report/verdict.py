@@ -83,7 +83,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     rows = next(iter(of_first_scorer(results["summary"]).values()))
     untuned = next(row for row in rows if row["arm"] == "untuned")
     alone = without_strength(at_kl)
-    sentences = []
+    sentences: list[str] = []
     for direction, sign in _SIGNS.items():
         measured = [row for row in rows if row["direction"] == direction and row["mean"] is not None]
         equal = [row for row in measured if row["arm"] not in alone]
@@ -114,6 +114,7 @@ def sureness(results: Mapping[str, Any]) -> str:
         if n
         else "How sure: no comparison could be made"
     )
+    line += f" ({_held(results['comparisons'])})" if held else ""
     missed = _missed(results["at_kl"], results["at_kl"]["stated"])
     line += f"{'; arms that miss the KL are in none of them. ' if missed else '. '}{_too_few(results['comparisons'])}"
     controls = [row for row in of_set if (row["a"], row["b"]) == ("random", "untuned")]
@@ -122,6 +123,17 @@ def sureness(results: Mapping[str, Any]) -> str:
         line += f"A random direction {moved} the score ({row['a_direction']}, {estimate(row, 'difference')}). "
     dash = "; [–] where all values are the same" if "[–]" in "".join([line, *verdict(results)]) else ""
     return f"{line}Brackets are 95 % confidence intervals{dash}."
+
+
+def _held(comparisons: Sequence[Row]) -> str:
+    """Which comparisons hold: `toward: rep_tuned against steered and untuned; away: steered against untuned`."""
+    by_way: dict[str, dict[str, list[str]]] = {}
+    for row in filter(holds, comparisons):
+        by_way.setdefault(row["a_direction"], {}).setdefault(row["a"], []).append(row["b"])
+    return "; ".join(
+        f"{way}: " + ", ".join(f"{arm} against {joined(dict.fromkeys(others))}" for arm, others in by_arm.items())
+        for way, by_arm in by_way.items()
+    )
 
 
 def _too_few(comparisons: Sequence[Row]) -> str:
@@ -136,7 +148,8 @@ def searched(results: Mapping[str, Any]) -> str:
     """One line on where the arms' settings come from."""
     search = results["search"]
     if search is None:
-        return "Settings: those of the file, without a search in this run."
+        file = (results.get("reproducibility") or {}).get("file")
+        return f"Settings: those of {file or 'the experiment'}, without a search in this run."
     n_arms = len({row["arm"] for row in search["table"]})
     return (
         f"Settings: searched before the test, with {search['trials']} trials for each of {n_arms} arms, on validation "
@@ -170,9 +183,9 @@ def _further(results: Mapping[str, Any], best: Row, others: Sequence[Row]) -> st
             sides = {(row["a"], row["a_direction"]), (row["b"], row["b_direction"])}
             if sides == pair and (row["set"], row["scorer"]) == (best["set"], best["scorer"]):
                 p = row["p"] if row["p_holm"] is None else row["p_holm"]
-                shown = "" if holds(row) else "not shown, "
-                name = other["arm"] if other["arm"] == "untuned" else f"the next, {other['arm']}"
-                return f" That is {_size(row)} further than {name} ({shown}Holm-adjusted p {p_value(p)})."
+                hold = "" if holds(row) else ": not shown to hold after that correction, which the bracket is without"
+                name = other["arm"] if other["arm"] == "untuned" else f"{other['arm']}, the next at that KL"
+                return f" That is {_size(row)} further than {name} (Holm-adjusted p {p_value(p)}{hold})."
     return ""
 
 
@@ -185,9 +198,10 @@ def _size(row: Row) -> str:
 
 def _cost(results: Mapping[str, Any], best: Row, untuned: Row) -> Iterator[str]:
     """Side effects of the arm beside the untuned model's, and KL on the behaviour's own prompts."""
+    names = (("repetition", "repetition"), ("facts", f"facts right, of {best['n_facts']},"))
     parts = [
         f"{name} {brief(best, column)} (untuned {brief(untuned, column)})"
-        for column, name in (("repetition", "repetition"), ("facts", "facts right"))
+        for column, name in names
         if best[column] is not None and untuned[column] is not None
     ]
     stated = results["at_kl"]["stated"]
@@ -200,10 +214,13 @@ def _cost(results: Mapping[str, Any], best: Row, untuned: Row) -> Iterator[str]:
     if own:
         mean = sum(row["own_kl"] for row in own) / len(own)
         by_seed = ", ".join(f"seed {row['seed']}: {estimate(row, 'own_kl')}" for row in own)
-        parts.append(f"KL {mean:.3f} on the behaviour's own prompts ({by_seed}; n = {own[0]['n_own']} responses)")
+        parts.append(
+            f"KL {mean:.3f} on the behaviour's own prompts, which no budget holds ({by_seed}; n = {own[0]['n_own']} "
+            "responses)"
+        )
     if parts:
         arm = f"{in_words(best['arm']).lower()} ({best['direction']})"
-        yield f"What {arm} costs there: {', '.join(parts)}."
+        yield f"What else {arm} changes there: {', '.join(parts)}."
 
 
 def _as_it_is(row: Row) -> str:
@@ -226,5 +243,8 @@ def _same_prompt(responses: Sequence[Row], arms: Iterable[str]) -> str:
     cells = {arm: [by_way.get(way, by_way.get("none")) for way in columns] for arm, by_way in rows.items()}
     body = [[escape(arm), *map(said, responses_of_arm)] for arm, responses_of_arm in cells.items()]
     dash = " A dash: the arm does not reach it." if any(None in row for row in cells.values()) else ""
-    heading = f"<p><q>{escape(first['prompt'])}</q>, answered at that KL.{dash}</p>"
+    heading = (
+        f"<p><q>{escape(first['prompt'])}</q>, the first test prompt, answered at that KL by the first seed of each "
+        f"arm: an example, cut off as in the test.{dash}</p>"
+    )
     return heading + boxed("one prompt, every arm", ("arm", *columns), body, kind="responses")
