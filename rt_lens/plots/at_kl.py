@@ -38,7 +38,7 @@ _READING = {
         "moves the behaviour most. Markers stand at the KL reached on texts that set no strength."
     ),
     "own": (
-        "KL from the untuned model on its own responses to the behaviour's prompts, which no budget holds. Each arm is "
+        "KL from the untuned model on its own responses to the behaviour's prompts, which no budget limits. Each arm is "
         "at the budgets of neutral text; one further right at the same effect changes these responses more."
     ),
 }

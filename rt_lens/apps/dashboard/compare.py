@@ -28,7 +28,7 @@ from rt_lens.apps.dashboard.panel import connect as connect_work
 from rt_lens.apps.dashboard.session import Session, provenance_text, tuned_label
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.apps.report.labels import of_first_scorer
-from rt_lens.apps.report.verdict import sureness, verdict
+from rt_lens.apps.report.verdict import searched, sureness, verdict
 from rt_lens.arms.comparison import ArmEvaluator, EvalTask
 from rt_lens.arms.intervention import Intervention
 from rt_lens.common.parsing import whole_number
@@ -270,7 +270,7 @@ def _of_run(session: Session) -> list[Component]:
         *head,
         html.Section([*budget_slider(content, f"{PAGE}-budget"), moved, *_answered(session)], **named("By budget")),
         html.H3(f"Results at the stated budget, KL {content['at_kl']['stated']:g}"),
-        html.Ul([html.Li(sentence) for sentence in [*verdict(content), sureness(content)]]),
+        html.Ul([html.Li(sentence) for sentence in [*verdict(content), searched(content), sureness(content)]]),
         *_scores_of_run(content),
     ]
 
