@@ -38,8 +38,8 @@ _READING = {
         "moves the behaviour most. Markers stand at the KL reached on texts that set no strength."
     ),
     "own": (
-        "KL from the untuned model on its own responses to the behaviour's prompts, which no budget limits. Each arm is "
-        "at the budgets of neutral text; one further right at the same effect changes these responses more."
+        "KL from the untuned model on its own responses to the behaviour's prompts, which no budget limits. Each arm "
+        "is at the budgets of neutral text; one further right at the same effect changes these responses more."
     ),
 }
 _ROUND = [factor * 10.0**power for power in range(-6, 2) for factor in (1, 3)]

@@ -215,8 +215,8 @@ def _cost(results: Mapping[str, Any], best: Row, untuned: Row) -> Iterator[str]:
         mean = sum(row["own_kl"] for row in own) / len(own)
         by_seed = ", ".join(f"seed {row['seed']}: {estimate(row, 'own_kl')}" for row in own)
         parts.append(
-            f"KL {mean:.3f} on the behaviour's own prompts, which the budget does not limit ({by_seed}; n = {own[0]['n_own']} "
-            "responses)"
+            f"KL {mean:.3f} on the behaviour's own prompts, which the budget does not limit ({by_seed}; "
+            f"n = {own[0]['n_own']} responses)"
         )
     if parts:
         arm = f"{in_words(best['arm']).lower()} ({best['direction']})"
