@@ -12,11 +12,11 @@ import rt_lens as rtl
 from rt_lens.models.backends import parameters_of
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import chat_text
-from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale
+from rt_lens.steering.binding import ablate, add, add_preserving_norm, cap, clamp, erase, rotate, scale, transport
 from rt_lens.steering.conditions import Condition, conditional
 from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.tuning.delta import WeightDelta
-from rt_lens.vectors.operators import Ablate, Add, Clamp, Scale
+from rt_lens.vectors.operators import Ablate, Add, Clamp, Scale, Transport
 from rt_lens.vectors.steering_vectors import Eraser, SteeringVectors, hook_names
 
 TEXT = "The weather in the hills was"
@@ -85,7 +85,9 @@ def test_adding_goes_into_one_bias_each_and_before_the_first_block_into_the_embe
 
 
 @pytest.mark.parametrize("hook", ["attn_out", "mlp_out", "z"])
-@pytest.mark.parametrize("edit", ["ablate", "ablate two", "clamp", "scale", "scale dimensions", "erase"])
+@pytest.mark.parametrize(
+    "edit", ["ablate", "ablate two", "clamp", "scale", "scale dimensions", "erase", "rotate", "transport"]
+)
 def test_every_affine_edit_is_baked_where_a_block_writes(tiny, vectors, hook, edit):
     names, noise = hook_names([0, 1], hook), torch.Generator().manual_seed(3)
     shape = (4, 1) if hook == "z" else (32,)
@@ -96,8 +98,16 @@ def test_every_affine_edit_is_baked_where_a_block_writes(tiny, vectors, hook, ed
         "scale": lambda: scale(dict.fromkeys(names, -0.6), 1.5),
         "scale dimensions": lambda: scale({name: torch.randn(shape, generator=noise) for name in names}),
         "erase": lambda: erase(vectors(hook), hook=hook),
+        "rotate": lambda: rotate(vectors(hook), vectors(hook, seed=1), angle=50.0, hook=hook),
+        "transport": lambda: transport({name: Transport(1 + v, v) for name, v in vectors(hook).vectors.items()}, 0.5),
     }[edit]()
     check_baked(tiny, hooks)
+
+
+def test_a_cap_has_no_fold_in_weights(tiny, vectors):
+    hooks = cap(vectors("mlp_out"), dict.fromkeys(hook_names([0, 1], "mlp_out"), 0.0))
+    with pytest.raises(ValueError, match="Cap"):
+        rtl.bake(tiny, hooks)
 
 
 @pytest.mark.parametrize("edit", [add, ablate, clamp])

@@ -6,12 +6,25 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rt_lens.vectors.operators import Ablate, Add, AddPreservingNorm, Clamp, Erase, Operator, Scale
+from rt_lens.vectors.methods import fit_transport
+from rt_lens.vectors.operators import (
+    Ablate,
+    Add,
+    AddPreservingNorm,
+    Cap,
+    Clamp,
+    Erase,
+    Operator,
+    Rotate,
+    Scale,
+    Transport,
+)
 
 BATCH, POS, HEADS, D = 3, 5, 4, 8
 SEEDS = st.integers(0, 10_000)
@@ -55,10 +68,14 @@ MAKERS: dict[str, Callable[..., Operator]] = {
     "scale_dimensions": lambda random, *shape: Scale(0.5 + random(D).abs()),
     "scale_heads": lambda random, *shape: Scale(0.5 + random(*shape[:-1], 1).abs()),
     "erase": eraser,
+    "cap": lambda random, *shape: Cap(random(*shape), -1.5),
+    "rotate": lambda random, *shape: Rotate(random(*shape), random(*shape), 40.0),
+    "transport": lambda random, *shape: Transport(1 + 0.5 * random(*shape), random(*shape)),
 }
+NOT_AFFINE = ("add_preserving_norm", "cap")
 EVERY = pytest.mark.parametrize("kind", MAKERS)
 SHAPES = pytest.mark.parametrize("shape", [(D,), (HEADS, D)], ids=["residual", "per head"])
-AFFINE = pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "add_preserving_norm"])
+AFFINE = pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind not in NOT_AFFINE])
 
 
 def made(kind: str, shape: tuple[int, ...], seed: int = 0) -> tuple[torch.Tensor, Operator]:
@@ -229,8 +246,10 @@ def test_the_affine_map_of_strength_0_is_the_identity_and_of_1_is_not(kind, shap
 
 
 @SHAPES
-def test_adding_with_the_norm_kept_is_no_affine_map(shape):
-    h, operator = made("add_preserving_norm", shape)
+@pytest.mark.parametrize("kind", NOT_AFFINE)
+def test_adding_with_the_norm_kept_and_capping_are_no_affine_maps(shape, kind):
+    h, operator = made(kind, shape)
+    operator = dataclasses.replace(operator, limit=0.0) if isinstance(operator, Cap) else operator  # amid the tokens
     assert operator.affine(1.0, shape) is None
     halfway = operator((h[:1] + h[1:2]) / 2)
     assert (halfway - (operator(h[:1]) + operator(h[1:2])) / 2).abs().max() > 0.01  # an affine map keeps midpoints
@@ -319,10 +338,10 @@ def test_ablating_leaves_no_projection_where_there_was_some_and_the_rest_as_it_w
 
 
 @SHAPES
-@pytest.mark.parametrize("kind", ["ablate", "ablate_subspace", "clamp", "erase"])
+@pytest.mark.parametrize("kind", ["ablate", "ablate_subspace", "clamp", "erase", "cap"])
 @algebra
 @given(seed=SEEDS)
-def test_ablating_clamping_and_erasing_twice_is_once(shape, kind, seed):
+def test_ablating_clamping_erasing_and_capping_twice_is_once(shape, kind, seed):
     h, operator = made(kind, shape, seed)
     once = operator(h)
     assert (once - h).abs().max() > 0.05
@@ -488,3 +507,92 @@ def test_ablating_slanted_directions_one_after_the_other_depends_on_the_order():
     assert not torch.allclose(first(second(h)), second(first(h)))
     assert along(second(first(h)), pair[0]).abs().max() > 0.01  # the second brings the first one back
     assert along(both(h), pair[0]).abs().max() < 1e-10
+
+
+# Cap
+
+
+@SHAPES
+@algebra
+@given(seed=SEEDS)
+def test_capping_leaves_no_projection_above_the_limit_where_there_was_some_and_the_rest_bit_for_bit(shape, seed):
+    h, operator = made("cap", shape, seed)
+    operator = dataclasses.replace(operator, limit=0.1)
+    after, before = operator(h), along(h, operator.direction)
+    above = before > operator.limit
+    assert above.any() and not above.all()
+    torch.testing.assert_close(along(after, operator.direction), before.clamp(max=operator.limit), atol=1e-12, rtol=0)
+    torch.testing.assert_close(beside(after, operator.direction), beside(h, operator.direction), atol=1e-12, rtol=0)
+    assert torch.equal(after[~above], h[~above])
+    floor = Cap(-operator.direction, -operator.limit)(h)
+    torch.testing.assert_close(along(floor, operator.direction), before.clamp(min=operator.limit), atol=1e-12, rtol=0)
+
+
+# Rotate
+
+
+@SHAPES
+@algebra
+@given(seed=SEEDS, first=STRENGTHS, second=STRENGTHS)
+def test_rotating_keeps_every_norm_adds_up_and_turns_back(shape, seed, first, second):
+    h, operator = made("rotate", shape, seed)
+    there = operator(h, first)
+    torch.testing.assert_close(there.norm(dim=-1), h.norm(dim=-1), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(operator(there, second), operator(h, first + second), atol=1e-10, rtol=0)
+    torch.testing.assert_close(operator(there, -first), h, atol=1e-10, rtol=0)
+    off_plane = beside(beside(h, operator.basis[0]), operator.basis[1])
+    after = beside(beside(there, operator.basis[0]), operator.basis[1])
+    torch.testing.assert_close(after, off_plane, atol=1e-12, rtol=0)
+
+
+@SHAPES
+def test_the_start_turned_by_the_angle_between_the_two_is_the_end(shape):
+    random = noise(3)
+    start, end = unit(random(*shape)), unit(random(*shape))
+    angles = torch.rad2deg(torch.arccos((start * end).sum(-1)))
+    for angle in angles.reshape(-1):
+        turned = Rotate(start, end, float(angle))(start.expand(1, 1, *shape))[0, 0]
+        fits = (angles - angle).abs() < 1e-9
+        torch.testing.assert_close(turned[fits], end[fits], atol=1e-10, rtol=0)
+        assert ((turned - start).norm(dim=-1) > 0.1).all()
+
+
+# Transport
+
+
+@algebra
+@given(SEEDS, st.integers(5, 40), st.integers(5, 40))
+def test_a_fitted_line_moves_the_mean_exactly_and_is_the_least_squares_fit_of_sorted_values(seed, n, m):
+    random = noise(seed)
+    source, target = random(n, D), 2.0 + 0.3 * random(m, D)
+    omega, beta = fit_transport(source, target)
+    moved = Transport(omega, beta)(source[None])[0]
+    assert (source.mean(0) - target.mean(0)).abs().max() > 0.5
+    torch.testing.assert_close(moved.mean(0), target.mean(0), atol=1e-10, rtol=0)
+    assert (omega >= 0).all()
+    if n == m:
+        for d in range(D):
+            a, b = np.sort(source[:, d].numpy()), np.sort(target[:, d].numpy())
+            slope, offset = np.polyfit(a, b, 1)
+            assert float(omega[d]) == pytest.approx(slope, abs=1e-9) and float(beta[d]) == pytest.approx(
+                offset, abs=1e-9
+            )
+
+
+@algebra
+@given(SEEDS)
+def test_a_line_between_two_clouds_is_found_whatever_the_order_of_the_rows(seed):
+    random = noise(seed)
+    source, slope, offset = random(30, D), 0.5 + random(D).abs(), random(D)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(seed))
+    omega, beta = fit_transport(source, (slope * source + offset)[order])
+    torch.testing.assert_close(omega, slope, atol=1e-9, rtol=0)
+    torch.testing.assert_close(beta, offset, atol=1e-9, rtol=0)
+
+
+def test_a_coordinate_that_does_not_vary_is_moved_and_not_stretched():
+    source, target = torch.tensor([[1.0, 2.0], [1.0, 4.0]]), torch.tensor([[5.0, 0.0], [7.0, 1.0]])
+    omega, beta = fit_transport(source, target)
+    assert omega.tolist() == [1.0, 0.5] and beta.tolist() == [5.0, -1.0]
+    with pytest.raises(ValueError, match="source must have at least 2 rows, got 1"):
+        fit_transport(source[:1], target)

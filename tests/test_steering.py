@@ -5,10 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.models.context import token_context
+from rt_lens.models.positions import position_of
 from rt_lens.models.tokens.batches import encode, pad
-from rt_lens.steering.binding import ablate, add, add_preserving_norm, clamp, erase, scale, steered
+from rt_lens.steering.binding import (
+    ablate,
+    add,
+    add_preserving_norm,
+    cap,
+    clamp,
+    erase,
+    rotate,
+    scale,
+    steered,
+    transport,
+)
 from rt_lens.steering.edits import Linear
+from rt_lens.vectors.extraction import extract_transport, read_sides
+from rt_lens.vectors.reading import projection_quantiles
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 TEXT = "The weather in the hills was"
@@ -353,3 +368,72 @@ def test_part_of_a_component_is_removed_or_set_by_row(tiny, tiny_vectors):
 def test_floats_as_positions_are_refused(tiny_vectors, as_a_user):
     with pytest.raises(ValueError, match=r"positions must be token indices in a list, .*got \[1\.5\]"):
         add(tiny_vectors, [0], positions=[1.5])
+
+
+# Capping, turning and moving
+
+
+def test_a_cap_at_a_quantile_of_texts_bites_on_the_rest_of_their_tokens_and_on_no_other(tiny, tiny_vectors):
+    texts = [TEXT, "Two herons stood in the shallow water near the bank."]
+    limits = projection_quantiles(tiny, tiny_vectors, texts, quantile=0.75)
+    tokens = torch.tensor([encode(tiny, texts[1])])
+    name = POST[1]
+    unit = tiny_vectors[name] / tiny_vectors[name].norm()
+    before = tiny.run_with_cache(tokens)[1][name] @ unit
+    with tiny.hooks(fwd_hooks=cap(tiny_vectors, {name: limits[name]})):
+        after = tiny.run_with_cache(tokens)[1][name] @ unit
+    above = before > limits[name]
+    assert above.any() and not above.all()
+    torch.testing.assert_close(after, before.clamp(max=limits[name]), atol=1e-5, rtol=1e-5)
+    read = [tiny.run_with_cache(torch.tensor([encode(tiny, text)]))[1][name][0, 1:] @ unit for text in texts]
+    assert limits[name] == pytest.approx(float(torch.cat(read).quantile(0.75)), abs=1e-5)
+
+
+def test_turning_keeps_the_norm_of_every_token_and_turns_towards_the_vector(tiny, tiny_vectors, provenance):
+    others = SteeringVectors({POST[1]: torch.randn(32, generator=torch.Generator().manual_seed(5))}, provenance)
+    tokens, name = torch.tensor([encode(tiny, TEXT)]), POST[1]
+    before = tiny.run_with_cache(tokens)[1][name]
+    with tiny.hooks(fwd_hooks=rotate(tiny_vectors, others, [1], angle=35.0)):
+        after = tiny.run_with_cache(tokens)[1][name]
+    torch.testing.assert_close(after.norm(dim=-1), before.norm(dim=-1), atol=1e-4, rtol=1e-5)
+    assert (after - before).norm(dim=-1).min() > 1e-2
+    for layers, wrong, message in (
+        ([1], tiny_vectors, "others must not be parallel to vectors, got the same direction at"),
+        ([0], others, "others must have a vector at"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rotate(tiny_vectors, wrong, layers)
+    with pytest.raises(ValueError, match="angle must be a finite number of degrees, got nan"):
+        rotate(tiny_vectors, others, [1], angle=float("nan"))
+
+
+def test_transport_of_the_negative_side_reaches_the_positive_sides_means(tiny):
+    pairs = load_pairs("mood").sample(6, seed=0)
+    for toward, source, target in (("positive", 1, 0), ("negative", 0, 1)):
+        maps = extract_transport(tiny, pairs, toward=toward, layers=[1])
+        (sides,) = read_sides(tiny, pairs, [POST[1]], [position_of("last")])
+        clouds = (sides.positive[POST[1]], sides.negative[POST[1]])
+        ((_, edit),) = transport(maps)
+        moved = edit(clouds[source][None], None)[0]
+        assert (clouds[source].mean(0) - clouds[target].mean(0)).abs().max() > 1e-3
+        torch.testing.assert_close(moved.mean(0), clouds[target].mean(0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("as_a_user")
+def test_a_side_that_there_is_not_is_refused(tiny):
+    with pytest.raises(ValueError, match="toward must be 'positive' or 'negative', got 'up'"):
+        extract_transport(tiny, load_pairs("mood").sample(2), toward="up")
+
+
+def test_limits_and_quantiles_out_of_range_are_refused(tiny, tiny_vectors):
+    for limits, message in (
+        ({}, "limits must be at least one hook name"),
+        ({POST[0]: float("inf")}, f"limits must be finite, got inf for {POST[0]}"),
+        ({"blocks.7.hook_resid_post": 1.0}, "limits must be for hook points that have a vector, got blocks.7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cap(tiny_vectors, limits)
+    with pytest.raises(ValueError, match="quantile must be from 0 to 1, got 99"):
+        projection_quantiles(tiny, tiny_vectors, [TEXT], quantile=99)
+    with pytest.raises(ValueError, match="maps must be at least one hook name"):
+        transport({})

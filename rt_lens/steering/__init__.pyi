@@ -1,9 +1,12 @@
 from .binding import ablate as ablate
 from .binding import add as add
 from .binding import add_preserving_norm as add_preserving_norm
+from .binding import cap as cap
 from .binding import clamp as clamp
 from .binding import erase as erase
+from .binding import rotate as rotate
 from .binding import scale as scale
+from .binding import transport as transport
 from .condition_fit import FittedCondition as FittedCondition
 from .condition_fit import fit_condition as fit_condition
 from .conditions import Condition as Condition

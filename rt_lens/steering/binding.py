@@ -24,7 +24,18 @@ from rt_lens.steering.edits import (
     check_positions,
 )
 from rt_lens.vectors.guards import must_reach_stream
-from rt_lens.vectors.operators import Ablate, Add, AddPreservingNorm, Clamp, Erase, Operator, Scale
+from rt_lens.vectors.operators import (
+    Ablate,
+    Add,
+    AddPreservingNorm,
+    Cap,
+    Clamp,
+    Erase,
+    Operator,
+    Rotate,
+    Scale,
+    Transport,
+)
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 
@@ -200,6 +211,122 @@ def clamp(
     return scope.edits(lambda name, vector: Clamp(_nonzero(name, vector), value), multiplier)
 
 
+def cap(
+    vectors: SteeringVectors,
+    limits: Mapping[str, float],
+    *,
+    multiplier: Multiplier = 1.0,
+    positions: Positions = "all",
+    schedule: Schedule | None = None,
+) -> list[FwdHook]:
+    """Hooks that cap the projection on a direction, and leave alone what lies below (activation capping).
+
+    Lu et al. 2026 (arXiv 2601.10387) cap at a quantile of ordinary text, so that only what is out of the ordinary
+    changes. For a floor, negate both: `cap(-vectors, {name: -limit})`.
+
+    Args:
+        vectors: the directions; their lengths do not matter.
+        limits: hook name -> the largest projection left, such as `rtl.vectors.projection_quantiles` gives.
+        multiplier: fraction of what is above to remove, or one for each prompt.
+        positions: which token positions (see `rt_lens.steering`).
+        schedule: scaling factor per generated token.
+
+    Raises:
+        ValueError: for no limit, one that is not finite, or one without a vector.
+
+    Example:
+        >>> limits = rtl.vectors.projection_quantiles(model, vectors.select([21]), neutral, quantile=0.5)
+        >>> with model.hooks(fwd_hooks=cap(vectors, limits)):
+        ...     _, projections = token_projections(model, vectors.select([21]), "What a lovely day")
+        >>> bool(projections.max() < limits["blocks.21.hook_resid_post"] + 0.1)
+        True
+    """
+    if wrong := [(name, limit) for name, limit in limits.items() if not math.isfinite(limit)]:
+        raise ValueError(f"limits must be finite, got {wrong[0][1]} for {wrong[0][0]}.")
+    if missing := [name for name in limits if name not in vectors.vectors]:
+        raise ValueError(f"limits must be for hook points that have a vector, got {missing[0]}. Leave it out.")
+    operators = {name: Cap(_nonzero(name, vectors[name]), float(limit)) for name, limit in limits.items()}
+    return _bound("limits", operators, multiplier, positions, schedule)
+
+
+def rotate(
+    vectors: SteeringVectors,
+    others: SteeringVectors,
+    layers: Iterable[int] | None = None,
+    angle: float = 30.0,
+    *,
+    multiplier: Multiplier = 1.0,
+    hook: str = "resid_post",
+    positions: Positions = "all",
+    schedule: Schedule | None = None,
+    heads: Sequence[int] | None = None,
+) -> list[FwdHook]:
+    """Hooks that turn activations in the plane of two directions, and keep every norm (angular steering).
+
+    Vu et al. 2025 (arXiv 2510.26243).
+
+    Args:
+        vectors: the directions to turn towards.
+        others: those to turn away from, such as another behaviour's, or the mean activation.
+        layers: block indices. Defaults to all that have a vector.
+        angle: in degrees, from `others` to `vectors`; negative turns the other way.
+        multiplier: of the angle, or one for each prompt.
+        hook: kind of hook point.
+        positions: which token positions (see `rt_lens.steering`).
+        schedule: scaling factor per generated token.
+        heads: with hook="z".
+
+    Raises:
+        ValueError: as `add`; also if `others` has no vector at a hook point, or a parallel one, which spans no plane.
+
+    Example:
+        >>> formal = extract_vectors(model, load_pairs("formality").sample(8), layers=[21])
+        >>> _, before = token_activations(model, "What a day", ["blocks.21.hook_resid_post"])
+        >>> with model.hooks(fwd_hooks=rotate(vectors, formal, [21], angle=40.0)):
+        ...     _, after = token_activations(model, "What a day", ["blocks.21.hook_resid_post"])
+        >>> lengths = [h["blocks.21.hook_resid_post"].norm(dim=-1) for h in (before, after)]
+        >>> bool(lengths[0].isclose(lengths[1], rtol=1e-3).all())
+        True
+    """
+    if not isinstance(angle, int | float) or not math.isfinite(angle):
+        raise ValueError(f"angle must be a finite number of degrees, got {angle}.")
+
+    def operator(name: str, vector: Tensor) -> Operator:
+        if name not in others.vectors:
+            raise ValueError(f"others must have a vector at {name}, got {', '.join(others.hook_names)}.")
+        start = _nonzero(name, others[name])
+        if bool((torch.cosine_similarity(start, _nonzero(name, vector), dim=-1).abs() > 1 - 1e-6).any()):
+            raise ValueError(f"others must not be parallel to vectors, got the same direction at {name}.")
+        return Rotate(start, vector, float(angle))
+
+    return _Scope(vectors, layers, hook, positions, schedule, heads).edits(operator, multiplier)
+
+
+def transport(
+    maps: Mapping[str, Transport],
+    multiplier: Multiplier = 1.0,
+    *,
+    positions: Positions = "all",
+    schedule: Schedule | None = None,
+) -> list[FwdHook]:
+    """Hooks that move every coordinate by a line, from one kind of text to another (Linear-AcT).
+
+    Rodriguez et al. 2024 (arXiv 2410.23054).
+
+    Args:
+        maps: hook name -> Transport, as `rtl.vectors.extract_transport` gives.
+        multiplier: fraction of the way; 1 is the whole.
+        positions: which token positions (see `rt_lens.steering`).
+        schedule: scaling factor per generated token.
+
+    Example:
+        >>> maps = rtl.vectors.extract_transport(model, train.sample(8), layers=[21])
+        >>> transport(maps, 0.5)
+        [('blocks.21.hook_resid_post', Edit(Transport))]
+    """
+    return _bound("maps", dict(maps), multiplier, positions, schedule)
+
+
 def scale(
     alphas: Mapping[str, float | Float[Tensor, "..."]],
     multiplier: Multiplier = 1.0,
@@ -219,14 +346,22 @@ def scale(
         >>> scale({"blocks.12.hook_mlp_out": -0.5, "blocks.14.hook_attn_out": 0.3}, multiplier=1.0)
         [('blocks.12.hook_mlp_out', Edit(Scale)), ('blocks.14.hook_attn_out', Edit(Scale))]
     """
-    if not alphas:
-        raise ValueError("alphas must be at least one hook name with its number, got none.")
-    check_positions(positions)
-    check_multiplier(multiplier)
     for name, alpha in alphas.items():
         if not torch.isfinite(torch.as_tensor(alpha, device="cpu")).all():
             raise ValueError(f"alphas must be finite, got {alpha} for {name}.")
     operators = {name: Scale(alpha) for name, alpha in alphas.items()}
+    return _bound("alphas", operators, multiplier, positions, schedule)
+
+
+def _bound(
+    argument: str, operators: Mapping[str, Operator], multiplier: Multiplier, positions: Positions,
+    schedule: Schedule | None,
+) -> list[FwdHook]:  # fmt: skip
+    """Hooks of operators that are given by hook name."""
+    if not operators:
+        raise ValueError(f"{argument} must be at least one hook name with its number, got none.")
+    check_positions(positions)
+    check_multiplier(multiplier)
     on_stream = {name: must_reach_stream(name, operator, multiplier, ()) for name, operator in operators.items()}
     return [
         (name, Edit(operator, multiplier, positions, schedule, on_stream=on_stream[name]))

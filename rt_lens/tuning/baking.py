@@ -35,12 +35,12 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
 
     - `add` anywhere in the residual stream, at `attn_out`, `mlp_out` or `z`: it goes into a bias (at the first block's
       `resid_pre` into the embedding); a bias that was there stays;
-    - any affine edit (`ablate`, `clamp`, `scale`, `erase` too) at `attn_out`, `mlp_out` or `z`;
+    - any affine edit (`ablate`, `clamp`, `rotate`, `transport`, `scale`, `erase` too) at `attn_out`, `mlp_out` or `z`;
     - the same `ablate`, `clamp` or `erase` at every point of the residual stream from the first block to some last one
       (`ablate(vectors.everywhere(model, 18), hook="any")`): what writes into the stream is orthogonalised (Arditi et
       al. 2024).
 
-    `add_preserving_norm`, `conditional` and edits limited to some tokens have none, and neither have edits of the
+    `add_preserving_norm`, `cap`, `conditional` and edits limited to some tokens have none, and neither have edits of the
     stream where a family norms or scales what a block writes (Gemma, Granite), or writes both parts of a block at once
     (GPT-NeoX, Cohere). Whatever the family, the result is compared with the hooks on a few tokens before it is given.
 

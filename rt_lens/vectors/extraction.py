@@ -21,7 +21,8 @@ from rt_lens.models.positions import OF_A_PAIR, Named, Position, Row, numbers_in
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 from rt_lens.models.tokens.chats import ChatText
-from rt_lens.vectors.methods import METHODS, Method, covariate_direction, fit_eraser, winsorise
+from rt_lens.vectors.methods import METHODS, Method, covariate_direction, fit_eraser, fit_transport, winsorise
+from rt_lens.vectors.operators import Transport
 from rt_lens.vectors.steering_vectors import Eraser, Provenance, SteeringVectors, hook_names, layer_of
 
 
@@ -113,6 +114,56 @@ def extract_vectors(
         model, pairs, names, [read_at], batch_size=batch_size, progress=progress
     )  # fmt: skip
     return vectors_of(sides, find, provenance_of(model, pairs, sides, label, seed), winsorised, norm == "unit")
+
+
+def extract_transport(
+    model: Model,
+    pairs: ContrastPairs,
+    *,
+    toward: Literal["positive", "negative"] = "positive",
+    position: str | int | Position = "last",
+    layers: Iterable[int] | None = None,
+    hook: str = "resid_post",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> dict[str, Transport]:
+    """Maps of each coordinate from one side's activations to the other's, for `rtl.steering.transport` (Linear-AcT).
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        pairs: contrast pairs.
+        toward: the side that is moved to; the other is moved from.
+        position: the token that is read, as for `extract_vectors`.
+        layers: block indices. Defaults to all.
+        hook: kind of hook point, as for `extract_vectors`.
+        batch_size: texts per forward pass; it changes nothing but speed.
+        progress: show a bar.
+
+    Returns:
+        Hook name -> Transport.
+
+    Raises:
+        ValueError: as `extract_vectors`.
+
+    Example:
+        >>> maps = extract_transport(model, train.sample(8), layers=[21])
+        >>> maps["blocks.21.hook_resid_post"].omega.shape
+        torch.Size([576])
+    """
+    if toward not in ("positive", "negative"):
+        raise ValueError(f"toward must be 'positive' or 'negative', got {toward!r}.")
+    names = hook_names(check_layers(model, layers), hook)
+    (sides,) = read_sides(model, pairs, names, [position_of(position)], batch_size=batch_size, progress=progress)
+    _refuse_alike(sides, pairs.name)
+    source, target = (
+        (sides.negative, sides.positive) if toward == "positive" else (sides.positive, sides.negative)
+    )  # fmt: skip
+    return {name: _transport(source[name].float(), target[name].float()) for name in names}
+
+
+def _transport(source: Float[Tensor, "pair *heads d"], target: Float[Tensor, "pair *heads d"]) -> Transport:
+    omega, beta = fit_transport(source.flatten(1), target.flatten(1))
+    return Transport(omega.reshape(source.shape[1:]), beta.reshape(source.shape[1:]))
 
 
 def extract_offsets(
@@ -262,13 +313,7 @@ def vectors_of(
     unit: bool = False,
 ) -> SteeringVectors:
     """One method's vectors of activations read before."""
-    if sides.alike:
-        raise ValueError(
-            f"pairs must differ between their sides, but in {provenance.behaviour!r} the two sides are the same, token "
-            f"by token, up to the {sides.words}, so there is no direction. Give pairs whose sides differ, or read "
-            "later "
-            "tokens."
-        )
+    _refuse_alike(sides, provenance.behaviour)
     vectors, erasers = {}, {}
     for name, positive in sides.positive.items():
         negative = sides.negative[name]
@@ -287,6 +332,14 @@ def vectors_of(
         provenance = replace(provenance, method=f"{provenance.method}, winsorised {winsorised:g}")
     extracted = SteeringVectors(vectors, provenance, erasers)
     return replace(extracted.unit(), erasers=erasers) if unit else extracted
+
+
+def _refuse_alike(sides: Sides, behaviour: str) -> None:
+    if sides.alike:
+        raise ValueError(
+            f"pairs must differ between their sides, but in {behaviour!r} the two sides are the same, token by token, "
+            f"up to the {sides.words}, so there is no direction. Give pairs whose sides differ, or read later tokens."
+        )
 
 
 def _by_head(of: Callable[[int], Callable[..., Tensor]], *activations: Float[Tensor, "text *heads d"]) -> Tensor:

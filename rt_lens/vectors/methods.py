@@ -213,6 +213,49 @@ def fit_eraser(
     return _norm_matched(left / unit, difference, positive), (right * unit).to(positive), eraser.bias.to(positive)
 
 
+def fit_transport(
+    source: Float[Tensor, "source d"], target: Float[Tensor, "target d"]
+) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
+    """Slope and offset of each coordinate's line from one cloud of activations to another (Linear-AcT).
+
+    Rodriguez et al. 2024 (arXiv 2410.23054): in one dimension the best transport pairs sorted values, and the line is
+    their least-squares fit. Clouds of different sizes are paired by their quantiles.
+
+    Returns:
+        omega: slopes, never negative; 1 for a coordinate that does not vary in the source.
+        beta: offsets; the line moves the source's mean to the target's.
+
+    Example:
+        >>> import torch
+        >>> source = torch.tensor([[0.0], [1.0], [2.0]])
+        >>> omega, beta = fit_transport(source, torch.tensor([[5.0], [1.0], [3.0]]))  # sorted: 1, 3, 5
+        >>> omega.tolist(), beta.tolist()
+        ([2.0], [1.0])
+    """
+    for name, cloud in (("source", source), ("target", target)):
+        if len(cloud) < 2:
+            raise ValueError(f"{name} must have at least 2 rows, got {len(cloud)}. Give more texts.")
+        _check_finite(name, cloud)
+    n = min(len(source), len(target))
+    a, b = (_quantiles(cloud.double(), n) for cloud in (source, target))
+    spread = a - a.mean(0)
+    variance = spread.square().mean(0)
+    omega = torch.where(variance > 0, (spread * (b - b.mean(0))).mean(0) / variance.clamp(min=1e-300), 1.0)
+    beta = target.double().mean(0) - omega * source.double().mean(0)
+    return omega.to(source), beta.to(source)
+
+
+def _quantiles(cloud: Float[Tensor, "row d"], n: int) -> Float[Tensor, "n d"]:
+    """The sorted rows of each coordinate; n of them, interpolated, where there are more."""
+    ordered = cloud.sort(0).values
+    if len(ordered) == n:
+        return ordered
+    places = torch.linspace(0, len(ordered) - 1, n, dtype=cloud.dtype, device=cloud.device)
+    below = places.floor().long().clamp(max=len(ordered) - 2)
+    share = (places - below)[:, None]
+    return ordered[below] * (1 - share) + ordered[below + 1] * share
+
+
 METHODS: dict[str, Callable[[int], Method]] = {
     "mean_diff": lambda seed: mean_diff,
     "pca": lambda seed: PCA(),

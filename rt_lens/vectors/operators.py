@@ -8,6 +8,7 @@ the edit is no such map.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -154,6 +155,111 @@ class Clamp:
         unit = _unit(self.direction)
         inside = unit[..., :, None] * unit[..., None, :]
         return _identity(unit) - strength * inside, strength * self.value * unit
+
+
+@dataclass(frozen=True)
+class Cap:
+    """Cap the projection on a direction: h - s max(h . u - limit, 0) u, with u the unit direction. Not an affine map.
+
+    What lies below the limit stays as it is, bit for bit (activation capping, Lu et al. 2026). With -direction and
+    -limit it is a floor.
+
+    Attributes:
+        direction: Float[Tensor, "*heads d"], of any norm but zero.
+        limit: the largest projection that is left, in the activations' own units.
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[[3.0, 4.0], [3.0, 1.0]]])
+        >>> Cap(torch.tensor([0.0, 7.0]), 2.0)(h)
+        tensor([[[3., 2.],
+                 [3., 1.]]])
+    """
+
+    direction: Float[Tensor, "*heads d"]
+    limit: float
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        unit = _like(_unit(self.direction), h)
+        above = ((h * unit).sum(-1, keepdim=True) - self.limit).clamp(min=0)
+        return h - _spread(strength, h) * above * unit
+
+    def affine(self, strength: float, shape: Sequence[int]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Rotate by s times an angle in the plane of two directions; every norm stays (angular steering, Vu et al. 2025).
+
+    Attributes:
+        start: Float[Tensor, "*heads d"], the direction that is turned away from.
+        end: Float[Tensor, "*heads d"], the one that is turned towards; not parallel to `start`.
+        angle: in degrees.
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[[3.0, 0.0, 4.0]]])
+        >>> quarter = Rotate(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0]), 90.0)
+        >>> quarter(h).round(decimals=4) + 0.0
+        tensor([[[0., 3., 4.]]])
+    """
+
+    start: Float[Tensor, "*heads d"]
+    end: Float[Tensor, "*heads d"]
+    angle: float
+
+    @cached_property
+    def basis(self) -> tuple[Float[Tensor, "*heads d"], Float[Tensor, "*heads d"]]:
+        """The plane's orthonormal axes, from `start` to `end`."""
+        first, other = _unit(self.start.double()), _unit(self.end.double())
+        second = _unit(other - (other * first).sum(-1, keepdim=True) * first)
+        return first.to(self.start.dtype), second.to(self.start.dtype)
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        first, second = (_like(axis, h) for axis in self.basis)
+        x, y = ((h * axis).sum(-1, keepdim=True) for axis in (first, second))
+        turn = torch.as_tensor(_spread(strength, h), device=h.device, dtype=h.dtype) * math.radians(self.angle)
+        less, sine = torch.cos(turn) - 1, torch.sin(turn)
+        return h + (x * less - y * sine) * first + (x * sine + y * less) * second
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine:
+        first, second = self.basis
+        turn = strength * math.radians(self.angle)
+
+        def outer(read: Tensor, written: Tensor) -> Tensor:
+            return read[..., :, None] * written[..., None, :]
+
+        inside = (math.cos(turn) - 1) * (outer(first, first) + outer(second, second))
+        across = math.sin(turn) * (outer(first, second) - outer(second, first))
+        return _identity(first) + inside + across, torch.zeros_like(first)
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Move each coordinate by a line: h + s ((omega - 1) h + beta) (Linear-AcT, Rodriguez et al. 2024).
+
+    Attributes:
+        omega: Float[Tensor, "*heads d"], the slopes.
+        beta: Float[Tensor, "*heads d"], the offsets.
+
+    Example:
+        >>> import torch
+        >>> source, target = torch.randn(50, 2), 3.0 + 0.5 * torch.randn(50, 2)
+        >>> moved = Transport(*fit_transport(source, target))(source[None])
+        >>> torch.allclose(moved[0].mean(0), target.mean(0), atol=1e-5)
+        True
+    """
+
+    omega: Float[Tensor, "*heads d"]
+    beta: Float[Tensor, "*heads d"]
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        omega, beta = _like(self.omega, h), _like(self.beta, h)
+        return h + _spread(strength, h) * ((omega - 1) * h + beta)
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine:
+        return torch.diag_embed(1 + strength * (self.omega - 1)), strength * self.beta
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rt_lens.common.inputs import text_list
 from rt_lens.common.statistics.intervals import share_interval
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.models.activations import token_activations
@@ -75,6 +78,43 @@ def token_projections(
     tokens, activations = token_activations(model, text, vectors.hook_names)
     rows = [activations[name] @ unit for name, unit in vectors.unit().vectors.items()]
     return tokens, torch.stack(rows)
+
+
+def projection_quantiles(
+    model: Model, vectors: SteeringVectors, texts: Iterable[str], *, quantile: float = 0.99
+) -> dict[str, float]:
+    """The projection on each unit vector below which a fraction of all tokens of some texts lie: limits for `cap`.
+
+    A text's first token is left out, since its activations are far larger than all others.
+
+    Args:
+        model: HookedTransformer or TransformerBridge.
+        vectors: of the residual stream, or of what is written into it.
+        texts: ordinary ones, such as `neutral_paragraphs()`.
+        quantile: the fraction.
+
+    Returns:
+        Hook name -> projection, in the activations' own units.
+
+    Raises:
+        ValueError: for a quantile outside 0 to 1, or no text of at least two tokens.
+
+    Example:
+        >>> low, high = (
+        ...     projection_quantiles(model, vectors.select([21]), neutral, quantile=q)["blocks.21.hook_resid_post"]
+        ...     for q in (0.1, 0.9)
+        ... )
+        >>> low < high
+        True
+    """
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile must be from 0 to 1, got {quantile}.")
+    read = [token_projections(model, vectors, text)[1][:, 1:] for text in text_list(texts, "texts")]
+    values = torch.cat(read, dim=1) if read else torch.empty(0, 0)
+    if not values.numel():
+        raise ValueError("texts must have at least two tokens in one of them, got none. Give longer ones.")
+    limits = torch.quantile(values.float(), quantile, dim=1)
+    return dict(zip(vectors.hook_names, limits.tolist(), strict=True))
 
 
 @torch.no_grad()
