@@ -40,9 +40,10 @@ def bake(model: Model, hooks: Sequence[FwdHook]) -> WeightDelta:
       (`ablate(vectors.everywhere(model, 18), hook="any")`): what writes into the stream is orthogonalised (Arditi et
       al. 2024).
 
-    `add_preserving_norm`, `cap`, `conditional` and edits limited to some tokens have none, and neither have edits of the
-    stream where a family norms or scales what a block writes (Gemma, Granite), or writes both parts of a block at once
-    (GPT-NeoX, Cohere). Whatever the family, the result is compared with the hooks on a few tokens before it is given.
+    `add_preserving_norm`, `cap`, `conditional` and edits limited to some tokens have none, and neither have edits of
+    the stream where a family norms or scales what a block writes (Gemma, Granite), or writes both parts of a block at
+    once (GPT-NeoX, Cohere). Whatever the family, the result is compared with the hooks on a few tokens before it is
+    given.
 
     Args:
         model: HookedTransformer or TransformerBridge; it stays as it is.
