@@ -140,7 +140,7 @@ def test_more_trials_later_keep_those_done_and_another_search_is_refused(searche
 def test_the_report_shows_what_was_tried_and_the_settings_to_paste(searched):
     page = write_report(searched).read_text(encoding="utf-8")
     search = load_results(searched).content["search"]
-    assert "What the search tried" in page and escape(search["toml"]) in page and RULE in page
+    assert "What the search tried" in page and escape(search["toml"]) in page and escape(RULE) in page
     assert "Settings: searched before the test, with 2 trials for each of 6 arms" in page
 
 

@@ -110,10 +110,9 @@ def projection_quantiles(
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must be from 0 to 1, got {quantile}.")
     read = [token_projections(model, vectors, text)[1][:, 1:] for text in text_list(texts, "texts")]
-    values = torch.cat(read, dim=1) if read else torch.empty(0, 0)
-    if not values.numel():
+    if not any(projections.numel() for projections in read):
         raise ValueError("texts must have at least two tokens in one of them, got none. Give longer ones.")
-    limits = torch.quantile(values.float(), quantile, dim=1)
+    limits = torch.quantile(torch.cat(read, dim=1).float(), quantile, dim=1)
     return dict(zip(vectors.hook_names, limits.tolist(), strict=True))
 
 
