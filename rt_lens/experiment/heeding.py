@@ -24,7 +24,7 @@ from rt_lens.models.protocol import Model
 
 Side: TypeAlias = Literal["untuned", "positive", "negative"]
 
-N_TOPICS = 24
+N_TOPICS = 60  # with 24, the personas of mood were not shown to work that 60 show (p = 0.17 and 0.002)
 BATCH_SIZE = 128  # rows: all responses to so many topics in one batch
 _AT_AN_END = 0.9  # share of the responses at one end of the range that leaves no room there
 _RANGES = {"vader": (-1.0, 1.0), "lexicon": (-1.0, 1.0), "pattern": (0.0, 1.0)}
