@@ -64,6 +64,11 @@ def test_topics_may_be_a_list_or_a_file_beside(tmp_path):
         answers_protocol(load_experiment(file))
 
 
+def test_honesty_which_asks_its_own_questions_takes_no_topics(tmp_path):
+    with pytest.raises(ValueError, match=r"test\.topics must be left out, since \[honesty\] brings its own"):
+        load_experiment(written(tmp_path, 'extends = "honesty"\n[test]\ntopics = ["Why?"]'))
+
+
 @pytest.mark.parametrize(
     ("topics", "says"),
     [

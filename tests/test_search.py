@@ -274,6 +274,12 @@ def test_an_arm_made_of_others_has_tuning_runs_of_its_own_only_with_settings_of_
     }  # fmt: skip
 
 
+def test_a_persona_that_there_is_not_is_refused_before_anything_is_measured(behaviour, tmp_path):
+    beyond = with_settings(load_experiment(behaviour), prompted={"persona": 9})
+    with pytest.raises(ValueError, match=r"settings\.prompted\.persona must fit .* training personas .*, got 9"):
+        run_experiment(beyond, tmp_path, progress=False)
+
+
 def test_blocks_outside_the_model_are_refused_before_the_run(behaviour, tmp_path):
     outside = with_settings(load_experiment(behaviour), steered={"layer": 9})
     with pytest.raises(ValueError, match="contains 9, but this model has blocks 0"):

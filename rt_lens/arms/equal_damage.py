@@ -207,7 +207,7 @@ class KLEvaluator:
         self._rows: list[dict[str, Any]] = []
         self.evaluator.measure(UNTUNED)
         self._seen = self._lengths()
-        own = _responses(next(iter(self.evaluator.baseline.values())))[:N_OWN]
+        own = standing_alone(next(iter(self.evaluator.baseline.values())))[:N_OWN]
         self.own = KLMeter(model, own, seed=seed) if own else None
 
     def measure(self, arm: str, interventions: Interventions, seed: int = 0) -> list[Calibrated]:
@@ -348,7 +348,7 @@ def _by_seed(arm: ArmLike) -> Mapping[int, Interventions]:
     return arm if isinstance(arm, Mapping) else {0: arm}
 
 
-def _responses(answers: Sequence[Answer]) -> list[Scored]:
+def standing_alone(answers: Sequence[Answer]) -> list[Scored]:
     """The responses to prompts that stand alone: without persona, prefill or options."""
     return [
         Response(answer.question.prompt, answer.text)

@@ -42,6 +42,11 @@ class Among:
 
     values: tuple[Any, ...]
 
+    @property
+    def allowed(self) -> str:
+        """What a value is, in words."""
+        return f"of the kind of {', '.join(map(repr, self.values))}"
+
     def draw(self, trial: Suggest, name: str, room: Room) -> Any:
         """One of the values."""
         number = trial.suggest_categorical(name, tuple(range(len(self.values))))
@@ -69,6 +74,11 @@ class Between:
     low: float
     high: float
     log: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """What a value is, in words."""
+        return "a number"
 
     def draw(self, trial: Suggest, name: str, room: Room) -> float:
         """A number with three significant digits, as one would write it in a file."""
@@ -98,6 +108,11 @@ class Blocks:
     high: float
     width: int | None = None
 
+    @property
+    def allowed(self) -> str:
+        """What a value is, in words."""
+        return "the number of a block" if self.width is None else "a list of block numbers"
+
     def draw(self, trial: Suggest, name: str, room: Room) -> Any:
         """Number of the block, or a tuple of numbers."""
         width = min(self.width or 1, room.n_layers)
@@ -125,6 +140,11 @@ class Personas:
         >>> Personas().allows(3), Personas().fits(3, Room(n_layers=30, n_personas=2))
         (True, False)
     """
+
+    @property
+    def allowed(self) -> str:
+        """What a value is, in words."""
+        return "the number of a persona, from 0 on"
 
     def draw(self, trial: Suggest, name: str, room: Room) -> int:
         """A number; the first where there is none."""

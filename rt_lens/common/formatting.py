@@ -49,3 +49,8 @@ def p_value(p: float | None) -> str:
         ('= 0.034', '< 0.001', '–')
     """
     return "–" if p is None or math.isnan(p) else "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def with_minus_sign(text: str) -> str:
+    """The text with the minus sign of print in the place of hyphens."""
+    return text.replace("-", "−")

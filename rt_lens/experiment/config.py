@@ -365,7 +365,7 @@ def load_experiment(
         split=_table(SplitConfig, "split", content.get("split", {})),
         extract=_table(ExtractConfig, "extract", content.get("extract", {})),
         choose=_table(ChooseConfig, "choose", content.get("choose", {})),
-        test=_test(content.get("test", {}), path, pairs),
+        test=_test(content.get("test", {}), path, pairs, honesty),
         compare=_table(CompareConfig, "compare", content.get("compare", {})),
         search=_table(
             SearchConfig, "search", content.get("search", {}) | ({} if search is None else {"trials": search})
@@ -421,15 +421,19 @@ def _token_settings(values: Any) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _test(table: Any, path: Path, pairs: ContrastPairs) -> TestConfig:
+def _test(table: Any, path: Path, pairs: ContrastPairs, honesty: HonestyConfig | None) -> TestConfig:
     """The table `[test]`, with its topics read."""
     if not isinstance(table, Mapping) or "topics" not in table:
         return _table(TestConfig, "test", table)
+    if honesty is not None:
+        raise ValueError(
+            "test.topics must be left out, since [honesty] brings its own questions, got some. Remove them."
+        )
     topics = table["topics"]
     if isinstance(topics, str):
         topics = [line.strip() for _, line in read_lines(_beside(path, topics), "test.topics")]
     if not isinstance(topics, list) or not topics or not all(isinstance(topic, str) and topic for topic in topics):
-        raise ValueError(f"test.topics must be a list of texts, or a file of them, got {table['topics']!r}.")
+        raise ValueError(f"test.topics must be a list of texts, or a file of them, got {table['topics']!r}. Name some.")
     known = {topic.casefold() for topic in pairs.topics}
     if leaked := [topic for topic in topics if topic.casefold() in known]:
         raise ValueError(
@@ -466,8 +470,7 @@ def _settings(tables: Any) -> dict[str, dict[str, Any]]:
         for name, value in values.items():
             if not knobs[name].allows(value):
                 raise ValueError(
-                    f"settings.{arm}.{name} must be as a search writes it ({knobs[name]}), got {value!r}. Change it, "
-                    "or leave it out."
+                    f"settings.{arm}.{name} must be {knobs[name].allowed}, got {value!r}. Change it, or leave it out."
                 )
         found[arm] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return found

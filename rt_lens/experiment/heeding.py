@@ -25,7 +25,7 @@ from rt_lens.models.protocol import Model
 Side: TypeAlias = Literal["untuned", "positive", "negative"]
 
 N_TOPICS = 60  # with 24, the personas of mood were not shown to work that 60 show (p = 0.17 and 0.002)
-BATCH_SIZE = 128  # rows: all responses to so many topics in one batch
+BATCH_SIZE = 128  # rows
 _AT_AN_END = 0.9  # share of the responses at one end of the range that leaves no room there
 _RANGES = {"vader": (-1.0, 1.0), "lexicon": (-1.0, 1.0), "pattern": (0.0, 1.0)}
 
@@ -103,7 +103,7 @@ class PersonaEffect:
 
 
 def measure_personas(experiment: Experiment, model: Model, n_topics: int = N_TOPICS) -> PersonaEffect:
-    """Asks each topic without a persona, with a positive and with a negative one, in one batch, and scores all.
+    """Asks each topic without a persona, with a positive and with a negative one, all in one list, and scores them.
 
     Args:
         experiment: of a behaviour; honesty has no such scorer, and is measured by `protocols.calibrate`.

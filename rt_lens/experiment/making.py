@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from rt_lens.arms.intervention import Interventions
+from rt_lens.arms.knobs import Room
 from rt_lens.arms.registry import ArmInputs, registered_arm
 from rt_lens.data.builtin import calibration_prompts, neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.evaluation.texts import Response, Scored
-from rt_lens.experiment.config import Experiment
+from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import Protocol
 from rt_lens.models.generation import generate
 from rt_lens.models.protocol import Model
@@ -31,6 +32,27 @@ def personas_of(protocol: Protocol, direction: Direction) -> list[str]:
     side = 0 if direction == "toward" else 1
     personas = dict.fromkeys(pair.sides[side][0] for pair in protocol.train.pairs)
     return [persona for persona in personas if persona.strip()]
+
+
+def room_of(model: Model, protocol: Protocol) -> Room:
+    """What the settings of arms have to fit into."""
+    return Room(model.cfg.n_layers, min(len(personas_of(protocol, direction)) for direction in DIRECTIONS))
+
+
+def check_room(experiment: Experiment, model: Model, protocol: Protocol) -> None:
+    """Refuses settings for which the model or the behaviour has no room.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    room = room_of(model, protocol)
+    for arm, settings in experiment.settings.items():
+        for name, value in settings.items():
+            if not registered_arm(arm).knobs[name].fits(value, room):
+                raise ValueError(
+                    f"settings.{arm}.{name} must fit a model of {room.n_layers} blocks and {room.n_personas} training "
+                    f"personas on each side, got {value}. Numbers begin at 0."
+                )
 
 
 def own_responses(experiment: Experiment, model: Model) -> tuple[list[Scored], list[Scored]]:

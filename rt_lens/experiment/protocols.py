@@ -242,10 +242,13 @@ def answers_protocol(experiment: Experiment) -> Protocol:
     choose, n_prompts = experiment.choose, experiment.test.n_prompts
     prompts = test_topics(experiment)[:n_prompts]
     if len(prompts) < n_prompts:
-        where = "in test.topics" if experiment.test.topics else "in the test part"
+        own = bool(experiment.test.topics)
+        where, more = (
+            ("in test.topics", "") if own else ("in the test part", ", or smaller shares to train and validation")
+        )
         raise ValueError(
             f"test.n_prompts must be at most {len(prompts)}, the number of topics {where}, got {n_prompts}. "
-            "Give more topics, or smaller shares to train and validation."
+            f"Give more topics{more}."
         )
     score = _apart(experiment.made_scorer)
     facts = EvalTask(load_questions("capitals")[: experiment.test.n_facts], (ContainsAnswer(), _ACCURACY, _MARGIN), 10)

@@ -43,7 +43,7 @@ from rt_lens.evaluation.fluency import repetition
 from rt_lens.evaluation.texts import Scored, perplexity
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.heeding import measure_personas
-from rt_lens.experiment.making import ArmMaker, Material, own_responses
+from rt_lens.experiment.making import ArmMaker, Material, check_room, own_responses
 from rt_lens.experiment.protocols import family_of
 from rt_lens.experiment.reproducibility import recorded, settings_of
 from rt_lens.experiment.search import RULE, Search
@@ -166,6 +166,7 @@ class _Run:
                 self.protocol = self.family.protocol(self.model)
             if self.progress:
                 print(self.protocol.why, flush=True)
+        check_room(experiment, self.model, self.protocol)
         persona_effect = self._persona_effect()
         with self._stage("extract"):
             vectors = self._extracted(seed)
@@ -209,7 +210,7 @@ class _Run:
         """
         settings = {
             "experiment": settings_of(self.experiment), "versions": _versions(),
-            "pairs": hashlib.sha256(repr(self.experiment.pairs.pairs).encode()).hexdigest(),
+            "pairs": self.experiment.pairs.sha256,
             "weights": parameters_sha256(self.model),
         }  # fmt: skip
         written = json.dumps(plain(settings), sort_keys=True, default=str)

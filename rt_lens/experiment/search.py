@@ -22,17 +22,17 @@ import numpy as np
 from filelock import Timeout
 
 from rt_lens.arms.calibration import KLMeter, calibrate, has_strength
+from rt_lens.arms.equal_damage import standing_alone
 from rt_lens.arms.intervention import Interventions, applied, each_of
-from rt_lens.arms.knobs import Room
 from rt_lens.arms.registry import ArmUnavailable, RegisteredArm, registered_arm
 from rt_lens.common.files import lock_of
 from rt_lens.common.progress import Bar
 from rt_lens.common.statistics.intervals import Interval, mean_interval
 from rt_lens.evaluation.answering import ask
 from rt_lens.evaluation.tasks import EvalTask
-from rt_lens.evaluation.texts import Response, Scored
+from rt_lens.evaluation.texts import Scored
 from rt_lens.experiment.config import DIRECTIONS, Experiment
-from rt_lens.experiment.making import ArmMaker, Material, personas_of
+from rt_lens.experiment.making import ArmMaker, Material, room_of
 from rt_lens.experiment.protocols import Protocol
 from rt_lens.models.checksums import measure_sha256, parameters_sha256
 from rt_lens.models.protocol import Model
@@ -196,8 +196,8 @@ class Search:
         self.experiment, self.model, self.protocol = experiment, model, protocol
         self.vectors, self.layers, self.path, self.progress = vectors, layers, path, progress
         self.material = Material(experiment, model, protocol, experiment.search.seed)
-        n_personas = min(len(personas_of(protocol, direction)) for direction in DIRECTIONS)
-        self.room = Room(model.cfg.n_layers, n_personas)
+        self.room = room_of(model, protocol)
+        self.weights = parameters_sha256(model)
         self.bench = _Bench(experiment, model, task, calibration)
 
     def run(self) -> Found:
@@ -267,9 +267,9 @@ class Search:
             "token": experiment.token, "settings": experiment.settings.get(arm.name, {}),
             "compare": asdict(experiment.compare) | {"kl": None, "side_effects": None},
             "search": asdict(experiment.search) | {"trials": None},
-            "pairs": hashlib.sha256(repr(experiment.pairs.pairs).encode()).hexdigest(),
+            "pairs": experiment.pairs.sha256,
             "prompts": task.prompts, "scorer": [task.made[0].name, measure_sha256(task.made[0], self.model)],
-            "weights": parameters_sha256(self.model), "layers": self.layers,
+            "weights": self.weights, "layers": self.layers,
             "knobs": {name: repr(knob) for name, knob in arm.knobs.items()}, "room": asdict(self.room),
         }  # fmt: skip
         return json.loads(json.dumps(plain(settings)))
@@ -287,11 +287,7 @@ class _Bench:
         self.meter = KLMeter(model, calibration)
         answers = self._answers()
         self.untuned = np.array(task.made[0](answers), dtype=float)
-        own: list[Scored] = [
-            Response(answer.question.prompt, answer.text)
-            for answer in answers
-            if answer.text and not (answer.question.system or answer.question.prefill or answer.question.options)
-        ]
+        own = standing_alone(answers)
         self.own = KLMeter(model, own) if own else None
 
     def measure(self, made: Interventions) -> tuple[np.ndarray, float]:

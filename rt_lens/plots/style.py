@@ -17,6 +17,7 @@ from plotly.colors import hex_to_rgb
 from torch import Tensor
 
 from rt_lens.common.formatting import estimate
+from rt_lens.common.formatting import with_minus_sign as with_minus_sign
 
 Table: TypeAlias = pd.DataFrame | Sequence[Mapping[str, Any]]
 PerLayer: TypeAlias = Float[Tensor, " layer"] | Float[np.ndarray, " layer"]  # the space is for linters
@@ -215,11 +216,6 @@ def row_estimate(row: Mapping[str, Any] | pd.Series, measure: str = "mean", digi
     """
     low, high = ("low", "high") if measure in ("mean", "difference") else (f"{measure}_low", f"{measure}_high")
     return estimate(row[measure], row.get(low), row.get(high), digits)
-
-
-def with_minus_sign(text: str) -> str:
-    """The text with the minus sign of print in the place of hyphens."""
-    return text.replace("-", "−")
 
 
 def shown(token: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rt_lens.common.formatting import bracketed, number, p_value
+from rt_lens.common.formatting import bracketed, number, p_value, with_minus_sign
 
 _TO_TEST = 6  # topics from which on a sign-flip test can give p below 0.05
 
@@ -35,7 +35,7 @@ def persona_warnings(effect: Mapping[str, Any] | None) -> list[str]:
 
 
 def _alike(effect: Mapping[str, Any]) -> str:
-    score, n = _with_sign(number(_untuned(effect)["mean"], 2)), effect["n"]
+    score, n = with_minus_sign(number(_untuned(effect)["mean"], 2)), effect["n"]
     return (
         f"The scorer {effect['scorer']!r} gives {score} to all {3 * n} responses of the untuned model, with positive "
         f"personas, with negative ones and without any, so this run can show little: positive minus negative is "
@@ -64,22 +64,19 @@ def _of_room(effect: Mapping[str, Any]) -> list[str]:
         return []
     untuned, (least, most) = _untuned(effect), effect["range"]
     verb, blocked, other = ("lower", "away", "toward") if effect["end"] == "low" else ("raise", "toward", "away")
-    mean = _with_sign(bracketed(untuned["mean"], untuned["low"], untuned["high"], 2))
+    mean = with_minus_sign(bracketed(untuned["mean"], untuned["low"], untuned["high"], 2))
+    span = f"{with_minus_sign(f'{least:g}')} to {most:g}"
     return [
-        f"The untuned score stands at the {effect['end']} end of the scorer's range ({_with_sign(f'{least:g}')} to "
-        f"{most:g}), at {effect['n_at_end']} of {untuned['n']} responses: {mean} (n = {untuned['n']} topics outside "
+        f"The untuned score stands at the {effect['end']} end of the scorer's range ({span}), at "
+        f"{effect['n_at_end']} of {untuned['n']} responses: {mean} (n = {untuned['n']} topics outside "
         f"the test, seed {effect['seed']}), so no arm can {verb} it: read {other}, not {blocked}."
     ]
 
 
 def _difference(effect: Mapping[str, Any]) -> str:
-    size = _with_sign(bracketed(effect["difference"], effect["low"], effect["high"], 2))
+    size = with_minus_sign(bracketed(effect["difference"], effect["low"], effect["high"], 2))
     return f"{size} (n = {effect['n']} topics outside the test, seed {effect['seed']}, p {p_value(effect['p'])})"
 
 
 def _untuned(effect: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(row for row in effect["sides"] if row["side"] == "untuned")
-
-
-def _with_sign(text: str) -> str:
-    return text.replace("-", "−")

@@ -359,7 +359,7 @@ def _bound(
 ) -> list[FwdHook]:  # fmt: skip
     """Hooks of operators that are given by hook name."""
     if not operators:
-        raise ValueError(f"{argument} must be at least one hook name with its number, got none.")
+        raise ValueError(f"{argument} must be at least one hook name with what acts there, got none. Name one.")
     check_positions(positions)
     check_multiplier(multiplier)
     on_stream = {name: must_reach_stream(name, operator, multiplier, ()) for name, operator in operators.items()}
