@@ -89,7 +89,8 @@ def test_a_users_own_collector_settings_stay():
         gc.enable()
         with collector_rests():
             assert gc.isenabled()
-        assert gc.get_freeze_count() == frozen
+        # A frozen object that dies leaves the count, so it may fall a little; thawed, it would be 0.
+        assert 0 < gc.get_freeze_count() <= frozen
     finally:
         gc.unfreeze()
         gc.enable()
