@@ -15,20 +15,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rt_lens.arms.intervention import Interventions
 from rt_lens.arms.knobs import Knob
 from rt_lens.evaluation.tasks import EvalTask
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.losses import Direction
+from rt_lens.tuning.targets import Target, TokenTarget
 from rt_lens.tuning.tuning_data import TuningData
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
 BUILT_IN = (
-    "prompted", "steered", "steered_generated", "token_tuned", "rep_tuned", "weight_steered", "random",
+    "prompted", "steered", "steered_generated", "token_tuned", "rep_tuned", "weight_steered", "steer_distilled",
+    "preventative", "preventative_ablated", "lorra", "circuit_breaker", "dpo", "bipo", "reft_r1", "kl_then_steer",
+    "out_tuned", "random",
 )  # fmt: skip
 
 
@@ -58,7 +60,10 @@ class ArmInputs:
         make: (arm, direction) -> another arm of this seed, made once; with this arm's settings where it has any.
         settings: values of the arm's knobs, from the file's `[settings.ARM]` or a search; those not named are left to
             the arm.
-        tuned: is called with the name and delta of each arm that was tuned.
+        targets: direction -> training and validation targets, written once for all arms of this seed; for an arm that
+            prepares data of its own.
+        neutral: neutral responses for such data.
+        tuned: is called with the direction, the history and the number of trained tokens of each tuning run.
         progress: show bars.
 
     Example:
@@ -83,7 +88,9 @@ class ArmInputs:
     data: Callable[[Direction], TuningData]
     make: Callable[[str, Direction], Interventions]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    tuned: Callable[[str, Direction, WeightDelta], None] = lambda arm, direction, delta: None
+    targets: Callable[[Direction], tuple[list[TokenTarget], list[TokenTarget]]] = lambda direction: ([], [])
+    neutral: Callable[[], list[Target]] = list
+    tuned: Callable[[Direction, History, int], None] = lambda direction, history, tokens: None
     progress: bool = False
 
     @property
@@ -98,11 +105,17 @@ class ArmInputs:
         return list(range(first, min(first + self.settings.get("n_layers", 1), self.model.cfg.n_layers)))
 
     @property
+    def multiplier(self) -> float:
+        """How strongly an arm steers while it writes or tunes: `multiplier` of the settings (2), of the vector."""
+        return float(self.settings.get("multiplier", 2.0))
+
+    @property
     def opposite(self) -> Direction:
         """The other direction."""
         return "away" if self.direction == "toward" else "toward"
 
 
+History: TypeAlias = Sequence[Mapping[str, Any]]
 Way: TypeAlias = Callable[[ArmInputs], Interventions]
 
 
@@ -115,9 +128,11 @@ class RegisteredArm:
         description: in a sentence, for reports.
         way: the function.
         uses: names of other arms that it asks `ArmInputs.make` for.
-        tunes: whether it trains weights.
+        tunes: whether it trains weights, or an edit's tensors.
         seeded: whether it depends on the seed; if not, it is made once for each direction.
         knobs: name of a setting -> the values that a search tries.
+        like: the arm whose tuning settings it has, `rep_tuned` or `token_tuned`; None if it has none.
+        differs: tuning settings in which it differs from that one.
     """
 
     name: str
@@ -127,6 +142,8 @@ class RegisteredArm:
     tunes: bool = False
     seeded: bool = True
     knobs: Mapping[str, Knob] = field(default_factory=dict)
+    like: Literal["rep_tuned", "token_tuned"] | None = None
+    differs: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ARMS: dict[str, RegisteredArm] = {}
@@ -140,6 +157,8 @@ def register_arm(
     tunes: bool = False,
     seeded: bool = True,
     knobs: Mapping[str, Knob] | None = None,
+    like: Literal["rep_tuned", "token_tuned"] | None = None,
+    differs: Mapping[str, Any] | None = None,
 ) -> Callable[[Way], Way]:
     """Decorator: makes a function available as an arm of this name, in a TOML file's `arms` too.
 
@@ -147,9 +166,12 @@ def register_arm(
         name: of the arm; letters, digits and underscores.
         description: in a sentence, for reports.
         uses: other arms that the function asks `ArmInputs.make` for.
-        tunes: whether it trains weights.
+        tunes: whether it trains weights, or an edit's tensors.
         seeded: whether it depends on the seed: on its vectors, its data, or a random draw.
-        knobs: name of a setting -> the values that a search tries; the function reads it from `ArmInputs.settings`.
+        knobs: name of a setting -> the values that a search tries; the function reads it from `ArmInputs.settings`, and
+            those that are settings of a TuneConfig from `ArmInputs.configs` too.
+        like: for an arm that tunes, the one from whose settings in the file its own in `ArmInputs.configs` are made.
+        differs: settings of the TuneConfig in which it differs from that one.
 
     Raises:
         ValueError: for a name that is taken, or not a name.
@@ -170,7 +192,9 @@ def register_arm(
         raise ValueError(f"name must be one that no arm has, got {name!r}, which is taken. Choose another.")
 
     def registered(way: Way) -> Way:
-        _ARMS[name] = RegisteredArm(name, description, way, tuple(uses), tunes, seeded, dict(knobs or {}))
+        _ARMS[name] = RegisteredArm(
+            name, description, way, tuple(uses), tunes, seeded, dict(knobs or {}), like, dict(differs or {})
+        )
         return way
 
     return registered

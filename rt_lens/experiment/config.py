@@ -230,9 +230,15 @@ class Experiment:
             ValueError: for a setting of `token` or `settings` that is out of range.
         """
         base = {"token_tuned": replace(self.tune, cosine_weight=0.0, **self.token), "rep_tuned": self.tune}
-        made_of = {arm: registered_arm(arm).uses for arm in self.settings if self.settings[arm]}
+        arms = {arm: registered_arm(arm) for arm in dict.fromkeys([*self.arms, *self.settings])}
+        alike = {
+            arm: replace(base[way.like], **way.differs)
+            for arm, way in arms.items() if way.like is not None and arm not in base
+        }  # fmt: skip
+        made_of = {arm: arms[arm].uses for arm in self.settings if self.settings[arm]}
         of_others = {arm: base[used] for arm, uses in made_of.items() for used in uses if used in base}
-        return {arm: _with_settings(config, self.settings.get(arm, {})) for arm, config in (base | of_others).items()}
+        tuned = base | alike | of_others
+        return {arm: _with_settings(config, self.settings.get(arm, {})) for arm, config in tuned.items()}
 
     @property
     def tuning_runs(self) -> list[tuple[str, str, int]]:
@@ -284,7 +290,8 @@ class Experiment:
 def _with_settings(config: TuneConfig, settings: Mapping[str, Any]) -> TuneConfig:
     """The tuning settings with those found. Blocks to train follow the layers of the loss, unless both were found."""
     following = {"trained_layers": None} if "layers" in settings else {}
-    return replace(config, **(following | dict(settings)))
+    known = {entry.name for entry in fields(TuneConfig)}  # the others, such as a multiplier, the arm itself reads
+    return replace(config, **(following | {name: value for name, value in settings.items() if name in known}))
 
 
 def judge_table(judge: Mapping[str, Any] | Scorer) -> ScorerLike:

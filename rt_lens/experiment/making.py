@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from rt_lens.arms.intervention import Interventions
 from rt_lens.arms.knobs import Room
-from rt_lens.arms.registry import ArmInputs, registered_arm
+from rt_lens.arms.registry import ArmInputs, History, registered_arm
 from rt_lens.data.builtin import calibration_prompts, neutral_prompts
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.evaluation.texts import Response, Scored
@@ -18,13 +18,12 @@ from rt_lens.experiment.protocols import Protocol
 from rt_lens.models.generation import generate
 from rt_lens.models.protocol import Model
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Target, TokenTarget, write_neutral, write_targets
 from rt_lens.tuning.tuning_data import TuningData, prepare_data
 from rt_lens.vectors.steering_vectors import SteeringVectors
 
-Remember: TypeAlias = Callable[[str, Direction, WeightDelta], None]
+Remember: TypeAlias = Callable[[str, Direction, History], None]
 
 
 def personas_of(protocol: Protocol, direction: Direction) -> list[str]:
@@ -93,9 +92,10 @@ class Material:
     def data(self, direction: Direction, vectors: SteeringVectors, configs: Sequence[TuneConfig]) -> TuningData:
         """The data of all arms of one direction, cached up to the first block that any of them trains."""
         train, validation = self.targets(direction)
-        reading = next((config for config in configs if config.cosine_weight), configs[0])
+        reading = [config for config in configs if config.cosine_weight] or configs[:1]
         shared = replace(
-            reading, direction=direction, seed=self.config.seed,
+            reading[0], direction=direction, seed=self.config.seed, residual_loss="cosine", token_loss="cross_entropy",
+            layers=tuple(sorted({layer for config in reading for layer in config.layers})),
             trained_layers=tuple(sorted({block for config in configs for block in config.blocks})),
             kl_weight=max(config.kl_weight for config in configs),
         )  # fmt: skip
@@ -131,7 +131,7 @@ class ArmMaker:
         vectors: SteeringVectors,
         layers: Mapping[Direction, int],
         *,
-        remember: Remember = lambda arm, direction, delta: None,
+        remember: Remember = lambda arm, direction, history: None,
         progress: bool = False,
     ) -> None:
         self.experiment, self.material, self.vectors, self.layers = experiment, material, vectors, layers
@@ -181,22 +181,17 @@ class ArmMaker:
         def make(used: str, way: Direction) -> Interventions:
             return self._made(used, self._owner(arm, used), way)
 
-        def tuned(_: str, way: Direction, delta: WeightDelta) -> None:
-            self.trained_tokens += self._tokens(way, configs[arm], delta)
-            self.remember(owner, way, delta)
+        def tuned(way: Direction, history: History, tokens: int) -> None:
+            self.trained_tokens += tokens
+            self.remember(owner, way, history)
 
         return ArmInputs(
             model=self.material.model, direction=direction, seed=self.material.config.seed, vectors=self.vectors,
             layer=self.layers[direction], personas=self._personas(direction, settings),
             validation=self.material.protocol.choosing, configs=configs, data=self.data, make=make,
-            settings=settings, tuned=tuned, progress=self.progress,
+            settings=settings, targets=self.material.targets,
+            neutral=lambda: self.material.neutral(list(self.configs.values())), tuned=tuned, progress=self.progress,
         )  # fmt: skip
-
-    def _tokens(self, direction: Direction, config: TuneConfig, delta: WeightDelta) -> int:
-        """Steps x targets of a step x mean tokens of a target."""
-        lengths = [int(row.predicts.sum()) for row in self.data(direction).train]
-        steps = max(row["step"] for row in delta.history if row["split"] == "train")
-        return round(steps * config.batch_size * sum(lengths) / len(lengths))
 
     def _personas(self, direction: Direction, settings: Mapping[str, Any]) -> list[str]:
         """That of the settings, or some to choose from, the same for all seeds."""

@@ -28,7 +28,7 @@ from rt_lens.arms.calibration import scaled
 from rt_lens.arms.comparison import ArmScores
 from rt_lens.arms.equal_damage import KLCurves, KLEvaluator
 from rt_lens.arms.intervention import Interventions, applied, each_of
-from rt_lens.arms.registry import ArmUnavailable, RegisteredArm, registered_arm
+from rt_lens.arms.registry import ArmUnavailable, History, RegisteredArm, registered_arm
 from rt_lens.common.arm_labels import ArmLabel
 from rt_lens.common.files import together, write_atomically
 from rt_lens.common.statistics.intervals import mean_interval
@@ -412,8 +412,8 @@ class _Run:
         layers = {direction: choices[direction]["layer"] for direction in DIRECTIONS}
         material = Material(self.experiment, self.model, self.protocol, seed)
 
-        def remember(arm: str, direction: Direction, delta: WeightDelta) -> None:
-            self.history[ArmLabel(arm, direction, seed)] = [dict(row) for row in delta.history]
+        def remember(arm: str, direction: Direction, history: History) -> None:
+            self.history[ArmLabel(arm, direction, seed)] = [dict(row) for row in history]
 
         maker = ArmMaker(self.experiment, material, vectors, layers, remember=remember, progress=self.progress)
         for direction in (direction for direction in DIRECTIONS if seed in seeds[direction]):

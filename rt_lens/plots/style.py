@@ -38,6 +38,10 @@ SPARE_COLOURS = ("#CC79A7", "#D55E00", "#0072B2", "#F0E442")
 DIRECTIONS = ("none", "toward", "away", "suppress")
 SYMBOLS = {"none": "circle", "toward": "triangle-up", "away": "triangle-down", "suppress": "diamond"}
 LOSS_PARTS = {"total": "total", "token": "token (nats)", "cosine": "cosine (0 to 1)", "kl": "KL (nats)"}
+OTHER_LOSSES = {
+    "preference": "preference (nats)", "lorra": "distance to aim", "circuit_breaker": "cosine to untuned (0 to 1)",
+    "retain": "distance kept (neutral)",
+}  # fmt: skip
 INK, FAINT = "#222222", "#8A8A8A"
 _TOP = 60  # px above the panels of a figure without title, for their names and Plotly's buttons
 

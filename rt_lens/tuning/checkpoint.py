@@ -179,6 +179,9 @@ def contents_of(material: TuningData) -> dict[str, str]:
 def _parts(row: Row) -> Iterator[tuple[str, Tensor]]:
     yield from (("tokens", row.tokens), ("predicts", row.predicts), ("choices", row.choices), ("shares", row.shares))
     yield from row.places.items()
+    for other in (row.rejected, *(row.contrast or ())):
+        if other is not None:
+            yield from _parts(other)
 
 
 def _as_stored(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,8 +72,16 @@ class TuneConfig:
             as for `trained_layers`: then a weight gets gradients only from the losses that name it. If `kl` is left
             out, it trains whatever any other loss trains.
         lora_rank: Rank of the low-rank factors of each matrix (Hu et al. 2021; scale 1); 0 trains whole matrices.
-        cosine_weight: Weight of the cosine loss; 0 disables it.
-        token_weight: Weight of the cross-entropy on the targets; 0 disables it.
+        cosine_weight: Weight of the loss at the hook points; 0 disables it.
+        residual_loss: What that loss is: `cosine` to the vector; `lorra`, the distance to the untuned residual moved by
+            `shift` times the difference that the personas make at the same token (Zou et al. 2023); `circuit_breaker`,
+            the cosine to the untuned residual on targets that are to go (Zou et al. 2024), while on neutral prompts the
+            distance to the untuned residual takes the place of the KL.
+        shift: Multiplier of the persona difference in `lorra`.
+        token_weight: Weight of the loss on the targets' tokens; 0 disables it.
+        token_loss: What that loss is: `cross_entropy`, or `preference` for the answer over the one rejected, both
+            relative to the untuned model (DPO, Rafailov et al. 2023).
+        beta: Scale of the log-ratios in `preference`.
         free_nats: A target token whose loss is within this many nats of its minimum is not trained on; 0 trains on all.
         kl_weight: Weight of the KL to the untuned model on neutral prompts; 0 disables it.
         learning_rate: Peak AdamW learning rate (linear warm-up, then linear decay to zero).
@@ -121,7 +129,11 @@ class TuneConfig:
     target_modules: Sequence[str] | Mapping[str, Sequence[str]] = MATRICES
     lora_rank: int = 0
     cosine_weight: float = 14.0
+    residual_loss: Literal["cosine", "lorra", "circuit_breaker"] = "cosine"
+    shift: float = 1.0
     token_weight: float = 1.0
+    token_loss: Literal["cross_entropy", "preference"] = "cross_entropy"
+    beta: float = 0.1
     free_nats: float = 0.0
     kl_weight: float = 1.0
     learning_rate: float = 1e-4
@@ -153,8 +165,17 @@ class TuneConfig:
         _check_numbers(self)
 
     def weight(self, loss: str) -> float:
-        """The weight of a loss: `cosine`, `token` or `kl`."""
+        """The weight of a loss: `cosine` (whatever `residual_loss` is), `token` or `kl`."""
         return float(getattr(self, f"{loss}_weight"))
+
+    def loss_name(self, loss: str) -> str:
+        """What `cosine`, `token` and `kl` are in a history: their own names, or those of the losses in their place."""
+        names = {"cosine": self.residual_loss}
+        if self.residual_loss == "circuit_breaker":
+            names["kl"] = "retain"
+        if self.token_loss == "preference":
+            names["token"] = "preference"
+        return names.get(loss, loss)
 
     def blocks_of(self, loss: str) -> tuple[int, ...]:
         """The blocks that a loss trains; none if it has no weight."""
@@ -228,6 +249,8 @@ def _check_names(config: TuneConfig) -> None:
     allowed = {
         "precision": ("float32", "bfloat16", "auto"),
         "prefix_cache": ("auto", "memory", "disk", "off"),
+        "residual_loss": ("cosine", "lorra", "circuit_breaker"),
+        "token_loss": ("cross_entropy", "preference"),
     }
     for name, values in allowed.items():
         if getattr(config, name) not in values:
@@ -253,7 +276,7 @@ def _check_names(config: TuneConfig) -> None:
 def _check_numbers(config: TuneConfig) -> None:
     not_negative = ("cosine_weight", "token_weight", "kl_weight", "free_nats", "weight_decay", "target_temperature")
     positive = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens",
-                "validate_every", "patience", "learning_rate", "max_grad_norm")  # fmt: skip
+                "validate_every", "patience", "learning_rate", "max_grad_norm", "shift", "beta")  # fmt: skip
     whole = ("epochs", "max_steps", "batch_size", "neutral_batch_size", "n_targets", "target_tokens", "validate_every",
              "patience", "lora_rank", "micro_batch_size")  # fmt: skip
     for name in (*not_negative, *positive, *whole, "token_learning_rate", "warmup", "validation_share"):
@@ -270,6 +293,11 @@ def _check_numbers(config: TuneConfig) -> None:
     for name in ("warmup", "validation_share"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(config, name)}.")
+    if config.residual_loss != "cosine" and config.cosine_weight and config.positions != "response":
+        raise ValueError(
+            f"positions must be 'response' where residual_loss is {config.residual_loss!r}, which is read where the "
+            f"response is predicted, got {config.positions!r}. Leave it out."
+        )
     if config.cosine_weight == config.token_weight == config.kl_weight == 0:
         raise ValueError(
             "cosine_weight, token_weight or kl_weight must be above 0, got 0 for all, so there is nothing to tune."

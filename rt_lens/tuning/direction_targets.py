@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +15,7 @@ from rt_lens.models.forward import check_layers
 from rt_lens.models.positions import position_named, position_of
 from rt_lens.models.protocol import Model
 from rt_lens.steering.binding import add
-from rt_lens.steering.edits import FwdHook
+from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.tuning.config import TuneConfig, whole_numbers
 from rt_lens.tuning.losses import Direction, check_direction
 from rt_lens.vectors.extraction import extract_vectors
@@ -223,6 +223,66 @@ class KLThenSteer:
             "layers": list(self.layers), "strength": self.strength, "share": self.share, "n_pairs": self.n_pairs,
             "directions": directions,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Preventative:
+    """Tunes a model under edits that are always there, to be used without them.
+
+    Steered to the other side, the weights learn to make up for it (preventative steering, Chen et al. 2025, arXiv
+    2507.21509). With the direction ablated, they have to learn the targets by other directions (CAFT, Casademunt et al.
+    2025, arXiv 2507.16795). The losses at hook points and tokens are computed under the edits, the KL on neutral
+    prompts without.
+
+    Attributes:
+        hooks: edits, as `add` and `ablate` give them.
+
+    Example:
+        >>> steer = Preventative(add(vectors, [21], 2.0))
+        >>> steer.layers, steer.described()["hooks"]
+        ((21,), [{'hook': 'blocks.21.hook_resid_post', 'edit': 'Add', 'multiplier': 2.0}])
+    """
+
+    hooks: Sequence[FwdHook]
+
+    def __post_init__(self) -> None:
+        if not self.hooks or not all(isinstance(edit, Edit) for _, edit in self.hooks):
+            raise ValueError("hooks must be edits, as `add` and `ablate` give them, got others or none.")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks that are edited."""
+        return tuple(sorted({layer_of(name) for name, _ in self.hooks}))
+
+    def check_fits(self, model: Model) -> None:
+        """Refuses blocks outside the model.
+
+        Raises:
+            ValueError: names the argument.
+        """
+        check_layers(model, self.layers)
+
+    def drawn(self, model: Model, seed: str) -> list[FwdHook]:
+        """The hooks of a step: always all."""
+        return list(self.hooks)
+
+    def held_out(self, model: Model) -> list[list[FwdHook]]:
+        """The hooks of every validation."""
+        return [list(self.hooks)]
+
+    def described(self) -> dict[str, Any]:
+        """What a delta's configuration keeps of it."""
+        edits = [(name, edit) for name, edit in self.hooks if isinstance(edit, Edit)]
+        return {
+            "hooks": [
+                {"hook": name, "edit": type(edit.operator).__name__, "multiplier": float(edit.multiplier)}
+                for name, edit in edits
+            ]
+        }
+
+
+SteerWhileTuning: TypeAlias = KLThenSteer | Preventative
+"""Edits under which a tuning run computes its losses."""
 
 
 def described(targets: SteeringVectors | Sequence[DirectionTarget]) -> list[dict[str, Any]]:

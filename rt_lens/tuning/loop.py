@@ -23,8 +23,16 @@ from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.checkpoint import Checkpoint, State, named_tensors, run_of
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.delta import WeightDelta
-from rt_lens.tuning.direction_targets import DirectionTarget, KLThenSteer, ResolvedTarget, described, resolve_targets
+from rt_lens.tuning.direction_targets import (
+    DirectionTarget,
+    KLThenSteer,
+    ResolvedTarget,
+    SteerWhileTuning,
+    described,
+    resolve_targets,
+)
 from rt_lens.tuning.objective import Objective
+from rt_lens.tuning.references import with_references
 from rt_lens.tuning.targets import Target, TokenTarget, neutral_list
 from rt_lens.tuning.tuning_data import Row, TuningData, prepare_data
 from rt_lens.tuning.weights import TrainableParam, trainable_params, trained_by
@@ -64,7 +72,7 @@ def tune(
     *,
     validation: ContrastPairs | Sequence[TokenTarget] | None = None,
     neutral: Iterable[str] | Iterable[Target] = (),
-    steer: KLThenSteer | None = None,
+    steer: SteerWhileTuning | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 25,
     progress: bool = True,
@@ -85,7 +93,7 @@ def tune(
         config: see TuneConfig.
         validation: held-out pairs or targets; by default a fraction of the training topics.
         neutral: prompts (or targets) for the KL term; needed if its weight is above 0.
-        steer: computes the losses under random steering, see KLThenSteer.
+        steer: computes the losses under random steering (KLThenSteer), or under constant edits (Preventative).
         checkpoint: file for the run's state. If it exists, the run resumes from it, which gives bit-identical results
             to an uninterrupted run; the checkpoint of a finished run gives its delta at once.
         checkpoint_every: steps between writes.
@@ -131,8 +139,10 @@ def tune(
         stored.reads(train)
     before = {name: parameter.detach() for name, parameter in all_trained.items()}
     with trainable_params(model, all_trained, config) as leaves:
-        objective = Objective(model, targets, config, train, trained, steered=steer is not None)
-        loop = _Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **origin})
+        names = list(dict.fromkeys(name for target in targets for name in target.names))
+        train = with_references(model, train, config, names)
+        objective = Objective(model, targets, config, train, trained, steered=isinstance(steer, KLThenSteer))
+        loop = Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **origin})
         return loop.run(stored, checkpoint_every, progress)
 
 
@@ -142,7 +152,7 @@ def _check_request(
     config: TuneConfig,
     validation: Any,
     neutral: Sequence[Any],
-    steer: KLThenSteer | None,
+    steer: SteerWhileTuning | None,
     every: int,
 ) -> None:
     if config.cosine_weight == 0 and config.token_weight == 0 and steer is None:
@@ -171,7 +181,7 @@ def _check_data(
     data: TuningData,
     targets: Sequence[ResolvedTarget],
     config: TuneConfig,
-    steer: KLThenSteer | None,
+    steer: SteerWhileTuning | None,
 ) -> None:
     if data.model != model_name(model):
         raise ValueError(f"train must be data prepared with this model, {model_name(model)}, got data of {data.model}.")
@@ -199,8 +209,8 @@ def _check_data(
         )
 
 
-class _Loop:
-    """One tuning run over prepared data."""
+class Loop:
+    """One tuning run over prepared data: of weights, or of an edit's own tensors, whose delta changes nothing."""
 
     def __init__(
         self,
@@ -210,7 +220,7 @@ class _Loop:
         trained: Mapping[str, Mapping[str, nn.Parameter]],
         data: TuningData,
         config: TuneConfig,
-        steer: KLThenSteer | None,
+        steer: SteerWhileTuning | None,
         before: Mapping[str, Tensor],
         origin: dict[str, Any],
     ) -> None:
@@ -250,6 +260,7 @@ class _Loop:
         for leaf in self.leaves.values():
             leaf.forget_gradient()
         hooks = self.steer.drawn(self.model, f"{config.seed}-steer-{number}") if self.steer else []
+        self.objective.at(state.step, self.steps)
         losses = self.objective.gradients(rows, neutral, hooks)
         for leaf in self.leaves.values():
             leaf.take_gradient()
@@ -345,7 +356,8 @@ def _rate(step: int, steps: int, warmup: float) -> float:
 
 
 def _history_row(step: int, split: str, losses: Mapping[str, float]) -> dict[str, Any]:
-    return {"step": step, "split": split, **{name: losses.get(name) for name in ("total", "token", "cosine", "kl")}}
+    always = {name: losses.get(name) for name in ("total", "token", "cosine", "kl")}
+    return {"step": step, "split": split, **always, **losses}
 
 
 @contextmanager

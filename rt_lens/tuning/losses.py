@@ -90,3 +90,61 @@ def token_loss(
     if rest == 0:
         return loss
     return loss.clamp(min=-torch.xlogy(shares, shares).sum(-1) + rest)
+
+
+def shift_loss(h: Float[Tensor, "n d_model"], aim: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
+    """Distance of activations to where they are to go, |h - aim| (LoRRA, Zou et al. 2023, arXiv 2310.01405).
+
+    With the untuned activations as aim it is what circuit breakers hold other text by (Zou et al. 2024).
+
+    Args:
+        h: activations at the chosen positions.
+        aim: a target for each position.
+
+    Example:
+        >>> import torch
+        >>> shift_loss(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.0]])).tolist()
+        [5.0]
+    """
+    return (h - aim).norm(dim=-1)
+
+
+def break_loss(h: Float[Tensor, "n d_model"], untuned: Float[Tensor, "n d_model"]) -> Float[Tensor, "n"]:
+    """Cosine to the untuned activations where it is positive: relu(cos(h, untuned)).
+
+    At 0 the representation is orthogonal to what it was (circuit breakers, Zou et al. 2024, arXiv 2406.04313).
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> break_loss(h, torch.tensor([[2.0, 0.0]]).expand(3, 2)).tolist()
+        [1.0, 0.0, 0.0]
+    """
+    return F.cosine_similarity(h, untuned, dim=-1).relu()
+
+
+def preference_loss(
+    given: Float[Tensor, "n"],
+    rejected: Float[Tensor, "n"],
+    untuned_given: Float[Tensor, "n"],
+    untuned_rejected: Float[Tensor, "n"],
+    beta: float = 0.1,
+) -> Float[Tensor, "n"]:
+    """DPO loss of pairs of answers, in nats (Rafailov et al. 2023, arXiv 2305.18290).
+
+    -log sigmoid(beta [(given - untuned_given) - (rejected - untuned_rejected)]). BiPO is the same, of a vector.
+
+    Args:
+        given: log-likelihood of the answer to give, over all of its tokens.
+        rejected: of the answer not to give.
+        untuned_given: of the first under the untuned model.
+        untuned_rejected: of the second.
+        beta: scale of the log-ratios.
+
+    Example:
+        >>> import torch
+        >>> zero = torch.zeros(1)
+        >>> torch.allclose(preference_loss(zero, zero, zero, zero), torch.tensor(2.0).log())
+        True
+    """
+    return -F.logsigmoid(beta * ((given - untuned_given) - (rejected - untuned_rejected)))

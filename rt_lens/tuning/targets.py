@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from rt_lens.common.inputs import as_text, listed, text_list
-from rt_lens.data.contrast_pairs import ContrastPairs
+from rt_lens.data.contrast_pairs import ContrastPairs, Pair
 from rt_lens.models.generation import as_chat, generate
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import chat_text
@@ -25,6 +25,8 @@ class Target:
         answer: what follows it.
         ended: whether the answer is whole: then its end is learnt too, so that the tuned model stops there. False for
             an answer that was cut off.
+        rejected: an answer not to give, for the preference loss; whole or cut off like the other.
+        contrast: the prompt with a positive and with a negative persona, for the loss `lorra`.
 
     Example:
         >>> target = Target(chat_text(model, "How was your day?"), "It was a long one.")
@@ -35,6 +37,8 @@ class Target:
     prompt: str
     answer: str
     ended: bool = True
+    rejected: str | None = None
+    contrast: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,59 @@ def write_targets(
     check_direction(direction)
     chosen = pairs.sample(config.n_targets, seed=config.seed).pairs
     persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "suppress": lambda p: ""}[direction]
-    with_persona = [chat_text(model, pair.user, system=persona(pair)) for pair in chosen]
-    plain = [chat_text(model, pair.user) for pair in chosen]
+
+    def asked(pair: Pair, system: str = "") -> str:
+        return chat_text(model, pair.user, system=system)
+
+    with_persona = [asked(pair, persona(pair)) for pair in chosen]
+    plain = [
+        Target(asked(pair), "", contrast=(asked(pair, pair.positive), asked(pair, pair.negative))) for pair in chosen
+    ]
     return _written(model, with_persona, plain, config, progress)
+
+
+def rewrite_targets(
+    model: Model, targets: Sequence[TokenTarget], config: TuneConfig, *, progress: bool = False
+) -> list[Target]:
+    """Targets with the model's own answers to their prompts: apply an intervention first, and they show it.
+
+    Args:
+        model: with whatever is applied to it.
+        targets: whose prompts are answered. A Choice has no answer, and is left out.
+        config: length, temperature and seed of the answers.
+        progress: show a bar.
+
+    Example:
+        >>> few = write_targets(model, train, "toward", TuneConfig(n_targets=2, target_tokens=4))
+        >>> with rtl.applied(model, add(vectors, [21], 2.0)):
+        ...     steered = rtl.tuning.rewrite_targets(model, few, TuneConfig(target_tokens=4))
+        >>> [target.prompt for target in steered] == [target.prompt for target in few]
+        True
+    """
+    answered = [target for target in targets if isinstance(target, Target)]
+    if not answered:
+        return []
+    return _written(model, [target.prompt for target in answered], answered, config, progress)
+
+
+def preferences(given: Sequence[TokenTarget], rejected: Sequence[TokenTarget]) -> list[Target]:
+    """Targets with the answers not to give, from two lists of targets for the same prompts.
+
+    Args:
+        given: answers to give.
+        rejected: answers not to give. A prompt that has none of them, or the same one, is left out.
+
+    Example:
+        >>> happy, sad = rtl.tuning.Target("How was it?", "Great."), rtl.tuning.Target("How was it?", "Bleak.")
+        >>> rtl.tuning.preferences([happy], [sad])[0].rejected
+        'Bleak.'
+    """
+    others = {target.prompt: target.answer for target in rejected if isinstance(target, Target)}
+    return [
+        replace(target, rejected=others[target.prompt])
+        for target in given
+        if isinstance(target, Target) and others.get(target.prompt, target.answer) != target.answer
+    ]
 
 
 def neutral_list(neutral: Iterable[Any]) -> list[Any]:
@@ -120,20 +174,20 @@ def write_neutral(
         (2, True)
     """
     chats = as_chat(model, text_list(prompts, "prompts", none=True))
-    return _written(model, chats, chats, config or TuneConfig(), progress)
+    return _written(model, chats, [Target(chat, "") for chat in chats], config or TuneConfig(), progress)
 
 
 def _written(
-    model: Model, chats: Sequence[str], prompts: Sequence[str], config: TuneConfig, progress: bool
+    model: Model, chats: Sequence[str], targets: Sequence[Target], config: TuneConfig, progress: bool
 ) -> list[Target]:
-    """The model's answers to some chats, to be learnt as answers to the prompts."""
+    """The targets with the model's answers to some chats."""
     lengths: Counter[int] = Counter()
     answers = generate(
         model, chats, chat=False, max_new_tokens=config.target_tokens, temperature=config.target_temperature,
         seed=config.seed, progress=progress, on_token=lambda token: lengths.update([token.row]),
     )  # fmt: skip
     return [
-        Target(prompt, answer, ended=lengths[row] < config.target_tokens)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        replace(target, answer=answer, ended=lengths[row] < config.target_tokens)
+        for row, (target, answer) in enumerate(zip(targets, answers, strict=True))
         if answer.strip()
     ]

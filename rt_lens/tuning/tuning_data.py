@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,7 +26,7 @@ from rt_lens.models.tokens.chats import answered, end_ids, end_of_answer, tokeni
 from rt_lens.steering.edits import FwdHook
 from rt_lens.tuning.activation_store import ActivationStore
 from rt_lens.tuning.config import TuneConfig
-from rt_lens.tuning.direction_targets import DirectionTarget, KLThenSteer, ResolvedTarget, resolve_targets
+from rt_lens.tuning.direction_targets import DirectionTarget, ResolvedTarget, SteerWhileTuning, resolve_targets
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, Target, TokenTarget, neutral_list, write_neutral, write_targets
 from rt_lens.vectors.steering_vectors import SteeringVectors, layer_of
@@ -45,6 +45,10 @@ class Row:
         places: name of a position -> Bool[Tensor, "pos"], where a cosine is read.
         prefix: residual before the first trained block; None where the model is to run from the beginning.
         reference: the untuned model's final residual at the positions read; for the KL term only.
+        contrast: the same answer after a positive and after a negative persona; for the loss `lorra` only.
+        rejected: the answer not to give; for the preference loss only.
+        aims: hook name -> Float[Tensor, "read d_model"], where a loss wants the activations (`with_references`).
+        likelihood: log-likelihood of the answer under the untuned model; for the preference loss only.
     """
 
     prompt: str
@@ -55,6 +59,10 @@ class Row:
     places: dict[str, Bool[Tensor, "pos"]] = field(default_factory=dict)
     prefix: Float[Tensor, "pos d_model"] | None = None
     reference: Float[Tensor, "read width"] | None = None
+    contrast: tuple[Row, Row] | None = None
+    rejected: Row | None = None
+    aims: dict[str, Float[Tensor, "read d_model"]] = field(default_factory=dict)
+    likelihood: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class Batch:
     places: dict[str, Bool[Tensor, "row pos"]]
     prefix: Float[Tensor, "row pos d_model"] | None
     reference: Float[Tensor, "read width"] | None
+    aims: dict[str, Float[Tensor, "read d_model"]]
+    likelihood: Float[Tensor, "row"]
 
     @classmethod
     def of(cls, rows: Sequence[Row], pad_id: int, device: Any) -> Batch:
@@ -89,6 +99,8 @@ class Batch:
             },
             pad_sequence(prefixes, batch_first=True).to(device) if prefixes else None,
             pack(references, "* width")[0].to(device) if references else None,
+            {name: torch.cat([row.aims[name] for row in rows]).to(device) for name in rows[0].aims},
+            torch.tensor([row.likelihood for row in rows], device=device),
         )
 
 
@@ -136,7 +148,7 @@ def prepare_data(
     *,
     validation: ContrastPairs | Sequence[TokenTarget] | None = None,
     neutral: Iterable[str] | Iterable[Target] = (),
-    steer: KLThenSteer | None = None,
+    steer: SteerWhileTuning | None = None,
     progress: bool = False,
     weights: str | None = None,
 ) -> TuningData:
@@ -177,8 +189,8 @@ def prepare_data(
     positions = sorted({target.positions for target in resolved})
     rows = _rows(model, targets, positions, first, config)
     return TuningData(
-        train=rows,
-        held_out=_rows(model, held_out, positions, first, config),
+        train=_with_others(model, rows, targets, first, config),
+        held_out=_with_others(model, _rows(model, held_out, positions, first, config), held_out, first, config),
         neutral=_rows(model, neutral_targets, [], first, config, reference=True),
         centres=_centres(model, rows, resolved, first, config),
         first_block=first,
@@ -186,6 +198,14 @@ def prepare_data(
         direction=config.direction if isinstance(train, ContrastPairs) else None,
         weights=parameters_sha256(model) if weights is None else weights,
     )
+
+
+def trained_tokens(data: TuningData, config: TuneConfig, history: Sequence[Mapping[str, Any]]) -> int:
+    """Response tokens that a run has read in training steps: steps x targets of a step x mean tokens of a target."""
+    rows = [*data.train, *(row.rejected for row in data.train if row.rejected is not None)]
+    tokens = sum(int(row.predicts.sum()) for row in rows) / len(data.train)
+    steps = max(row["step"] for row in history if row["split"] == "train")
+    return round(steps * config.batch_size * tokens)
 
 
 def unmixed(model: Model) -> AbstractContextManager[Any]:
@@ -196,7 +216,7 @@ def unmixed(model: Model) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(model.cfg.device).type, enabled=False)
 
 
-def _first_block(model: Model, config: TuneConfig, steer: KLThenSteer | None) -> int:
+def _first_block(model: Model, config: TuneConfig, steer: SteerWhileTuning | None) -> int:
     """The first block that training or steering changes anything in; 0 without a prefix cache."""
     if config.prefix_cache == "off":
         return 0
@@ -214,7 +234,7 @@ def _rows(
     read_at = [int(row.predicts.sum()) for row in rows]
     finals = ActivationStore(read_at if reference else [], model.cfg, storage)
     computed: list[Row] = []
-    for batch_rows, batch in _in_batches(model, rows):
+    for batch_rows, batch in in_batches_of(model, rows):
         if first:
             with backend_of(model).quick(), unmixed(model):
                 prefix = backend_of(model).residual(batch.tokens, batch.mask, stop=first)
@@ -232,7 +252,44 @@ def _rows(
     return computed
 
 
-def _in_batches(model: Model, rows: Sequence[Row], size: int = 16) -> Iterator[tuple[list[Row], Batch]]:
+def _with_others(
+    model: Model, rows: Sequence[Row], targets: Sequence[TokenTarget], first: int, config: TuneConfig
+) -> list[Row]:
+    """The rows with the answers that a loss sets beside them: rejected ones, or the same under personas."""
+    rows = list(rows)
+    if config.token_weight and config.token_loss == "preference":
+        others = _rows(model, [_rejected(target) for target in targets], [], first, config)
+        rows = [replace(row, rejected=other) for row, other in zip(rows, others, strict=True)]
+    if config.cosine_weight and config.residual_loss == "lorra":
+        rows = [replace(row, contrast=_contrast(model, row, t)) for row, t in zip(rows, targets, strict=True)]
+    return rows
+
+
+def _rejected(target: TokenTarget) -> Target:
+    if not isinstance(target, Target) or not target.rejected:
+        raise ValueError(
+            "train must have targets with an answer to reject where token_loss is 'preference', got one without for "
+            f"prompt {target.prompt[-60:]!r}. Pair answers with `rtl.tuning.preferences`."
+        )
+    return replace(target, answer=target.rejected)
+
+
+def _contrast(model: Model, row: Row, target: TokenTarget) -> tuple[Row, Row]:
+    if not isinstance(target, Target) or target.contrast is None:
+        raise ValueError(
+            "train must have targets that were written under personas where residual_loss is 'lorra', got one without "
+            f"for prompt {target.prompt[-60:]!r}. Give ContrastPairs, or targets with a `contrast`."
+        )
+    positive, negative = (_row(model, replace(target, prompt=prompt), []) for prompt in target.contrast)
+    if not torch.equal(positive.choices, row.choices) or not torch.equal(negative.choices, row.choices):
+        raise ValueError(
+            f"train must have answers of the same tokens after every prompt, got {target.answer[:60]!r}, whose first "
+            "token joins the prompt's last in one of them. Leave this target out."
+        )
+    return positive, negative
+
+
+def in_batches_of(model: Model, rows: Sequence[Row], size: int = 16) -> Iterator[tuple[list[Row], Batch]]:
     for start in range(0, len(rows), size):
         batch_rows = list(rows[start : start + size])
         yield batch_rows, Batch.of(batch_rows, pad_id_of(model), model.cfg.device)
@@ -249,7 +306,7 @@ def _centres(
     sums: dict[tuple[str, str], Tensor] = {}
     counts: dict[str, int] = {}
     names = list(dict.fromkeys(name for _, name in keys))
-    for _, batch in _in_batches(model, rows):
+    for _, batch in in_batches_of(model, rows):
         activations, _ = read(model, batch, names, first, final=False)
         for position, mask in batch.places.items():
             counts[position] = counts.get(position, 0) + int(mask.sum())

@@ -154,7 +154,25 @@ class LowRank:
         self.parameter.data = (self.before.float() + change).to(self.before.dtype)
 
 
-TrainableParam: TypeAlias = FullRank | LowRank
+class Learned:
+    """A tensor of an edit, which is its own leaf: the edit reads it as it is."""
+
+    def __init__(self, tensor: nn.Parameter) -> None:
+        self.leaf = tensor
+        self.tensors = {"whole": tensor}
+
+    def forget_gradient(self) -> None:
+        """Begins a step."""
+        self.leaf.grad = None
+
+    def take_gradient(self) -> None:
+        """Nothing to do: it lies there."""
+
+    def write(self) -> None:
+        """Nothing to do."""
+
+
+TrainableParam: TypeAlias = FullRank | LowRank | Learned
 """What the optimiser holds of one parameter."""
 
 

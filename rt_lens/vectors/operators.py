@@ -263,6 +263,37 @@ class Transport:
 
 
 @dataclass(frozen=True)
+class LowRankShift:
+    """Move activations within a subspace to a linear map of them: h + s R^T (W h + b - R h) (LoReFT, Wu et al. 2024).
+
+    Attributes:
+        rotation: Float[Tensor, "k d"], R, with orthonormal rows.
+        weight: Float[Tensor, "k d"], W.
+        bias: Float[Tensor, "k"], b.
+
+    Example:
+        >>> import torch
+        >>> h = torch.tensor([[[3.0, 4.0]]])
+        >>> edit = LowRankShift(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0.5]))
+        >>> edit(h)  # the second coordinate becomes the first plus 0.5
+        tensor([[[3.0000, 3.5000]]])
+    """
+
+    rotation: Float[Tensor, "k d"]
+    weight: Float[Tensor, "k d"]
+    bias: Float[Tensor, "k"]
+
+    def __call__(self, h: Activation, strength: Strength = 1.0) -> Activation:
+        rotation, weight = _like(self.rotation, h, 1), _like(self.weight, h, 1)
+        moved = (h @ (weight - rotation).T + self.bias.to(h)) @ rotation
+        return h + _spread(strength, h) * moved
+
+    def affine(self, strength: float, shape: Sequence[int]) -> Affine:
+        inside = (self.weight - self.rotation).T @ self.rotation
+        return _identity(self.rotation[0]) + strength * inside, strength * self.bias @ self.rotation
+
+
+@dataclass(frozen=True)
 class Scale:
     """Scale activations: h (1 + s alpha) (activation scaling, Stoehr et al. 2024).
 

@@ -10,6 +10,7 @@ from rt_lens.arms.ways.token_tuned import KNOBS, tuned
 
 @register_arm(
     "rep_tuned", "Fine-tuned with a loss on the residual stream's cosine to the steering vector.", tunes=True,
+    like="rep_tuned",
     knobs={**KNOBS, "layers": Blocks(0.3, 0.95, width=5), "cosine_weight": Between(2.0, 50.0, log=True)},
 )  # fmt: skip
 def rep_tuned(inputs: ArmInputs) -> Interventions:
