@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,10 +57,16 @@ def inputs(tiny, tiny_vectors) -> ArmInputs:
     return whole
 
 
-def test_every_built_in_arm_is_made_and_has_a_description(inputs):
+def test_every_built_in_arm_has_a_description():
     for name in BUILT_IN:
         arm = registered_arm(name)
-        assert arm.name == name and arm.description.endswith(".")
+        assert arm.name == name and arm.description.endswith(".") and bool(arm.like) == (arm.tunes and not arm.uses)
+
+
+def test_every_arm_that_trains_by_targets_alone_or_not_at_all_is_made(inputs):
+    """tests/test_rivals.py makes the others."""
+    for name in ("prompted", "steered", "steered_generated", "token_tuned", "rep_tuned", "weight_steered", "random"):
+        arm = registered_arm(name)
         made = arm.way(inputs)
         assert has_strength(made) == (name != "prompted")
         assert isinstance(made, WeightDelta) == arm.tunes
@@ -244,3 +252,8 @@ def test_an_arm_that_cannot_be_made_is_a_gap_with_its_reason_and_some_sets_wait_
     ]  # fmt: skip
     asked = curves.summary().groupby("set")["budget"].apply(lambda budgets: budgets.dropna().tolist()).to_dict()
     assert asked == {"test": [0.003, 0.01], "facts": [0.01]}
+
+
+def test_every_built_in_arm_is_documented():
+    written = (Path(__file__).parents[1] / "docs" / "arms.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", written, re.MULTILINE) == list(BUILT_IN)

@@ -23,7 +23,11 @@ ALPHA = 0.05
 _IN_WORDS = {
     "rep_tuned": "Representation tuning", "token_tuned": "Token tuning", "steered": "Steering",
     "steered_generated": "Steering of generated tokens", "weight_steered": "Weight steering",
-    "prompted": "Prompting", "random": "A random direction",
+    "prompted": "Prompting", "random": "A random direction", "steer_distilled": "Steering, distilled",
+    "preventative": "Preventative steering", "preventative_ablated": "Tuning with the direction ablated",
+    "lorra": "LoRRA", "circuit_breaker": "Circuit breaking", "dpo": "Preference tuning (DPO)",
+    "bipo": "An optimised vector (BiPO)", "reft_r1": "A learned edit (ReFT)", "kl_then_steer": "KL-then-steer",
+    "out_tuned": "Out-tuning while steered",
 }  # fmt: skip
 
 
