@@ -412,7 +412,7 @@ def test_a_constant_edit_must_be_an_edit(tiny_vectors):
 TASK = EvalTask(["How are you?", "What is rain?"], len, max_new_tokens=4)
 ARMS = (
     "steer_distilled", "preventative", "preventative_ablated", "lorra", "circuit_breaker", "dpo", "bipo", "reft_r1",
-    "kl_then_steer", "out_tuned",
+    "kl_then_steer", "suppress_tuned",
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from rt_lens.vectors.steering_vectors import SteeringVectors
 BUILT_IN = (
     "prompted", "steered", "steered_generated", "token_tuned", "rep_tuned", "weight_steered", "steer_distilled",
     "preventative", "preventative_ablated", "lorra", "circuit_breaker", "dpo", "bipo", "reft_r1", "kl_then_steer",
-    "out_tuned", "random",
+    "suppress_tuned", "random",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ _IN_WORDS = {
     "preventative": "Preventative steering", "preventative_ablated": "Tuning with the direction ablated",
     "lorra": "LoRRA", "circuit_breaker": "Circuit breaking", "dpo": "Preference tuning (DPO)",
     "bipo": "An optimised vector (BiPO)", "reft_r1": "A learned edit (ReFT)", "kl_then_steer": "KL-then-steer",
-    "out_tuned": "Out-tuning while steered",
+    "suppress_tuned": "Suppressing while steered",
 }  # fmt: skip
 
 

@@ -11,16 +11,16 @@ from rt_lens.tuning.direction_targets import Preventative
 
 
 @register_arm(
-    "out_tuned", "Tuned to keep the vector out of the residual stream while steered to the other side; used without.",
+    "suppress_tuned", "Tuned to keep the vector out of the residual stream while steered to the other side; used without.",
     tunes=True, like="rep_tuned", differs={"token_weight": 0.0},
     knobs={
         **KNOBS, "layers": Blocks(0.3, 0.95, width=5), "cosine_weight": Between(2.0, 50.0, log=True),
         "multiplier": Among((1.0, 1.5, 2.0, 3.0)),
     },
 )  # fmt: skip
-def out_tuned(inputs: ArmInputs) -> Interventions:
+def suppress_tuned(inputs: ArmInputs) -> Interventions:
     """The cosine's `suppress` (Ackerman 2024) under an edit at the first of its layers that pulls the other way."""
-    config = config_of("out_tuned", inputs, direction="suppress")
+    config = config_of("suppress_tuned", inputs, direction="suppress")
     steer = Preventative(add(inputs.vectors, [min(config.blocks)], -inputs.sign * inputs.multiplier))
     data = prepared(inputs, config, *inputs.targets(inputs.direction), steer=steer)
-    return tuned("out_tuned", inputs, data, steer=steer, direction="suppress")
+    return tuned("suppress_tuned", inputs, data, steer=steer, direction="suppress")
