@@ -9,6 +9,8 @@ from .comparison import compare_arms as compare_arms
 from .equal_damage import KLCurves as KLCurves
 from .equal_damage import KLEvaluator as KLEvaluator
 from .equal_damage import compare_at_kl as compare_at_kl
+from .inside import Inside as Inside
+from .inside import InsideMeter as InsideMeter
 from .inspection import ResidualShifts as ResidualShifts
 from .inspection import residual_shifts as residual_shifts
 from .inspection import weight_changes as weight_changes

@@ -78,7 +78,7 @@ def weight_changes(
         >>> table = weight_changes(model, delta, vectors)
         >>> plots.weight_changes(table).show()
     """
-    units = _units(model, vectors, hook) if vectors is not None else {}
+    units = units_of(model, vectors, hook) if vectors is not None else {}
     slots, changes = slots_of(model), fitting(delta, model)
     rows = []
     for name, change in Bar(changes.items(), desc="weights", unit="parameter", disable=not progress):
@@ -157,7 +157,7 @@ def residual_shifts(
         >>> plots.residual_shifts(shifts.along, shifts.between).show()
     """
     check_arms(model, arms)
-    units, names = _units(model, vectors, hook), hook_names(check_layers(model, layers), hook)
+    units, names = units_of(model, vectors, hook), hook_names(check_layers(model, layers), hook)
     chats = as_chat(model, text_list(texts, "texts"))
     activations = by_arm(model, arms, lambda: last_token_activations(model, chats, names))
     shifts = {
@@ -181,7 +181,7 @@ def residual_shifts(
     return ResidualShifts(pd.DataFrame(along), pd.DataFrame(between, columns=columns))
 
 
-def _units(model: Model, vectors: SteeringVectors, hook: str) -> dict[int, Float[Tensor, "d_model"]]:
+def units_of(model: Model, vectors: SteeringVectors, hook: str) -> dict[int, Float[Tensor, "d_model"]]:
     """Unit vectors by layer, of one kind of hook point; those without a direction are left out."""
     vectors.check_fits(model)
     chosen = vectors.at_layers(None, hook)

@@ -131,6 +131,7 @@ class CompareConfig:
         n_texts: plain paragraphs, and as many responses, on which strengths are set; as many others report the KL.
         max_new_tokens: length of these responses.
         n_personas: training personas that the prompted arm tries.
+        n_inside: validation prompts on whose responses the inside of the arms is read, at the stated budget.
     """
 
     kl: tuple[float, ...] = BUDGETS
@@ -139,6 +140,7 @@ class CompareConfig:
     n_texts: int = 24
     max_new_tokens: int = 24
     n_personas: int = 6
+    n_inside: int = 12
 
     def __post_init__(self) -> None:
         if not self.kl or any(not 0 < budget < math.inf for budget in self.kl):
@@ -147,7 +149,7 @@ class CompareConfig:
             raise ValueError(f"compare.stated must be one of compare.kl, {list(self.kl)}, got {self.stated:g}.")
         if self.side_effects not in ("every", "stated"):
             raise ValueError(f"compare.side_effects must be 'every' or 'stated', got {self.side_effects!r}.")
-        for name in ("n_texts", "max_new_tokens", "n_personas"):
+        for name in ("n_texts", "max_new_tokens", "n_personas", "n_inside"):
             if getattr(self, name) < 1:
                 raise ValueError(f"compare.{name} must be at least 1, got {getattr(self, name)}.")
 

@@ -17,6 +17,7 @@ from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.protocols import Protocol
 from rt_lens.models.generation import generate
 from rt_lens.models.protocol import Model
+from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Target, TokenTarget, write_neutral, write_targets
@@ -61,6 +62,32 @@ def own_responses(experiment: Experiment, model: Model) -> tuple[list[Scored], l
     responses = generate(model, prompts, max_new_tokens=compare.max_new_tokens)
     given: list[Scored] = [Response(*pair) for pair in zip(prompts, responses, strict=True) if pair[1].strip()]
     return given[::2], given[1::2]
+
+
+def inside_responses(experiment: Experiment, model: Model, protocol: Protocol) -> dict[str, list[Response]]:
+    """Responses to validation prompts, on which the inside of the arms is read: the model's own, and its personas'.
+
+    A protocol whose prompts have options has none; then neutral prompts are answered, without personas.
+    """
+    n, tokens = experiment.compare.n_inside, experiment.compare.max_new_tokens
+    prompts = [question.prompt for question in protocol.choosing.asked if not question.options][:n]
+    if not prompts:
+        return {"own": _answered(model, calibration_prompts()[:n], "", tokens)}
+    sides = {direction: personas_of(protocol, direction) for direction in DIRECTIONS}
+    chosen = random.Random(experiment.split.seed)
+    found = {"own": _answered(model, prompts, "", tokens)}
+    for direction, personas in sides.items():
+        if personas:
+            asked = [chosen.choice(personas) for _ in prompts]
+            found[direction] = _answered(model, prompts, asked, tokens)
+    return {name: responses for name, responses in found.items() if responses}
+
+
+def _answered(model: Model, prompts: Sequence[str], personas: str | Sequence[str], tokens: int) -> list[Response]:
+    systems = [personas] * len(prompts) if isinstance(personas, str) else personas
+    chats = [chat_text(model, prompt, system=system) for prompt, system in zip(prompts, systems, strict=True)]
+    texts = generate(model, chats, chat=False, max_new_tokens=tokens)
+    return [Response(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text.strip()]
 
 
 class Material:

@@ -24,9 +24,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rt_lens.arms.calibration import scaled
+from rt_lens.arms.calibration import has_strength, scaled
 from rt_lens.arms.comparison import ArmScores
 from rt_lens.arms.equal_damage import KLCurves, KLEvaluator
+from rt_lens.arms.inside import InsideMeter
 from rt_lens.arms.intervention import Interventions, applied, each_of
 from rt_lens.arms.registry import ArmUnavailable, History, RegisteredArm, registered_arm
 from rt_lens.common.arm_labels import ArmLabel
@@ -43,7 +44,7 @@ from rt_lens.evaluation.fluency import repetition
 from rt_lens.evaluation.texts import Scored, perplexity
 from rt_lens.experiment.config import DIRECTIONS, Experiment
 from rt_lens.experiment.heeding import measure_personas
-from rt_lens.experiment.making import ArmMaker, Material, check_room, own_responses
+from rt_lens.experiment.making import ArmMaker, Material, check_room, inside_responses, own_responses
 from rt_lens.experiment.protocols import family_of
 from rt_lens.experiment.reproducibility import recorded, settings_of
 from rt_lens.experiment.search import RULE, Search
@@ -190,6 +191,7 @@ class _Run:
             "persona_effect": persona_effect,
             "at_kl": self._at_kl(curves),
             "search": self.search,
+            "inside": plain(self.inside.rows),
             "choices": {**choices, "rule": self._rule()},
             "separability": separated.to_dict("records"),
             "dose_response": doses.to_dict("records"),
@@ -302,6 +304,8 @@ class _Run:
         self.shown_text: str
         self.shown, self.shown_text = protocol.shown or untuned
         self._project("untuned", vectors)
+        responses = inside_responses(self.experiment, self.model, protocol)
+        self.inside = InsideMeter(self.model, vectors, responses, seed=self.experiment.test.seed)
         return evaluator
 
     def _dose_response(self, vectors: SteeringVectors) -> pd.DataFrame:
@@ -448,12 +452,27 @@ class _Run:
             part = self.parts.get(key)
             evaluator.add(part["rows"])
             self.history = {ArmLabel(*of): rows for of, rows in part["history"]} | self.history
+            if part.get("inside"):
+                self.inside.add(part["inside"])
         else:
             own = [[list(of), rows] for of, rows in self.history.items() if of.seed == label.seed]
-            self.parts.keep(key, {"rows": evaluator.since_last(), "history": own})
+            rows = evaluator.since_last()
+            inside = self._inside(label, made, rows["strengths"]) if shown is not None else None
+            self.parts.keep(key, {"rows": rows, "history": own, "inside": inside})
         if is_shown and made is not None:
             assert shown is not None
             self._show(label, shown, self._stated(self.parts.get(key)["rows"]["strengths"], made))
+
+    def _inside(
+        self, label: ArmLabel, made: Interventions, strengths: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
+        """What happens inside at the stated budget; None for an arm that was not made, or does not reach it."""
+        acting = None if made is None else self._stated(strengths, made)
+        reached = any(row["budget"] == self.experiment.compare.stated and row["strength"] for row in strengths)
+        if acting is None or not (reached or not has_strength(made)):
+            return None
+        with self._stage("evaluate"):
+            return plain(self.inside.measure(str(label), acting, label.seed))
 
     def _made(self, arm: RegisteredArm, label: ArmLabel, maker: ArmMaker) -> Interventions:
         with self._stage("tune" if arm.tunes else "choose"):

@@ -265,7 +265,7 @@ class Search:
         settings = {
             **{name: asdict(getattr(experiment, name)) for name in ("tune", "split", "extract", "choose")},
             "token": experiment.token, "settings": experiment.settings.get(arm.name, {}),
-            "compare": asdict(experiment.compare) | {"kl": None, "side_effects": None},
+            "compare": asdict(experiment.compare) | {"kl": None, "side_effects": None, "n_inside": None},
             "search": asdict(experiment.search) | {"trials": None},
             "pairs": experiment.pairs.sha256,
             "prompts": task.prompts, "scorer": [task.made[0].name, measure_sha256(task.made[0], self.model)],

@@ -137,6 +137,8 @@ class Planner:
         with_checks = budgets if compare.side_effects == "every" else 1
         at_budgets = strength * (_TRIED * budgets) + behaviour * budgets + checks * with_checks
         work = costs.written(self._own_prompts(), compare.max_new_tokens, 64) + strength + behaviour + checks
+        inside = costs.fit(own[: compare.n_inside]) * 3  # the untuned model's responses, and those of both personas
+        work += inside * (1 + len(DIRECTIONS) * len(experiment.arms))
         for seeds in experiment.tune_seeds.values():
             for arm in map(registered_arm, experiment.arms):
                 times = len(seeds) if arm.seeded else 1

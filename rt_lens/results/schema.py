@@ -40,6 +40,7 @@ results.json, schema 2. Intervals are of 95 %; null marks what was not measured.
 | logit_lens | a row per layer and sign: tokens |
 | persona_effect | null in runs without; what personas do to the untuned model's score, outside the test; see below |
 | at_kl | null in runs without; kl: budgets; stated: the one of the tables above; see below |
+| inside | null in runs without; what happens inside under each arm at the stated budget; see below |
 | search | null in runs without one; settings of the arms, searched before the test; see below |
 | seconds | stage -> seconds |
 | seed_draws | what a tuning seed controls, in words; in runs without it a seed controls the order of the batches only |
@@ -65,6 +66,12 @@ search: trials (for each arm), seed, budget, rule (how the trials were chosen), 
 behaviour's file); table: a row per arm and number: settings; n, effect, low, high (change of the score on validation
 prompts, mean of both directions); own_kl (on the untuned responses to them); trained_tokens; seconds; reason (why it
 failed, or empty); front (whether no other trial beats it in effect and own_kl); chosen.
+
+inside: of the first seed of each arm; every row has arm, direction, seed. shifts: layer, n, along, along_low,
+along_high (shift along the vector on the untuned responses, in lengths of the vector), share, share_low, share_high (of
+the shift's squared length that lies along it; null where nothing is shifted). likelihoods: set (own, toward, away:
+responses to validation prompts of the untuned model, and of its personas), n, before, after (nats per token), change,
+low, high. weights: block, relative, effective_rank, rank_limit.
 
 Older runs still load. Schema 1 used other names: `_OLD_NAMES` maps them, and what is read back has the names of
 schema 2. Runs without `files`, `reproducibility`, `side_effects`, `protocol`, scores.csv and texts.csv, or with
@@ -131,6 +138,11 @@ _SEARCH = (
     *("arm", "number", "settings", "n", "effect", "low", "high", "own_kl", "trained_tokens", "seconds", "reason"),
     *("front", "chosen"),
 )
+_INSIDE = {
+    "shifts": ("layer", "n", "along", "along_low", "along_high", "share", "share_low", "share_high"),
+    "likelihoods": ("set", "n", "before", "after", "change", "low", "high"),
+    "weights": ("block", "relative", "effective_rank", "rank_limit"),
+}
 _PERSONA_EFFECT = (
     *("scorer", "seed", "sides", "n", "difference", "low", "high", "p"),
     *("moves", "alike", "range", "end", "n_at_end"),
@@ -367,6 +379,7 @@ def checked(content: Any) -> dict[str, Any]:
         "at_kl": None,
         "search": None,
         "persona_effect": None,
+        "inside": None,
     }
     content = {**missing, **content}
     if content["schema"] < SCHEMA:
@@ -383,6 +396,10 @@ def checked(content: Any) -> dict[str, Any]:
     if content["search"] is not None:
         _check_keys("results.json: search", content["search"], ("trials", "seed", "budget", "rule", "toml", "table"))
         _check_rows("results.json: search: table", content["search"]["table"], _SEARCH)
+    if content["inside"] is not None:
+        _check_keys("results.json: inside", content["inside"], tuple(_INSIDE))
+        for key, columns in _INSIDE.items():
+            _check_rows(f"results.json: inside: {key}", content["inside"][key], ("arm", "direction", "seed", *columns))
     if (effect := content["persona_effect"]) is not None:
         _check_keys("results.json: persona_effect", effect, _PERSONA_EFFECT)
         _check_rows("results.json: persona_effect: sides", effect["sides"], ("side", "n", "mean", "low", "high"))

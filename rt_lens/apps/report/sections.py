@@ -44,6 +44,7 @@ def sections(results: Mapping[str, Any], responses: Sequence[Row], projections: 
         _side_effects(results),
         Part("Dose-response", _dose_response(results)),
         Part("Separability", _figure("separability", plots.separability, _seeded(results, "separability"))),
+        *([Part("Inside the arms", _inside(results))] if (results["inside"] or {}).get("likelihoods") else []),
         _projections(projections, results),
         Part("Losses", _figure("losses", plots.losses, results["history"])),
         Part("Logit lens", _figure("logit-lens", plots.logit_lens, results["logit_lens"])),
@@ -211,6 +212,26 @@ def _dose_response(results: Mapping[str, Any]) -> str:
     rows = _seeded(results, "dose_response")
     figure = _figure("dose-response", plots.dose_response, rows, bound=results["bound"], chosen=chosen)
     return rule + reasons + figure
+
+
+def _inside(results: Mapping[str, Any]) -> str:
+    """What happens inside under each arm at the stated budget, side by side; the likelihoods as a table too."""
+    inside, at_kl = results["inside"], results["at_kl"]
+    title = f"What happens inside at KL {at_kl['stated']:g}" if at_kl else "What happens inside"
+    figure = plots.inside(inside["shifts"], inside["likelihoods"], inside["weights"], title=title)
+    header = ("arm", "responses", "n", "NLL before", "after", "change [95 %]", "seed")
+    names = {"own": "the untuned model's own", "toward": "the positive personas'", "away": "the negative personas'"}
+    body = [
+        [arm(row), names.get(row["set"], row["set"]), str(row["n"]), number(row["before"]), number(row["after"]),
+         estimate({**row, "mean": row["change"]}), str(row["seed"])]
+        for row in inside["likelihoods"]
+    ]  # fmt: skip
+    text = (
+        "<p>Of the first seed of each arm, on responses to validation prompts: those that the untuned model writes, "
+        "and those that it writes under the personas of each side. NLL is in nats per token; where it falls, the arm "
+        "makes these texts likelier.</p>"
+    )
+    return text + chart("inside", figure) + folded("Likelihoods", table("likelihoods of responses", header, body))
 
 
 def _projections(projections: Mapping[str, Any], results: Mapping[str, Any]) -> Part:

@@ -11,7 +11,7 @@ from rt_lens.tuning.direction_targets import Preventative
 
 
 @register_arm(
-    "suppress_tuned", "Tuned to keep the vector out of the residual stream while steered to the other side; used without.",
+    "suppress_tuned", "Tuned to keep the vector out of the stream while steered to the other side; used without.",
     tunes=True, like="rep_tuned", differs={"token_weight": 0.0},
     knobs={
         **KNOBS, "layers": Blocks(0.3, 0.95, width=5), "cosine_weight": Between(2.0, 50.0, log=True),
