@@ -93,6 +93,7 @@ def make_content(board: ArmScores, **changes: Any) -> dict[str, Any]:
         "at_kl": None,
         "search": None,
         "persona_effect": None,
+        "inside": None,
         "seconds": {"tune": 1.0},
     }
     return {**content, **changes}

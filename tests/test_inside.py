@@ -91,7 +91,7 @@ def test_the_figure_sets_the_arms_side_by_side(meter, tiny_vectors):
         meter.measure(f"steered, {way}", add(tiny_vectors, [1], sign))
         meter.measure(f"random, {way}", add(tiny_vectors, [0], sign))
     tables = meter.tables()
-    figure = plots.inside(tables.shifts, tables.likelihoods, tables.weights)
+    figure = plots.inside_arms(tables.shifts, tables.likelihoods, tables.weights)
     named = [trace.name for trace in figure.data if trace.name]
     assert named == [
         "steered", "random", "the untuned model's own", "the positive personas'", "the negative personas'",

@@ -153,7 +153,8 @@ class InsideMeter:
     def _weights(self, delta: WeightDelta) -> list[dict[str, Any]]:
         table = weight_changes(self.model, delta, progress=False).dropna(subset=["layer"])
         rows = []
-        for block, of_block in table.groupby("layer"):
+        for block in sorted(table["layer"].astype(int).unique()):
+            of_block = table[table["layer"] == block]
             squares = of_block["norm"] ** 2
             whole = (of_block["norm"] / of_block["relative"]) ** 2
             ranks = of_block["effective_rank"]

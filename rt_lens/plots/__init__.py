@@ -10,7 +10,7 @@ from rt_lens.plots.calibration import calibration
 from rt_lens.plots.directions import activation_map, cosines, norms
 from rt_lens.plots.effects import arms, dose_response, side_effects
 from rt_lens.plots.inside import projection_changes, projection_curves, residual_shifts, weight_changes
-from rt_lens.plots.inside_arms import inside
+from rt_lens.plots.inside_arms import inside_arms
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
 from rt_lens.plots.pareto import pareto
 from rt_lens.plots.style import ARM_COLOURS
@@ -33,7 +33,7 @@ __all__ = [
     "dose_response",
     "effect_against_side_effect",
     "effect_at_kl",
-    "inside",
+    "inside_arms",
     "kinds",
     "logit_lens",
     "losses",

@@ -34,7 +34,7 @@ _READING = (
 )
 
 
-def inside(
+def inside_arms(
     shifts: Table, likelihoods: Table, weights: Table, *, title: str = "What happens inside, at equal KL"
 ) -> go.Figure:
     """Draws what `InsideMeter` found of each arm: a row of panels for each direction, a colour for each arm.
@@ -55,7 +55,7 @@ def inside(
         >>> shift = along | {"share": 0.2, "share_low": 0.1, "share_high": 0.3}
         >>> likelihood = arm | {"set": "own", "change": 0.1, "low": 0.05, "high": 0.15}
         >>> weight = arm | {"relative": 0.01, "effective_rank": 40.0, "rank_limit": 576}
-        >>> figure = inside(
+        >>> figure = inside_arms(
         ...     [arm | shift | {"layer": layer} for layer in (20, 21)], [likelihood], [weight | {"block": 20}],
         ... )
         >>> sorted({trace.name for trace in figure.data if trace.name})
@@ -122,7 +122,7 @@ def _likelihoods(rows: pd.DataFrame, arms: list[str], colours: dict[str, str]) -
 def _curves(rows: pd.DataFrame, measure: str, arms: list[str], colours: dict[str, str]) -> list[go.Scatter]:
     """A line with its band for each arm, over layers."""
     renamed = {f"{measure}_low": "low", f"{measure}_high": "high"}
-    traces = []
+    traces: list[go.Scatter] = []
     for arm in arms:
         part = rows[rows["arm"] == arm].rename(columns=renamed).sort_values("layer").dropna(subset=[measure])
         if part.empty:

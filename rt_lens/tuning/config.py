@@ -170,7 +170,7 @@ class TuneConfig:
 
     def loss_name(self, loss: str) -> str:
         """What `cosine`, `token` and `kl` are in a history: their own names, or those of the losses in their place."""
-        names = {"cosine": self.residual_loss}
+        names: dict[str, str] = {"cosine": self.residual_loss}
         if self.residual_loss == "circuit_breaker":
             names["kl"] = "retain"
         if self.token_loss == "preference":

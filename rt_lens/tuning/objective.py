@@ -169,8 +169,9 @@ class Objective:
         """The preference loss, summed over pairs of answers."""
         given, rejected = self._batch(rows), self._batch([row.rejected for row in rows if row.rejected is not None])
         with self._precision():
-            likely = [likelihoods(self.model, batch, self.data.first_block, hooks) for batch in (given, rejected)]
-        return preference_loss(*likely, given.likelihood, rejected.likelihood, self._beta()).sum()
+            first = self.data.first_block
+            likely, unlikely = (likelihoods(self.model, batch, first, hooks) for batch in (given, rejected))
+        return preference_loss(likely, unlikely, given.likelihood, rejected.likelihood, self._beta()).sum()
 
     def _beta(self) -> float:
         return self.config.beta

@@ -30,12 +30,14 @@ def with_references(model: Model, data: TuningData, config: TuneConfig, names: S
         sign = {"toward": 1.0, "away": -1.0}.get(config.direction)
         if sign is None:
             raise ValueError(f"direction must be 'toward' or 'away' for the loss 'lorra', got {config.direction!r}.")
-        shift = sign * config.shift
-        parts = {part: _shifted(model, getattr(data, part), data, names, shift) for part in ("train", "held_out")}
-        data = replace(data, **parts)
+        train, held_out = (
+            _shifted(model, rows, data, names, sign * config.shift) for rows in (data.train, data.held_out)
+        )
+        data = replace(data, train=train, held_out=held_out)
     if config.cosine_weight and config.residual_loss == "circuit_breaker":
-        parts = {part: _untuned(model, getattr(data, part), data, names) for part in ("train", "held_out", "neutral")}
-        data = replace(data, **parts)
+        parts = (_untuned(model, rows, data, names) for rows in (data.train, data.held_out, data.neutral))
+        train, held_out, neutral = parts
+        data = replace(data, train=train, held_out=held_out, neutral=neutral)
     if config.token_weight and config.token_loss == "preference":
         data = replace(data, train=_likely(model, data.train, data), held_out=_likely(model, data.held_out, data))
     return data

@@ -218,7 +218,7 @@ def _inside(results: Mapping[str, Any]) -> str:
     """What happens inside under each arm at the stated budget, side by side; the likelihoods as a table too."""
     inside, at_kl = results["inside"], results["at_kl"]
     title = f"What happens inside at KL {at_kl['stated']:g}" if at_kl else "What happens inside"
-    figure = plots.inside(inside["shifts"], inside["likelihoods"], inside["weights"], title=title)
+    figure = plots.inside_arms(inside["shifts"], inside["likelihoods"], inside["weights"], title=title)
     header = ("arm", "responses", "n", "NLL before", "after", "change [95 %]", "seed")
     names = {"own": "the untuned model's own", "toward": "the positive personas'", "away": "the negative personas'"}
     body = [
