@@ -72,7 +72,7 @@ def inside_arms(
     directions, arms = ordered(likely["direction"], DIRECTIONS), ordered(likely["arm"])
     colours = arm_colours(arms)
     figure = make_subplots(
-        rows=len(directions), cols=4, horizontal_spacing=0.065, vertical_spacing=0.16, column_widths=[1.2, 1, 1, 1],
+        rows=len(directions), cols=4, horizontal_spacing=0.065, vertical_spacing=0.12, column_widths=[1.2, 1, 1, 1],
         subplot_titles=_PANELS, row_titles=directions,
     )  # fmt: skip
     for row, direction in enumerate(directions, start=1):
@@ -92,8 +92,8 @@ def inside_arms(
     for column, text in enumerate(("nats per token", "layer", "layer", "block"), start=1):
         figure.update_xaxes(title_text=text, row=len(directions), col=column)
     legend = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0, "xanchor": "left"}
-    n = f"{sample(likely)} responses in each set".replace(". responses", " responses")
-    apply_style(figure, title, _READING, f"{n}.", height=200 + 300 * len(directions))
+    height = 220 + max(280, 24 * len(arms)) * len(directions)
+    apply_style(figure, title, _READING, f"Responses in each set: {sample(likely)}", height=height)
     return figure.update_layout(legend=legend, margin_b=150)
 
 
