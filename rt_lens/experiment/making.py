@@ -67,19 +67,16 @@ def own_responses(experiment: Experiment, model: Model) -> tuple[list[Scored], l
 def inside_responses(experiment: Experiment, model: Model, protocol: Protocol) -> dict[str, list[Response]]:
     """Responses to validation prompts, on which the inside of the arms is read: the model's own, and its personas'.
 
-    A protocol whose prompts have options has none; then neutral prompts are answered, without personas.
+    A protocol whose prompts have options has none; then neutral prompts are answered, without personas. Empty where the
+    model has no response of its own.
     """
     n, tokens = experiment.compare.n_inside, experiment.compare.max_new_tokens
     prompts = [question.prompt for question in protocol.choosing.asked if not question.options][:n]
-    if not prompts:
-        return {"own": _answered(model, calibration_prompts()[:n], "", tokens)}
-    sides = {direction: personas_of(protocol, direction) for direction in DIRECTIONS}
+    found = {"own": _answered(model, prompts or calibration_prompts()[:n], "", tokens)}
     chosen = random.Random(experiment.split.seed)
-    found = {"own": _answered(model, prompts, "", tokens)}
-    for direction, personas in sides.items():
-        if personas:
-            asked = [chosen.choice(personas) for _ in prompts]
-            found[direction] = _answered(model, prompts, asked, tokens)
+    for direction in DIRECTIONS if prompts and found["own"] else ():
+        if personas := personas_of(protocol, direction):
+            found[direction] = _answered(model, prompts, [chosen.choice(personas) for _ in prompts], tokens)
     return {name: responses for name, responses in found.items() if responses}
 
 

@@ -191,7 +191,7 @@ class _Run:
             "persona_effect": persona_effect,
             "at_kl": self._at_kl(curves),
             "search": self.search,
-            "inside": plain(self.inside.rows),
+            "inside": None if self.inside is None else plain(self.inside.rows),
             "choices": {**choices, "rule": self._rule()},
             "separability": separated.to_dict("records"),
             "dose_response": doses.to_dict("records"),
@@ -305,7 +305,8 @@ class _Run:
         self.shown, self.shown_text = protocol.shown or untuned
         self._project("untuned", vectors)
         responses = inside_responses(self.experiment, self.model, protocol)
-        self.inside = InsideMeter(self.model, vectors, responses, seed=self.experiment.test.seed)
+        seed = self.experiment.test.seed
+        self.inside = InsideMeter(self.model, vectors, responses, seed=seed) if responses else None
         return evaluator
 
     def _dose_response(self, vectors: SteeringVectors) -> pd.DataFrame:
@@ -452,7 +453,7 @@ class _Run:
             part = self.parts.get(key)
             evaluator.add(part["rows"])
             self.history = {ArmLabel(*of): rows for of, rows in part["history"]} | self.history
-            if part.get("inside"):
+            if self.inside is not None and part.get("inside"):
                 self.inside.add(part["inside"])
         else:
             own = [[list(of), rows] for of, rows in self.history.items() if of.seed == label.seed]
@@ -467,10 +468,10 @@ class _Run:
         self, label: ArmLabel, made: Interventions, strengths: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any] | None:
         """What happens inside at the stated budget; None for an arm that was not made, or does not reach it."""
-        acting = None if made is None else self._stated(strengths, made)
         reached = any(row["budget"] == self.experiment.compare.stated and row["strength"] for row in strengths)
-        if acting is None or not (reached or not has_strength(made)):
+        if self.inside is None or made is None or not (reached or not has_strength(made)):
             return None
+        acting = self._stated(strengths, made)
         with self._stage("evaluate"):
             return plain(self.inside.measure(str(label), acting, label.seed))
 
