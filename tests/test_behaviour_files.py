@@ -38,8 +38,9 @@ def test_only_built_in_behaviours_can_be_extended(tmp_path, extended):
         behaviour_content(written(tmp_path, f"extends = {extended}"))
 
 
-def test_the_full_comparison_asks_fresh_topics_alone():
-    full, demo = load_experiment(FULL), load_experiment("mood")
+@pytest.mark.parametrize("behaviour", ["mood", "formality", "language", "refusal"])
+def test_the_full_comparison_asks_fresh_topics_alone(behaviour):
+    full, demo = load_experiment(FULL.with_stem(behaviour)), load_experiment(behaviour)
     asked = [question.prompt for question in answers_protocol(full).tasks["test"].asked]
     assert len(asked) == len(set(asked)) == 60
     of_pairs = {topic for part in family_of(demo).parts() for topic in part.topics}
