@@ -52,9 +52,9 @@ def tune_vector(
 
     Example:
         >>> import dataclasses
-        >>> happy, sad = (rtl.tuning.write_targets(model, train.sample(4), way, config) for way in ("toward", "away"))
+        >>> pairs = [rtl.tuning.Target(f"Day {day} was", " great.", rejected=" bleak.") for day in (1, 2, 3)]
         >>> settings = dataclasses.replace(config, token_loss="preference", cosine_weight=0.0, kl_weight=0.0)
-        >>> data = prepare_data(model, vectors, rtl.tuning.preferences(happy, sad), settings)
+        >>> data = prepare_data(model, vectors, pairs, settings)
         >>> found, history = rtl.tuning.tune_vector(model, vectors, 21, data, settings, progress=False)
         >>> found.hook_names, found.provenance.method, history[0]["step"]
         (['blocks.21.hook_resid_post'], 'bipo', 1)
