@@ -28,8 +28,8 @@ from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.losses import Direction
 from rt_lens.tuning.targets import Choice, TokenTarget
 
-_TRIED = 3
-"""Strengths that are tried for each budget, about."""
+_FIRST = 1
+"""Strengths that are tried before those of the budgets, one for each: all budgets share what was tried."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -135,7 +135,7 @@ class Planner:
         checks = summed(self._task(task, 64) for task in self.protocol.checks.values())
         strength, budgets = costs.fit(calibration, kept=True), len(compare.kl)
         with_checks = budgets if compare.side_effects == "every" else 1
-        at_budgets = strength * (_TRIED * budgets) + behaviour * budgets + checks * with_checks
+        at_budgets = strength * (_FIRST + budgets) + behaviour * budgets + checks * with_checks
         work = costs.written(self._own_prompts(), compare.max_new_tokens, 64) + strength + behaviour + checks
         inside = costs.fit(own[: compare.n_inside]) * 3  # the untuned model's responses, and those of both personas
         work += inside * (1 + len(DIRECTIONS) * len(experiment.arms))
@@ -191,7 +191,7 @@ class Planner:
         if not self.family.asks_model:
             task = replace(task, questions=self.family.parts()[1].topics[: search.n_prompts])
         measured = self._task(task, 64)
-        strength = costs.fit(self._calibration(), kept=True) * _TRIED
+        strength = costs.fit(self._calibration(), kept=True) * (_FIRST + 1)
         work = costs.written(self._own_prompts(), experiment.compare.max_new_tokens, 64) + measured
         for arm in map(registered_arm, experiment.arms):
             if arm.knobs:
