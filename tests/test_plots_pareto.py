@@ -12,7 +12,7 @@ from drawn import HOSTILE, check_drawn_as_it_is
 
 from rt_lens import plots
 from rt_lens.common.statistics.calibration import calibration_curve
-from rt_lens.plots import pareto
+from rt_lens.plots import arms_at_kl, pareto
 from rt_lens.plots import pareto as exported
 from rt_lens.plots.style import ARM_COLOURS, SYMBOLS
 from rt_lens.results.tables import efficient
@@ -193,3 +193,31 @@ def test_names_that_look_like_markup_are_drawn_as_they_are():
         for row in efficient(rows())
     ]
     check_drawn_as_it_is(pareto(named, title=HOSTILE), least=6)
+
+
+def at_one_kl() -> list[dict]:
+    row = {"set": "test", "scorer": "vader", "n": 60, "seeds": [0], "kl": 0.01, "kl_low": 0.009, "kl_high": 0.011}
+    rows = [row | {"arm": "untuned", "direction": "none", "budget": None, "mean": 0.2, "low": 0.1, "high": 0.3}]
+    for arm, mean in (("a", 0.5), ("b", 0.3), ("c", 0.4)):
+        for direction, sign in (("toward", 1), ("away", -1)):
+            for budget, factor in ((0.01, 1.0), (0.03, 2.0)):
+                score = sign * factor * mean
+                at = {"mean": score, "low": score - 0.1, "high": score + 0.1, "budget": budget}
+                rows.append(row | at | {"arm": arm, "direction": direction})
+    return rows
+
+
+def test_arms_at_one_kl_are_sorted_by_how_far_they_go_in_each_direction():
+    rows = at_one_kl()
+    prompted = rows[1] | {"arm": "prompted", "budget": None, "mean": 0.45}
+    missed = rows[2] | {"arm": "missed", "budget": 0.03}
+    figure = arms_at_kl([*rows, prompted, missed], 0.01)
+    drawn = {axis.anchor: list(axis.categoryarray)[::-1] for axis in (figure.layout.yaxis, figure.layout.yaxis2)}
+    assert list(drawn.values()) == [["a", "prompted", "c", "b", "missed"], ["a", "c", "b"]]
+    toward = next(trace for trace in figure.data if trace.error_x.array is not None)
+    assert dict(zip(toward.y, toward.x, strict=True)) == {"a": 0.5, "b": 0.3, "c": 0.4, "prompted": 0.45}
+    assert dict(zip(toward.y, toward.marker.symbol, strict=True))["prompted"] == "triangle-up-open"
+    others = figure.data[0]
+    assert dict(zip(others.y, others.x, strict=True)) == {"a": 1.0, "b": 0.6, "c": 0.8, "missed": missed["mean"]}
+    with pytest.raises(ValueError, match=r"some with budget 0\.1, got 1 and 0"):
+        arms_at_kl(rows, 0.1)

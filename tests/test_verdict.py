@@ -8,7 +8,7 @@ import pytest
 from small_runs import make_at_kl, make_board, make_content, write_run
 
 from rt_lens.apps.report.page import write_report
-from rt_lens.apps.report.verdict import opening, spoken, sureness, verdict
+from rt_lens.apps.report.verdict import opening, picture, spoken, sureness, verdict
 from rt_lens.results.schema import checked, load_results
 
 LABELS = [(("rep_tuned", way), ("untuned", "none")) for way in ("toward", "away")]
@@ -132,3 +132,14 @@ def test_a_run_without_an_arm_that_has_a_strength_does_not_speak_of_budgets():
     gaps = [{**row, "reason": "KL is at most 0.001."} for row in at_kl["strengths"]]
     results = checked(make_content(board, at_kl={**at_kl, "strengths": gaps, "table": table}))
     assert "No arm reached a budget." in opening(results, [])[0].html
+
+
+def test_more_arms_than_curves_can_show_are_drawn_as_rows_with_the_curves_folded_below():
+    few = made(0.6)
+    many = {**few, "at_kl": {**few["at_kl"], "arms": {f"arm_{n}": "One." for n in range(9)}}}
+    titles = [[part.name for part in opening(results, [])] for results in (few, many)]
+    assert titles[1] == [*titles[0], "Effect against KL, as curves"]
+    curves, rows = picture(few), picture(many)
+    assert curves.layout.xaxis.type == "log" and rows.layout.xaxis.type is None
+    assert set(rows.layout.yaxis.categoryarray) == {"steered", "rep_tuned"}
+    assert picture(many, 0.03).layout.xaxis.type == "log"  # nothing stands at that budget

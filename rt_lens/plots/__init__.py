@@ -13,6 +13,7 @@ from rt_lens.plots.inside import projection_changes, projection_curves, residual
 from rt_lens.plots.inside_arms import inside_arms
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
 from rt_lens.plots.pareto import pareto
+from rt_lens.plots.ranked import arms_at_kl
 from rt_lens.plots.style import ARM_COLOURS
 from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.text import coloured_tokens, trace
@@ -26,6 +27,7 @@ __all__ = [
     "ARM_COLOURS",
     "activation_map",
     "arms",
+    "arms_at_kl",
     "block_search",
     "calibration",
     "coloured_tokens",

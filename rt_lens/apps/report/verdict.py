@@ -15,6 +15,8 @@ from rt_lens.apps.report.sentences import ALPHA, holds, in_words, plain_text, su
 from rt_lens.results.persona_effect import persona_warnings
 
 _SIGNS = {"toward": 1, "away": -1}
+_CURVES = 8
+"""As many curves can be told apart in one picture."""
 
 
 def notice(results: Mapping[str, Any]) -> list[Part]:
@@ -31,20 +33,40 @@ def opening(results: Mapping[str, Any], responses: Sequence[Row]) -> list[Part]:
     figure = picture(results)
     drawn = chart("at-kl", figure) if figure else f"<p>{no_picture(at_kl)}</p>"
     answered = [Part("One prompt, every arm", _same_prompt(responses, at_kl["arms"]))] if responses else []
+    curves = [Part("Effect against KL, as curves", chart("at-kl-curves", _curves(at_kl)))] if _is_ranked(at_kl) else []
     return [
         Part("Which arm moves the behaviour most?", drawn),
         Part("What was found", items([*verdict(results), searched(results), sureness(results)])),
         *answered,
+        *curves,
     ]
 
 
 def picture(results: Mapping[str, Any], budget: float | None = None) -> go.Figure | None:
-    """Effect against KL by the first set and scorer, with a budget marked; None if no arm reached a budget."""
+    """Effect against KL by the first set and scorer, with a budget marked; None if no arm reached a budget.
+
+    With more arms than one can tell apart as curves, all at that budget (the stated one), sorted.
+    """
     at_kl = results["at_kl"]
-    rows, gaps = first_rows(at_kl["table"]), [row for row in at_kl["strengths"] if row["reason"]]
+    rows = first_rows(at_kl["table"])
     if all(row["budget"] is None for row in rows):
         return None
-    return plots.effect_at_kl(rows, gaps, budget=budget, title=f"{results['behaviour']}: effect at equal damage")
+    title, one = f"{results['behaviour']}: effect at equal damage", at_kl["stated"] if budget is None else budget
+    if _is_ranked(at_kl, one):
+        return plots.arms_at_kl(rows, one, title=title)
+    return _curves(at_kl, budget, title)
+
+
+def _curves(at_kl: Mapping[str, Any], budget: float | None = None, title: str = "Effect at equal damage") -> go.Figure:
+    gaps = [row for row in at_kl["strengths"] if row["reason"]]
+    return plots.effect_at_kl(first_rows(at_kl["table"]), gaps, budget=budget, title=title)
+
+
+def _is_ranked(at_kl: Mapping[str, Any], budget: float | None = None) -> bool:
+    """Whether a run has more arms at a budget (the stated one) than one can tell apart as curves."""
+    one = at_kl["stated"] if budget is None else budget
+    reached = {row["arm"] for row in first_rows(at_kl["table"]) if row["budget"] == one}
+    return len(at_kl["arms"]) > _CURVES and bool(reached)
 
 
 def no_picture(at_kl: Mapping[str, Any]) -> str:
