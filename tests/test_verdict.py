@@ -141,5 +141,5 @@ def test_more_arms_than_curves_can_show_are_drawn_as_rows_with_the_curves_folded
     assert titles[1] == [*titles[0], "Effect against KL, as curves"]
     curves, rows = picture(few), picture(many)
     assert curves.layout.xaxis.type == "log" and rows.layout.xaxis.type is None
-    assert set(rows.layout.yaxis.categoryarray) == {"steered", "rep_tuned"}
+    assert set(rows.layout.yaxis2.categoryarray) == {"steered", "rep_tuned"}
     assert picture(many, 0.03).layout.xaxis.type == "log"  # nothing stands at that budget
