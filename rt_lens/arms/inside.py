@@ -85,7 +85,7 @@ class InsideMeter:
         self.rows: Rows = {"shifts": [], "likelihoods": [], "weights": []}
 
     def measure(self, arm: str, interventions: Interventions, seed: int = 0) -> Rows:
-        """Measures an arm, keeps its rows, and returns them as JSON can hold them.
+        """Measures an arm, keeps its rows, and returns them.
 
         Args:
             arm: `name, direction`, or a name.

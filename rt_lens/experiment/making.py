@@ -59,8 +59,7 @@ def own_responses(experiment: Experiment, model: Model) -> tuple[list[Scored], l
     """The untuned model's own responses to neutral prompts: to set strengths on, and to report the KL on."""
     compare = experiment.compare
     prompts = calibration_prompts()[: 2 * compare.n_texts]
-    responses = generate(model, prompts, max_new_tokens=compare.max_new_tokens)
-    given: list[Scored] = [Response(*pair) for pair in zip(prompts, responses, strict=True) if pair[1].strip()]
+    given: list[Scored] = [*_answered(model, prompts, "", compare.max_new_tokens)]
     return given[::2], given[1::2]
 
 

@@ -21,7 +21,7 @@ from rt_lens.plots.style import (
 )
 
 _SETS = {"own": "circle", "toward": "triangle-up", "away": "triangle-down"}
-_NAMES = {
+RESPONSES = {
     "own": "the untuned model's own", "toward": "the positive personas'", "away": "the negative personas'",
 }  # fmt: skip
 _PANELS = (
@@ -103,7 +103,7 @@ def _likelihoods(rows: pd.DataFrame, arms: list[str], colours: dict[str, str]) -
     for name in ordered(rows["set"], tuple(_SETS)):
         part = rows[rows["set"] == name].set_index("arm").reindex(arms).dropna(subset=["change"]).reset_index()
         hover = [
-            f"{row['arm']}<br>{_NAMES.get(name, name)} responses<br>change {number(row['change'], 3)} "
+            f"{row['arm']}<br>{RESPONSES.get(name, name)} responses<br>change {number(row['change'], 3)} "
             f"[{number(row['low'], 3)}, {number(row['high'], 3)}] nats per token<br>n = {number(row['n'], 0)}"
             for _, row in part.iterrows()
         ]
@@ -170,5 +170,5 @@ def _legend(figure: go.Figure, arms: list[str], colours: dict[str, str], sets: l
         )
     for name in sets:
         marker = {"symbol": _SETS.get(name, "square"), "color": FAINT, "size": 9}
-        shown = go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=_NAMES.get(name, name))
+        shown = go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=RESPONSES.get(name, name))
         figure.add_trace(shown, row=1, col=2)

@@ -67,6 +67,7 @@ def tune_vector(
     def edits(sign: float) -> list[FwdHook]:
         return [(name, Edit(Add(vector), sign))]
 
+    config = replace(config, kl_weight=0.0)
     history = _tuned(model, {"vector": vector}, edits, data, config, _BothWays, progress)
     provenance = replace(vectors.provenance, method="bipo", seed=config.seed)
     return type(vectors)({name: vector.detach().clone()}, provenance), history
@@ -147,22 +148,18 @@ class _Edited(Objective):
 
     edited = True
     edits: Callable[[float], list[FwdHook]]
+    sign = 1.0
 
     def _terms(self, rows: Sequence[Row], neutral: Sequence[Row], hooks: Sequence[FwdHook]) -> Any:
-        return super()._terms(rows, neutral, self.edits(1.0))
+        return super()._terms(rows, neutral, self.edits(self.sign))
 
 
 class _BothWays(_Edited):
     """BiPO: in each step the edit is added or subtracted, and the answers change their places with it."""
 
-    sign = 1.0
-
     def at(self, step: int, steps: int) -> None:
         super().at(step, steps)
         self.sign = random.Random(f"{self.config.seed}-sign-{step}").choice((1.0, -1.0))
-
-    def _terms(self, rows: Sequence[Row], neutral: Sequence[Row], hooks: Sequence[FwdHook]) -> Any:
-        return Objective._terms(self, rows, neutral, self.edits(self.sign))
 
     def values(
         self, rows: Sequence[Row], neutral: Sequence[Row], hook_lists: Sequence[Sequence[FwdHook]]
@@ -188,7 +185,7 @@ def _tuned(
     progress: bool,
 ) -> History:
     """Trains the edit's tensors in place, by the loop that trains weights."""
-    config = replace(config, cosine_weight=0.0, kl_weight=config.kl_weight if kind is _Edited else 0.0)
+    config = replace(config, cosine_weight=0.0)
     data = with_references(model, data, config, [])
     trained = {loss: dict(parameters) for loss in ("token", "kl") if config.weight(loss) > 0}
     with trainable_params(model, {}, config):

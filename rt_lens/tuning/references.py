@@ -43,18 +43,13 @@ def with_references(model: Model, data: TuningData, config: TuneConfig, names: S
     return data
 
 
-def answer_likelihoods(logits: Float[Tensor, "read d_vocab"], batch: Batch) -> Float[Tensor, "row"]:
-    """Log-likelihood of each row's answer, summed over its tokens."""
-    rows = batch.predicts.nonzero()[:, 0]
-    likely = -token_loss(logits.float(), batch.choices, batch.shares)
-    return torch.zeros(len(batch.tokens), device=likely.device).index_add(0, rows, likely)
-
-
 def likelihoods(model: Model, batch: Batch, first_block: int, hooks: Sequence[FwdHook] = ()) -> Float[Tensor, "row"]:
-    """Log-likelihoods of a batch's answers under hooks."""
+    """Log-likelihood of each answer of a batch under hooks, summed over its tokens."""
     _, final = read(model, batch, [], first_block, final=True, hooks=hooks)
     assert final is not None
-    return answer_likelihoods(logits_of(model, final), batch)
+    likely = -token_loss(logits_of(model, final).float(), batch.choices, batch.shares)
+    rows = batch.predicts.nonzero()[:, 0]
+    return torch.zeros(len(batch.tokens), device=likely.device).index_add(0, rows, likely)
 
 
 def _untuned(model: Model, rows: Sequence[Row], data: TuningData, names: Sequence[str]) -> list[Row]:

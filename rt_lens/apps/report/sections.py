@@ -23,6 +23,7 @@ from rt_lens.apps.report.labels import (
 )
 from rt_lens.apps.report.markup import Part, boxed, chart, folded, items, table
 from rt_lens.apps.report.verdict import first_rows
+from rt_lens.plots.inside_arms import RESPONSES
 from rt_lens.plots.layers import without_first
 from rt_lens.results.schema import choices_of
 from rt_lens.results.tables import efficient
@@ -220,9 +221,8 @@ def _inside(results: Mapping[str, Any]) -> str:
     title = f"What happens inside at KL {at_kl['stated']:g}" if at_kl else "What happens inside"
     figure = plots.inside_arms(inside["shifts"], inside["likelihoods"], inside["weights"], title=title)
     header = ("arm", "responses", "n", "NLL before", "after", "change [95 %]", "seed")
-    names = {"own": "the untuned model's own", "toward": "the positive personas'", "away": "the negative personas'"}
     body = [
-        [arm(row), names.get(row["set"], row["set"]), str(row["n"]), number(row["before"]), number(row["after"]),
+        [arm(row), RESPONSES.get(row["set"], row["set"]), str(row["n"]), number(row["before"]), number(row["after"]),
          estimate({**row, "mean": row["change"]}), str(row["seed"])]
         for row in inside["likelihoods"]
     ]  # fmt: skip
