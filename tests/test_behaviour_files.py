@@ -32,6 +32,21 @@ def test_a_file_that_extends_another_holds_what_differs(tmp_path):
     assert load_pairs(tmp_path / "mine.toml").pairs == base.pairs.pairs
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [("[tune]\nseeds = [7]", True), ("[test]\nn_prompts = 2", True), ("[tune]\nmax_steps = 3", False),
+     ("[tune.token]\nlearning_rate = 1e-3", False), ('[model]\nname = "gpt2"', False),
+     ('[pairs]\nprefills = ["Well,"]', False)],
+)  # fmt: skip
+def test_settings_found_for_other_pairs_models_or_tuning_are_not_taken_over(tmp_path, changes, kept):
+    """A rate in [tune] would do nothing to an arm whose own rate a search has found."""
+    file = written(tmp_path, f'extends = "mood"\n{changes}\n')
+    own = "\n[settings.steered]\nlayer = 3\n"
+    found = behaviour_content(data_path("behaviours/mood.toml"))["settings"]
+    assert found and behaviour_content(file).get("settings") == (found if kept else None)
+    assert behaviour_content(written(tmp_path, file.read_text() + own))["settings"]["steered"]["layer"] == 3
+
+
 @pytest.mark.parametrize("extended", ['"../mood.toml"', '"moood"', "3"])
 def test_only_built_in_behaviours_can_be_extended(tmp_path, extended):
     with pytest.raises(ValueError, match=r"extends must be a built-in behaviour \(.*mood.*\), got .* in mine\.toml"):

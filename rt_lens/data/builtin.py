@@ -65,6 +65,8 @@ def behaviour_content(path: Path) -> dict[str, Any]:
 
     Args:
         path: a TOML file. Tables are merged key by key; any other value replaces that of the built-in behaviour.
+            A file with pairs, a model or tuning settings of its own is without the `[settings]` that a search has found
+            for those of the built-in behaviour.
 
     Raises:
         ValueError: for a file that is not TOML, or that extends something else.
@@ -83,7 +85,10 @@ def behaviour_content(path: Path) -> dict[str, Any]:
             f"extends must be a built-in behaviour ({', '.join(behaviours())}), got {extended!r} in {path.name}. Name "
             "one, or copy its tables into this file."
         )
-    return _merged(read_toml(behaviour_file(extended)), content)
+    base = read_toml(behaviour_file(extended))
+    if not content.keys().isdisjoint({"pairs", "model"}) or content.get("tune", {}).keys() - {"seeds"}:
+        base.pop("settings", None)
+    return _merged(base, content)
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
