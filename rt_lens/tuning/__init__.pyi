@@ -1,3 +1,8 @@
+from .answer_edits import AnswerConfig as AnswerConfig
+from .answer_edits import EncodedAnswers as EncodedAnswers
+from .answer_edits import encoded_answers as encoded_answers
+from .answer_edits import learn_scaling as learn_scaling
+from .answer_edits import learn_vector as learn_vector
 from .baking import bake as bake
 from .config import TuneConfig as TuneConfig
 from .delta import WeightDelta as WeightDelta
@@ -13,6 +18,8 @@ from .loop import LossNotFinite as LossNotFinite
 from .loop import tune as tune
 from .losses import break_loss as break_loss
 from .losses import cosine_loss as cosine_loss
+from .losses import effectiveness_loss as effectiveness_loss
+from .losses import faithfulness_loss as faithfulness_loss
 from .losses import preference_loss as preference_loss
 from .losses import shift_loss as shift_loss
 from .losses import token_loss as token_loss

@@ -148,3 +148,43 @@ def preference_loss(
         True
     """
     return -F.logsigmoid(beta * ((given - untuned_given) - (rejected - untuned_rejected)))
+
+
+def effectiveness_loss(differences: Float[Tensor, "n"], margin: float) -> Float[Tensor, "n"]:
+    """Hinge on the logit difference of two answers: max(0, margin - difference) (Stoehr et al. 2024, 2410.04962).
+
+    Args:
+        differences: logit of the answer that is to be favoured minus that of the other.
+        margin: by how much it is to be favoured; further gives nothing more.
+
+    Example:
+        >>> import torch
+        >>> effectiveness_loss(torch.tensor([-1.0, 0.5, 3.0]), margin=2.0).tolist()
+        [3.0, 1.5, 0.0]
+    """
+    return (margin - differences).clamp(min=0)
+
+
+def faithfulness_loss(
+    logits: Float[Tensor, "n d_vocab"], untuned: Float[Tensor, "n d_vocab"], answers: Int[Tensor, "n k"]
+) -> Float[Tensor, "n"]:
+    """KL from the untuned model over all tokens but the answers, in nats (Stoehr et al. 2024, 2410.04962).
+
+    Both distributions are renormalised without the answers, so that moving probability between these costs nothing.
+
+    Args:
+        logits: of the edited model.
+        untuned: of the untuned one.
+        answers: tokens that are left out.
+
+    Example:
+        >>> import torch
+        >>> untuned = torch.tensor([[2.0, 1.0, 0.0, 0.0]])
+        >>> answers = torch.tensor([[0, 1]])
+        >>> flipped, other = torch.tensor([[1.0, 2.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 1.0, 0.0]])
+        >>> [round(float(faithfulness_loss(logits, untuned, answers)), 3) for logits in (flipped, other)]
+        [0.0, 0.12]
+    """
+    left_out = torch.zeros_like(logits, dtype=torch.bool).scatter(1, answers, True)
+    edited, before = (part.masked_fill(left_out, float("-inf")).log_softmax(-1) for part in (logits, untuned))
+    return (before.exp() * (before - edited).masked_fill(left_out, 0.0)).sum(-1).clamp(min=0)

@@ -30,6 +30,7 @@ from .reading import logit_lens as logit_lens
 from .reading import projection_quantiles as projection_quantiles
 from .reading import separability as separability
 from .reading import token_projections as token_projections
+from .scalings import Scaling as Scaling
 from .steering_vectors import Provenance as Provenance
 from .steering_vectors import SteeringVectors as SteeringVectors
 from .steering_vectors import hook_names as hook_names
