@@ -1,3 +1,5 @@
+from .answer_effects import AnswerEffects as AnswerEffects
+from .answer_effects import answer_effects as answer_effects
 from .calibration import Calibrated as Calibrated
 from .calibration import KLMeter as KLMeter
 from .calibration import calibrate as calibrate

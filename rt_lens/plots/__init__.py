@@ -14,6 +14,7 @@ from rt_lens.plots.inside_arms import inside_arms
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
 from rt_lens.plots.pareto import pareto
 from rt_lens.plots.ranked import arms_at_kl
+from rt_lens.plots.scaling import scaling
 from rt_lens.plots.style import ARM_COLOURS
 from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.text import coloured_tokens, trace
@@ -47,6 +48,7 @@ __all__ = [
     "projection_heatmap",
     "residual_shifts",
     "resistance",
+    "scaling",
     "separability",
     "side_effects",
     "steerability",

@@ -80,7 +80,9 @@ class AnswerConfig:
         for name in ("margin", "faithfulness_weight", "minimality_weight", "learning_rate"):
             above = name == "learning_rate"
             if not (0 <= (value := getattr(self, name)) < math.inf) or (above and value == 0):
-                raise ValueError(f"{name} must be a finite number {'above' if above else 'of at least'} 0, got {value!r}.")
+                raise ValueError(
+                    f"{name} must be a finite number {'above' if above else 'of at least'} 0, got {value!r}."
+                )
 
 
 @torch.inference_mode(mode=False)

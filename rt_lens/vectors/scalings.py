@@ -82,14 +82,17 @@ class Scaling:
         return self.alphas[EVERYWHERE]
 
     def table(self) -> list[dict[str, Any]]:
-        """A row per factor: role, layer, component (`attn_out`, `mlp_out` or `head 3`), alpha; for `plots.scaling`."""
+        """A row per factor: role, layer, component (`attn_out`, `mlp_out` or `head 3`), alpha, n (prompts), seed."""
         rows = []
+        about = {"n": self.provenance.n_pairs, "seed": self.provenance.seed}
         for role, of_role in self.alphas.items():
             for name, alpha in of_role.items():
                 kind = name.rpartition("hook_")[2]
                 for head, value in enumerate(alpha.flatten().tolist()):
                     component = f"head {head}" if kind == "z" else kind
-                    rows.append({"role": role, "layer": layer_of(name), "component": component, "alpha": value})
+                    rows.append(
+                        {"role": role, "layer": layer_of(name), "component": component, "alpha": value, **about}
+                    )
         return rows
 
     def check_fits(self, model: Model) -> None:
