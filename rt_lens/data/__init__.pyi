@@ -22,6 +22,8 @@ from .honesty import true_or_false as true_or_false
 from .questions import Answer as Answer
 from .questions import Question as Question
 from .questions import load_questions as load_questions
+from .similarity import SentencePair as SentencePair
+from .similarity import load_sentence_pairs as load_sentence_pairs
 from .two_answers import TwoAnswers as TwoAnswers
 from .two_answers import load_two_answers as load_two_answers
 from .two_answers import two_answer_tasks as two_answer_tasks

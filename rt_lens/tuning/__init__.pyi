@@ -12,6 +12,9 @@ from .direction_targets import Preventative as Preventative
 from .export.hf import export_hf as export_hf
 from .export.peft import Adapter as Adapter
 from .export.peft import export_peft as export_peft
+from .latent import AddByRow as AddByRow
+from .latent import LatentVectors as LatentVectors
+from .latent import latent_vectors as latent_vectors
 from .learned_edits import tune_shift as tune_shift
 from .learned_edits import tune_vector as tune_vector
 from .loop import LossNotFinite as LossNotFinite
