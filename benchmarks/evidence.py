@@ -3,6 +3,8 @@
     python benchmarks/evidence.py keep runs/mood_full   # writes benchmarks/results/mood_full.json
     python benchmarks/evidence.py draw                  # README.md, benchmarks/README.md, benchmarks/pictures
 
+Other scripts here write their results there themselves, with tables of rows under the key `tables`.
+
 A document marks the place of a table with the comments `<!-- evidence: mood_full scores away -->` and `<!-- end -->`;
 what stands between them is written anew. The tables: `TABLES` below.
 """
@@ -51,7 +53,7 @@ def draw() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     PICTURES.mkdir(exist_ok=True)
     for name, content in results.items():
-        if (figure := picture(content)) is not None:
+        if "at_kl" in content and (figure := picture(content)) is not None:
             rtl.save_figure(figure, PICTURES / f"{name}.png", scale=1.5)
     for document in DOCUMENTS:
         write_atomically(document, filled(document.read_text(), results).encode())
@@ -70,14 +72,37 @@ def filled(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
 
     def table(place: re.Match[str]) -> str:
         name, kind, *options = place["what"].split()
-        if name not in results or kind not in TABLES:
+        own = results.get(name, {}).get("tables", {})
+        if name not in results or kind not in (own or TABLES):
             raise ValueError(
-                f"a place must name kept results ({', '.join(results)}) and a table ({', '.join(TABLES)}), got "
+                f"a place must name kept results ({', '.join(results)}) and a table ({', '.join(own or TABLES)}), got "
                 f"{place['what']!r}. Correct the comment."
             )
-        return f"{place['open']}\n{TABLES[kind](results[name], *options)}\n\n{place['end']}"
+        drawn = rows_as_table(own[kind]) if own else TABLES[kind](results[name], *options)
+        return f"{place['open']}\n{drawn}\n\n{place['end']}"
 
     return _PLACE.sub(table, text)
+
+
+def rows_as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as they are: a column for each key, a number beside its interval where NAME_low and NAME_high are there."""
+    ends = {f"{name}{end}" for name in rows[0] for end in ("_low", "_high")}
+    heads = [name for name in rows[0] if name not in ends]
+
+    def cell(row: Mapping[str, Any], name: str) -> str:
+        value = row[name]
+        if f"{name}_low" in row:
+            return estimate(row, name)
+        return said(value) if isinstance(value, float) else "–" if value is None else str(value)
+
+    return _table([head.replace("_", " ") for head in heads], ([cell(row, name) for name in heads] for row in rows))
+
+
+def write(name: str, about: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
+    """Keeps tables of another script: benchmarks/results/NAME.json."""
+    path = RESULTS / f"{name}.json"
+    write_atomically(path, (_lines(_rounded({**about, "tables": tables})) + "\n").encode())
+    return path
 
 
 def scores(content: Mapping[str, Any], direction: str) -> str:
