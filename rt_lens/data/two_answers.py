@@ -87,7 +87,7 @@ def load_two_answers(name_or_path: str | Path, *, part: str | None = None) -> li
     Example:
         >>> pairs = load_two_answers("capitals", part="test")
         >>> len(pairs), pairs[0].positive, pairs[0].negative in pairs[0].prompt
-        (78, ' Belgrade', True)
+        (72, ' Caracas', True)
     """
     path = Path(name_or_path)
     if not path.is_file():
