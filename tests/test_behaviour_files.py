@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rt_lens.data.builtin import behaviour_content, data_path
+from rt_lens.data.builtin import behaviour_content, data_path, prompt_kinds
 from rt_lens.data.contrast_pairs import load_pairs
 from rt_lens.experiment.check import check_behaviour
 from rt_lens.experiment.config import load_experiment
@@ -99,3 +99,21 @@ def test_wrong_topics_are_refused(tmp_path, topics, says):
     (tmp_path.parent / "other.txt").write_text("Why?\n", encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(says)):
         load_experiment(written(tmp_path, f'extends = "mood"\n[test]\ntopics = {topics}'))
+
+
+def test_prompts_of_unlike_kinds_are_asked_at_the_stated_kl_alone(tmp_path):
+    """They are checks, which `side_effects = "stated"` asks at that budget, with the behaviour's own scorer."""
+    file = written(tmp_path, 'extends = "mood"\n[test]\nkinds = ["stories", "arithmetic"]\n')
+    protocol = answers_protocol(load_experiment(file))
+    assert list(protocol.checks)[-2:] == ["unlike_stories", "unlike_arithmetic"]
+    stories = protocol.checks["unlike_stories"]
+    assert [scorer.name for scorer in stories.made] == [scorer.name for scorer in protocol.tasks["test"].made]
+    assert [question.prompt for question in stories.asked] == prompt_kinds()["stories"]
+    assert not any(name.startswith("unlike") for name in answers_protocol(load_experiment("mood")).checks)
+
+
+@pytest.mark.parametrize(("kinds", "message"), [('["tales"]', "test.kinds must be some of stories, .* got 'tales'"),
+                                                ('"stories"', "test.kinds must be a list of names")])  # fmt: skip
+def test_unknown_kinds_are_refused(tmp_path, kinds, message):
+    with pytest.raises(ValueError, match=message):
+        load_experiment(written(tmp_path, f'extends = "mood"\n[test]\nkinds = {kinds}\n'))

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from rt_lens.arms.equal_damage import BUDGETS
 from rt_lens.arms.registry import check_arms, registered_arm
 from rt_lens.common.files import as_name, check_name
-from rt_lens.data.builtin import behaviour_content, behaviour_file, data_path
+from rt_lens.data.builtin import behaviour_content, behaviour_file, data_path, prompt_kinds
 from rt_lens.data.contrast_pairs import ContrastPairs, pairs_from_table
 from rt_lens.data.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.data.questions import Question, load_questions
@@ -108,7 +108,12 @@ class TestConfig:
         n_facts: plain questions, and sums.
         n_instructions: instructions to follow.
         n_texts: paragraphs on which KL and perplexity are reported.
+        kinds: prompts unlike the topics, asked at the stated KL and scored alike: some of `stories`, `instructions`,
+            `opinions` and `arithmetic`, 40 of each (`prompt_kinds`).
         seed: of the bootstraps.
+
+    Raises:
+        ValueError: for an unknown kind.
     """
 
     topics: tuple[str, ...] = ()
@@ -117,7 +122,12 @@ class TestConfig:
     n_facts: int = 25
     n_instructions: int = 20
     n_texts: int = 18
+    kinds: tuple[str, ...] = ()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [kind for kind in self.kinds if kind not in prompt_kinds()]:
+            raise ValueError(f"test.kinds must be some of {', '.join(prompt_kinds())}, got {unknown[0]!r}.")
 
 
 @dataclass(frozen=True)
@@ -569,7 +579,9 @@ def _table(kind: type[T], name: str, values: Any) -> T:
 
 def _check_value(name: str, value: Any, default: Any) -> None:
     """Refuses a value of another type than the setting's default, an empty list, and a count below 1."""
-    if isinstance(default, tuple):
+    if default == ():
+        rule, allowed = "a list of names", isinstance(value, list) and all(isinstance(item, str) for item in value)
+    elif isinstance(default, tuple):
         whole = isinstance(default[0], int)
         rule = f"a list of at least one {'block' if whole else 'number'}"
         allowed = isinstance(value, list) and bool(value) and all(_is_number(item, whole) for item in value)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, cast
 
 from rt_lens.common.formatting import estimate, number
 from rt_lens.common.statistics.intervals import Interval, share_interval
-from rt_lens.data.builtin import held_out_neutral_prompts
+from rt_lens.data.builtin import held_out_neutral_prompts, prompt_kinds
 from rt_lens.data.contrast_pairs import ContrastPairs
 from rt_lens.data.honesty import (
     PREFILL,
@@ -259,6 +259,10 @@ def answers_protocol(experiment: Experiment) -> Protocol:
         "instructions": EvalTask(
             load_questions("instructions")[: experiment.test.n_instructions], (FollowsInstruction(),)
         ),
+    }
+    asked, prompts_of = experiment.test, prompt_kinds()
+    checks |= {
+        f"unlike_{kind}": EvalTask(prompts_of[kind], (score, *_WRITING), asked.max_new_tokens) for kind in asked.kinds
     }
     return Protocol(
         name="answers",
