@@ -256,6 +256,7 @@ def test_the_parts_of_a_built_in_task_share_no_group(task):
     assert not words["train"] & words["test"] and not words["validation"] & words["test"]
     for pair in load_two_answers(task):
         assert pair.negative in f" {pair.prompt}" and len({*pair.roles}) >= 3
+    assert len({frozenset(pair.roles) for pair in load_two_answers(task)}) == 1  # so that edits by role can be learned
 
 
 def test_files_of_a_user_are_read_and_what_is_wrong_is_named(tmp_path):

@@ -200,6 +200,11 @@ class EncodedAnswers:
         rows: token ids of each prompt.
         answers: first token of the positive and of the negative answer.
         places: role -> for each prompt the numbers of its tokens; None where the role is every token.
+
+    Example:
+        >>> answers = encoded_answers(model, load_two_answers("indirect_object", part="test")[:2])
+        >>> answers.logits(model, [0, 1], signs=(1.0,)).shape, answers.answers.shape
+        (torch.Size([2, 49152]), torch.Size([2, 2]))
     """
 
     pairs: Sequence[TwoAnswers]
