@@ -231,7 +231,7 @@ def encoded_answers(model: Model, pairs: Sequence[TwoAnswers], positions: str = 
 
     Example:
         >>> encoded_answers(model, load_two_answers("capitals", part="test")[:2], "roles").places["country"][0]
-        [4]
+        [3]
     """
     if not pairs:
         raise ValueError("pairs must be at least one prompt with two answers, got none.")
