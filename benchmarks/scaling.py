@@ -131,11 +131,14 @@ def main(quick: Annotated[bool, typer.Option(help="One task, few steps, printed 
         for how, found in {**scalings, **vectors}.items():
             learned, active = numbers_of(found)
             effects = answer_effects(model, task.parts["test"], hooks_of(found))
-            tables["sparsity"].append(row_of(effects, task=name, how=how, learned=learned, not_zero=active))
+            kind = how.partition(", weight")[0]  # a vector of each layer has a curve of its own
+            tables["sparsity"].append(row_of(effects, task=name, edit=kind, how=how, learned=learned, not_zero=active))
         effects = answer_effects(model, task.parts["test"], hooks_of(next(iter(scalings.values()))))
         tables["untuned"].append({"task": name, **next(row for row in effects.table() if row["strength"] == 0)})
         _print(tables["test"])
     if not quick:
+        shown = [row for row in tables["sparsity"] if row["not_zero"]]
+        rtl.save_figure(rtl.plots.few_numbers(shown), evidence.PICTURES / "few_numbers.png", scale=1.5)
         about = {"model": model_name(model), "command": "python benchmarks/scaling.py", "stated": STATED}
         typer.echo(f"Saved {evidence.write('scaling', about, tables)}.")
 

@@ -14,7 +14,7 @@ from rt_lens.plots.inside_arms import inside_arms
 from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_heatmap, separability
 from rt_lens.plots.pareto import pareto
 from rt_lens.plots.ranked import arms_at_kl
-from rt_lens.plots.scaling import scaling
+from rt_lens.plots.scaling import few_numbers, scaling
 from rt_lens.plots.style import ARM_COLOURS
 from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.text import coloured_tokens, trace
@@ -36,6 +36,7 @@ __all__ = [
     "dose_response",
     "effect_against_side_effect",
     "effect_at_kl",
+    "few_numbers",
     "inside_arms",
     "kinds",
     "logit_lens",
