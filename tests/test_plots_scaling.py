@@ -20,7 +20,8 @@ def factors(role: str = "all") -> list[dict]:
 def edits() -> list[dict]:
     return [
         {"task": "capitals", "edit": edit, "not_zero": number, "n": 72, "seed": 0, "shift": shift,
-         "shift_low": shift - 1, "shift_high": shift + 1, "KL_of_others": 0.1, "KL_of_others_low": 0.05, "KL_of_others_high": 0.2}
+         "shift_low": shift - 1, "shift_high": shift + 1, "KL_of_others": 0.1,
+         "KL_of_others_low": 0.05, "KL_of_others_high": 0.2}
         for edit, number, shift in (("scaling", 40, 3.0), ("scaling", 5, 2.0), ("vector", 576, 4.0))
     ]  # fmt: skip
 
