@@ -100,6 +100,9 @@ def test_settings_found_give_the_same_arms_without_a_search(searched, behaviour,
     again = run_experiment(experiment, tmp_path / "out", source=file, progress=False)
     assert again["search"] is None
     assert again["summary"] == content["summary"] and again["at_kl"]["strengths"] == content["at_kl"]["strengths"]
+    own = [f"{arm} {values['layer']}" for arm, values in experiment.settings.items() if "layer" in values]
+    for rule in (again["choices"]["rule"], content["choices"]["rule"]):
+        assert ("but for those whose settings name one" in rule) == bool(own) and all(arm in rule for arm in own)
 
 
 def test_a_search_goes_on_where_it_was_killed_and_does_no_trial_twice(searched, behaviour, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from small_runs import make_at_kl, make_board, make_content, write_run
 
 from rt_lens.apps.report.page import write_report
-from rt_lens.apps.report.verdict import opening, picture, spoken, sureness, verdict
+from rt_lens.apps.report.verdict import opening, picture, searched, spoken, sureness, verdict
 from rt_lens.results.schema import checked, load_results
 
 LABELS = [(("rep_tuned", way), ("untuned", "none")) for way in ("toward", "away")]
@@ -143,3 +143,16 @@ def test_more_arms_than_curves_can_show_are_drawn_as_rows_with_the_curves_folded
     assert curves.layout.xaxis.type == "log" and rows.layout.xaxis.type is None
     assert set(rows.layout.yaxis2.categoryarray) == {"steered", "rep_tuned"}
     assert picture(many, 0.03).layout.xaxis.type == "log"  # nothing stands at that budget
+
+
+def test_arms_with_settings_of_their_own_are_named():
+    """They may come from a search of before, as those of mood do."""
+    results = made(0.6)
+    assert sorted(results["at_kl"]["arms"]) == ["rep_tuned", "steered"]
+    assert searched(results) == "Settings: those of the experiment; no search in this run."
+    own = {"settings": {"steered": {"layer": 20}, "rep_tuned": {}, "elsewhere": {"layer": 3}}}
+    results["reproducibility"] = {"file": "mood.toml", "settings": own}
+    expected = (
+        "Settings: those of mood.toml, where rep_tuned and steered have [settings] of their own; no search in this run."
+    )
+    assert searched(results) == expected

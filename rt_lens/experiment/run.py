@@ -338,12 +338,14 @@ class _Run:
         return pd.DataFrame(rows)
 
     def _rule(self) -> str:
-        choose = self.experiment.choose
+        choose, settings = self.experiment.choose, self.experiment.settings
+        own = [f"{arm} {settings[arm]['layer']}" for arm in self.experiment.arms if "layer" in settings.get(arm, {})]
+        but = f", but for those whose settings name one ({', '.join(own)})" if own else ""
         return (
             f"Only layers and multipliers whose perplexity on {len(self.choice_texts)} neutral paragraphs is at most "
             f"{choose.bound:g} times that of the untuned model are allowed. The choice is the one that moves the mean "
             f"score of {len(self.protocol.choosing.asked)} validation prompts most in the direction; among equals, the "
-            "smaller multiplier. Arms take its layer; their strengths are set by KL."
+            f"smaller multiplier. Arms take its layer{but}; their strengths are set by KL."
         )
 
     def _choice(self, doses: pd.DataFrame, direction: str) -> dict[str, Any]:

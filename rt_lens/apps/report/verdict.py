@@ -170,8 +170,11 @@ def searched(results: Mapping[str, Any]) -> str:
     """One line on where the arms' settings come from."""
     search = results["search"]
     if search is None:
-        file = (results.get("reproducibility") or {}).get("file")
-        return f"Settings: those of {file or 'the experiment'}, without a search in this run."
+        record = results.get("reproducibility") or {}
+        own = ((record.get("settings") or {}).get("settings") or {}).keys() & results["at_kl"]["arms"].keys()
+        file = record.get("file") or "the experiment"
+        found = f", where {joined(sorted(own))} have [settings] of their own" if own else ""
+        return f"Settings: those of {file}{found}; no search in this run."
     n_arms = len({row["arm"] for row in search["table"]})
     return (
         f"Settings: searched before the test, with {search['trials']} trials for each of {n_arms} arms, on validation "
