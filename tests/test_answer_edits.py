@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rt_lens.arms import applied
+from rt_lens.arms import answer_effects, applied
 from rt_lens.data import TwoAnswers, load_two_answers, two_answer_tasks
 from rt_lens.models.backends import parameters_of
 from rt_lens.steering import scale
@@ -20,6 +20,7 @@ from rt_lens.tuning import (
     faithfulness_loss,
     learn_scaling,
     learn_vector,
+    scale_roles,
 )
 from rt_lens.tuning import answer_edits as module
 from rt_lens.vectors import Scaling
@@ -169,6 +170,38 @@ def test_roles_act_where_their_phrases_stand(tiny):
     assert changed.nonzero()[:, 0].tolist() == list(answers.places["noun"][0])
 
 
+@pytest.mark.parametrize("positions", ["roles", "last"])
+def test_a_scaling_by_roles_acts_on_other_prompts_as_it_was_learned(tiny, positions):
+    """In batches of two, so that the second batch needs its own rows of the mask."""
+    scaling, _ = learn_scaling(tiny, PAIRS, replace(CONFIG, margin=6.0), positions=positions, progress=False)
+    answers = encoded_answers(tiny, PAIRS, positions)
+    with torch.no_grad():
+        learned = answers.logits(tiny, range(4), (1.0,), module._Learned(tiny, module.Scale, scaling.alphas))
+    expected = learned.gather(1, answers.answers).diff(dim=1).neg()[:, 0]
+    effects = answer_effects(tiny, PAIRS, scale_roles(tiny, scaling, PAIRS), batch_size=2)
+    assert torch.allclose(effects.differences[1.0], expected.cpu(), atol=1e-4)
+    assert not torch.allclose(effects.differences[1.0], effects.differences[0.0], atol=1e-2)
+    if positions == "roles":
+        with pytest.raises(ValueError, match="pairs must have the same roles|pairs must have the roles of the scaling"):
+            scale_roles(tiny, scaling, [replace(pair, roles={"verb": (0, 3)}) for pair in PAIRS])
+
+
+def test_the_effects_are_those_of_passes_under_the_hooks(tiny):
+    scaling, _ = learn_scaling(tiny, PAIRS, CONFIG, progress=False)
+    effects = answer_effects(tiny, PAIRS, scale(scaling.everywhere), batch_size=3)
+    for strength, found in effects.differences.items():
+        hooks = scale(scaling.everywhere, strength) if strength else ()
+        assert torch.allclose(found, differences(tiny, PAIRS, hooks), atol=1e-4)
+    rows = {row["strength"]: row for row in effects.table()}
+    assert rows[1.0]["positive"] == float((effects.differences[1.0] > 0).float().mean()) and rows[0.0]["others"] == 0
+    assert rows[1.0]["low"] <= rows[1.0]["difference"] <= rows[1.0]["high"] and rows[1.0]["n"] == 4
+    opposite = (effects.differences[-1.0] < effects.differences[0.0]) & (
+        effects.differences[0.0] < effects.differences[1.0]
+    )
+    assert effects.opposite.mean == float(opposite.float().mean())
+    assert effects.shift.mean == pytest.approx(float((effects.differences[1.0] - effects.differences[-1.0]).mean() / 2))
+
+
 def test_a_file_holds_what_was_learned(tiny, tmp_path):
     scaling, _ = learn_scaling(tiny, PAIRS, CONFIG, positions="roles", components=("heads", "mlp_out"), progress=False)
     read = Scaling.load(scaling.save(tmp_path / "scaling.safetensors"))
@@ -240,7 +273,8 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"prompt": " "}, "prompt must be a text"), ({"negative": " water"}, "positive and negative must differ"),
-     ({"roles": {"noun": (5, 2)}}, "roles must be start and end"), ({"positive": ""}, "positive must be a text")],
+     ({"roles": {"noun": (5, 2)}}, "roles must be start and end"),
+     ({"roles": {"last": (0, 1)}}, "roles must not be"), ({"positive": ""}, "positive must be a text")],
 )  # fmt: skip
 def test_a_pair_that_is_none_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -52,6 +52,8 @@ class TwoAnswers:
                 "answer that is to become likelier, and the one that it takes the place of."
             )
         for role, (start, end) in self.roles.items():
+            if role in ("all", "last"):
+                raise ValueError(f"roles must not be called 'all' or 'last', which name other tokens, got {role!r}.")
             if not 0 <= start < end <= len(self.prompt):
                 raise ValueError(
                     f"roles must be start and end of a phrase in the prompt, got {role} = ({start}, {end}) in "

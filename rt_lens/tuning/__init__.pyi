@@ -3,6 +3,7 @@ from .answer_edits import EncodedAnswers as EncodedAnswers
 from .answer_edits import encoded_answers as encoded_answers
 from .answer_edits import learn_scaling as learn_scaling
 from .answer_edits import learn_vector as learn_vector
+from .answer_edits import scale_roles as scale_roles
 from .baking import bake as bake
 from .config import TuneConfig as TuneConfig
 from .delta import WeightDelta as WeightDelta

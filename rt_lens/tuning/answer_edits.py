@@ -27,7 +27,7 @@ from rt_lens.models.forward import check_layers, dtype_name, logits_where, model
 from rt_lens.models.positions import Row, rows_of
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode, pad, pad_id_of
-from rt_lens.steering.edits import FwdHook
+from rt_lens.steering.edits import Edit, FwdHook
 from rt_lens.tuning.config import TuneConfig
 from rt_lens.tuning.losses import effectiveness_loss, faithfulness_loss
 from rt_lens.tuning.weights import trainable_params
@@ -218,7 +218,11 @@ class EncodedAnswers:
         where = torch.zeros_like(batch.mask, dtype=torch.bool)
         where[:, -1] = True
         hooks = () if edit is None else edit(self, list(numbers), signs, batch.mask.shape[1])
-        with quick(model), model.hooks(fwd_hooks=list(hooks)), token_context(batch.mask):
+        rows = list(numbers) * len(signs)
+        with (
+            quick(model), model.hooks(fwd_hooks=list(hooks)),
+            token_context(batch.mask, rows=rows, n_rows=len(self.rows)),
+        ):  # fmt: skip
             return torch.cat(list(logits_where(model, batch.tokens, batch.mask, where))).float()
 
 
@@ -252,6 +256,43 @@ def encoded_answers(model: Model, pairs: Sequence[TwoAnswers], positions: str = 
     return EncodedAnswers(
         pairs, [row.ids for row in rows], torch.tensor(firsts, device=model.cfg.device), _places(rows, pairs, positions)
     )
+
+
+def scale_roles(model: Model, scaling: Scaling, pairs: Sequence[TwoAnswers], multiplier: float = 1.0) -> list[FwdHook]:
+    """Hooks of a scaling by roles, for prompts that have these roles; they act on these prompts, in this order, alone.
+
+    Args:
+        model: for its tokenizer.
+        scaling: learned with `positions="roles"` or `"last"`.
+        pairs: the prompts.
+        multiplier: the strength.
+
+    Raises:
+        ValueError: for a scaling of another model, or prompts that lack one of its roles.
+
+    Example:
+        >>> train, test = (load_two_answers("indirect_object", part=part)[:3] for part in ("train", "test"))
+        >>> quickly = AnswerConfig(steps=1, batch_size=3)
+        >>> scaling, _ = learn_scaling(model, train, quickly, layers=[20], positions="roles", progress=False)
+        >>> effects = answer_effects(model, test, scale_roles(model, scaling, test))
+        >>> sorted(scaling.alphas), effects.opposite.n
+        (['giver', 'giver again', 'last', 'object', 'place', 'recipient'], 3)
+    """
+    scaling.check_fits(model)
+    last = {"last"} == set(scaling.alphas)
+    answers = encoded_answers(model, pairs, "last" if last else "roles")
+    if missing := [role for role in scaling.alphas if role not in answers.places]:
+        raise ValueError(
+            f"pairs must have the roles of the scaling, got none called {missing[0]!r}. Give it in `roles`."
+        )
+    longest = max(len(ids) for ids in answers.rows)
+    hooks: list[FwdHook] = []
+    for role, of_role in scaling.alphas.items():
+        mask = torch.zeros(len(pairs), longest, dtype=torch.bool, device="cpu")
+        for row, places in enumerate(answers.places[role] or ()):
+            mask[row, list(places)] = True
+        hooks += [(name, Edit(Scale(alpha), multiplier, mask)) for name, alpha in of_role.items()]
+    return hooks
 
 
 def _first(model: Model, prompt: str, answer: str) -> int:

@@ -77,7 +77,7 @@ class Scaling:
         if set(self.alphas) != {EVERYWHERE}:
             raise ValueError(
                 f"alphas must act on every token, got those of the roles {', '.join(self.alphas)}. Learn them with "
-                "positions='all', or use the hooks of `scale_roles` with prompts that have these roles."
+                "positions='all', or use `rtl.tuning.scale_roles` with prompts that have these roles."
             )
         return self.alphas[EVERYWHERE]
 
