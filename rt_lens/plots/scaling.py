@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -83,14 +85,14 @@ def few_numbers(table: Table, *, title: str = "How few numbers turn an answer ro
         rows=2, cols=len(tasks), shared_xaxes=True, shared_yaxes="rows", subplot_titles=tasks,
         vertical_spacing=0.08, horizontal_spacing=0.05,
     )  # fmt: skip
-    for (task, edit), rows in frame.groupby(["task", "edit"], sort=False):
-        rows = rows.sort_values("not_zero")
+    for task, edit in itertools.product(tasks, edits):
+        rows = frame[(frame["task"] == task) & (frame["edit"] == edit)].sort_values("not_zero")
         for number, name in enumerate(measures, start=1):
             hover = [
                 f"{edit}, {row['not_zero']:g} numbers<br>{name} {row_estimate(row, name)}<br>n = {row['n']:g}"
                 for _, row in rows.iterrows()
             ]
-            first = task == tasks[0] and number == 1
+            first = task == tasks[0] and number == 1 and len(rows) > 0
             figure.add_trace(
                 go.Scatter(
                     x=rows["not_zero"], y=rows[name], mode="lines+markers", name=edit, legendgroup=edit,
