@@ -53,7 +53,7 @@ def draw() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     PICTURES.mkdir(exist_ok=True)
     for name, content in results.items():
-        if "at_kl" in content and (figure := picture(content)) is not None:
+        if "at_kl" in content and (figure := picture(content, content["at_kl"]["stated"])) is not None:
             rtl.save_figure(figure, PICTURES / f"{name}.png", scale=1.5)
     for document in DOCUMENTS:
         write_atomically(document, filled(document.read_text(), results).encode())
@@ -181,11 +181,13 @@ def search(content: Mapping[str, Any]) -> str:
 
 
 def inside(content: Mapping[str, Any], direction: str) -> str:
-    """Inside each arm at the stated KL: the shift at the layer steered, likelihoods, rank of the weight change."""
-    found, layer, lines = content["inside"], content["choices"][direction]["layer"], []
+    """Inside each arm at the stated KL: the shift after the last block, likelihoods, rank of the weight change."""
+    found, lines = content["inside"], []
+    layer = max(row["layer"] for row in found["shifts"])
     mine = {name: [row for row in rows if row["direction"] == direction] for name, rows in found.items()}
     for row in (row for row in mine["shifts"] if row["layer"] == layer):
-        likelihoods = {of["set"]: estimate(of, "change", 2) for of in mine["likelihoods"] if of["arm"] == row["arm"]}
+        changes = [{**of, "mean": of["change"]} for of in mine["likelihoods"] if of["arm"] == row["arm"]]
+        likelihoods = {of["set"]: brief(of) for of in changes}
         ranks = sorted(
             of["effective_rank"]
             for of in mine["weights"]
@@ -196,7 +198,7 @@ def inside(content: Mapping[str, Any], direction: str) -> str:
              *(likelihoods.get(name, "–") for name in ("own", "toward", "away")),
              f"{said(ranks[0], 0)} to {said(ranks[-1], 0)}" if ranks else "–"]
         )  # fmt: skip
-    heads = ["arm", f"shift along the vector, layer {layer}", "its share of the shift", "own responses", "toward's",
+    heads = ["arm", f"shift along the vector, block {layer}", "its share of the shift", "own responses", "toward's",
              "away's", "effective rank of the weight change, by block"]  # fmt: skip
     return _table(heads, lines)
 

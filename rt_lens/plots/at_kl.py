@@ -106,7 +106,7 @@ def effect_at_kl(
         traces = _untuned(untuned.iloc[0], span, colours)
         for arm in ordered(panel["arm"]):
             traces += _curve(panel[panel["arm"] == arm].sort_values("kl"), colours[arm], SYMBOLS[direction], budget)
-        for trace in traces:
+        for trace in sorted(traces, key=lambda trace: trace.line.width != 0):  # all bands below all lines
             trace.showlegend = bool(trace.name) and trace.name not in named
             named |= {trace.name} if trace.name else set()
             figure.add_trace(trace, row=1, col=column)
