@@ -110,16 +110,15 @@ def scores(content: Mapping[str, Any], direction: str) -> str:
     at_kl = content["at_kl"]
     budgets = at_kl["kl"]
     rows = [row for row in first_rows(at_kl["table"]) if row["direction"] in (direction, "none")]
-    heads = ["arm", *(f"KL {budget:g}" for budget in budgets), f"KL on own prompts at {at_kl['stated']:g}", "seeds"]
+    own = f"KL on own prompts at {at_kl['stated']:g}"
+    heads = ["arm", "as it is", *(f"KL {budget:g}" for budget in budgets), own, "seeds"]
     lines = []
     for (arm,), of_arm in grouped(rows, "arm").items():
         by_budget = {row["budget"]: row for row in of_arm}
         cells = [brief(by_budget[budget]) if budget in by_budget else "–" for budget in budgets]
-        if None in by_budget:  # the untuned model, or an arm without a strength
-            alone = by_budget[None]
-            where = "" if alone["kl"] == 0 else f" (at its own KL, {said(alone['kl'])})"
-            cells[0] = f"{brief(alone)}{where}"
-        lines.append([arm, *cells, _own_kl(content, arm, direction), _seeds(of_arm[0]["seeds"])])
+        alone = by_budget.get(None)  # the untuned model, or an arm without a strength
+        as_it_is = "–" if alone is None else f"{brief(alone)} (KL {said(alone['kl'])})"
+        lines.append([arm, as_it_is, *cells, _own_kl(content, arm, direction), _seeds(of_arm[0]["seeds"])])
     return _table(heads, lines)
 
 

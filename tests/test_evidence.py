@@ -44,7 +44,7 @@ def test_a_table_says_the_kept_numbers(run):
     expected = f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]".replace("-", "−")
     table = evidence.scores(content, "toward")
     (line,) = [line for line in table.splitlines() if line.startswith("| rep_tuned")]
-    assert line.split(" | ")[1 + content["at_kl"]["kl"].index(0.01)] == expected
+    assert line.split(" | ")[2 + content["at_kl"]["kl"].index(0.01)] == expected
     assert "0, 1, 2" in line and "away" not in table
     assert "- rep_tuned (away) does not reach that KL: KL is at most 0.02." in evidence.gaps(content)
     (difference,) = [row for row in content["comparisons"] if row["a_direction"] == "toward"]
@@ -55,7 +55,7 @@ def test_only_what_stands_between_the_marks_is_written(run):
     results = {"small": json.loads(evidence.kept(load_results(run).content))}
     text = "before\n<!-- evidence: small scores away -->\nold\n<!-- end -->\nafter\n"
     once = evidence.filled(text, results)
-    assert once.startswith("before\n<!-- evidence: small scores away -->\n\n| arm | KL ")
+    assert once.startswith("before\n<!-- evidence: small scores away -->\n\n| arm | as it is | KL ")
     assert once.endswith("\n<!-- end -->\nafter\n") and "old" not in once
     assert evidence.filled(once, results) == once
     for wrong in ("other scores away", "small plot"):
