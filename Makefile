@@ -15,7 +15,7 @@ PEERS ?= $(HOME)/.cache/rt_lens/peers
 
 .PHONY: help demo test test-tl4 demo-tl4 check lint bench bench-quick clean
 help:
-	@echo "make demo   set up, then compare the arms on the mood behaviour at equal damage (after set-up 12 minutes on two cores)"
+	@echo "make demo   set up, then compare the arms on the mood behaviour at equal damage (after set-up about 18 minutes on two cores)"
 	@echo "make test   set up, then lint, type-check and test"
 	@echo "make test-tl4  set up an environment with TransformerLens 4, then test there all that touches a model"
 	@echo "make demo-tl4  the demo in that environment"
