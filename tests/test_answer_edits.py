@@ -67,7 +67,7 @@ def test_gradients_are_those_of_finite_differences(tiny, positions, components):
     noise = torch.Generator().manual_seed(1)
     start = {role: {n: torch.randn(size, generator=noise).double() / 4 for n in names} for role in answers.places}
     edit = module._Learned(model, module.Scale, start)
-    untuned = module._untuned(model, answers, 4).double()
+    untuned = answers.all_logits(model, 4).double()
 
     def loss() -> torch.Tensor:
         losses = module._losses(model, answers, edit, CONFIG, [0, 1], untuned)

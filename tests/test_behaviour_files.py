@@ -36,7 +36,7 @@ def test_a_file_that_extends_another_holds_what_differs(tmp_path):
     ("changes", "kept"),
     [("[tune]\nseeds = [7]", True), ("[test]\nn_prompts = 2", True), ("[tune]\nmax_steps = 3", False),
      ("[tune.token]\nlearning_rate = 1e-3", False), ('[model]\nname = "gpt2"', False),
-     ('[pairs]\nprefills = ["Well,"]', False)],
+     ('[pairs]\nprefills = ["Well,"]', False), ("tune = 3", False)],
 )  # fmt: skip
 def test_settings_found_for_other_pairs_models_or_tuning_are_not_taken_over(tmp_path, changes, kept):
     """A rate in [tune] would do nothing to an arm whose own rate a search has found."""

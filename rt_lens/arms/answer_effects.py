@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from rt_lens.arms.intervention import Interventions, applied, each_of
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
 from rt_lens.data.two_answers import TwoAnswers
 from rt_lens.models.protocol import Model
-from rt_lens.tuning.answer_edits import EncodedAnswers, encoded_answers
+from rt_lens.tuning.answer_edits import encoded_answers
 from rt_lens.tuning.losses import faithfulness_loss
 
 STRENGTHS = (-1.0, 0.0, 1.0)
@@ -74,7 +73,6 @@ class AnswerEffects:
         return rows
 
 
-@torch.no_grad()
 def answer_effects(
     model: Model, pairs: Sequence[TwoAnswers], intervention: Interventions, *, batch_size: int = 16, seed: int = 0
 ) -> AnswerEffects:
@@ -101,7 +99,7 @@ def answer_effects(
     for strength in STRENGTHS:
         acting = scaled(intervention, strength) if strength else None
         with applied(model, *each_of(acting)):
-            logits[strength] = _logits(model, answers, batch_size)
+            logits[strength] = answers.all_logits(model, batch_size)
     tokens = answers.answers.cpu()
     of_answers = {strength: found.gather(1, tokens) for strength, found in logits.items()}
     return AnswerEffects(
@@ -109,8 +107,3 @@ def answer_effects(
         {strength: faithfulness_loss(logits[strength], logits[0.0], tokens) for strength in (-1.0, 1.0)},
         seed,
     )
-
-
-def _logits(model: Model, answers: EncodedAnswers, size: int) -> Float[Tensor, "n d_vocab"]:
-    numbers = range(len(answers.rows))
-    return torch.cat([answers.logits(model, numbers[at : at + size], (1.0,)).cpu() for at in numbers[::size]])

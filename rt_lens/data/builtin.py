@@ -85,8 +85,8 @@ def behaviour_content(path: Path) -> dict[str, Any]:
             f"extends must be a built-in behaviour ({', '.join(behaviours())}), got {extended!r} in {path.name}. Name "
             "one, or copy its tables into this file."
         )
-    base = read_toml(behaviour_file(extended))
-    if not content.keys().isdisjoint({"pairs", "model"}) or content.get("tune", {}).keys() - {"seeds"}:
+    base, tune = read_toml(behaviour_file(extended)), content.get("tune", {})
+    if not content.keys().isdisjoint({"pairs", "model"}) or not isinstance(tune, Mapping) or tune.keys() - {"seeds"}:
         base.pop("settings", None)
     return _merged(base, content)
 

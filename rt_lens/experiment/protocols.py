@@ -260,7 +260,7 @@ def answers_protocol(experiment: Experiment) -> Protocol:
             load_questions("instructions")[: experiment.test.n_instructions], (FollowsInstruction(),)
         ),
     }
-    asked, prompts_of = experiment.test, prompt_kinds()
+    asked, prompts_of = experiment.test, prompt_kinds() if experiment.test.kinds else {}
     checks |= {
         f"unlike_{kind}": EvalTask(prompts_of[kind], (score, *_WRITING), asked.max_new_tokens) for kind in asked.kinds
     }

@@ -225,6 +225,13 @@ class EncodedAnswers:
         ):  # fmt: skip
             return torch.cat(list(logits_where(model, batch.tokens, batch.mask, where))).float()
 
+    @torch.no_grad()
+    def all_logits(self, model: Model, batch_size: int) -> Float[Tensor, "n d_vocab"]:
+        """Logits after every prompt, under whatever acts on the model, on the CPU."""
+        numbers = range(len(self.rows))
+        parts = (self.logits(model, numbers[at : at + batch_size], (1.0,)) for at in numbers[::batch_size])
+        return torch.cat([part.cpu() for part in parts])
+
 
 def encoded_answers(model: Model, pairs: Sequence[TwoAnswers], positions: str = "all") -> EncodedAnswers:
     """The prompts as token ids, with the first tokens of their answers and the places of an edit.
@@ -380,7 +387,7 @@ def _learn(
     optimiser = torch.optim.Adam(edit.parameters, lr=config.learning_rate)
     history: History = []
     with trainable_params(model, {}, TuneConfig()):
-        untuned = _untuned(model, answers, config.batch_size)
+        untuned = answers.all_logits(model, config.batch_size)
         drawn = _batches(len(answers.rows), config)
         for step in (bar := Bar(range(config.steps), desc="learning", unit="step", disable=not progress)):
             numbers = next(drawn)
@@ -422,12 +429,6 @@ def _losses(
         "effectiveness": effectiveness_loss(wanted, config.margin).mean(),
         "faithfulness": faithfulness_loss(logits, before, tokens.repeat(2, 1)).mean(),
     }
-
-
-@torch.no_grad()
-def _untuned(model: Model, answers: EncodedAnswers, size: int) -> Float[Tensor, "n d_vocab"]:
-    numbers = range(len(answers.rows))
-    return torch.cat([answers.logits(model, numbers[at : at + size], (1.0,)).cpu() for at in numbers[::size]])
 
 
 def _batches(n: int, config: AnswerConfig) -> Iterator[list[int]]:
