@@ -50,13 +50,13 @@ def keep(run: Path) -> None:
 @app.command()
 def draw() -> None:
     """Draws the pictures of all kept results, and writes the tables into the documents."""
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     PICTURES.mkdir(exist_ok=True)
     for name, content in results.items():
         if "at_kl" in content and (figure := picture(content, content["at_kl"]["stated"])) is not None:
             rtl.save_figure(figure, PICTURES / f"{name}.png", scale=1.5)
     for document in DOCUMENTS:
-        write_atomically(document, filled(document.read_text(), results).encode())
+        write_atomically(document, filled(document.read_text(encoding="utf-8"), results).encode())
 
 
 def kept(content: Mapping[str, Any]) -> str:

@@ -208,8 +208,8 @@ class Experiment:
         >>> experiment = load_experiment("mood")
         >>> experiment.tune_seeds["away"], experiment.choose.layers
         ((0, 1, 2), (18, 21))
-        >>> {arm: config.cosine_weight for arm, config in experiment.tuned_arms.items()}
-        {'token_tuned': 0.0, 'rep_tuned': 14.0}
+        >>> {arm: config.cosine_weight > 0 for arm, config in experiment.tuned_arms.items()}
+        {'token_tuned': False, 'rep_tuned': True}
     """
 
     name: str

@@ -74,7 +74,7 @@ def few_numbers(table: Table, *, title: str = "How few numbers turn an answer ro
         >>> row = {"task": "capitals", "edit": "scaling", "n": 72, "seed": 0, "shift": 3.0, "shift_low": 2.5}
         >>> row |= {"shift_high": 3.5, "KL_of_others": 0.2, "KL_of_others_low": 0.1, "KL_of_others_high": 0.3}
         >>> [trace.x.tolist() for trace in few_numbers([row | {"not_zero": n} for n in (60, 12)]).data]
-        [[12, 60], [12, 60]]
+        [[12.0, 60.0], [12.0, 60.0]]
     """
     measures = {"shift": "shift (logits)", "KL_of_others": "KL of other tokens (nats)"}
     ends = [f"{name}{end}" for name in measures for end in ("", "_low", "_high")]
