@@ -1,9 +1,9 @@
-"""What tuning does to a behaviour: learning rates, variants, unlike kinds of prompts, resistance, KL-then-steer.
+"""What tuning does to a behaviour: learning rates, variants, unlike kinds of prompts, resistance.
 
 Each stage writes its table as JSON and its figure as HTML to the folder. `rates` reads validation topics only, and is
 how the arms' learning rates were chosen; the other stages use the test topics and the kinds of prompts.
 
-    python benchmarks/tuning.py variants --out runs/tuning      (or: rates, kinds, resistance, kl_then_steer)
+    python benchmarks/tuning.py variants --out runs/tuning      (or: rates, kinds, resistance)
     python benchmarks/tuning.py rates --behaviour formality
 """
 
@@ -25,12 +25,11 @@ import rt_lens as rtl
 from rt_lens.common.files import write_atomically
 from rt_lens.common.statistics.comparisons import paired_comparison
 from rt_lens.common.statistics.intervals import Interval, mean_interval, share_interval
-from rt_lens.data.builtin import held_out_neutral_prompts, neutral_paragraphs, neutral_prompts, prompt_kinds
+from rt_lens.data.builtin import neutral_paragraphs, neutral_prompts, prompt_kinds
 from rt_lens.data.questions import load_questions
 from rt_lens.evaluation.fluency import repetition
 from rt_lens.evaluation.texts import PerplexityResult
 from rt_lens.experiment.config import load_experiment
-from rt_lens.models.tokens.chats import chat_text
 from rt_lens.tuning.targets import Target, write_neutral, write_targets
 from rt_lens.tuning.tuning_data import TuningData, prepare_data
 
@@ -291,77 +290,8 @@ def suppress_under_steering(session: Session, seed: int) -> rtl.WeightDelta:
     )  # fmt: skip
 
 
-KTS: dict[str, Any] = {
-    "cosine_weight": 0.0, "token_weight": 0.0, "max_steps": 200, "epochs": 60, "neutral_batch_size": 8,
-    "trained_layers": tuple(range(22, 30)), "validate_every": 40, "patience": 9,
-    "learning_rate": 4e-5,  # at 1e-4 its noise on unsteered texts cancels the gain at small multipliers
-}  # fmt: skip
-DOSES = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
-
-
-def kl_then_steer(session: Session) -> Iterator[tuple[str, pd.DataFrame, Any]]:
-    """Effect on mood against KL on held-out neutral prompts, of the untuned and the treated model, both steered."""
-    config = replace(session.tune, **KTS)
-    steer = rtl.tuning.KLThenSteer([session.vectors], layers=[LAYER], strength=DOSE, share=0.9)
-    treated = rtl.tune(
-        session.model, session.vectors, session.train, config, validation=session.validation,
-        neutral=session.neutral(config.seed), steer=steer, progress=False,
-    )  # fmt: skip
-    prompts = [chat_text(session.model, prompt) for prompt in held_out_neutral_prompts()]
-    responses = rtl.generate(session.model, prompts, chat=False, max_new_tokens=N_TOKENS)
-    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    reference = rtl.evaluation.perplexity(session.model, texts, keep=True, batch_size=8)
-    rows, scores, kls = [], {}, {}
-    for arm, delta in (("untuned", None), ("kl_then_steer", treated)):
-        for dose in DOSES:
-            hooks = rtl.add(session.vectors, [LAYER], dose) if dose else None
-            of_dose, _ = session.scores(session.prompts, delta, hooks)
-            with rtl.applied(session.model, delta, hooks):
-                result = rtl.evaluation.perplexity(session.model, texts, reference=reference, batch_size=8)
-            assert result.mean_kl is not None
-            scores[arm, dose], kls[arm, dose] = np.array(of_dose), result.kl
-            effect = mean_interval(of_dose)
-            kl = result.mean_kl
-            rows.append({"arm": arm, "multiplier": dose, **_spread("effect", effect), **_spread("side_effect", kl),
-                         "n": effect.n, "n_side_effect": kl.n, "seed": config.seed})  # fmt: skip
-            print(rows[-1], flush=True)
-    table = pd.DataFrame(rows)
-    yield "kl_then_steer", table, rtl.plots.effect_against_side_effect(table)
-    yield "kl_then_steer_at_equal_effect", _at_equal_effect(scores, kls, reference.sizes), None
-
-
-def _at_equal_effect(scores: Mapping[Any, Any], kls: Mapping[Any, Any], sizes: Any) -> pd.DataFrame:
-    """KL of both arms at the score that plain steering reaches, interpolated; bootstrap over prompts and texts."""
-    generator, rows = np.random.default_rng(0), []
-    n_prompts, n_texts = len(scores["untuned", 0.0]), len(sizes)
-
-    def at(arm: str, side: float, target: float, prompts: Any, texts: Any) -> float:
-        doses = [dose for dose in DOSES if dose * side >= 0]
-        curve = sorted(
-            (scores[arm, dose][prompts].mean(), kls[arm, dose][texts].sum() / sizes[texts].sum()) for dose in doses
-        )
-        effects, side_effects = zip(*curve, strict=True)
-        return float(np.interp(target, effects, side_effects, left=np.nan, right=np.nan))
-
-    for dose in (-3.0, -2.0, 2.0, 3.0):
-        draws = []
-        for number in range(2000):
-            prompts = generator.integers(0, n_prompts, n_prompts) if number else np.arange(n_prompts)
-            texts = generator.integers(0, n_texts, n_texts) if number else np.arange(n_texts)
-            target = scores["untuned", dose][prompts].mean()
-            draws.append([at(arm, dose, target, prompts, texts) for arm in ("untuned", "kl_then_steer")])
-        plain, treated = np.array(draws).T
-        low, high = np.nanquantile(treated - plain, [0.025, 0.975])
-        rows.append(
-            {"plain multiplier": dose, "score": scores["untuned", dose].mean(), "plain KL": plain[0],
-             "treated KL": treated[0], "difference": treated[0] - plain[0], "low": low, "high": high,
-             "out of reach": float(np.isnan(treated).mean()), "n_prompts": n_prompts, "n_texts": n_texts, "seed": 0}
-        )  # fmt: skip
-    return pd.DataFrame(rows)
-
-
 STAGES: dict[str, Callable[[Session], Iterator[tuple[str, pd.DataFrame, Any]]]] = {
-    "rates": rates, "variants": variants, "kinds": kinds, "resistance": resistance, "kl_then_steer": kl_then_steer,
+    "rates": rates, "variants": variants, "kinds": kinds, "resistance": resistance,
 }  # fmt: skip
 
 

@@ -241,6 +241,16 @@ def test_steering_is_drawn_as_often_and_as_strongly_as_said(tiny, tiny_vectors, 
     assert multipliers(steer, tiny, 50, seed=1) != drawn[:50]
 
 
+def test_a_ramp_grows_the_multipliers_and_leaves_the_rest_as_drawn(tiny, tiny_vectors):
+    plain, ramped = (KLThenSteer([tiny_vectors], [1], 2.0, share=1.0, ramp=ramp) for ramp in (0.0, 0.5))
+    for progress, factor in ((0.1, 0.2), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        ((_, before),), ((_, after),) = (steer.drawn(tiny, "two", progress) for steer in (plain, ramped))
+        assert abs(before.multiplier) > 0.1
+        assert after.multiplier == pytest.approx(factor * before.multiplier)
+    assert ramped.held_out(tiny)[0][0][1].multiplier == plain.held_out(tiny)[0][0][1].multiplier == 1.0
+    assert ("ramp" in plain.described(), ramped.described()["ramp"]) == (False, 0.5)
+
+
 def test_every_direction_is_drawn_and_held_out_steers_each_both_ways(tiny, tiny_vectors, others):
     steer = KLThenSteer([tiny_vectors, others], layers=[0, 1], share=1.0, strength=2.0)
     which = [steer.drawn(tiny, str(step))[1][1].operator.vector[0] for step in range(200)]
@@ -275,6 +285,20 @@ def kl_by_hand(model, targets, untuned, hooks) -> float:
         kl_divergence(before, log_probabilities(model, t, hooks)) for t, before in zip(targets, untuned, strict=True)
     ]
     return float(torch.cat(each).mean())
+
+
+def test_a_tuning_run_goes_along_its_ramp(tiny, tiny_vectors):
+    """The first of ten steps is steered by a tenth of what it would be without a ramp."""
+    steer = KLThenSteer([tiny_vectors], [0], 3.0, share=1.0, ramp=1.0)
+    config = replace(STEERED, max_steps=10, neutral_batch_size=len(NEUTRAL))
+    both = [*NEUTRAL, *NEUTRAL]  # the first half is kept for the validations
+    untuned = [log_probabilities(tiny, target) for target in NEUTRAL]
+    delta = tune(tiny, tiny_vectors, TARGETS, config, validation=TARGETS, neutral=both, steer=steer, progress=False)
+    at = {
+        progress: kl_by_hand(tiny, NEUTRAL, untuned, steer.drawn(tiny, "0-steer-1", progress)) for progress in (0.1, 1)
+    }
+    assert at[1] > 5 * at[0.1]
+    assert delta.history[0]["kl"] == pytest.approx(at[0.1], rel=1e-4)
 
 
 @pytest.mark.parametrize(("at", "trained"), [(0, [1]), (1, [0, 1])])
@@ -384,7 +408,9 @@ def test_steering_by_another_models_vectors_is_refused(tiny, tiny_vectors, prove
 
 
 @pytest.mark.parametrize(
-    "settings", [{"strength": 0.0}, {"share": 0.0}, {"share": 1.5}, {"n_pairs": 0}], ids=lambda s: next(iter(s))
+    "settings",
+    [{"strength": 0.0}, {"share": 0.0}, {"share": 1.5}, {"n_pairs": 0}, {"ramp": 2.0}],
+    ids=lambda s: next(iter(s)),
 )
 def test_steering_settings_are_checked_when_they_are_made(tiny_vectors, settings):
     with pytest.raises(ValueError, match=r"strength must be above 0, share above 0 .*got strength="):

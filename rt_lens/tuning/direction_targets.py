@@ -146,6 +146,7 @@ class KLThenSteer:
         strength: largest multiplier, of the directions' own lengths.
         share: probability of steering in a step.
         n_pairs: pairs that a direction is extracted from each time, where ContrastPairs are given.
+        ramp: fraction of the steps over which the largest multiplier grows from 0 to `strength`; 0 has it at once.
 
     Example:
         >>> steer = KLThenSteer([vectors], layers=[21], strength=3.0, share=1.0)
@@ -161,6 +162,7 @@ class KLThenSteer:
     strength: float = 1.5
     share: float = 0.125
     n_pairs: int = 16
+    ramp: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
@@ -171,10 +173,10 @@ class KLThenSteer:
             or not all(isinstance(direction, kinds) for direction in self.directions)
         ):
             raise ValueError("directions must be a list of at least one SteeringVectors or ContrastPairs.")
-        if not self.strength > 0 or not 0 < self.share <= 1 or self.n_pairs < 1:
+        if not self.strength > 0 or not 0 < self.share <= 1 or self.n_pairs < 1 or not 0 <= self.ramp <= 1:
             raise ValueError(
-                "strength must be above 0, share above 0 and up to 1, and n_pairs at least 1, got "
-                f"strength={self.strength}, share={self.share}, n_pairs={self.n_pairs}."
+                "strength must be above 0, share above 0 and up to 1, n_pairs at least 1, and ramp from 0 to 1, got "
+                f"strength={self.strength}, share={self.share}, n_pairs={self.n_pairs}, ramp={self.ramp}."
             )
 
     def check_fits(self, model: Model) -> None:
@@ -189,11 +191,12 @@ class KLThenSteer:
                 direction.check_fits(model)
                 direction.at_layers(self.layers)
 
-    def drawn(self, model: Model, seed: str) -> list[FwdHook]:
-        """The hooks of one step: none, or a direction with a multiplier."""
+    def drawn(self, model: Model, seed: str, progress: float = 1.0) -> list[FwdHook]:
+        """The hooks of one step, after a fraction `progress` of all: none, or a direction with a multiplier."""
         chance = random.Random(seed)
         steered, which = chance.random() < self.share, chance.randrange(len(self.directions))
         multiplier = self.strength * chance.uniform(-1, 1)
+        multiplier *= min(1.0, progress / self.ramp) if self.ramp else 1.0
         return self.hooks(model, which, multiplier, chance.randrange(2**31)) if steered else []
 
     def held_out(self, model: Model) -> list[list[FwdHook]]:
@@ -219,10 +222,11 @@ class KLThenSteer:
             else {"pairs": direction.name, "sha256": direction.sha256}
             for direction in self.directions
         ]
-        return {
+        about = {
             "layers": list(self.layers), "strength": self.strength, "share": self.share, "n_pairs": self.n_pairs,
             "directions": directions,
         }  # fmt: skip
+        return {**about, "ramp": self.ramp} if self.ramp else about  # checkpoints of before have no ramp
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,7 @@ class Preventative:
         """
         check_layers(model, self.layers)
 
-    def drawn(self, model: Model, seed: str) -> list[FwdHook]:
+    def drawn(self, model: Model, seed: str, progress: float = 1.0) -> list[FwdHook]:
         """The hooks of a step: always all."""
         return list(self.hooks)
 

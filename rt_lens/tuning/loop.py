@@ -259,7 +259,8 @@ class Loop:
         config, number = self.config, state.step + 1
         for leaf in self.leaves.values():
             leaf.forget_gradient()
-        hooks = self.steer.drawn(self.model, f"{config.seed}-steer-{number}") if self.steer else []
+        progress, seed = number / self.steps, f"{config.seed}-steer-{number}"
+        hooks = self.steer.drawn(self.model, seed, progress) if self.steer else []
         self.objective.at(state.step, self.steps)
         losses = self.objective.gradients(rows, neutral, hooks)
         for leaf in self.leaves.values():
