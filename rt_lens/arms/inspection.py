@@ -158,7 +158,7 @@ def residual_shifts(
     """
     check_arms(model, arms)
     units, names = units_of(model, vectors, hook), hook_names(check_layers(model, layers), hook)
-    chats = as_chat(model, text_list(texts, "texts"))
+    chats = as_chat(model, text_list(texts, "texts", chats=True))
     activations = by_arm(model, arms, lambda: last_token_activations(model, chats, names))
     shifts = {
         (arm, name): (activations[arm][name] - activations[None][name]).double() for arm in arms for name in names

@@ -129,7 +129,7 @@ def projection_changes(
 
 def _inputs(model: Model, texts: Iterable[str], chat: bool) -> list[str]:
     """Texts as the model reads them."""
-    plain = text_list(texts, "texts", blank=not chat)
+    plain = text_list(texts, "texts", blank=not chat, chats=chat)
     return as_chat(model, plain) if chat else plain
 
 

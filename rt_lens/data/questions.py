@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from rt_lens.common.conversations import Conversation, Message
 from rt_lens.common.inputs import as_text, listed
 from rt_lens.data.builtin import QUESTIONS, question_file
 from rt_lens.data.contrast_pairs import ContrastPairs
@@ -18,7 +19,7 @@ class Question:
     """A prompt with the options to choose from, if there are any.
 
     Attributes:
-        prompt: the user message.
+        prompt: the user message, or a `Conversation` of several turns.
         right: options that count for the behaviour (right answers); several are different wordings.
         wrong: options that count against it.
         category: for results by category, and for holding out whole categories.
@@ -110,12 +111,14 @@ LETTERS = "ABCDEFGHIJ"
 
 def lettered(prompt: str, options: Sequence[str]) -> str:
     """A question with its options listed as A, B, ..., that asks for a letter."""
+    if isinstance(prompt, Conversation):
+        return prompt.ending(lettered(prompt.messages[-1]["content"], options))
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     return f"{prompt}\n\n{lines}\n\nAnswer with the letter only."
 
 
-Asked: TypeAlias = ContrastPairs | Iterable[str] | Iterable[Question]
-"""Contrast pairs (each topic once, without personas), prompts, or questions; also a column of a table."""
+Asked: TypeAlias = ContrastPairs | Iterable[str | Sequence[Message]] | Iterable[Question]
+"""Contrast pairs (each topic once, without personas), prompts, conversations or questions; also a column of a table."""
 
 
 def as_questions(asked: Asked) -> list[Question]:
@@ -127,7 +130,7 @@ def as_questions(asked: Asked) -> list[Question]:
     if isinstance(asked, ContrastPairs):
         return [Question(topic) for topic in asked.topics]
     return [
-        item if isinstance(item, Question) else Question(as_text(item, "prompts", number))
+        item if isinstance(item, Question) else Question(as_text(item, "prompts", number, chats=True))
         for number, item in enumerate(listed(asked, "prompts"))
     ]
 

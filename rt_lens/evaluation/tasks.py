@@ -250,7 +250,7 @@ class LogitDifference:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "questions", tuple(text_list(self.questions, "questions")))
+        object.__setattr__(self, "questions", tuple(text_list(self.questions, "questions", chats=True)))
 
     @torch.no_grad()
     def __call__(self, model: Model) -> list[float]:

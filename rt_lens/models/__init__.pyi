@@ -14,4 +14,5 @@ from .positions import position_of as position_of
 from .prompts import SharedBelow as SharedBelow
 from .registry import BUNDLED_MODELS as BUNDLED_MODELS
 from .registry import DEFAULT_MODEL as DEFAULT_MODEL
+from .tokens.chats import Conversation as Conversation
 from .tokens.chats import chat_text as chat_text

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rt_lens.common.conversations import Conversation, Message
 from rt_lens.common.inputs import as_text, text_list
 from rt_lens.common.progress import Bar, breathe
 from rt_lens.models.backends import backend_of
@@ -116,13 +117,13 @@ def as_chat(model: HasTokenizer, prompts: Sequence[str], *, system: str = "") ->
     A system prompt that `system_prompt` has set stands before both.
     """
     if not has_chat_template(model) and not system_of(model):
-        return list(prompts)
+        return [chat_text(model, text) if isinstance(text, Conversation) else text for text in prompts]
     return [text if is_chat(model, text) else chat_text(model, text, system=system) for text in prompts]
 
 
 def generate(
     model: Model,
-    prompts: Iterable[str],
+    prompts: Iterable[str | Sequence[Message]],
     *,
     chat: bool = True,
     max_new_tokens: int = 40,
@@ -143,8 +144,8 @@ def generate(
 
     Args:
         model: HookedTransformer or TransformerBridge.
-        prompts: user messages, to which the chat template is applied. A `ChatText`, or a text that begins with a
-            special token, has had it applied and stays as it is.
+        prompts: user messages or conversations (lists of messages), to which the chat template is applied. A
+            `ChatText`, or a text that begins with a special token, has had it applied and stays as it is.
         chat: False leaves all prompts as they are.
         max_new_tokens: at most this many tokens each; a row also ends at the model's end tokens (`end_ids`).
         temperature: softmax temperature; 0 takes the most likely token.
@@ -177,7 +178,7 @@ def generate(
             "max_new_tokens and batch_size must be at least 1, got "
             f"max_new_tokens={max_new_tokens}, batch_size={batch_size}. Give whole numbers from 1 on."
         )
-    prompts = text_list(prompts, "prompts", blank=not (chat and has_chat_template(model)))
+    prompts = text_list(prompts, "prompts", blank=not (chat and has_chat_template(model)), chats=chat)
     if trace is not None:
         trace.check_fits(model)
         if on_token is None:
@@ -227,7 +228,7 @@ def _warn_of_thoughts(prompts: Sequence[str], answers: Sequence[str]) -> None:
 
 def stream(
     model: Model,
-    prompt: str,
+    prompt: str | Sequence[Message],
     *,
     max_new_tokens: int = 40,
     temperature: float = 0.0,
@@ -247,7 +248,7 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}. The default is 40.")
     pieces, ends = Pieces(model), _ends(model)
-    prompt = as_text(prompt, "prompt", blank=not has_chat_template(model))
+    prompt = as_text(prompt, "prompt", blank=not has_chat_template(model), chats=True)
     run = _Run(model, [encode(model, text) for text in as_chat(model, [prompt])], max_new_tokens, True, (0,))
     for column in run.columns(Sampling(temperature, top_k, top_p, seed), ends):
         if column[0] in ends:

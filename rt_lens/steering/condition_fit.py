@@ -119,7 +119,7 @@ def fit_condition(
 
 def _distinct(argument: str, prompts: Iterable[str]) -> list[str]:
     """Every prompt once: a held-out prompt that was fitted on would prove nothing."""
-    distinct = list(dict.fromkeys(text_list(prompts, argument)))
+    distinct = list(dict.fromkeys(text_list(prompts, argument, chats=True)))
     if len(distinct) < 4:
         raise ValueError(
             f"{argument} must be at least 4 different prompts, half to fit on and half to test on, got {len(distinct)}."

@@ -160,7 +160,9 @@ def preferences(given: Sequence[TokenTarget], rejected: Sequence[TokenTarget]) -
 def neutral_list(neutral: Iterable[Any]) -> list[Any]:
     """Neutral prompts and Targets as a list; anything else, such as an empty cell of a table, is refused."""
     items = enumerate(listed(neutral, "neutral", none=True))
-    return [item if isinstance(item, Target) else as_text(item, "neutral", number) for number, item in items]
+    return [
+        item if isinstance(item, Target) else as_text(item, "neutral", number, chats=True) for number, item in items
+    ]
 
 
 def write_neutral(
@@ -173,7 +175,7 @@ def write_neutral(
         >>> len(targets), all(target.answer for target in targets)
         (2, True)
     """
-    chats = as_chat(model, text_list(prompts, "prompts", none=True))
+    chats = as_chat(model, text_list(prompts, "prompts", none=True, chats=True))
     return _written(model, chats, [Target(chat, "") for chat in chats], config or TuneConfig(), progress)
 
 

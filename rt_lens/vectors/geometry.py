@@ -200,7 +200,7 @@ def _plane(
 
 
 def _chats(model: Model, texts: Iterable[str]) -> list[str]:
-    return as_chat(model, text_list(texts, "texts"))
+    return as_chat(model, text_list(texts, "texts", chats=True))
 
 
 def _short(user: str, prefill: str) -> str:

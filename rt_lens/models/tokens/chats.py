@@ -7,18 +7,16 @@ characters, so no start token is added twice and no template is applied twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
+from rt_lens.common.conversations import Conversation, Message, as_prompt
 from rt_lens.models.protocol import HasTokenizer, TextModel
 
 TEMPLATE_DATE = datetime(2024, 7, 26, 12, 0, 0)
 """The date for templates that write today's: with the real one, the same seed would give other numbers tomorrow."""
-
-Message = Mapping[str, str]
-"""`role` and `content`."""
 
 
 class ChatText(str):
@@ -95,8 +93,8 @@ def system_of(model: HasTokenizer) -> str:
     return str(getattr(getattr(model, "cfg", None), "rt_lens_system_prompt", "") or "")
 
 
-def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str = "") -> str:
-    """A user message in the model's chat template, up to the point where the assistant continues.
+def chat_text(model: HasTokenizer, user: str | Sequence[Message], *, system: str = "", prefill: str = "") -> str:
+    """A user message or a conversation in the model's chat template, up to the point where the assistant continues.
 
     For templates that refuse or ignore a system role, the system text goes in front of the user's. The template writes
     the prefill as it writes a response, so its first word is the same token as in a whole response. Without a template
@@ -104,8 +102,9 @@ def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str 
 
     Args:
         model: for its tokenizer, and for `chat_template_kwargs` of `load_model`.
-        user: the user message.
-        system: a persona or instruction; empty takes that of `system_prompt`, or leaves the template's default.
+        user: the user message, or several turns: a Conversation, or a list of messages that the assistant answers.
+        system: a persona or instruction, in front of the conversation's own; empty takes that of `system_prompt` where
+            the conversation has none, or leaves the template's default.
         prefill: first words of the response, put into the assistant's mouth.
 
     Returns:
@@ -120,12 +119,21 @@ def chat_text(model: HasTokenizer, user: str, *, system: str = "", prefill: str 
         <|im_start|>assistant
         It was
     """
-    system = system or system_of(model)
+    messages = _turns(model, user if isinstance(user, str) else as_prompt(user), system)
     if not has_chat_template(model):
-        return "\n\n".join(part for part in (system, user, prefill) if part)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": user})
+        return "\n\n".join(text for text in (*(turn["content"] for turn in messages), prefill) if text)
     return _opened(model, messages, prefill)
+
+
+def _turns(model: HasTokenizer, prompt: str, system: str) -> list[Message]:
+    """A prompt's messages, the system text first."""
+    plain: list[Message] = [{"role": "user", "content": prompt}]
+    turns = list(prompt.messages) if isinstance(prompt, Conversation) else plain
+    if turns[0]["role"] in ("system", "developer"):
+        first, *turns = turns
+        system = "\n\n".join(text for text in (system, first["content"]) if text)
+    system = system or system_of(model)
+    return [{"role": "system", "content": system}, *turns] if system else turns
 
 
 def _opened(model: HasTokenizer, messages: Sequence[Message], prefill: str) -> ChatText:
@@ -170,7 +178,7 @@ def rendered(model: HasTokenizer, messages: Sequence[Message], *, open_answer: b
             continue_final_message=not open_answer, **_variables(model),
         )  # fmt: skip
 
-    if len(messages) < 2 or messages[0]["role"] != "system":
+    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return through(messages)
     system, user, *others = messages
     folded = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *others]
