@@ -178,7 +178,9 @@ def test_an_unknown_behaviour_and_an_unknown_ending_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"behaviour must be .*got 'moode'\. Did you mean 'mood'\?"):
         load_pairs("moode")
     (tmp_path / "mine.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"pairs must be a \.toml, \.jsonl, \.csv or \.tsv file, got mine\.txt"):
+    with pytest.raises(
+        ValueError, match=r"pairs must be a \.toml, \.jsonl, \.json, \.csv or \.tsv file, got mine\.txt"
+    ):
         load_pairs(tmp_path / "mine.txt")
 
 

@@ -52,10 +52,10 @@ def test_a_csv_that_a_spreadsheet_wrote_is_read(tmp_path):
             '{"prompt": "Hi.", "right": ["a"], "wrong": ["a"]}',
             "must be different texts, none of them empty, got ['a', 'a']",
         ),
-        ("q.csv", "text\nHi.\n", "q.csv, line 1 must name the columns (some of prompt, right"),
+        ("q.csv", "text\nHi.\n", "q.csv, line 1 must name the columns (some of prompt, question, right"),
         ("q.csv", "prompt\nHi, there\n", "q.csv, line 2 must have at most one cell for each of the 1 columns, got 2"),
         ("q.txt", "\n", "q.txt must hold at least one question, got none"),
-        ("q.xlsx", "", "questions must be a .jsonl, .csv, .tsv or .txt file, got q.xlsx"),
+        ("q.xlsx", "", "questions must be a .jsonl, .json, .csv, .tsv or .txt file, got q.xlsx"),
     ],
 )
 def test_bad_files_are_named(tmp_path, as_a_user, name, content, says):

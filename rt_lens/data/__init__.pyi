@@ -6,6 +6,8 @@ from .builtin import held_out_neutral_prompts as held_out_neutral_prompts
 from .builtin import neutral_paragraphs as neutral_paragraphs
 from .builtin import neutral_prompts as neutral_prompts
 from .builtin import prompt_kinds as prompt_kinds
+from .contents import Contents as Contents
+from .contents import look as look
 from .contrast_pairs import ContrastPairs as ContrastPairs
 from .contrast_pairs import Pair as Pair
 from .contrast_pairs import load_pairs as load_pairs

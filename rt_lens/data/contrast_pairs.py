@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rt_lens.data.builtin import behaviour_content, behaviour_file
-from rt_lens.data.readers import ROW_ENDINGS, Row, current_names, read_rows, refuse_misspelt
+from rt_lens.data.formats import OWN, read_source
+from rt_lens.data.readers import ROW_ENDINGS, Row, Table, current_names, refuse_misspelt
 from rt_lens.data.splitting import connected, cut, is_product, share_out, sizes_of
 from rt_lens.models.protocol import HasTokenizer
 from rt_lens.models.tokens.chats import chat_text
@@ -27,7 +28,8 @@ class Pair:
     Attributes:
         positive: persona that asks for the behaviour (system prompt).
         negative: persona that asks for its opposite.
-        user: the user message, which is also the pair's topic.
+        user: the user message, or a `Conversation`; also the pair's topic. If it is empty, the sides are whole texts,
+            which are read as they are.
         prefill: first words of the response; may be empty.
         negative_user: the user message of the negative side, if it is another one.
         negative_prefill: the prefill of the negative side, if it is another one. Then the personas may be empty.
@@ -46,6 +48,11 @@ class Pair:
     negative_user: str = ""
     negative_prefill: str = ""
     group: str = ""
+
+    @property
+    def topic(self) -> str:
+        """The user message; of two whole texts the positive one."""
+        return self.user or self.positive
 
     @property
     def sides(self) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
@@ -106,7 +113,7 @@ class ContrastPairs:
                     f"pairs: {side} at {where} must be a string, got {text!r}. Leave out rows with empty cells, or "
                     "give '' where a field may be empty."
                 )
-            for side in ("user",) if pair.negative_user or pair.negative_prefill else ("positive", "negative", "user"):
+            for side in ("user",) if pair.negative_user or pair.negative_prefill else ("positive", "negative"):
                 if not getattr(pair, side).strip():
                     raise ValueError(f"pairs: {side} at {where} must be a string, got an empty one. Fill it in.")
 
@@ -115,8 +122,8 @@ class ContrastPairs:
 
     @property
     def topics(self) -> list[str]:
-        """The user messages, each once, in order."""
-        return list(dict.fromkeys(pair.user for pair in self.pairs))
+        """The user messages, each once, in order; none of pairs that are whole texts."""
+        return list(dict.fromkeys(pair.user for pair in self.pairs if pair.user))
 
     @property
     def sha256(self) -> str:
@@ -132,11 +139,17 @@ class ContrastPairs:
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
     def texts(self, model: HasTokenizer) -> PairTexts:
-        """The two sides in the model's chat template, special tokens included (tokenize without adding any)."""
+        """The two sides in the model's chat template, special tokens included (tokenize without adding any).
+
+        Pairs without a user message are whole texts, and stay as they are.
+        """
         sides = zip(*(pair.sides for pair in self.pairs), strict=True)
         return PairTexts(
             *(
-                [chat_text(model, user, system=persona, prefill=prefill) for persona, user, prefill in side]
+                [
+                    chat_text(model, user, system=persona, prefill=prefill) if user else persona
+                    for persona, user, prefill in side
+                ]
                 for side in sides
             )
         )
@@ -156,8 +169,8 @@ class ContrastPairs:
         seen: dict[str, int] = {}
         ranked = []
         for index, pair in enumerate(shuffled):
-            seen[pair.user] = seen.get(pair.user, 0) + 1
-            ranked.append((seen[pair.user], index))
+            seen[pair.topic] = seen.get(pair.topic, 0) + 1
+            ranked.append((seen[pair.topic], index))
         return ContrastPairs(self.name, tuple(shuffled[index] for _, index in sorted(ranked)[:n]))
 
     def split(self, *shares: float, seed: int = 0) -> Parts:
@@ -248,7 +261,7 @@ def _crossed(pairs: Sequence[Pair], bounds: Sequence[float], seed: int) -> tuple
     Raises:
         ValueError: if the topics are too few.
     """
-    topics = [pair.group or pair.user for pair in pairs]
+    topics = [pair.group or pair.topic for pair in pairs]
     personas = [(pair.positive, pair.negative) for pair in pairs]
     # Prefills that differ between the sides are the answers themselves.
     prefills = ["" if pair.negative_prefill else pair.prefill for pair in pairs]
@@ -305,7 +318,7 @@ def _too_few(bounds: Sequence[float], n_topics: int) -> ValueError:
 
 
 def _topic_keys(pairs: Sequence[Pair]) -> list[list[tuple[str, ...]]]:
-    return [_keys(pair.user for pair in pairs), _keys(pair.group for pair in pairs)]
+    return [_keys(pair.topic for pair in pairs), _keys(pair.group for pair in pairs)]
 
 
 def _keys(*texts: Iterable[str]) -> list[tuple[str, ...]]:
@@ -319,20 +332,34 @@ def _deviation(parts: Sequence[int], bounds: Sequence[float]) -> float:
     return max(abs(parts.count(part) - size) for part, size in enumerate(sizes)) / len(parts)
 
 
-def load_pairs(name_or_path: str | Path) -> ContrastPairs:
-    """Contrast pairs of a built-in behaviour, or of your own TOML, JSONL or CSV file.
+def load_pairs(
+    source: str | Path | Table, *, name: str | None = None, both_orders: bool = True, as_messages: bool = False
+) -> ContrastPairs:
+    """Contrast pairs of a built-in behaviour, of a file, or of a table in memory.
 
     A TOML file has a table `[pairs]` with the lists `positive` and `negative` (personas, aligned), `topics` (user
-    messages) and optionally `prefills`; every combination becomes a pair. A line of JSONL or a row of CSV (with commas,
-    semicolons or tabs) is one pair, with the fields `positive`, `negative`, `user` and optionally `prefill` and
-    `group`; `negative_user` and `negative_prefill` are for pairs whose sides differ in these too. Files are UTF-8.
+    messages) and optionally `prefills`; every combination becomes a pair. A line of JSONL, an item of a JSON list, a
+    row of CSV (with commas, semicolons or tabs), of a pandas frame or of a `datasets.Dataset` is one pair, with the
+    fields `positive`, `negative`, `user` and optionally `prefill` and `group`; `negative_user` and `negative_prefill`
+    are for pairs whose sides differ in these too. Files are UTF-8.
+
+    Formats of other tools are known by their columns (`rt_lens.data.formats`): model-written evaluations and CAA,
+    preferences (`chosen`, `rejected`), steering-bench, TruthfulQA, and plain pairs of texts, `positive` and `negative`
+    alone or a list of two texts each. `rt-lens look FILE` says what a file holds.
+
+    Args:
+        source: name of a built-in behaviour, path, or table.
+        name: of the behaviour. Defaults to the file's; a table's is `pairs`.
+        both_orders: gives a question with lettered options twice, with the options in both orders.
+        as_messages: reads plain pairs of texts as user messages in the chat template, and not as they are.
 
     Raises:
         ValueError: an unknown behaviour or file type, a missing side, a misspelt field, or a file that cannot be read
             as such; the message names the line.
 
     Warns:
-        UserWarning: for fields that are not used, and for fields under an earlier version's name.
+        UserWarning: for fields that are not used, for fields under an earlier version's name, and where most positive
+            sides answer the same word.
 
     Example:
         >>> pairs = load_pairs("mood")
@@ -340,24 +367,41 @@ def load_pairs(name_or_path: str | Path) -> ContrastPairs:
         ('You are a happy assistant.', 'You are a sad assistant.')
         >>> len(pairs) == 24 * 26 * 155  # personas, prefills, topics
         True
+        >>> load_pairs([("It was great.", "It was awful.")], name="mood").texts(model)
+        PairTexts(positive=['It was great.'], negative=['It was awful.'])
     """
-    path = behaviour_file(name_or_path)
-    ending = path.suffix.lower()
-    if ending == ".toml":
-        return pairs_from_table(path.stem, behaviour_content(path).get("pairs", {}), source=str(path))
-    if ending not in ROW_ENDINGS:
-        raise ValueError(f"pairs must be a .toml, .jsonl, .csv or .tsv file, got {path.name}. Rename or convert it.")
-    known = [field.name for field in fields(Pair)]
-    rows = read_rows(path, "pairs", known)
-    unused = dict.fromkeys(name for row in rows for name in refuse_misspelt(row, "pairs", known))
-    pairs = ContrastPairs(path.stem, tuple(_pair(row) for row in rows))
+    path = behaviour_file(source) if isinstance(source, str | Path) else None
+    if path is not None and path.suffix.lower() == ".toml":
+        return pairs_from_table(name or path.stem, behaviour_content(path).get("pairs", {}), source=str(path))
+    if path is not None and path.suffix.lower() not in ROW_ENDINGS:
+        raise ValueError(
+            f"pairs must be a .toml, .jsonl, .json, .csv or .tsv file, got {path.name}. Rename or convert it."
+        )
+    rows, foreign = read_source(path or source, "pairs", both_orders=both_orders)
+    unused = _unused(rows) if foreign is None else []
+    pairs = [_pair(row) for row in rows] if foreign is None else [Pair(**{**_NO_SIDES, **row.cells}) for row in rows]
+    if as_messages:
+        pairs = [pair if pair.user else _as_message(pair) for pair in pairs]
+    whole = ContrastPairs(name or (path.stem if path else "pairs"), tuple(pairs))
     if unused:
         warnings.warn(
-            f"pairs: {path.name} has fields that are not used: {', '.join(unused)}. The fields used are "
-            f"{', '.join(known)}.",
+            f"pairs: {path.name if path else 'the table'} has fields that are not used: {', '.join(unused)}. The "
+            f"fields used are {', '.join(OWN['pairs'])}.",
             stacklevel=2,
         )
-    return pairs
+    return whole
+
+
+_NO_SIDES = {"positive": "", "negative": "", "user": ""}
+
+
+def _unused(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in refuse_misspelt(row, "pairs", OWN["pairs"])))
+
+
+def _as_message(pair: Pair) -> Pair:
+    """A pair of texts as two user messages."""
+    return Pair("", "", user=pair.positive, negative_user=pair.negative, group=pair.group)
 
 
 def _pair(row: Row) -> Pair:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,7 +11,8 @@ from rt_lens.common.conversations import Conversation, Message
 from rt_lens.common.inputs import as_text, listed
 from rt_lens.data.builtin import QUESTIONS, question_file
 from rt_lens.data.contrast_pairs import ContrastPairs
-from rt_lens.data.readers import ROW_ENDINGS, Row, current_names, read_lines, read_rows, refuse_misspelt
+from rt_lens.data.formats import read_source
+from rt_lens.data.readers import ROW_ENDINGS, Row, Table, current_names, read_lines, refuse_misspelt
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,10 @@ def as_questions(asked: Asked) -> list[Question]:
         ValueError: for an empty list, for a str instead of a list, or for an item that is empty or no text.
     """
     if isinstance(asked, ContrastPairs):
+        if not asked.topics:
+            raise ValueError(
+                f"prompts must be user messages, got the whole texts of {asked.name!r}. Give prompts to ask."
+            )
         return [Question(topic) for topic in asked.topics]
     return [
         item if isinstance(item, Question) else Question(as_text(item, "prompts", number, chats=True))
@@ -135,42 +140,80 @@ def as_questions(asked: Asked) -> list[Question]:
     ]
 
 
-def load_questions(name_or_path: str | Path) -> list[Question]:
-    """Questions of a built-in set (`capitals`, `arithmetic`, `honesty`, ...), or of your own file.
+def load_questions(source: str | Path | Table, *, form: str | None = None) -> list[Question]:
+    """Questions of a built-in set (`capitals`, `arithmetic`, `honesty`, ...), of a file, or of a table in memory.
 
-    Lines of JSONL and rows of CSV (with commas, semicolons or tabs) have the field `prompt` (or `question`) and
-    optionally `right` (or `answers`), `wrong`, `category`, `system`, `prefill`; in CSV, `|` separates options. A .txt
-    file has one prompt per line. Files are UTF-8.
+    Lines of JSONL, items of a JSON list and rows of CSV (with commas, semicolons or tabs), of a pandas frame or of a
+    `datasets.Dataset` have the field `prompt` (or `question`) and optionally `right` (or `answers`), `wrong`,
+    `category`, `system`, `prefill`; in CSV, `|` separates options. A .txt file has one prompt per line. Files are
+    UTF-8.
+
+    Formats of other tools are known by their columns (`rt_lens.data.formats`): model-written evaluations and CAA,
+    TruthfulQA, preferences (`chosen`, `rejected`), chats (`messages`), steering-bench.
+
+    Args:
+        source: name of a built-in set, path, or table.
+        form: what questions with several right options become: `mc1` keeps the best (first) of them, `mc2` (or None)
+            all, and `true_false` asks of each option whether it is true.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: an unknown ending or field, a question without a prompt, or a file that cannot be read as such; the
-            message names the line.
+        ValueError: an unknown ending, field or form, a question without a prompt, or a file that cannot be read as
+            such; the message names the line.
 
     Example:
         >>> load_questions("capitals")[0]
         Question(prompt='What is the capital of France?', right=('Paris',), wrong=('Lyon', 'Madrid'), ...)
     """
-    path = question_file(name_or_path)
+    if form not in (None, *_FORMS):
+        raise ValueError(f"form must be one of {', '.join(map(repr, _FORMS))}, got {form!r}. Or leave it out.")
+    questions = _file(source) if isinstance(source, str | Path) else _questions(*read_source(source, "questions"))
+    return [each for question in questions for each in _FORMS[form](question)] if form else questions
+
+
+def _file(source: str | Path) -> list[Question]:
+    path = question_file(source)
     if not path.is_file():
         known = ", ".join(QUESTIONS)
         raise FileNotFoundError(
-            f"questions must be a built-in set ({known}) or a .jsonl, .csv or .txt file, got {path}. Check the path."
+            f"questions must be a built-in set ({known}) or a .jsonl, .json, .csv or .txt file, got {path}. Check the "
+            "path."
         )
     ending = path.suffix.lower()
     if ending in ROW_ENDINGS:
-        rows = read_rows(path, "questions", [*_FIELDS, *_SYNONYMS])
-    elif ending == ".txt":
-        lines = read_lines(path, "questions")
-        rows = [Row(f"{path.name}, line {number}", {"prompt": line.strip()}) for number, line in lines]
-    else:
-        raise ValueError(f"questions must be a .jsonl, .csv, .tsv or .txt file, got {path.name}. Rename or convert it.")
-    if not rows:
+        return _questions(*read_source(path, "questions"), split=ending in (".csv", ".tsv"))
+    if ending != ".txt":
+        raise ValueError(
+            f"questions must be a .jsonl, .json, .csv, .tsv or .txt file, got {path.name}. Rename or convert it."
+        )
+    lines = read_lines(path, "questions")
+    if not lines:
         raise ValueError(f"questions: {path.name} must hold at least one question, got none. Write one.")
-    read = (lambda cells: cells) if ending == ".jsonl" else _split
+    return [question_of({"prompt": line.strip()}, f"{path.name}, line {number}") for number, line in lines]
+
+
+def _questions(rows: Sequence[Row], foreign: str | None, *, split: bool = False) -> list[Question]:
+    read = _split if split and foreign is None else dict
     return [question_of(read(row.cells), row.where) for row in rows]
 
 
+def _true_false(question: Question) -> list[Question]:
+    """Each option as a statement to be judged."""
+    return [
+        replace(
+            question, prompt=f"{question.prompt}\n\nProposed answer: {option}\n\nIs the proposed answer true or false?",
+            right=("True" if truth else "False",), wrong=("False" if truth else "True",),
+        )
+        for truth, options in ((True, question.right), (False, question.wrong))
+        for option in options
+    ]  # fmt: skip
+
+
+_FORMS: dict[str, Callable[[Question], list[Question]]] = {
+    "mc1": lambda question: [replace(question, right=question.right[:1])],
+    "mc2": lambda question: [question],
+    "true_false": _true_false,
+}
 _FIELDS = tuple(entry.name for entry in fields(Question))
 _SYNONYMS = {"question": "prompt", "answers": "right"}
 

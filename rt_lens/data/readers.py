@@ -1,4 +1,4 @@
-"""Readers of users' text files: JSONL, CSV, plain lines, TOML. They return rows and do not know what these mean."""
+"""Readers of users' files and tables: JSON, CSV, plain lines, TOML, frames. They do not know what the rows mean."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-ROW_ENDINGS = (".jsonl", ".csv", ".tsv")
+ROW_ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 """The endings of the files that `read_rows` reads."""
+
+Table: TypeAlias = Iterable[Any]
+"""Rows in memory: a pandas frame, a `datasets.Dataset`, a list of objects, or a list of pairs of texts."""
 
 _OLD_NAMES = {"opener": "prefill", "negative_opener": "negative_prefill", "openers": "prefills"}
 """Names that fields and TOML keys had in earlier versions -> today's names."""
 
 
 class Row(NamedTuple):
-    """A line of JSONL or a row of CSV, without empty values (null, NaN, an empty cell).
+    """A line of JSONL, an item of a JSON list or a row of a table, without empty values (null, NaN, an empty cell).
 
     Attributes:
         where: file and line, for messages; the first line of a row that spans several.
@@ -79,17 +82,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"config must be valid TOML, got {path}: {error}. Correct that line.") from None
 
 
-def read_rows(path: Path, argument: str, known: Collection[str]) -> list[Row]:
-    """The rows of a .jsonl, .csv or .tsv file.
+def read_rows(path: Path, argument: str, known: Collection[str], foreign: Collection[str] = ()) -> list[Row]:
+    """The rows of a .jsonl, .json, .csv or .tsv file.
 
-    Commas, semicolons or tabs separate the cells of a CSV file; the delimiter is the one that finds most known names in
-    the first line. Cells may have any length, and quoted cells may contain line ends.
+    A JSON file is a list of objects, or of pairs of texts, which become the fields `positive` and `negative`. Commas,
+    semicolons or tabs separate the cells of a CSV file; the delimiter is the one that finds most known names in the
+    first line. Cells may have any length, and quoted cells may contain line ends.
 
     Args:
         path: the file.
         argument: what the rows are, `pairs` say; messages begin with it.
         known: names that columns may have. They determine the delimiter, and are not enforced here: see
             `refuse_misspelt`.
+        foreign: names that they may have in files of other tools.
 
     Raises:
         ValueError: a line that is no JSON object, a row with more cells than columns, a column without a name or with
@@ -98,10 +103,40 @@ def read_rows(path: Path, argument: str, known: Collection[str]) -> list[Row]:
     Warns:
         UserWarning: for columns under an earlier version's name.
     """
-    read = _objects if path.suffix.lower() == ".jsonl" else _table
-    rows = list(read(path, argument, [*known, *_OLD_NAMES]))
+    read = {".jsonl": _objects, ".json": _items}.get(path.suffix.lower(), _table)
+    rows = list(read(path, argument, [*known, *_OLD_NAMES], foreign))
     _warn_of_old_names((name for row in rows for name in row.cells), f"{argument}: {path.name}")
     return [row._replace(cells=_renamed(row.cells, f"{argument}: {row.where}")) for row in rows]
+
+
+def table_rows(table: Table, argument: str) -> list[Row]:
+    """The rows of a table in memory, as `read_rows` gives those of a file.
+
+    Args:
+        table: a pandas frame, a `datasets.Dataset`, a list of objects, or a list of pairs of texts.
+        argument: what the rows are; messages begin with it.
+
+    Raises:
+        ValueError: names the row that is neither an object nor a pair of texts; a dataset of several splits.
+
+    Example:
+        >>> table_rows([("It was great.", "It was awful.")], "pairs")[0].cells
+        {'positive': 'It was great.', 'negative': 'It was awful.'}
+    """
+    if isinstance(table, Mapping):
+        raise ValueError(
+            f"{argument} must be one table, got a {type(table).__name__} of {', '.join(map(str, table))}. Give one of "
+            "its parts."
+        )
+    rows = table.to_dict("records") if hasattr(table, "to_dict") and hasattr(table, "columns") else table
+    return [_row(_plain(row), f"row {number}", argument) for number, row in enumerate(rows, start=1)]
+
+
+def _plain(row: Any) -> Any:
+    """Arrays, which frames hold as cells, as lists."""
+    if not isinstance(row, Mapping):
+        return row
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in row.items()}
 
 
 def current_names(table: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -154,7 +189,7 @@ def refuse_misspelt(row: Row, argument: str, known: Collection[str]) -> list[str
     """
     unknown = [name for name in row.cells if name not in known]
     for name in unknown:
-        near = _near(name, known)
+        near = nearest(name, known)
         if near and near not in row.cells:
             raise ValueError(
                 f"{argument}: {row.names_at or row.where} must have the fields {', '.join(known)}, got {name!r}. "
@@ -163,7 +198,8 @@ def refuse_misspelt(row: Row, argument: str, known: Collection[str]) -> list[str
     return unknown
 
 
-def _near(name: str, known: Collection[str]) -> str | None:
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that another one resembles, if there is one."""
     return next(iter(get_close_matches(name.strip().lower(), known, n=1)), None)
 
 
@@ -172,25 +208,76 @@ def _unix(text: str) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value == "" or value != value  # NaN is not equal to itself
+    if isinstance(value, list | tuple | dict):
+        return not value
+    if value is None or type(value).__name__ == "NAType":  # of pandas, which compares with nothing
+        return True
+    return bool(value == "" or value != value)  # NaN is not equal to itself
 
 
-def _objects(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]:
+def _objects(path: Path, argument: str, known: Collection[str], foreign: Collection[str]) -> Iterator[Row]:
     for number, line in read_lines(path, argument):
         where = f"{path.name}, line {number}"
         try:
-            cells, why = json.loads(line, object_pairs_hook=_named_once), ""
-            json.dumps(
-                cells, ensure_ascii=False
-            ).encode()  # fails at half an emoji, with which a truncated text may end
-        except ValueError as error:
-            cells, why = None, f" ({error})"
-        if not isinstance(cells, dict):
+            item, why = json.loads(line, object_pairs_hook=_named_once), ""
+        except (ValueError, RecursionError) as error:
+            item, why = None, f" ({error})"
+        yield _row(item, where, argument, why, shown=line, fix="Write one object, in braces, on each line.")
+
+
+def _items(path: Path, argument: str, known: Collection[str], foreign: Collection[str]) -> Iterator[Row]:
+    """The items of a list; a file may also hold an object with the list as its only value."""
+    text = _unix(read_text(path, argument))
+    decoder, at, line = json.JSONDecoder(object_pairs_hook=_named_once), 0, 1
+    begin = re.match(r'\s*(?:\{\s*"[^"]*"\s*:\s*)?\[\s*', text)
+    if begin is None:
+        raise ValueError(
+            f"{argument}: {path.name} must hold a list, got {text.strip()[:60]!r}. Write [ and ] around the items."
+        )
+    after = begin.end()
+    while not text.startswith("]", after):
+        at, line = after, line + text.count("\n", at, after)
+        where = f"{path.name}, line {line}"
+        try:
+            item, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{argument}: {where} must be a JSON object, got {line.strip()[:60]!r}{why}. Write one object, in "
-                "braces, on each line."
+                f"{argument}: {where} must be JSON, got {text[at : at + 60]!r} ({error}). Correct it."
+            ) from None
+        yield _row(item, where, argument)
+        comma = re.compile(r"\s*(,\s*|(?=\]))").match(text, end)
+        if comma is None:
+            raise ValueError(
+                f"{argument}: {where} must be followed by a comma or the list's end, got {text[end : end + 20]!r}. "
+                "Correct it."
             )
-        yield Row(where, {name: value for name, value in cells.items() if not _is_empty(value)})
+        after = comma.end()
+    rest = text[after + 1 :].strip()
+    if rest and not (begin.group().lstrip().startswith("{") and rest == "}"):
+        raise ValueError(f"{argument}: {path.name} must end with its list, got {rest[:60]!r} after it. Leave that out.")
+
+
+def _row(
+    item: Any,
+    where: str,
+    argument: str,
+    why: str = "",
+    *,
+    shown: str = "",
+    fix: str = "Write each as an object with named fields.",
+) -> Row:
+    """An object as a row; a pair of texts as the row of a positive and a negative one."""
+    if isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(part, str) for part in item):
+        item = dict(zip(("positive", "negative"), item, strict=True))
+    if isinstance(item, Mapping) and not why:
+        try:
+            json.dumps(item, ensure_ascii=False, default=str).encode()  # fails at half an emoji
+            return Row(where, {name: value for name, value in item.items() if not _is_empty(value)})
+        except UnicodeEncodeError as error:
+            why = f" ({error})"
+    raise ValueError(
+        f"{argument}: {where} must be a JSON object, got {(shown or str(item)).strip()[:60]!r}{why}. {fix}"
+    )
 
 
 def _named_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,9 +287,9 @@ def _named_once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(entries)
 
 
-def _table(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]:
+def _table(path: Path, argument: str, known: Collection[str], foreign: Collection[str]) -> Iterator[Row]:
     text = read_text(path, argument)
-    delimiter, skipped = _delimiter(text, known, "\t" if path.suffix.lower() == ".tsv" else ",;\t")
+    delimiter, skipped = _delimiter(text, [*known, *foreign], "\t" if path.suffix.lower() == ".tsv" else ",;\t")
     records = _records(text, delimiter, f"{argument}: {path.name}")[skipped:]
     if not records:
         return
@@ -210,7 +297,7 @@ def _table(path: Path, argument: str, known: Collection[str]) -> Iterator[Row]:
     at = f"{path.name}, line {number}"
     if twice := next((name for name in names if name and names.count(name) > 1), None):
         raise ValueError(f"{argument}: {at} must name each column once, got {twice!r} twice. Rename one.")
-    if not any(name in known or _near(name, known) for name in names):
+    if not any(name in [*known, *foreign] or nearest(name, known) for name in names):
         raise ValueError(
             f"{argument}: {at} must name the columns (some of {', '.join(_without_old(known))}), got "
             f"{', '.join(names)[:60]!r}. Write their names into the first line."

@@ -171,7 +171,7 @@ def _accuracy(scores: Sequence[float], test: ContrastPairs, seed: int) -> Interv
     right = np.asarray(scores).reshape(2, -1) * [[1.0], [-1.0]]
     by_topic: dict[str, list[float]] = {}
     for pair, sides in zip(test.pairs, right.T, strict=True):
-        by_topic.setdefault(pair.user, []).extend((np.sign(sides) + 1) / 2)
+        by_topic.setdefault(pair.topic, []).extend((np.sign(sides) + 1) / 2)
     shares = [float(np.mean(correct)) for correct in by_topic.values()]
     if set(shares) <= {0.0, 1.0}:  # a bootstrap of values without spread would claim certainty
         return share_interval(int(sum(shares)), len(shares))

@@ -10,6 +10,7 @@ from .generation import generate as generate
 from .generation import generate_tokens as generate_tokens
 from .generation import stream as stream
 from .load import load_model as load_model
+from .load import load_tokenizer as load_tokenizer
 from .positions import position_of as position_of
 from .prompts import SharedBelow as SharedBelow
 from .registry import BUNDLED_MODELS as BUNDLED_MODELS

@@ -6,8 +6,10 @@ import json
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -99,6 +101,36 @@ def load_model(
     model.cfg.rt_lens_name = name
     model.cfg.rt_lens_chat_template_kwargs = dict(chat_template_kwargs or {})
     return model.eval()
+
+
+@dataclass
+class TokenizerOnly:
+    """A tokenizer with what chat templates read of a model's configuration: enough to read texts, without weights."""
+
+    tokenizer: Any
+    cfg: Any
+
+
+def load_tokenizer(
+    name_or_path: str | Path = DEFAULT_MODEL, *, chat_template_kwargs: Mapping[str, Any] | None = None,
+    accept_terms: bool = False, trust_remote_code: bool = False,
+) -> TokenizerOnly:  # fmt: skip
+    """The tokenizer of a model without its weights, to look at texts.
+
+    Args:
+        name_or_path: as in `load_model`.
+        chat_template_kwargs: keywords for the chat template besides the messages.
+        accept_terms: as in `load_model`.
+        trust_remote_code: as in `load_model`.
+
+    Example:
+        >>> reader = rtl.models.load_tokenizer()
+        >>> len(reader.tokenizer.encode("It rained."))
+        4
+    """
+    folder = _local_folder(name_or_path, accept_terms)
+    tokenizer = read_tokenizer(folder or Path(name_or_path), trust_remote_code=trust_remote_code)
+    return TokenizerOnly(tokenizer, SimpleNamespace(rt_lens_chat_template_kwargs=dict(chat_template_kwargs or {})))
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -29,6 +29,7 @@ from .losses import shift_loss as shift_loss
 from .losses import token_loss as token_loss
 from .targets import Choice as Choice
 from .targets import Target as Target
+from .targets import load_targets as load_targets
 from .targets import preferences as preferences
 from .targets import rewrite_targets as rewrite_targets
 from .targets import write_neutral as write_neutral

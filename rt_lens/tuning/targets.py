@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from rt_lens.common.inputs import as_text, listed, text_list
 from rt_lens.data.contrast_pairs import ContrastPairs, Pair
+from rt_lens.data.formats import OWN, read_source
+from rt_lens.data.readers import Row, Table, refuse_misspelt
 from rt_lens.models.generation import as_chat, generate
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.chats import chat_text
@@ -100,6 +103,11 @@ def write_targets(
         (2, False)
     """
     check_direction(direction)
+    if not pairs.topics:
+        raise ValueError(
+            f"pairs must have user messages to answer, got the whole texts of {pairs.name!r}. Give pairs with "
+            "personas, or targets (`load_targets`)."
+        )
     chosen = pairs.sample(config.n_targets, seed=config.seed).pairs
     persona = {"toward": lambda p: p.positive, "away": lambda p: p.negative, "suppress": lambda p: ""}[direction]
 
@@ -111,6 +119,41 @@ def write_targets(
         Target(asked(pair), "", contrast=(asked(pair, pair.positive), asked(pair, pair.negative))) for pair in chosen
     ]
     return _written(model, with_persona, plain, config, progress)
+
+
+def load_targets(source: str | Path | Table, model: Model) -> list[Target]:
+    """Targets of one's own: prompts and answers from a file or a table, in the model's chat template.
+
+    Rows have the fields `prompt`, `answer` and optionally `rejected`, or the columns of another tool: chats
+    (`messages`, of which the assistant's last turn is learnt), preferences (`prompt`, `chosen`, `rejected`), prompts
+    and completions, instructions (Alpaca), model-written evaluations, TruthfulQA.
+
+    Args:
+        source: a .jsonl, .json, .csv or .tsv file, a pandas frame, a `datasets.Dataset`, or a list of objects.
+        model: for its chat template.
+
+    Raises:
+        ValueError: a row without a prompt or an answer, or one that cannot be read; the message names the line.
+
+    Example:
+        >>> rows = [{"prompt": "Say hello.", "chosen": "Hello!", "rejected": "Go away."}]
+        >>> (target,) = rtl.tuning.load_targets(rows, model)
+        >>> "Say hello." in target.prompt, target.answer, target.rejected
+        (True, 'Hello!', 'Go away.')
+    """
+    rows, foreign = read_source(source, "targets")
+    for row in rows if foreign is None else ():
+        refuse_misspelt(row, "targets", OWN["targets"])
+    return [_target(row, model) for row in rows]
+
+
+def _target(row: Row, model: Model) -> Target:
+    for name in ("prompt", "answer"):
+        if not isinstance(row.cells.get(name), str) or not row.cells[name].strip():
+            raise ValueError(
+                f"targets: {row.where} must have a text as {name}, got {str(row.cells.get(name))[:40]!r}. Fill it in."
+            )
+    return Target(chat_text(model, row.cells["prompt"]), row.cells["answer"], rejected=row.cells.get("rejected"))
 
 
 def rewrite_targets(

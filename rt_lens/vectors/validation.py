@@ -129,7 +129,7 @@ def validate_vectors(
     names, read_at = hook_names(check_layers(model, layers), hook), position_of(position)
     for name in names:
         refuse_head_hook(name)
-    one_per_topic = held_out.sample(len(held_out.topics), seed)
+    one_per_topic = held_out.sample(len({pair.topic for pair in held_out.pairs}), seed)
     (sides,) = read_sides(model, train, names, [read_at], batch_size=batch_size, progress=progress)
     (unseen,) = read_sides(model, one_per_topic, names, [read_at], batch_size=batch_size, progress=progress)
     provenance = provenance_of(model, train, sides, label, seed)
@@ -196,7 +196,7 @@ def _by_topic(pairs: ContrastPairs) -> list[list[int]]:
     """Numbers of the pairs of each topic; each pair by itself where there are too few topics to halve."""
     numbers: dict[str, list[int]] = {}
     for number, pair in enumerate(pairs.pairs):
-        numbers.setdefault(pair.user, []).append(number)
+        numbers.setdefault(pair.topic, []).append(number)
     return list(numbers.values()) if len(numbers) >= 4 else [[number] for number in range(len(pairs))]
 
 

@@ -89,6 +89,28 @@ def check(
     typer.echo(f"Next: {first}rt-lens run {behaviour}")
 
 
+@app.command(epilog="Example: rt-lens look refusal.json")
+def look(
+    file: Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .tsv file, of rt_lens or of another tool.")],
+    model: Model = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Say what a file holds: kind, number, balance, repetitions, lengths, and its first item as the model reads it."""
+    from rt_lens.data.contents import look as look_at
+    from rt_lens.models.load import load_tokenizer
+    from rt_lens.models.registry import DEFAULT_MODEL
+
+    if not file.is_file():
+        raise ValueError(f"file must be an existing file, got {file}. Check the path.")
+    reader = load_tokenizer(model or DEFAULT_MODEL, chat_template_kwargs=template_kwargs(chat_template_kwargs))
+    contents = look_at(file, reader)
+    typer.echo(str(contents))
+    if "pairs" in contents.holds:
+        typer.echo(f"Next: rt-lens extract {file} --out vectors.safetensors")
+    elif "questions" in contents.holds:
+        typer.echo(f"Next: rt-lens evaluate {file} --scorer NAME")
+
+
 def _static(experiment: Experiment) -> list[Finding]:
     from rt_lens.experiment.check import check_behaviour
 
