@@ -167,8 +167,11 @@ def test_the_likelihood_scorer_by_hand():
     asked = Question("?", ("a", "b"), ("c", "d"))
     totals = tuple(float(x) for x in torch.tensor([0.1, 0.3, 0.2, 0.4]).log())
     answer = Answer(asked, "", {"completion": Likelihoods(totals, (1, 1, 1, 1), 0.0)})
-    score = {measure: Likelihood(measure)([answer])[0] for measure in ("accuracy", "share", "margin")}
-    assert score == pytest.approx({"accuracy": 0.0, "share": 0.4, "margin": 0.0}, abs=1e-6)
+    score = {measure: Likelihood(measure)([answer])[0] for measure in ("accuracy", "share", "margin", "log_odds")}
+    assert score == pytest.approx({"accuracy": 0.0, "share": 0.4, "margin": 0.0, "log_odds": -0.405465}, abs=1e-6)
+    far = Answer(asked, "", {"completion": Likelihoods((-900.0, -900.0, -1.0, -1.0), (9, 9, 1, 1), 0.0)})
+    assert Likelihood("log_odds")([far]) == [pytest.approx(-899.0)]  # where a share would be 0
+    assert Likelihood("log_odds", per_token=True)([far]) == [pytest.approx(-99.0)]
     tie = Answer(asked, "", {"completion": Likelihoods((-1.0,) * 4, (1,) * 4, 0.0)})
     assert Likelihood("accuracy")([tie]) == [0.5]
 

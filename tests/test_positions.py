@@ -71,6 +71,7 @@ def test_a_row_holds_the_ids_the_model_gets_and_the_characters_of_each(stand_in)
     [
         ("last", "last token", ["'d"]),
         ("first", "first token", ["<|im_start|>"]),
+        ("letter", "last token with a letter or digit", ["'d"]),
         ("mean", "mean over all tokens", PROMPT + ANSWER),
         ("mean prompt", "mean over the prompt's tokens", PROMPT),
         ("mean response", "mean over the tokens of the response's prefill", ANSWER),
@@ -100,9 +101,9 @@ def test_each_position_names_the_tokens_meant_and_says_so_in_words(stand_in, pos
 @pytest.mark.parametrize(
     "position",
     [
-        "last", "first", "mean", "mean prompt", "mean response", "mean last 1", "mean last 6", "token 0", "token 12",
-        "token -1", "token -3", 'mean "Kind of"', "mean \"it's\"", 'mean "a "quoted" word"', "mean \"it's \"so\"\"",
-        'mean "two\nlines"', 'mean "back\\slash"', 'mean "東京 🜚"',
+        "last", "first", "letter", "mean", "mean prompt", "mean response", "mean last 1", "mean last 6", "token 0",
+        "token 12", "token -1", "token -3", 'mean "Kind of"', "mean \"it's\"", 'mean "a "quoted" word"',
+        "mean \"it's \"so\"\"", 'mean "two\nlines"', 'mean "back\\slash"', 'mean "東京 🜚"',
     ],
 )  # fmt: skip
 def test_a_positions_words_bring_back_its_name(position):
@@ -216,3 +217,18 @@ def test_a_function_may_give_whatever_numbers_are(stand_in):
     for numbers in (torch.tensor([3, -1]), (3, -1), range(3, 4)):
         assert numbers_in(row, position_of(lambda row, numbers=numbers: numbers), "it")[0] == 3
     assert numbers_in(row, position_of(lambda row: [3, -1]), "it") == [3, 24]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "named"), [("(A)", "A"), ("(B).", "B"), ("Yes", "Yes"), ("No!", "No"), ("(7)", "7"), ("", "istant")]
+)
+def test_the_letter_is_that_of_the_answer_whatever_stands_after_it(stand_in, prefill, named):
+    text = chat_text(stand_in, "Wet?\n (A) Yes\n (B) No", prefill=prefill)
+    (row,) = rows_of(stand_in, [text], [text.answer_at])
+    assert labels(row, "letter") == [named]
+
+
+def test_a_text_without_a_letter_is_named(stand_in):
+    (row,) = rows_of(stand_in, ["?!"])
+    with pytest.raises(ValueError, match="'last token with a letter or digit' for the text: the text has no letter"):
+        labels(row, "letter")

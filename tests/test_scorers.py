@@ -43,7 +43,7 @@ def test_lexicon_counts_whole_words_and_phrases():
         ({"kind": "lexicon", "positive": ["a"]}, "must have words in both lists, got positive=['a'] and negative=[]"),
         ({}, "got None"),
         ({"kind": "vader", "lang": "de"}, "scorer 'vader' takes no key, got 'lang'"),
-        ({"kind": "likelihood", "measure": "odds"}, "'accuracy', 'share', 'margin', got 'odds'"),
+        ({"kind": "likelihood", "measure": "odds"}, "'accuracy', 'share', 'margin', 'log_odds', got 'odds'"),
         ({"kind": "pattern", "pattern": "("}, "must have a valid regular expression, got '('"),
         ({"kind": "pattern"}, "scorer 'pattern' takes the key 'pattern', got no key: missing"),
         ({"kind": "pattern", "regex": "x"}, "scorer 'pattern' takes the key 'pattern', got 'regex'"),

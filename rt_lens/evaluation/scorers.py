@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkabl
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from rt_lens.common.statistics.calibration import calibration_curve
 from rt_lens.data.questions import Answer, Likelihoods, Question
@@ -223,7 +224,7 @@ class ContainsAnswer:
         return _any_of(question.right).search(text) is not None and not wrong
 
 
-_MEASURES = ("accuracy", "share", "margin")
+_MEASURES = ("accuracy", "share", "margin", "log_odds")
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,8 @@ class Likelihood:
 
     Attributes:
         measure: `accuracy` (1 if the likeliest option is right; a tie counts 0.5), `share` (of the right options, 0 to
-            1), or `margin` (that share minus the share of the likeliest wrong option, -1 to 1).
+            1), `margin` (that share minus the share of the likeliest wrong option, -1 to 1), or `log_odds` (natural
+            logarithm of right over wrong options, which has no ceiling: the propensity of Tan et al. 2024).
         form: `completion` or `multiple_choice`, see `likelihoods`.
         per_token: divide each log-likelihood by its number of tokens first, so that length does not decide.
 
@@ -249,7 +251,7 @@ class Likelihood:
         (3, True)
     """
 
-    measure: Literal["accuracy", "share", "margin"] = "share"
+    measure: Literal["accuracy", "share", "margin", "log_odds"] = "share"
     form: Form = "completion"
     per_token: bool = False
 
@@ -283,7 +285,11 @@ class Likelihood:
                 f"{len(question.right)} right and {len(question.wrong)} wrong for {question.prompt[:60]!r}. Add "
                 "options, as in Question(prompt, right=('Paris',), wrong=('Lyon',))."
             )
-        shares = option_shares(answer.options[self.form], per_token=self.per_token)
+        options = answer.options[self.form]
+        if self.measure == "log_odds":
+            logs, n = _logs(options, self.per_token), len(question.right)
+            return float(np.logaddexp.reduce(logs[:n]) - np.logaddexp.reduce(logs[n:]))
+        shares = option_shares(options, per_token=self.per_token)
         right, wrong = shares[: len(question.right)], shares[len(question.right) :]
         if self.measure == "accuracy":
             return 0.5 if max(right) == max(wrong) else float(max(right) > max(wrong))
@@ -373,10 +379,14 @@ def option_shares(options: Likelihoods, *, per_token: bool = False) -> list[floa
         >>> len(shares), round(sum(shares), 6)
         (2, 1.0)
     """
-    totals = np.asarray(options.totals, dtype=float)
-    values = totals / np.asarray(options.sizes) if per_token else totals
+    values = _logs(options, per_token)
     odds = np.exp(values - values.max())
     return list(map(float, odds / odds.sum()))
+
+
+def _logs(options: Likelihoods, per_token: bool) -> Float[np.ndarray, "option"]:
+    totals = np.asarray(options.totals, dtype=float)
+    return totals / np.asarray(options.sizes) if per_token else totals
 
 
 @dataclass(frozen=True)

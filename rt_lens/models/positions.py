@@ -9,6 +9,8 @@ DirectionTarget). A model is *given* a text (the chat prompt, and a prefill of t
   the target's prompt.
 - `first`: the first token of the given text (vectors, losses).
 - `mean`: all tokens of the text, given or, in a loss, given and to be learnt.
+- `letter`: the last token of the given text with a letter or digit in it: of a prefill "(A)" the A, where contrastive
+  activation addition (Rimsky et al. 2024) reads (vectors, losses).
 - `mean prompt`: the tokens of the chat prompt, without a prefill (vectors, losses).
 - `mean response`: the tokens of the response themselves: the prefill of a pair, the answer of a target.
 - `mean last 5`, `mean "some words"`, a token index: the last tokens of the given text, the last occurrence of some
@@ -65,6 +67,7 @@ OF_A_PAIR = " of the chat prompt and the prefill of the response"
 _MEANINGS = {
     "last": "last token",
     "first": "first token",
+    "letter": "last token with a letter or digit",
     "mean": "mean over all tokens",
     "mean prompt": "mean over the prompt's tokens",
     "mean response": "mean over the tokens of the response's prefill",
@@ -91,8 +94,9 @@ def position_of(position: str | int | Position) -> Named:
     """A position from its name, a token index, or your own function.
 
     Args:
-        position: `last`, `first`, `mean`, `mean prompt`, `mean response`, `mean last 5`, `mean "some words"` (their
-            last occurrence in each text), a token index (negative from the end), or a function from a Row to indices.
+        position: `last`, `first`, `letter`, `mean`, `mean prompt`, `mean response`, `mean last 5`, `mean "some words"`
+            (their last occurrence in each text), a token index (negative from the end), or a function from a Row to
+            indices.
 
     Raises:
         ValueError: unknown name.
@@ -110,6 +114,8 @@ def position_of(position: str | int | Position) -> Named:
         return Named(side, lambda row: [position])
     if position in ("last", "first"):
         return Named(_MEANINGS[position], lambda row: [-1 if position == "last" else 0])
+    if position == "letter":
+        return Named(_MEANINGS[position], _letter)
     if position in _MEANINGS:
         part = position.removeprefix("mean").strip()
         return Named(_MEANINGS[position], lambda row: _part(row, part))
@@ -167,6 +173,15 @@ def _part(row: Row, part: str) -> list[int]:
     if not tokens:
         raise ValueError("these pairs have no prefills, so there is no response to read; use 'mean prompt' or 'last'")
     return tokens
+
+
+def _letter(row: Row) -> list[int]:
+    """The last token that covers a letter or digit: of a text that begins a response, one of the response."""
+    start = row.prompt_end if any(character.isalnum() for character in row.text[row.prompt_end :]) else 0
+    numbers = [i for i, (low, high) in enumerate(row.spans) if any(map(str.isalnum, row.text[max(low, start) : high]))]
+    if not numbers:
+        raise ValueError("the text has no letter or digit")
+    return numbers[-1:]
 
 
 def _substring(row: Row, phrase: str) -> list[int]:
