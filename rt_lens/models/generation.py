@@ -21,14 +21,17 @@ from rt_lens.models.context import token_context
 from rt_lens.models.forward import model_name
 from rt_lens.models.prompts import knows_rows, run_prompts
 from rt_lens.models.protocol import HasTokenizer, Model
+from rt_lens.models.sampling import Sampling, StopAt, Watched, before, copies, penalised, stop_strings
 from rt_lens.models.tokens.batches import TokenBatch, encode, pad, pad_id_of
 from rt_lens.models.tokens.chats import (
     begins_with_thought,
     chat_text,
+    empty_thought,
     end_ids,
     has_chat_template,
     is_chat,
     system_of,
+    without_thought,
 )
 from rt_lens.models.tokens.texts import Pieces, text_of
 
@@ -43,46 +46,6 @@ class Directions(Protocol):
     def check_fits(self, model: Model) -> None: ...
 
     def unit(self) -> Directions: ...
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The sampling of a token from logits.
-
-    Attributes:
-        temperature: softmax temperature; 0 takes the most likely token.
-        top_k: sample from the `top_k` most likely tokens; 0 for all.
-        top_p: sample from the fewest tokens whose probabilities reach this sum.
-        seed: seed for the random streams, one per prompt.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:  # `not >=` catches NaN too
-            raise ValueError(
-                "temperature and top_k must be at least 0 and top_p above 0 and at most 1, got "
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}. "
-                "temperature=0 takes the most likely token."
-            )
-
-    def choose(self, logits: Float[Tensor, "batch d_vocab"], draw: Float[Tensor, "batch"]) -> Int[Tensor, "batch"]:
-        """The token at which the cumulative probability passes the uniform number `draw`."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        probabilities = torch.softmax(logits.double() / self.temperature, -1)
-        if self.top_k or self.top_p < 1:
-            ranked, tokens = probabilities.sort(descending=True, stable=True)
-            # A token stays if the tokens before it have not reached top_p, so the first one always stays.
-            dropped = ranked.cumsum(-1) - ranked >= self.top_p
-            if self.top_k:
-                dropped[:, self.top_k :] = True
-            probabilities = probabilities.scatter(1, tokens, ranked.masked_fill(dropped, 0.0))
-        cumulative = probabilities.cumsum(-1)
-        return torch.searchsorted(cumulative, draw.to(cumulative)[:, None] * cumulative[:, -1:], right=True).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -131,6 +94,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    repetition_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+    stop: str | Sequence[str] = (),
+    eos_token_id: int | Sequence[int] | None = None,
+    num_return_sequences: int = 1,
+    thinking: str = "keep",
     batch_size: int = 64,
     use_cache: bool = True,
     trace: Directions | None = None,
@@ -152,6 +121,14 @@ def generate(
         top_k: sample from the `top_k` most likely tokens; 0 for all.
         top_p: sample from the fewest tokens whose probabilities reach this sum; 1 for all.
         seed: seed for the sampling.
+        repetition_penalty: divides the logits of tokens that the prompt or the response has already; 1 leaves them.
+        min_new_tokens: at least this many tokens each.
+        stop: strings that end a response, which ends before them.
+        eos_token_id: ids that end a response, instead of the model's own.
+        num_return_sequences: responses for each prompt, side by side in the list that is returned; hooks see each as a
+            row of its own. More than one needs a temperature.
+        thinking: what becomes of a reasoning model's thoughts: `keep` leaves them in the response, `hide` takes them
+            out of it, and `skip` begins the response after an empty thought. `on_token` gets all tokens.
         batch_size: prompts per batch.
         use_cache: False runs the whole text again for each token. This is slow, and needed to hook attention patterns.
         trace: vectors on which each new token's activation is projected, for `on_token`.
@@ -190,8 +167,10 @@ def generate(
                 "trace must be vectors with one direction per hook point, got vectors per head (hook_z). "
                 "Use vectors of hook='attn_out'."
             )
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, min_new_tokens)
+    stop, ends = stop_strings(stop), _ends(model, eos_token_id)
     texts = as_chat(model, prompts) if chat else prompts
+    texts = [text for text in _thinking(model, texts, thinking) for _ in range(copies(num_return_sequences, sampling))]
     encoded = [encode(model, text) for text in texts]
     if [] in encoded:
         raise ValueError(
@@ -205,13 +184,22 @@ def generate(
             rows = rows_left[start : start + batch_size]
             new = generate_tokens(
                 model, [encoded[i] for i in rows], max_new_tokens, sampling, rows=rows, n_rows=len(encoded),
-                use_cache=use_cache, trace=trace, on_token=on_token,
+                use_cache=use_cache, trace=trace, on_token=on_token, stop=stop, ends=ends,
             )  # fmt: skip
             for row, ids in zip(rows, new, strict=True):
-                answers[row] = text_of(model, ids)
+                answers[row] = before(text_of(model, ids), stop)
             bar.update(len(rows))
+    if thinking == "hide":
+        return [without_thought(text, answer) for text, answer in zip(texts, answers, strict=True)]
     _warn_of_thoughts(texts, answers)
     return answers
+
+
+def _thinking(model: Model, texts: Sequence[str], thinking: str) -> Sequence[str]:
+    """The texts; to skip thoughts with an empty one after them."""
+    if thinking not in ("keep", "hide", "skip"):
+        raise ValueError(f"thinking must be 'keep', 'hide' or 'skip', got {thinking!r}.")
+    return [text + empty_thought(model, text) for text in texts] if thinking == "skip" else texts
 
 
 def _warn_of_thoughts(prompts: Sequence[str], answers: Sequence[str]) -> None:
@@ -220,8 +208,8 @@ def _warn_of_thoughts(prompts: Sequence[str], answers: Sequence[str]) -> None:
     if n:
         warnings.warn(
             f"prompts: {n} of {len(answers)} responses begin with a thought, so a score of them measures the thought. "
-            "Load the model with chat_template_kwargs={'enable_thinking': False} if its template has that switch, or "
-            "give the responses a prefill.",
+            "Use generate(..., thinking='skip' or 'hide'), or load the model with chat_template_kwargs="
+            "{'enable_thinking': False} if its template has that switch.",
             stacklevel=3,
         )
 
@@ -235,10 +223,16 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    repetition_penalty: float = 1.0,
+    min_new_tokens: int = 0,
+    stop: str | Sequence[str] = (),
+    eos_token_id: int | Sequence[int] | None = None,
+    thinking: str = "keep",
 ) -> Iterator[str]:
     """The response to one prompt, piece by piece; joined, the pieces are the response of `generate`.
 
-    Consume it inside the `with` block whose hooks it should run under.
+    The arguments are those of `generate`; `thinking` is `keep` or `skip` here. Consume it inside the `with` block whose
+    hooks it should run under.
 
     Example:
         >>> for piece in stream(model, "Name three metals.", max_new_tokens=6):
@@ -247,16 +241,22 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}. The default is 40.")
-    pieces, ends = Pieces(model), _ends(model)
+    if thinking == "hide":
+        raise ValueError("thinking must be 'keep' or 'skip' in a stream, got 'hide'. Use generate to hide thoughts.")
+    pieces, ends, until = Pieces(model), _ends(model, eos_token_id), StopAt(stop_strings(stop))
     prompt = as_text(prompt, "prompt", blank=not has_chat_template(model), chats=True)
-    run = _Run(model, [encode(model, text) for text in as_chat(model, [prompt])], max_new_tokens, True, (0,))
-    for column in run.columns(Sampling(temperature, top_k, top_p, seed), ends):
+    texts = _thinking(model, as_chat(model, [prompt]), thinking)
+    run = _Run(model, [encode(model, text) for text in texts], max_new_tokens, True, (0,))
+    sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty, min_new_tokens)
+    for column in run.columns(sampling, ends):
         if column[0] in ends:
             break
-        if piece := pieces(int(column[0])):
+        if piece := until(pieces(int(column[0]))):
             yield piece
-    if pieces.rest:
-        yield pieces.rest
+        if until.hit:
+            return
+    if rest := until(pieces.rest) + until.rest:
+        yield rest
 
 
 def generate_tokens(
@@ -270,6 +270,8 @@ def generate_tokens(
     use_cache: bool = True,
     trace: Directions | None = None,
     on_token: Callable[[NewToken], None] | None = None,
+    stop: Sequence[str] = (),
+    ends: Int[Tensor, "n"] | None = None,
 ) -> list[list[int]]:
     """New token ids of one batch, in the order of its rows.
 
@@ -283,6 +285,8 @@ def generate_tokens(
         use_cache: False runs the whole text again for each token.
         trace: vectors on which each new token's activation is projected, for `on_token`.
         on_token: called with each new token.
+        stop: strings that end a row, with the token that completes one of them.
+        ends: ids that end a row. Defaults to the model's own.
 
     Example:
         >>> prompt = chat_text(model, "Name three metals.")
@@ -292,11 +296,11 @@ def generate_tokens(
         'The most common'
     """
     run = _Run(model, encoded, max_new_tokens, use_cache, tuple(rows) if rows is not None else None, n_rows)
-    ends = _ends(model)
+    ends = _ends(model) if ends is None else ends
     columns: list[Int[Tensor, "batch"]] = []
-    report = None if on_token is None else _Reporter(model, run.rows, ends, on_token, trace)
+    report = None if on_token is None else _Reporter(model, run.rows, ends, on_token, trace, stop)
     with report.reading() if report is not None else nullcontext():
-        for column in run.columns(sampling or Sampling(), ends, drops=report is None):
+        for column in run.columns(sampling or Sampling(), ends, drops=report is None, stop=stop):
             if report is not None and report.traces and columns:
                 report(len(columns) - 1, columns[-1])  # the step that gave this column ran the previous one
             columns.append(column)
@@ -307,7 +311,7 @@ def generate_tokens(
             report(len(columns) - 1, columns[-1])
         if report is not None:
             report.finish()
-    return [_until_end(row, ends) for row in torch.stack(columns, 1).tolist()]
+    return [_until_end(model, row, ends, stop) for row in torch.stack(columns, 1).tolist()]
 
 
 class _Run:
@@ -371,7 +375,7 @@ class _Run:
         return backend.next_logits(torch.cat(self.so_far, dim=1), self.mask, None)
 
     def columns(
-        self, sampling: Sampling, ends: Int[Tensor, "n"], *, drops: bool = False
+        self, sampling: Sampling, ends: Int[Tensor, "n"], *, drops: bool = False, stop: Sequence[str] = ()
     ) -> Iterator[Int[Tensor, "batch"]]:
         """The tokens of all rows, one new position after the other, until every row has ended.
 
@@ -379,23 +383,41 @@ class _Run:
             sampling: how a token is chosen.
             ends: end tokens.
             drops: rows that have ended leave the batch, once a third of it has; their tokens are end tokens then.
+            stop: strings that end a row as well.
         """
+        watched = Watched(self.model, len(self.rows), stop)
+        seen = self._seen() if sampling.repetition_penalty != 1 else None
         draws = _draws(sampling.seed, self.rows, self.n)
         running, column = torch.arange(len(self.rows), device="cpu"), None
         ended: Bool[Tensor, "running"] = torch.zeros(len(self.rows), dtype=torch.bool, device="cpu")
         drops = drops and self.use_cache and backend_of(self.model).shares(int(self.lengths.max()) + self.n)
         for index in range(self.n):
             logits = self.step(None if column is None else column[:, None])
+            if seen is not None:
+                logits = penalised(logits, seen[running.to(seen.device)], sampling.repetition_penalty)
+            if index < sampling.min_new_tokens:
+                logits = logits.index_fill(-1, ends.to(logits.device), -torch.inf)
             column = sampling.choose(logits, draws[running, index].to(logits.device)).cpu()
+            if seen is not None:
+                seen[running.to(seen.device), column.to(seen.device)] = True
             yield ends[:1].repeat(len(draws)).scatter(0, running, column) if len(running) < len(draws) else column
             breathe()
             ended = ended | torch.isin(column, ends)
+            if stop:
+                ended = ended | watched.stopped(running, column)
             if ended.all():
                 return
             if drops and 3 * int(ended.sum()) >= len(ended) > 2 and index + 1 < self.n and (drops := self._may_drop()):
                 stay = (~ended).nonzero()[:, 0]
                 self._keep(stay.tolist(), self.n - index)
                 running, column, ended = running[stay], column[stay], ended[stay]
+
+    def _seen(self) -> Bool[Tensor, "batch d_vocab"]:
+        """The tokens that each prompt has."""
+        seen = torch.zeros(len(self.rows), self.model.cfg.d_vocab, dtype=torch.bool, device=self.model.cfg.device)
+        for row, ids in zip(seen, self.encoded, strict=True):
+            row[list(ids)] = True
+        return seen
 
     def _may_drop(self) -> bool:
         """Whether all that a hook keeps by row can follow the rows that stay."""
@@ -416,9 +438,10 @@ class _Reporter:
 
     def __init__(
         self, model: Model, rows: Sequence[int], ends: Tensor, on_token: Callable[[NewToken], None],
-        trace: Directions | None,
+        trace: Directions | None, stop: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.model, self.rows, self.ends, self.on_token = model, rows, ends, on_token
+        self.untils = [StopAt(stop) for _ in rows]
         self.units = {} if trace is None else trace.unit().vectors
         self.traces = trace is not None
         self.projections: dict[str, list[float]] = {}
@@ -445,20 +468,25 @@ class _Reporter:
                 continue
             self.ended[i] = token in self.ends
             if self.ended[i]:
-                self._report_held(i, self.pieces[i].rest)
+                self._report_held(i, self._rest(i))
                 continue
             self._report_held(i)
             projections = {name: values[i] for name, values in self.projections.items()}
-            new = NewToken(self.rows[i], index, token, self.pieces[i](token), projections)
-            if self.pieces[i].rest:
+            new = NewToken(self.rows[i], index, token, self.untils[i](self.pieces[i](token)), projections)
+            self.ended[i] = self.untils[i].hit
+            if not self.ended[i] and (self.pieces[i].rest or self.untils[i].rest):
                 self.held[i] = new
             else:
                 self.on_token(new)
 
+    def _rest(self, i: int) -> str:
+        """The text of a row that waited for more, and no more comes."""
+        return self.untils[i](self.pieces[i].rest) + self.untils[i].rest
+
     def finish(self) -> None:
         """Reports the tokens that no other token follows."""
         for i in list(self.held):
-            self._report_held(i, self.pieces[i].rest)
+            self._report_held(i, self._rest(i))
 
     def _report_held(self, i: int, rest: str = "") -> None:
         if new := self.held.pop(i, None):
@@ -489,10 +517,23 @@ def _draws(seed: int, streams: Iterable[int], n: int) -> Float[Tensor, "batch n"
     return torch.stack(rows)
 
 
-def _ends(model: Model) -> Int[Tensor, "n"]:
-    return torch.tensor(end_ids(model), dtype=torch.long, device="cpu")
+def _ends(model: Model, given: int | Sequence[int] | None = None) -> Int[Tensor, "n"]:
+    """Ids that end a response: the model's own, or those given."""
+    ids = end_ids(model) if given is None else (given,) if isinstance(given, int) else tuple(given)
+    if any(not 0 <= number < model.cfg.d_vocab for number in ids) or (given is not None and not ids):
+        raise ValueError(
+            f"eos_token_id must be token ids from 0 to {model.cfg.d_vocab - 1}, got {given!r}. Leave it out for the "
+            "model's own."
+        )
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
-def _until_end(ids: list[int], ends: Tensor) -> list[int]:
-    stops = set(ends.tolist())
-    return ids[: next((index for index, token in enumerate(ids) if token in stops), len(ids))]
+def _until_end(model: Model, ids: list[int], ends: Tensor, stop: Sequence[str]) -> list[int]:
+    """A row's tokens up to its end token, or with the one that completes a string to stop at."""
+    stops, watched = set(ends.tolist()), Watched(model, 1, stop)
+    for index, token in enumerate(ids):
+        if token in stops:
+            return ids[:index]
+        if watched.after(0, token):
+            return ids[: index + 1]
+    return ids

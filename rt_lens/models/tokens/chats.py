@@ -258,9 +258,33 @@ def _after_an_answer(model: HasTokenizer) -> list[int]:
     return [number for number in ids if number in special]
 
 
-_THOUGHT = r"<(?:think|thinking|thought|reasoning|seed:think)>"
+_MARKS = ("think", "thinking", "thought", "reasoning", "seed:think")
+_THOUGHT = rf"<({'|'.join(_MARKS)})>"
 
 
 def begins_with_thought(prompt: str, answer: str) -> bool:
     """Whether a response begins inside a model's thoughts, as with models that reason first."""
     return bool(re.match(rf"\s*{_THOUGHT}", answer) or re.search(rf"{_THOUGHT}\s*$", prompt))
+
+
+def without_thought(prompt: str, answer: str) -> str:
+    """A response after the model's thoughts; empty if these do not end, and unchanged if there are none.
+
+    Example:
+        >>> without_thought("Hi!", "<think>A greeting.</think>\\n\\nHello.")
+        'Hello.'
+    """
+    if not begins_with_thought(prompt, answer):
+        return answer
+    _, end, rest = re.split(rf"(</(?:{'|'.join(_MARKS)})>)", answer, maxsplit=1) if "</" in answer else (answer, "", "")
+    return rest.lstrip() if end else ""
+
+
+def empty_thought(model: HasTokenizer, prompt: str) -> str:
+    """What to append to a prompt so that no thought precedes the response; empty for a model that has none."""
+    if opened := re.search(rf"{_THOUGHT}\s*$", prompt):
+        return f"\n</{opened[1]}>\n\n"
+    template = str(getattr(tokenizer_of(model), "chat_template", None) or "")
+    closed = re.search(rf"</({'|'.join(_MARKS)})>", template)
+    done = re.search(rf"</(?:{'|'.join(_MARKS)})>\s*$", prompt)  # the template's own switch has written one
+    return f"<{closed[1]}>\n\n</{closed[1]}>\n\n" if closed and not done else ""
