@@ -28,6 +28,8 @@ from .registry import registered_arm as registered_arm
 from .registry import unregister_arm as unregister_arm
 from .robustness import Resistance as Resistance
 from .robustness import resistance as resistance
+from .screening import Screening as Screening
+from .screening import screen as screen
 from .search import block_search as block_search
 from .search import candidates_of as candidates_of
 from .sweeping import DoseResponse as DoseResponse

@@ -15,6 +15,7 @@ from rt_lens.plots.layers import logit_lens, projection_by_layer, projection_hea
 from rt_lens.plots.pareto import pareto
 from rt_lens.plots.ranked import arms_at_kl
 from rt_lens.plots.scaling import few_numbers, scaling
+from rt_lens.plots.screening import screening
 from rt_lens.plots.style import ARM_COLOURS
 from rt_lens.plots.sweep import steerability, sweep
 from rt_lens.plots.text import coloured_tokens, trace
@@ -50,6 +51,7 @@ __all__ = [
     "residual_shifts",
     "resistance",
     "scaling",
+    "screening",
     "separability",
     "side_effects",
     "steerability",

@@ -19,6 +19,7 @@ from rt_lens.apps.cli.app import (
     experiment_of,
     loaded_model,
     model_for,
+    write_page,
 )
 from rt_lens.data.builtin import behaviours
 
@@ -74,6 +75,42 @@ def tune(
         raise ValueError(f"{error} They are saved as {path}.") from error
     delta.save(path)
     typer.echo(f"Saved {path} ({len(delta.changes)} matrices, seed {seed}). Next: rt-lens export {path} --out FOLDER")
+
+
+@app.command(epilog="Example: rt-lens screen data.jsonl mood.safetensors --layer 21 --figure screen.html")
+def screen(
+    data: Annotated[
+        Path, typer.Argument(help="Prompts with answers: chats, preferences, completions (docs/formats.md).")
+    ],
+    file: VectorFile,
+    layer: Annotated[int, typer.Option(help="Block whose output is read.")],
+    out: Annotated[Path, typer.Option(help="CSV file for the table.")] = Path("screening.csv"),
+    figure: Annotated[Path | None, typer.Option(help="HTML file for the figure.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the model's own answers.")] = 48,
+    model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Say which rows of your data push along a vector, before you tune on them."""
+    from rt_lens import plots
+    from rt_lens.arms.screening import screen as screen_rows
+    from rt_lens.common.files import check_can_write, write_atomically
+    from rt_lens.results.schema import checked_file
+    from rt_lens.tuning.targets import load_targets
+    from rt_lens.vectors.interop.tensors import import_vectors
+
+    vectors = import_vectors(checked_file(file))
+    check_can_write(out, "out")
+    loaded = loaded_model(model, dtype, chat_template_kwargs, default=vectors.provenance.dtype)
+    targets = load_targets(checked_file(data), loaded)
+    found = screen_rows(loaded, targets, vectors, layer=layer, max_new_tokens=max_new_tokens, progress=True)
+    write_atomically(out, found.table.to_csv(index=False).encode())
+    if figure is not None:
+        write_page(plots.screening(found.table), figure)
+    typer.echo(str(found))
+    for _, row in found.highest(3).iterrows():
+        typer.echo(f"  row {row['row']}: {row['difference']:.2f}  {row['answer'][:80]!r}")
+    typer.echo(f"Saved {out}. Next: leave rows out, or tune under edits (rtl.tuning.Preventative).")
 
 
 @app.command(epilog="Example: rt-lens export mood_away.safetensors --out mood_away --results runs/mood/results.json")
