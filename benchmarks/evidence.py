@@ -93,7 +93,9 @@ def rows_as_table(rows: Sequence[Mapping[str, Any]]) -> str:
         value = row[name]
         if f"{name}_low" in row:
             return estimate(row, name)
-        return said(value) if isinstance(value, float) else "–" if value is None else str(value)
+        if isinstance(value, float):
+            return said(value, 0 if value.is_integer() else 3)
+        return "–" if value is None else str(value)
 
     return _table([head.replace("_", " ") for head in heads], ([cell(row, name) for name in heads] for row in rows))
 
