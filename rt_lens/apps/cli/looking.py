@@ -1,7 +1,8 @@
-"""The command that opens the pages."""
+"""The commands that serve: the pages, and an endpoint for other programs."""
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,6 +58,52 @@ def dashboard(
     with suppress(KeyboardInterrupt):
         server.wait()
     server.stop()
+
+
+@app.command(epilog="Example: rt-lens serve --delta mood_away.safetensors --steer mood.safetensors:21:2")
+def serve(
+    delta: Annotated[
+        list[Path] | None,
+        typer.Option(help="Weight delta from `rt-lens tune`; its file's name is a model. Can be repeated."),
+    ] = None,
+    steer: Annotated[
+        list[str] | None, typer.Option(help="FILE:LAYER:MULTIPLIER of steering vectors; a model, too. Can be repeated.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 8000,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with a key that requests have to send; none by default.")
+    ] = None,
+    most_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are turned away.")] = 16,
+    model: Model = None,
+    dtype: Dtype = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+) -> None:
+    """Serve the model, tuned or steered, at an OpenAI-compatible address on this machine."""
+    try:
+        import uvicorn
+
+        from rt_lens.apps.endpoint.app import make_endpoint
+    except ImportError:
+        raise ImportError("serve needs fastapi and uvicorn: pip install 'rt_lens[serve]'.") from None
+    from rt_lens.apps.endpoint.arms import arms_of
+
+    key = None if api_key_env is None else _key(api_key_env)
+    files = arms_of(delta or [], steer or [])  # read, and refused, before the model is loaded
+    loaded = loaded_model(model, dtype, chat_template_kwargs)
+    endpoint = make_endpoint(loaded, files(loaded), api_key=key, most_waiting=most_waiting)
+    names = ", ".join(endpoint.state.worker.arms)
+    typer.echo(f"Serving http://127.0.0.1:{port}/v1 (models: {names}). Ctrl-C stops it.")
+    uvicorn.run(endpoint, host="127.0.0.1", port=port, log_level="warning")
+    endpoint.state.worker.close()
+
+
+def _key(name: str) -> str:
+    key = os.environ.get(name, "")
+    if not key:
+        raise ValueError(
+            f"api_key_env must name an environment variable with a key, got {name}, which is not set. Set it."
+        )
+    return key
 
 
 def _named(files: list[Path]) -> dict[str, SteeringVectors]:
