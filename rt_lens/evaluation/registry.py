@@ -94,6 +94,22 @@ def unmade_scorer(scorer: ScorerLike) -> Scorer:
     return Unmade(kind, table.get("form", "completion") if kind in ("likelihood", "off_option_mass") else "text")
 
 
+def scorer_kinds() -> dict[str, dict[str, Any]]:
+    """Kind of scorer -> key of its table -> default; `...` for a key that it needs.
+
+    Example:
+        >>> scorer_kinds()["pattern"]
+        {'pattern': Ellipsis}
+    """
+    return {
+        kind: {
+            key: ... if parameter.default is inspect.Parameter.empty else parameter.default
+            for key, parameter in inspect.signature(make).parameters.items()
+        }
+        for kind, make in _KINDS.items()
+    }
+
+
 @dataclass(frozen=True)
 class Unmade:
     """A scorer that is checked but not built: it knows what it would read, and cannot score.

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from rt_lens.arms.equal_damage import BUDGETS
 from rt_lens.arms.registry import check_arms, registered_arm
 from rt_lens.common.files import as_name, check_name
-from rt_lens.data.builtin import behaviour_content, behaviour_file, data_path, prompt_kinds
+from rt_lens.data.builtin import behaviour_content, behaviour_file, behaviours, data_path, prompt_kinds
 from rt_lens.data.contrast_pairs import ContrastPairs, pairs_from_table
 from rt_lens.data.honesty import Fact, answer_pairs, load_facts, persona_pairs
 from rt_lens.data.questions import Question, load_questions
@@ -23,6 +23,7 @@ from rt_lens.data.readers import read_lines
 from rt_lens.evaluation.permissions import Permissions, check_model
 from rt_lens.evaluation.registry import ScorerLike, make_scorer, unmade_scorer
 from rt_lens.evaluation.scorers import Scorer
+from rt_lens.experiment.toml_types import check_types, json_schema
 from rt_lens.models.registry import DEFAULT_MODEL
 from rt_lens.tuning.config import TuneConfig, modern
 from rt_lens.tuning.losses import Direction
@@ -34,7 +35,13 @@ Categorised = TypeVar("Categorised", Question, Fact)
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Shares of the topics for training and validation; the rest is the test part."""
+    """Shares of the topics for training and validation; the rest is the test part.
+
+    Attributes:
+        train: share of the topics that vectors and weights come from.
+        validation: share on which settings are chosen.
+        seed: of the split.
+    """
 
     train: float = 0.4
     validation: float = 0.2
@@ -43,7 +50,11 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """How many pairs the vectors are extracted from. They are validated on one held-out pair per validation topic."""
+    """What the vectors are extracted from. They are validated on one held-out pair per validation topic.
+
+    Attributes:
+        n_pairs: training pairs.
+    """
 
     n_pairs: int = 96
 
@@ -86,7 +97,16 @@ class HonestyConfig:
 
 @dataclass(frozen=True)
 class ChooseConfig:
-    """Layers and multipliers to try on validation prompts, and the largest allowed rise of perplexity, as a ratio."""
+    """What plain steering is tried with, on validation prompts.
+
+    Attributes:
+        layers: blocks to steer after.
+        multipliers: in lengths of the vector.
+        bound: largest allowed rise of perplexity, as a ratio.
+        n_prompts: validation prompts.
+        n_paragraphs: plain paragraphs on which perplexity is measured.
+        max_new_tokens: length of a response.
+    """
 
     layers: tuple[int, ...] = (18, 21)
     multipliers: tuple[float, ...] = (1.5, 3.0)
@@ -513,6 +533,24 @@ def _judge(path: Path, content: Mapping[str, Any], permissions: Permissions) -> 
     return {key: value for key, value in judge.items() if key != "kind"}  # type: ignore[union-attr]
 
 
+TABLES: dict[str, type] = {
+    "split": SplitConfig, "extract": ExtractConfig, "choose": ChooseConfig, "tune": TuneConfig, "test": TestConfig,
+    "compare": CompareConfig, "search": SearchConfig, "honesty": HonestyConfig,
+}  # fmt: skip
+"""Tables of a behaviour's file -> their types."""
+
+
+def behaviour_schema() -> dict[str, Any]:
+    """The JSON Schema of a behaviour's TOML file.
+
+    Example:
+        >>> schema = behaviour_schema()
+        >>> schema["properties"]["extract"]["properties"]["n_pairs"]["type"]
+        'integer'
+    """
+    return json_schema(TABLES, behaviours())
+
+
 def honesty_pairs(config: HonestyConfig) -> ContrastPairs:
     """The pairs of the honesty experiment, from the categories that are not held out."""
     if config.protocol == "persona":
@@ -572,9 +610,13 @@ def _table(kind: type[T], name: str, values: Any) -> T:
         for key, value in values.items():
             _check_value(f"{name}.{key}", value, getattr(kind, key))
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except TypeError as error:
-        raise ValueError(f"config: [{name}]: wrong type for one of its values ({error}).") from None
+        table = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except TypeError:
+        table = None
+    check_types(kind, name, values)
+    if table is None:
+        raise ValueError(f"config: [{name}] must have values of the right types, got {dict(values)!r}. Correct one.")
+    return table
 
 
 def _check_value(name: str, value: Any, default: Any) -> None:
