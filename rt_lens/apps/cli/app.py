@@ -38,7 +38,7 @@ ChatTemplateKwargs = Annotated[
     typer.Option(help="Extra chat-template variables, as JSON: '{\"enable_thinking\": false}'."),
 ]
 VectorFile = Annotated[
-    Path, typer.Argument(help="A file from `rt-lens extract`, or a .gguf, .pt or .npz file of another tool.")
+    Path, typer.Argument(help="A file from `rt-lens extract`, or a .gguf, .pt, .npz or .json file of another tool.")
 ]
 AllowJudge = Annotated[
     list[str] | None,

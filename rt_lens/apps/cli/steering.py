@@ -83,11 +83,15 @@ def extract(
 def vectors(
     file: VectorFile,
     gguf: Annotated[Path | None, typer.Option(help="Write a control vector for llama.cpp and repeng.")] = None,
+    vllm: Annotated[Path | None, typer.Option(help="Write steering vectors for vLLM-Lens, as JSON.")] = None,
+    lm_eval: Annotated[Path | None, typer.Option(help="Write a .pt file for lm-eval's model `steered`.")] = None,
+    multiplier: Annotated[float, typer.Option(help="Strength in the files for vLLM-Lens and lm-eval.")] = 1.0,
     layers: Annotated[str | None, typer.Option(help="Blocks, such as 14-22 or 14,18; all by default.")] = None,
 ) -> None:
     """Show the contents of a file of steering vectors (also .gguf, .pt, .npz of other tools), or convert it."""
     from rt_lens.results.schema import checked_file
     from rt_lens.vectors.interop.gguf import save_gguf
+    from rt_lens.vectors.interop.servers import save_lm_eval, save_vllm
     from rt_lens.vectors.interop.tensors import import_vectors
 
     vectors_file = import_vectors(checked_file(file))
@@ -99,6 +103,14 @@ def vectors(
         typer.echo(f"{name:>32}: shape {tuple(vector.shape)}, norm {float(vector.norm()):.3g}")
     if gguf is not None:
         typer.echo(f"Saved {save_gguf(vectors_file, gguf)}. Next: llama-cli --control-vector-scaled {gguf}:1")
+    if vllm is not None:
+        typer.echo(
+            f"Saved {save_vllm(vectors_file, vllm, multiplier=multiplier)}. Next: give it to vLLM-Lens as "
+            "apply_steering_vectors."
+        )
+    if lm_eval is not None:
+        saved = save_lm_eval(vectors_file, lm_eval, multiplier=multiplier)
+        typer.echo(f"Saved {saved}. Next: lm_eval --model steered --model_args pretrained=MODEL,steer_path={saved}")
 
 
 @app.command(epilog="Example: rt-lens sweep mood mood.safetensors --layers 14-22 --out runs/sweep.json")

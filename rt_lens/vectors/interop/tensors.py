@@ -26,6 +26,7 @@ from rt_lens.vectors.interop.naming import (
     shown,
     unknown,
 )
+from rt_lens.vectors.interop.servers import read_vllm
 from rt_lens.vectors.steering_vectors import SteeringVectors, hook_names
 
 # What steering-vectors hooks by layer type: the output of Hugging Face's module of that name.
@@ -41,6 +42,7 @@ def import_vectors(
     - `.safetensors`: ours, as `SteeringVectors.load` reads it, else tensors named by layer numbers or hook names.
     - `.pt`, `.pth`: a dict from layer number (int or text) or hook name to a tensor, or one tensor `[layer, d_model]`.
     - `.npz`: arrays named so, or a single array `[layer, d_model]` of any other name.
+    - `.json`: steering vectors for vLLM-Lens, as `save_vllm` writes them, multiplied by their scale.
     - a steering-vectors `SteeringVector`: its layer i is block i, and its layer type decides the hook point:
       `decoder_block` is `hook_resid_post`, `self_attn` is `hook_attn_out`, `mlp` is `hook_mlp_out`. (In models that
       norm a part's output once more, as Gemma 2 does, the last two are before that norm there and after it here.)
@@ -78,8 +80,8 @@ def import_vectors(
     ending = path.suffix.lower()
     if ending not in {".gguf", ".safetensors", *_READERS}:
         raise ValueError(
-            f"source must be a file that ends in .gguf, .safetensors, .pt, .pth or .npz, got {path}, which ends in "
-            f"{ending!r}. Save it as one of these first."
+            f"source must be a file that ends in .gguf, .safetensors, .pt, .pth, .npz or .json, got {path}, which ends "
+            f"in {ending!r}. Save it as one of these first."
         )
     if ending == ".gguf":
         if hook != "resid_post":
@@ -162,6 +164,7 @@ _READERS: dict[str, Callable[[Path, Naming], dict[str, Tensor]]] = {
     ".pt": _read_torch,
     ".pth": _read_torch,
     ".npz": _read_npz,
+    ".json": read_vllm,
 }
 
 
