@@ -7,6 +7,7 @@ from .geometry import cosines as cosines
 from .geometry import norms as norms
 from .interop.gguf import load_gguf as load_gguf
 from .interop.gguf import save_gguf as save_gguf
+from .interop.saes import load_sae_feature as load_sae_feature
 from .interop.servers import save_lm_eval as save_lm_eval
 from .interop.servers import save_vllm as save_vllm
 from .interop.tensors import import_vectors as import_vectors
