@@ -11,6 +11,8 @@ from .direction_targets import DirectionTarget as DirectionTarget
 from .direction_targets import KLThenSteer as KLThenSteer
 from .direction_targets import Preventative as Preventative
 from .export.hf import export_hf as export_hf
+from .export.hub import from_hub as from_hub
+from .export.hub import push_to_hub as push_to_hub
 from .export.peft import Adapter as Adapter
 from .export.peft import export_peft as export_peft
 from .latent import AddByRow as AddByRow
