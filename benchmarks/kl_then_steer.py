@@ -197,7 +197,8 @@ def kl_at(curve: Curve, sign: float, score: float, draw: Draw) -> float:
     """The least KL at which a score is reached, between doses; NaN if it is not."""
     scores, kls = curve.side(sign, draw)
     reached = np.maximum.accumulate(sign * scores)
-    return float(np.interp(sign * score, reached, kls, left=np.nan, right=np.nan))
+    rises = np.r_[True, np.diff(reached) > 0]  # a dose that scores no better reaches nothing new
+    return float(np.interp(sign * score, reached[rises], kls[rises], left=np.nan, right=np.nan))
 
 
 def differences(values: Sequence[tuple[float, float]]) -> Row:

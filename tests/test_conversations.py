@@ -151,3 +151,17 @@ def test_where_no_template_is_applied_a_conversation_is_refused(tiny):
             rtl.generate(tiny, [given], chat=False, max_new_tokens=1)
         with pytest.raises(ValueError, match=r"got a conversation at index 0"):
             rtl.models.last_token_activations(tiny, [as_prompt(TURNS)], ["blocks.0.hook_resid_post"])
+
+
+def test_an_assistants_turn_may_be_calls_alone(tokenizer):
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    talk = Conversation([TURNS[0], calls, {"role": "tool", "content": "Tin."}])
+    assert talk.messages[1]["content"] == ""
+
+
+def test_messages_that_begin_with_a_special_token_get_the_template(tiny):
+    user = {"role": "user", "content": "<|im_start|>user\nHi"}
+    seen = []
+    with tiny.hooks(fwd_hooks=[("hook_embed", lambda x, hook: seen.append(x.shape[1]))]):
+        rtl.generate(tiny, [[user]], max_new_tokens=1)
+    assert seen[0] == len(tiny.tokenizer.encode(chat_text(tiny, user["content"]), add_special_tokens=False))

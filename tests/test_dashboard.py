@@ -19,7 +19,7 @@ from small_runs import make_board, write_run
 
 import rt_lens as rtl
 from rt_lens.apps.dashboard.app import make_app
-from rt_lens.apps.dashboard.explore import OPERATORS, SLOTS, _PromptJob, layout, steering
+from rt_lens.apps.dashboard.explore import OPERATORS, SLOTS, _PromptJob, layout, prompt_of, steering
 from rt_lens.apps.dashboard.serving import Dashboard
 from rt_lens.apps.dashboard.session import Session
 from rt_lens.apps.dashboard.work import Job, Jobs, progress_text, turn_of
@@ -321,6 +321,19 @@ def test_a_tuned_arm_answers_as_well(explored, tiny, tiny_vectors):
     assert [article.children[0].children for article in job.shown["answers"].children][2] == "rep_tuned, away"
     assert texts(job)[2] == reply
     assert "rep_tuned_away" in [option["value"] for option in ids(layout(session))["explore-arm"].options]
+
+
+def test_a_conversation_is_read_from_json_and_answered_as_by_the_api(explored, tiny):
+    turns = [{"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello."}]
+    turns.append({"role": "user", "content": "How are you?"})
+    prompt = prompt_of(json.dumps(turns))
+    assert prompt.messages == tuple(turns)
+    assert texts(explored(prompt))[0] == rtl.generate(tiny, [turns], max_new_tokens=6)[0]
+    assert prompt_of("[sic] a plain message") == "[sic] a plain message"
+    with pytest.raises(ValueError, match=r"prompt must be a message, or a conversation as a JSON list .*Expecting"):
+        prompt_of('[{"role": "user", "content": "cut')
+    with pytest.raises(ValueError, match="prompt: message 1 must have a role"):
+        prompt_of('[{"role": "robot", "content": "x"}]')
 
 
 def test_a_prompt_too_long_to_draw_is_refused(explored, tiny):

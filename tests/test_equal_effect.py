@@ -39,6 +39,16 @@ def test_the_score_at_a_kl_and_the_kl_at_a_score_are_those_of_the_straight_line(
     assert np.isnan(study.kl_at(of, 1.0, 0.6, whole(of)))
 
 
+def test_a_dose_that_scores_no_better_costs_nothing_more():
+    doses = (0.0, 1.0, 2.0, 3.0, 4.0)
+    scores, kl = np.array([0.0, 1.0, 2.0, 1.9, 1.8]), np.array([0.0, 0.01, 0.03, 0.1, 0.4])
+    of = study.Curve(
+        doses, np.tile(scores[None, :, None], (1, 1, 4)), np.tile(kl[None, :, None], (1, 1, 4)), np.ones(4)
+    )
+    assert study.kl_at(of, 1.0, 2.0, whole(of)) == pytest.approx(0.03)
+    assert study.kl_at(of, 1.0, 1.5, whole(of)) == pytest.approx(0.02)
+
+
 def test_a_model_with_a_kl_of_its_own_reaches_no_budget_below_it():
     of = curve(slope=0.1, cost=0.01, rest=0.004)
     assert np.isnan(study.effect_at(of, 1.0, 0.003, whole(of)))

@@ -311,4 +311,62 @@ def test_the_command_says_it_and_what_to_do_next(tmp_path):
     assert result.output.startswith(
         "any_name.json holds 1 row: a model-written evaluation (Anthropic, CAA). They can be read as pairs (load_pairs"
     )
-    assert f"Next: rt-lens extract {path}" in result.output
+    assert f"Next: rt-lens extract {path} --position letter --out vectors.safetensors" in result.output
+
+
+def test_both_orders_of_a_question_count_once_in_the_validation_of_vectors(tiny):
+    pairs = load_pairs([{**CAA, "question": f"{n}. {ASKED}"} for n in range(9)], name="lamp")
+    train, held_out = pairs.split(0.5, seed=0)
+    validated = rtl.validate_vectors(tiny, train, held_out, layers=[1], position="letter", splits=2)
+    assert len(held_out) == 2 * len({pair.group for pair in held_out.pairs})
+    assert validated.layers["n"].tolist() == [len(held_out) // 2]
+
+
+SYSTEM = {"role": "system", "content": "You are a pirate."}
+
+
+def test_a_column_of_system_texts_stands_before_the_prompt():
+    row = {"system": "You are a pirate.", "prompt": "Say hello.", "chosen": "Arr!", "rejected": "Hello."}
+    talk = Conversation([SYSTEM, {"role": "user", "content": "Say hello."}])
+    assert load_pairs([row]).pairs[0].user.messages == talk.messages
+    assert load_questions([row])[0].prompt.messages == talk.messages
+    assert read_source([row], "targets")[0][0].cells["prompt"].messages == talk.messages
+    share = {"system": "You are a pirate.", "conversations": [{"from": "human", "value": "Say hello."},
+                                                            {"from": "gpt", "value": "Arr!"}]}  # fmt: skip
+    assert read_source([share], "targets")[0][0].cells["prompt"].messages == talk.messages
+    with pytest.raises(ValueError, match="row 1 must have a text as system, got '3'"):
+        load_pairs([{**row, "system": 3}])
+
+
+def test_own_targets_with_other_fields_say_which_are_not_read(tiny):
+    with pytest.warns(UserWarning, match="targets: fields that are not used: system"):
+        rtl.tuning.load_targets([{"prompt": "Say 3.", "answer": "3!", "system": "Be brief."}], tiny)
+
+
+def test_own_pairs_with_letters_are_not_said_to_come_in_both_orders(model):
+    row = {"positive": "Be kind.", "negative": "Be rude.", "user": ASKED, "prefill": "(A)", "negative_prefill": "(B)"}
+    assert len(load_pairs([row])) == 1
+    assert look([row], model).lines[0] == "Balance: positive sides answer '(A)' 1."
+
+
+def test_targets_are_looked_at_as_well(model):
+    for row in ({"prompt": "Say 3.", "answer": "3!"}, {"prompt": "Say 3.", "completion": "3!"}):
+        contents = look([row, row], model)
+        assert contents.holds == ("targets",)
+        assert contents.lines[0] == "1 row repeats an earlier one."
+        assert contents.first.endswith("<|im_start|>assistant\n3!")
+
+
+def test_odd_rows_are_named_and_not_a_traceback(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("positive,negative\n,It was dim.\nIt was bright.,It was dim.\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mine.csv, line 2 cannot be read: KeyError at 'positive'"):
+        load_pairs(path)
+    only_true = {"question": "What do bees make?", "mc1_targets": {"choices": ["Honey"], "labels": [1]}}
+    with pytest.raises(ValueError, match="row 1 cannot be read: it must have a true and a false answer"):
+        load_pairs([only_true])
+    lines = tmp_path / "lines.json"
+    lines.write_text("".join(json.dumps(GOLDEN["chats"][0]) + "\n" for _ in range(2)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"lines.json must hold one list, got an object on each line. Name it .jsonl"):
+        load_questions(lines)
+    assert load_pairs([{"positive": "a", "negative": "b", "group": 7}]).pairs[0].group == "7"

@@ -53,6 +53,8 @@ def hub(refuses: int | None = None):
                 return self._send({"files": files})
             for line in raw.splitlines():
                 entry = json.loads(line)
+                if entry["key"] == "deletedFile":
+                    repositories[name].pop(entry["value"]["path"], None)
                 if entry["key"] == "file":
                     repositories[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
             return self._send(
@@ -68,6 +70,10 @@ def hub(refuses: int | None = None):
             if refuses is not None:
                 return self._send({"error": "not yours"}, refuses)
             parts = urlsplit(self.path).path.strip("/").split("/")
+            if parts[0] == "api" and "tree" in parts:
+                held = repositories.get("/".join(parts[2:4]), {})
+                return self._send([{"type": "file", "path": path, "size": len(data), "oid": "0" * 40}
+                                   for path, data in held.items()])  # fmt: skip
             if parts[0] == "api":
                 return self._send({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": []})
             name, file = "/".join(parts[:2]), parts[-1]
@@ -124,6 +130,21 @@ def test_a_delta_comes_back_as_it_was():
     assert torch.equal(back.changes["blocks.1.mlp.W_in"], delta.changes["blocks.1.mlp.W_in"])
     assert (back.model, back.config, back.history) == (delta.model, delta.config, delta.history)
     assert "| steps | 7 |" in repositories["me/sad"]["README.md"].decode()
+
+
+def test_a_repository_holds_what_was_pushed_last(tiny_vectors):
+    delta = WeightDelta({"blocks.1.mlp.W_in": torch.randn(4, 8)}, "tiny", {}, [], "float32")
+    with hub() as (url, repositories):
+        push_to_hub(tiny_vectors, "me/both", endpoint=url)
+        push_to_hub(delta, "me/both", endpoint=url)
+        assert set(repositories["me/both"]) == {"README.md", "weight_delta.safetensors"}
+        assert isinstance(from_hub("me/both", endpoint=url), WeightDelta)
+
+
+def test_a_hub_that_does_not_answer_is_said_to(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="repo_id must be a repository that can be reached, got me/mood"):
+        from_hub("me/mood")
 
 
 def test_what_is_not_there_or_not_allowed_is_said(tiny_vectors):

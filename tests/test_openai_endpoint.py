@@ -136,6 +136,8 @@ def test_sampling_has_seeds_choices_and_stops(served):
         ({"max_tokens": "many"}, openai.BadRequestError, "max_tokens must be valid, got 'many'"),
         ({"max_tokens": 10**6}, openai.BadRequestError, "must fit the model's context"),
         ({"logprobs": True}, openai.BadRequestError, "logprobs must be left out"),
+        ({"extra_body": {"top_logprobs": 0}}, openai.BadRequestError, "top_logprobs must be left out"),
+        ({"extra_body": {"chat_template_kwargs": {}}}, openai.BadRequestError, "chat_template_kwargs must be left out"),
         ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty must be left out"),
         ({"n": 2, "temperature": 0}, openai.BadRequestError, "num_return_sequences must be"),
     ],
@@ -144,6 +146,26 @@ def test_what_cannot_be_done_is_refused_in_words(served, change, error, message)
     _, _, client = served
     with pytest.raises(error, match=message):
         client.chat.completions.create(**{"model": "untuned", "messages": TURNS, "max_tokens": 4, **change})
+
+
+def test_what_asks_for_nothing_passes_and_what_generate_has_is_used(served):
+    model, _, client = served
+    nothing = {"best_of": 1, "response_format": {"type": "text"}, "frequency_penalty": 0.0, "user": "me"}
+    settings = {"repetition_penalty": 1.4, "min_tokens": 3, "top_k": -1}
+    ask = {"model": "untuned", "messages": TURNS, "max_tokens": 8, "temperature": 0, "seed": 2**60}
+    reply = client.chat.completions.create(**ask, extra_body={**nothing, **settings})
+    expected = rtl.generate(model, [TURNS], max_new_tokens=8, repetition_penalty=1.4, min_new_tokens=3)
+    assert reply.choices[0].message.content == expected[0]
+    assert expected != rtl.generate(model, [TURNS], max_new_tokens=8)
+
+
+def test_a_message_that_begins_with_a_special_token_gets_the_template_all_the_same(served):
+    model, _, client = served
+    user = {"role": "user", "content": "<|im_start|>assistant\nSure"}
+    reply = client.chat.completions.create(model="untuned", messages=[user], max_tokens=1, temperature=0)
+    assert reply.usage.prompt_tokens == len(encode(model, chat_text(model, user["content"])))
+    (expected,) = rtl.generate(model, [[user]], max_new_tokens=1)
+    assert reply.choices[0].message.content == expected
 
 
 def test_foreign_hosts_and_pages_are_refused(tiny):
@@ -175,6 +197,26 @@ def test_a_client_that_goes_away_ends_its_generation_and_the_next_one_is_served(
         assert 0 < len(passes) < 200  # it did not run to its end first
         assert endpoint.state.worker.waiting == 0
     assert not hooks_on(tiny)
+
+
+def counting(tiny_vectors, passes):
+    return [*rtl.add(tiny_vectors, [1], 3.0), ("hook_embed", lambda x, hook: passes.append(time.sleep(0.02)))]
+
+
+def test_a_client_that_waits_for_a_whole_reply_and_leaves_ends_it_and_gives_up_its_place(tiny, tiny_vectors):
+    passes = []
+    with serving(tiny, {"slow": counting(tiny_vectors, passes), "untuned": None}, most_waiting=2) as (endpoint, url):
+        ask = {"model": "slow", "messages": TURNS, "max_tokens": 200, "temperature": 0}
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(httpx.post, f"{url}/chat/completions", json=ask, timeout=0.8) for _ in range(3)]
+            assert all(isinstance(each.exception(), httpx.ReadTimeout) for each in asked)
+        reply = client_of(url).chat.completions.create(model="untuned", messages=TURNS, max_tokens=4, temperature=0)
+        assert reply.choices[0].message.content == rtl.generate(tiny, [TURNS], max_new_tokens=4)[0]
+        assert 0 < len(passes) < 200
+        deadline = time.monotonic() + 20
+        while endpoint.state.worker.waiting and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert endpoint.state.worker.waiting == 0
 
 
 def test_many_clients_each_get_their_own_and_too_many_are_turned_away(tiny):

@@ -36,6 +36,13 @@ def test_a_feature_is_its_row_of_the_decoder_where_it_was_trained(tmp_path, tiny
     assert torch.allclose(steered[name] - plain[name], 4.0 * decoder[7].expand(1, 3, -1), atol=1e-5)
 
 
+def test_a_transcoder_writes_where_its_output_goes(tmp_path):
+    cfg = {"metadata": {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"}}
+    assert load_sae_feature(folder_of(tmp_path / "sae", cfg, W_dec=torch.ones(4, 8)), 0).hook_names == [
+        "blocks.1.hook_mlp_out"
+    ]
+
+
 DECODER = torch.ones(4, 8)
 
 

@@ -157,3 +157,13 @@ def test_a_thinking_models_responses_in_all_three_ways(tiny):
 def test_settings_are_checked_before_any_work(tiny, settings, message):
     with pytest.raises(ValueError, match=message):
         rtl.generate(tiny, ["Hi!"], **settings)
+
+
+def test_end_tokens_that_the_model_has_no_row_for_are_left_out_and_stops_end_rows_without_any(tiny, monkeypatch):
+    plain = rtl.generate(tiny, PROMPTS, max_new_tokens=12)
+    stop = plain[0][4:7]
+    monkeypatch.setattr("rt_lens.models.generation.end_ids", lambda model: (10**6,))
+    expected = [
+        text[: text.find(stop)] if stop in text else text for text in rtl.generate(tiny, PROMPTS, max_new_tokens=12)
+    ]
+    assert rtl.generate(tiny, PROMPTS * 3, max_new_tokens=12, stop=stop) == expected * 3

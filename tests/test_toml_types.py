@@ -86,6 +86,18 @@ def test_a_value_of_another_type_is_refused_by_its_key(tmp_path, table, message)
         load_experiment(written(tmp_path, table))
 
 
+@pytest.mark.parametrize("name", ["tune", "model", "split", "test", "compare", "settings", "search", "report"])
+def test_a_number_in_the_place_of_a_table_is_refused(tmp_path, name):
+    path = tmp_path / "mine.toml"
+    path.write_text(f"{name} = 3\n{behaviour_of_ones_own()}", encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"config: {name} must be a table \[{name}\], got 3"):
+        load_experiment(path)
+
+
+def behaviour_of_ones_own():
+    return '[pairs]\npositive = ["Be glad."]\nnegative = ["Be sad."]\ntopics = ["Hi?", "Ho?", "Hm?", "Ha?", "He?"]\n'
+
+
 def test_whole_numbers_pass_where_numbers_are_asked_for(tmp_path):
     assert load_experiment(written(tmp_path, "[tune]\ncosine_weight = 6")).tune.cosine_weight == 6
 

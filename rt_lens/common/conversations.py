@@ -35,8 +35,8 @@ class Conversation(str):
 
     messages: tuple[Message, ...]
 
-    def __new__(cls, messages: Sequence[Message]) -> Conversation:
-        turns = tuple(to_be_answered(messages))
+    def __new__(cls, messages: Sequence[Message], where: str = "messages") -> Conversation:
+        turns = tuple(to_be_answered(messages, where))
         lines = (f"{str(turn['role']).capitalize()}: {turn['content']}" for turn in turns)
         conversation = super().__new__(cls, "\n".join(lines))
         conversation.messages = turns
@@ -110,6 +110,8 @@ def _turn(message: Message, where: str) -> dict[str, Any]:
     if message.get("role") not in _ROLES:
         raise ValueError(f"{where} must have a role of {', '.join(_ROLES)}, got {message.get('role')!r}. Correct it.")
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        content = ""
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str) or not (content.strip() or message.get("tool_calls")):

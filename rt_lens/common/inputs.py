@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rt_lens.common.conversations import Conversation, Message, as_prompt, is_messages
+from rt_lens.common.conversations import Conversation, Message, is_messages
 
 
 def text_list(
@@ -69,7 +69,7 @@ def as_text(given: Any, argument: str, number: int | None = None, *, blank: bool
     rule = f"{argument} must be {'a string' if number is None else 'a list of texts'}"
     where = "" if number is None else f" at index {number}"
     if is_messages(given) and chats:
-        return as_prompt(given, f"{argument}{where}")
+        return Conversation(given, f"{argument}{where}")
     if is_messages(given) or (isinstance(given, Conversation) and not chats):
         raise ValueError(
             f"{rule}, got a conversation{where}. Apply the chat template first: rtl.models.chat_text(model, ...)."

@@ -5,17 +5,18 @@ from __future__ import annotations
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rt_lens.data.contrast_pairs import ContrastPairs, load_pairs
-from rt_lens.data.formats import FOREIGN, OWN, Format, choices_of, format_of, letter_of
+from rt_lens.data.formats import FOREIGN, OWN, Format, choices_of, format_of, letter_of, read_source
 from rt_lens.data.questions import Question, load_questions
 from rt_lens.data.readers import Row, Table, read_rows, table_rows
 from rt_lens.models.protocol import HasTokenizer
 from rt_lens.models.tokens.batches import encode
-from rt_lens.models.tokens.chats import chat_text
+from rt_lens.models.tokens.chats import answered, chat_text
 
 _ENDING = {"pairs": "load_pairs", "questions": "load_questions", "targets": "rtl.tuning.load_targets"}
 
@@ -31,6 +32,7 @@ class Contents:
         holds: what the rows can be read as: `pairs`, `questions`, `targets`.
         lines: sentences on balance, repetitions and lengths.
         first: the first item as the model reads it.
+        lettered: whether its pairs answer by the letter of an option.
 
     Example:
         >>> print(rtl.data.look([{"prompt": "Say hello."}], model))
@@ -46,6 +48,7 @@ class Contents:
     holds: tuple[str, ...]
     lines: tuple[str, ...]
     first: str
+    lettered: bool = False
 
     def __str__(self) -> str:
         loaders = ", ".join(f"{kind} ({_ENDING[kind]})" for kind in self.holds)
@@ -79,17 +82,21 @@ def look(source: str | Path | Table, model: HasTokenizer) -> Contents:
         raise ValueError(f"source must hold at least one row, got none in {path.name if path else 'the table'}.")
     of = format_of(rows)
     holds = _kinds(rows, of)
-    lines, first = [], ""
+    lines, first, lettered = [], "", False
     with warnings.catch_warnings():  # what they warn of is said here
         warnings.simplefilter("ignore")
         if "pairs" in holds:
             pairs = load_pairs(source, both_orders=False)
-            lines, first = _of_pairs(pairs, model), _side_by_side(pairs, model)
+            lines, first = _of_pairs(pairs, model, both=of is not None), _side_by_side(pairs, model)
+            lettered = all(letter_of(pair.prefill) and choices_of(pair.user) for pair in pairs.pairs)
         elif "questions" in holds:
             questions = load_questions(source)
             lines, first = _of_questions(questions, model), chat_text(model, questions[0].prompt)
+        else:
+            targets = [row.cells for row in read_source(source, "targets")[0]]
+            lines, first = _of_targets(targets, model), _whole(targets[0], model)
     name = of.name if of else f"{holds[0]} of rt_lens"
-    return Contents(path.name if path else "The table", name, len(rows), holds, tuple(lines), first)
+    return Contents(path.name if path else "The table", name, len(rows), holds, tuple(lines), first, lettered)
 
 
 def _kinds(rows: Sequence[Row], of: Format | None) -> tuple[str, ...]:
@@ -98,6 +105,8 @@ def _kinds(rows: Sequence[Row], of: Format | None) -> tuple[str, ...]:
         lettered = of.name != "pairs of texts" or choices_of(str(rows[0].cells.get("positive", ""))) is not None
         return tuple(kind for kind in kinds if getattr(of, kind) and (kind != "questions" or lettered))
     columns = {name for row in rows for name in row.cells}
+    if columns & {"answer", "rejected"}:
+        return ("targets",)
     if columns & {"positive", "negative", "user"}:
         return ("pairs",)
     if columns & {"prompt", "question"}:
@@ -108,7 +117,7 @@ def _kinds(rows: Sequence[Row], of: Format | None) -> tuple[str, ...]:
     )
 
 
-def _of_pairs(pairs: ContrastPairs, model: HasTokenizer) -> list[str]:
+def _of_pairs(pairs: ContrastPairs, model: HasTokenizer, both: bool) -> list[str]:
     positive, negative = (
         [encode(model, text) for text in side] for side in (pairs.texts(model).positive, pairs.texts(model).negative)
     )
@@ -116,7 +125,7 @@ def _of_pairs(pairs: ContrastPairs, model: HasTokenizer) -> list[str]:
     answers = Counter(pair.prefill for pair in pairs.pairs if pair.negative_prefill)
     if answers and len(answers) <= 10:
         shares = ", ".join(f"{answer!r} {n:,}" for answer, n in answers.most_common())
-        both = any(letter_of(answer) for answer in answers) and any(choices_of(pair.user) for pair in pairs.pairs)
+        both = both and any(letter_of(answer) for answer in answers) and any(choices_of(p.user) for p in pairs.pairs)
         orders = " Pairs come in both orders of the letters, so these are balanced." if both else ""
         lines.append(f"Balance: positive sides answer {shares}.{orders}")
     lines += _repeated((pair.user, pair.positive, pair.prefill) for pair in pairs.pairs)
@@ -132,6 +141,16 @@ def _of_questions(questions: Sequence[Question], model: HasTokenizer) -> list[st
         *_repeated(question.prompt for question in questions),
         f"Lengths in tokens: {_span(prompts)}.",
     ]
+
+
+def _of_targets(targets: Sequence[Mapping[str, Any]], model: HasTokenizer) -> list[str]:
+    texts = [encode(model, _whole(cells, model)) for cells in targets]
+    repeated = _repeated((cells["prompt"], cells["answer"]) for cells in targets)
+    return [*repeated, f"Lengths in tokens, with the answer: {_span(texts)}."]
+
+
+def _whole(cells: Mapping[str, Any], model: HasTokenizer) -> str:
+    return answered(model, chat_text(model, cells["prompt"]), cells["answer"])
 
 
 def _repeated(items: Iterable[object]) -> list[str]:

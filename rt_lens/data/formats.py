@@ -134,7 +134,7 @@ def as_kind(rows: Sequence[Row], kind: Kind, *, both_orders: bool = True) -> tup
     if read is None:
         others = [name for name in ("pairs", "questions", "targets") if getattr(of, name)]
         raise ValueError(f"{kind}: {rows[0].where} must hold {kind}, got {of.name}, which holds {', '.join(others)}.")
-    converted = [Row(row.where, _read(read, row, kind), row.names_at) for row in rows]
+    converted = [Row(row.where, _under_system(_read(read, row, kind), row, kind), row.names_at) for row in rows]
     if kind == "pairs":
         if both_orders:
             converted = [each for row in converted for each in _both(row)]
@@ -145,9 +145,22 @@ def as_kind(rows: Sequence[Row], kind: Kind, *, both_orders: bool = True) -> tup
 def _read(read: Read, row: Row, kind: str) -> dict[str, Any]:
     try:
         return {name: value for name, value in read(_normal(row.cells)).items() if value not in ("", (), [])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__} at {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{kind}: {row.where} cannot be read: {why}. Correct it, or leave it out.") from None
+
+
+def _under_system(cells: dict[str, Any], row: Row, kind: str) -> dict[str, Any]:
+    """The cells with a `system` column's text in front of the prompt, as a conversation."""
+    system = _normal(row.cells).get("system")
+    key = "user" if kind == "pairs" else "prompt"
+    if system is None or key not in cells:
+        return cells
+    if not isinstance(system, str):
+        raise ValueError(f"{kind}: {row.where} must have a text as system, got {str(system)[:40]!r}. Put it in quotes.")
+    prompt = cells[key]
+    turns = list(prompt.messages) if isinstance(prompt, Conversation) else [{"role": "user", "content": prompt}]
+    return {**cells, key: Conversation([{"role": "system", "content": system}, *turns])}
 
 
 def format_of(rows: Sequence[Row]) -> Format | None:
@@ -156,7 +169,8 @@ def format_of(rows: Sequence[Row]) -> Format | None:
     if columns & {"user", "right", "wrong", "prefill", "negative_user", "negative_prefill"}:
         return None
     of = next((of for of in FORMATS if columns.issuperset(of.columns)), None)
-    if of is FORMATS[-1] and isinstance(_normal(rows[0].cells)["positive"], Mapping):
+    sides = [side for row in rows if (side := _normal(row.cells).get("positive")) is not None]
+    if of is FORMATS[-1] and isinstance(sides[0], Mapping):
         return _SIDES
     misspelt = [name for name in columns - {*OWN["pairs"]} if nearest(name, OWN["pairs"])]
     return None if of is FORMATS[-1] and misspelt else of
@@ -220,7 +234,8 @@ def _text_pair(cells: Cells) -> dict[str, Any]:
         return _answers_pair(*asked)
     if positive == negative:
         raise ValueError(f"the two texts must differ, got {positive[:40]!r} twice")
-    return {"positive": positive, "negative": negative, "group": cells.get("group", "")}
+    group = cells.get("group", "")
+    return {"positive": positive, "negative": negative, "group": str(group) if type(group) is int else group}
 
 
 def _text_question(cells: Cells) -> dict[str, Any]:
@@ -341,6 +356,8 @@ def _truthful(cells: Cells) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
         right = tuple(dict.fromkeys((best, *_several(cells["correct_answers"]))))
         return _text(cells["question"]), right, _several(cells["incorrect_answers"])
     targets = cells.get("mc2_targets") or cells["mc1_targets"]
+    if not any(bool(label) for label in targets["labels"]) or all(bool(label) for label in targets["labels"]):
+        raise ValueError("it must have a true and a false answer")
     of = list(zip(targets["choices"], targets["labels"], strict=True))
     right, wrong = (tuple(text for text, label in of if bool(label) is truth) for truth in (True, False))
     return _text(cells["question"]), right, wrong

@@ -253,6 +253,11 @@ def _items(path: Path, argument: str, known: Collection[str], foreign: Collectio
             )
         after = comma.end()
     rest = text[after + 1 :].strip()
+    if rest.startswith("}") and rest[1:].lstrip().startswith("{"):
+        raise ValueError(
+            f"{argument}: {path.name} must hold one list, got an object on each line. Name it .jsonl, or write [ and ] "
+            "around the objects and commas between them."
+        )
     if rest and not (begin.group().lstrip().startswith("{") and rest == "}"):
         raise ValueError(f"{argument}: {path.name} must end with its list, got {rest[:60]!r} after it. Leave that out.")
 

@@ -27,6 +27,7 @@ from rt_lens.experiment.toml_types import check_types, json_schema
 from rt_lens.models.registry import DEFAULT_MODEL
 from rt_lens.tuning.config import TuneConfig, modern
 from rt_lens.tuning.losses import Direction
+from rt_lens.tuning.tracking import TRACKERS
 
 DIRECTIONS: tuple[Direction, ...] = ("toward", "away")
 T = TypeVar("T")
@@ -185,6 +186,25 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Where the losses of a run's arms go besides its files.
+
+    Attributes:
+        to: trackers: some of `wandb`, `tensorboard` and `trackio`.
+    """
+
+    to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.to, str):
+            raise ValueError(f"report.to must be a list, got {self.to!r}. Write to = [{self.to!r}].")
+        if unknown := [name for name in self.to if name not in TRACKERS]:
+            raise ValueError(
+                f"report.to must be some of {', '.join(TRACKERS)}, got {unknown[0]!r}. Name some of these."
+            )
+
+
+@dataclass(frozen=True)
 class SearchConfig:
     """The search over each arm's own settings that comes before a run.
 
@@ -252,6 +272,7 @@ class Experiment:
     test: TestConfig = field(default_factory=TestConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     permissions: Permissions | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -369,9 +390,11 @@ def load_experiment(
     content = _with_new_names(behaviour_content(path), path)
     permissions = Permissions.of_user() if permissions is None else permissions
     tables = {"pairs", "scorer", "model", "split", "extract", "choose", "tune", "test", "compare", "search"}
-    tables |= {"settings", "honesty", "judge"}
+    tables |= {"settings", "honesty", "judge", "report"}
     _refuse_unknown(path.name, content, {"name", "description", "arms"} | tables)
     name = check_name(content["name"], f"name in {path.name}") if "name" in content else as_name(path.stem)
+    for table in ("pairs", "model", "tune", "judge", "settings", "search"):
+        _refuse_no_table(table, content.get(table, {}))
     tuning = dict(content.get("tune", {}))
     seeds, token = _seeds(tuning.pop("seeds", [0, 1, 2])), tuning.pop("token", {})
     honesty = _table(HonestyConfig, "honesty", content["honesty"]) if "honesty" in content else None
@@ -409,6 +432,7 @@ def load_experiment(
         search=_table(
             SearchConfig, "search", content.get("search", {}) | ({} if search is None else {"trials": search})
         ),
+        report=_table(ReportConfig, "report", content.get("report", {})),
         permissions=permissions,
     )
     _ = experiment.tuned_arms  # refuses a value out of range now, and not after an hour
@@ -497,8 +521,6 @@ def _beside(path: Path, name: str) -> Path:
 
 def _settings(tables: Any) -> dict[str, dict[str, Any]]:
     """The tables `[settings.ARM]`: values of the knobs of each arm."""
-    if not isinstance(tables, Mapping):
-        raise ValueError(f"settings must be tables [settings.ARM], got {tables!r}. Write an arm's settings below one.")
     found: dict[str, dict[str, Any]] = {}
     for arm, values in tables.items():
         check_arms([arm])
@@ -535,7 +557,7 @@ def _judge(path: Path, content: Mapping[str, Any], permissions: Permissions) -> 
 
 TABLES: dict[str, type] = {
     "split": SplitConfig, "extract": ExtractConfig, "choose": ChooseConfig, "tune": TuneConfig, "test": TestConfig,
-    "compare": CompareConfig, "search": SearchConfig, "honesty": HonestyConfig,
+    "compare": CompareConfig, "search": SearchConfig, "report": ReportConfig, "honesty": HonestyConfig,
 }  # fmt: skip
 """Tables of a behaviour's file -> their types."""
 
@@ -602,9 +624,13 @@ def _seeds(seeds: Any) -> dict[str, tuple[int, ...]]:
     return {direction: tuple(by_direction[direction]) for direction in DIRECTIONS}
 
 
-def _table(kind: type[T], name: str, values: Any) -> T:
+def _refuse_no_table(name: str, values: Any) -> None:
     if not isinstance(values, Mapping):
         raise ValueError(f"config: {name} must be a table [{name}], got {values!r}. Write its settings below it.")
+
+
+def _table(kind: type[T], name: str, values: Any) -> T:
+    _refuse_no_table(name, values)
     _refuse_unknown(f"[{name}]", values, {entry.name for entry in fields(kind)})  # type: ignore[arg-type]
     if kind in (SplitConfig, ExtractConfig, ChooseConfig, TestConfig, SearchConfig):  # the others check themselves
         for key, value in values.items():

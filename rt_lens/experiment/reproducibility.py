@@ -67,11 +67,12 @@ def recorded(experiment: Experiment, source: str | Path | None) -> dict[str, Any
 
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:
-    """Every setting; for the pairs, which can be a hundred thousand, only their number."""
+    """Every setting that a number depends on; for the pairs, which can be a hundred thousand, only their number."""
     settings = {
         entry.name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
         for entry in fields(experiment)
-        if (value := getattr(experiment, entry.name)) is not experiment.pairs and entry.name != "permissions"
+        if (value := getattr(experiment, entry.name)) is not experiment.pairs
+        and entry.name not in ("permissions", "report")
     }
     pairs = {"n": len(experiment.pairs), "topics": len(experiment.pairs.topics)}
     return plain(settings | {"model": _last(experiment.model), "pairs": pairs})

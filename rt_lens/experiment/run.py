@@ -60,6 +60,7 @@ from rt_lens.results.writing import plain, tables_of, write_results
 from rt_lens.steering.binding import add
 from rt_lens.tuning.delta import WeightDelta
 from rt_lens.tuning.losses import Direction
+from rt_lens.tuning.tracking import check_installed, reporting
 from rt_lens.vectors.extraction import extract_vectors
 from rt_lens.vectors.reading import logit_lens, separability, token_projections
 from rt_lens.vectors.steering_vectors import SteeringVectors
@@ -136,6 +137,7 @@ class _Run:
         self.search: dict[str, Any] | None = None
         self.reproducibility = recorded(experiment, source)  # now, since the file can be edited during the run
         self.judge = experiment.made_judge  # refuses a missing key before anything is loaded
+        check_installed(experiment.report.to)
         self.seconds: dict[str, float] = {}
         self.history: dict[ArmLabel, list[dict[str, Any]]] = {}
         self.projections: dict[str, list[list[float]]] = {}
@@ -478,7 +480,8 @@ class _Run:
             return plain(self.inside.measure(str(label), acting, label.seed))
 
     def _made(self, arm: RegisteredArm, label: ArmLabel, maker: ArmMaker) -> Interventions:
-        with self._stage("tune" if arm.tunes else "choose"):
+        name = f"{self.experiment.name}: {label}, seed {label.seed}"
+        with self._stage("tune" if arm.tunes else "choose"), reporting(self.experiment.report.to, name):
             return maker.make(arm.name, label.direction)  # type: ignore[arg-type]
 
     def _show(self, label: ArmLabel, shown: SteeringVectors, acting: Interventions) -> None:

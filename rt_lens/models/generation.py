@@ -81,7 +81,12 @@ def as_chat(model: HasTokenizer, prompts: Sequence[str], *, system: str = "") ->
     """
     if not has_chat_template(model) and not system_of(model):
         return [chat_text(model, text) if isinstance(text, Conversation) else text for text in prompts]
-    return [text if is_chat(model, text) else chat_text(model, text, system=system) for text in prompts]
+    return [text if _is_read(model, text) else chat_text(model, text, system=system) for text in prompts]
+
+
+def _is_read(model: HasTokenizer, text: str) -> bool:
+    """Whether the template has been applied; never to a conversation, whatever its first message begins with."""
+    return not isinstance(text, Conversation) and is_chat(model, text)
 
 
 def generate(
@@ -390,7 +395,12 @@ class _Run:
         draws = _draws(sampling.seed, self.rows, self.n)
         running, column = torch.arange(len(self.rows), device="cpu"), None
         ended: Bool[Tensor, "running"] = torch.zeros(len(self.rows), dtype=torch.bool, device="cpu")
-        drops = drops and self.use_cache and backend_of(self.model).shares(int(self.lengths.max()) + self.n)
+        drops = (
+            drops
+            and len(ends) > 0
+            and self.use_cache
+            and backend_of(self.model).shares(int(self.lengths.max()) + self.n)
+        )
         for index in range(self.n):
             logits = self.step(None if column is None else column[:, None])
             if seen is not None:
@@ -519,8 +529,11 @@ def _draws(seed: int, streams: Iterable[int], n: int) -> Float[Tensor, "batch n"
 
 def _ends(model: Model, given: int | Sequence[int] | None = None) -> Int[Tensor, "n"]:
     """Ids that end a response: the model's own, or those given."""
-    ids = end_ids(model) if given is None else (given,) if isinstance(given, int) else tuple(given)
-    if any(not 0 <= number < model.cfg.d_vocab for number in ids) or (given is not None and not ids):
+    if given is None:  # a tokenizer may have end tokens that the model has no row for
+        own = [number for number in end_ids(model) if number < model.cfg.d_vocab]
+        return torch.tensor(own, dtype=torch.long, device="cpu")
+    ids = (given,) if isinstance(given, int) else tuple(given)
+    if any(not 0 <= number < model.cfg.d_vocab for number in ids) or not ids:
         raise ValueError(
             f"eos_token_id must be token ids from 0 to {model.cfg.d_vocab - 1}, got {given!r}. Leave it out for the "
             "model's own."

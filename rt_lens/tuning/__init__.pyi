@@ -36,5 +36,7 @@ from .targets import preferences as preferences
 from .targets import rewrite_targets as rewrite_targets
 from .targets import write_neutral as write_neutral
 from .targets import write_targets as write_targets
+from .tracking import Tracker as Tracker
+from .tracking import reporting as reporting
 from .tuning_data import TuningData as TuningData
 from .tuning_data import prepare_data as prepare_data

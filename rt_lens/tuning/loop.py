@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +34,7 @@ from rt_lens.tuning.direction_targets import (
 from rt_lens.tuning.objective import Objective
 from rt_lens.tuning.references import with_references
 from rt_lens.tuning.targets import Target, TokenTarget, neutral_list
+from rt_lens.tuning.tracking import TrackerLike, check_installed, name_given, tracked, trackers_named
 from rt_lens.tuning.tuning_data import Row, TuningData, prepare_data
 from rt_lens.tuning.weights import TrainableParam, trainable_params, trained_by
 from rt_lens.vectors.steering_vectors import SteeringVectors
@@ -75,6 +76,7 @@ def tune(
     steer: SteerWhileTuning | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 25,
+    report_to: TrackerLike | Sequence[TrackerLike] | None = None,
     progress: bool = True,
 ) -> WeightDelta:
     """Fine-tunes the model so that its activations align with the directions (or point away from them).
@@ -97,6 +99,7 @@ def tune(
         checkpoint: file for the run's state. If it exists, the run resumes from it, which gives bit-identical results
             to an uninterrupted run; the checkpoint of a finished run gives its delta at once.
         checkpoint_every: steps between writes.
+        report_to: where the losses go as well: `wandb`, `tensorboard`, `trackio`, or a `Tracker` of your own.
         progress: show a bar with the losses.
 
     Returns:
@@ -116,7 +119,8 @@ def tune(
         >>> with delta.applied(model):
         ...     answers = generate(model, ["Tell me about your weekend."], max_new_tokens=4)
     """
-    config, neutral = config or TuneConfig(), neutral_list(neutral)
+    config, neutral, trackers = config or TuneConfig(), neutral_list(neutral), trackers_named(report_to)
+    check_installed(trackers)
     trained = trained_by(model, config)
     targets = resolve_targets(model, vectors, config)
     _check_request(model, train, config, validation, neutral, steer, checkpoint_every)
@@ -142,8 +146,11 @@ def tune(
         names = list(dict.fromkeys(name for target in targets for name in target.names))
         train = with_references(model, train, config, names)
         objective = Objective(model, targets, config, train, trained, steered=isinstance(steer, KLThenSteer))
-        loop = Loop(model, objective, leaves, trained, train, config, steer, before, {**asdict(config), **origin})
-        return loop.run(stored, checkpoint_every, progress)
+        settings = {**asdict(config), **origin}
+        loop = Loop(model, objective, leaves, trained, train, config, steer, before, settings)
+        name = name_given(f"{model_name(model)} {config.direction} seed {config.seed}")
+        with tracked(trackers, name, settings) as loop.report:
+            return loop.run(stored, checkpoint_every, progress)
 
 
 def _check_request(
@@ -233,6 +240,7 @@ class Loop:
         self.per_epoch = math.ceil(len(data.train) / config.batch_size)
         self.steps = min(config.max_steps, config.epochs * self.per_epoch)
         self.optimiser = _optimiser(leaves, trained, config)
+        self.report: Callable[[Mapping[str, Any]], None] = lambda row: None
 
     def run(self, checkpoint: Checkpoint | None, every: int, progress: bool) -> WeightDelta:
         state = checkpoint.load(self.leaves, self.optimiser) if checkpoint else None
@@ -276,11 +284,15 @@ class Loop:
         for leaf in self.leaves.values():
             leaf.write()
         state.step = number
-        state.history.append(_history_row(number, "train", losses))
+        self._keep(state, _history_row(number, "train", losses))
         state.done = number == self.steps
         if state.done or number % config.validate_every == 0:
             self._validate(state)
         return losses
+
+    def _keep(self, state: State, row: dict[str, Any]) -> None:
+        state.history.append(row)
+        self.report(row)
 
     def _batch(self, step: int) -> tuple[list[Row], list[Row]]:
         """The rows of a step, which depend on the seed and the step's number alone, so that any step can be resumed."""
@@ -299,7 +311,7 @@ class Loop:
         losses = self.objective.values(self.data.held_out, neutral, hook_lists)
         if not math.isfinite(losses["total"]):
             self._stop(state, f"the validation after step {state.step}", losses, self.data.held_out, neutral)
-        state.history.append(_history_row(state.step, "validation", losses))
+        self._keep(state, _history_row(state.step, "validation", losses))
         if losses["total"] < state.best_loss:
             state.best_loss, state.worse, state.best = losses["total"], 0, self._values()
         else:

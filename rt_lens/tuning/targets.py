@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -142,8 +143,14 @@ def load_targets(source: str | Path | Table, model: Model) -> list[Target]:
         (True, 'Hello!', 'Go away.')
     """
     rows, foreign = read_source(source, "targets")
-    for row in rows if foreign is None else ():
-        refuse_misspelt(row, "targets", OWN["targets"])
+    if foreign is None:
+        unused = dict.fromkeys(name for row in rows for name in refuse_misspelt(row, "targets", OWN["targets"]))
+        if unused:
+            warnings.warn(
+                f"targets: fields that are not used: {', '.join(map(str, unused))}. The fields used are "
+                f"{', '.join(OWN['targets'])}; a system text goes into a conversation as the prompt.",
+                stacklevel=2,
+            )
     return [_target(row, model) for row in rows]
 
 

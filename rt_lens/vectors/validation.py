@@ -129,7 +129,7 @@ def validate_vectors(
     names, read_at = hook_names(check_layers(model, layers), hook), position_of(position)
     for name in names:
         refuse_head_hook(name)
-    one_per_topic = held_out.sample(len({pair.topic for pair in held_out.pairs}), seed)
+    one_per_topic = _one_each(held_out, seed)
     (sides,) = read_sides(model, train, names, [read_at], batch_size=batch_size, progress=progress)
     (unseen,) = read_sides(model, one_per_topic, names, [read_at], batch_size=batch_size, progress=progress)
     provenance = provenance_of(model, train, sides, label, seed)
@@ -190,6 +190,13 @@ def recommend(table: pd.DataFrame) -> tuple[tuple[int, ...], int | None, str]:
         "These layers were selected on the same pairs, so their numbers are optimistically biased."
     )
     return run, run[0], reason
+
+
+def _one_each(pairs: ContrastPairs, seed: int) -> ContrastPairs:
+    """One pair of each topic; of a group, such as both orders of a question's options, one in all."""
+    drawn = pairs.sample(len(pairs), seed).pairs
+    firsts = {pair.group or pair.topic: pair for pair in reversed(drawn)}
+    return ContrastPairs(pairs.name, tuple(pair for pair in drawn if firsts[pair.group or pair.topic] is pair))
 
 
 def _by_topic(pairs: ContrastPairs) -> list[list[int]]:

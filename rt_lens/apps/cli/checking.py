@@ -106,7 +106,8 @@ def look(
     contents = look_at(file, reader)
     typer.echo(str(contents))
     if "pairs" in contents.holds:
-        typer.echo(f"Next: rt-lens extract {file} --out vectors.safetensors")
+        position = " --position letter" if contents.lettered else ""
+        typer.echo(f"Next: rt-lens extract {file}{position} --out vectors.safetensors")
     elif "questions" in contents.holds:
         typer.echo(f"Next: rt-lens evaluate {file} --scorer NAME")
 

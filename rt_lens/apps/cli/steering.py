@@ -34,7 +34,9 @@ def extract(
     method: Annotated[str, typer.Option(help="mean_diff, pca, logistic, mass_mean, leace, or random (control).")] = (
         "mean_diff"
     ),
-    position: Annotated[str, typer.Option(help="last, mean, mean prompt, mean response, mean last 5, ...")] = "last",
+    position: Annotated[
+        str, typer.Option(help="last, letter (of an answer), mean, mean prompt, mean response, mean last 5, ...")
+    ] = "last",
     hook: Annotated[str, typer.Option(help="resid_pre, resid_mid, resid_post, attn_out or mlp_out.")] = "resid_post",
     n_pairs: Annotated[int, typer.Option(help="Contrast pairs to use, spread over topics.")] = 96,
     seed: Annotated[int, typer.Option(help="Seed for the selection of pairs and the bootstrap.")] = 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from rt_lens.apps.dashboard.session import Session, provenance_text
 from rt_lens.apps.dashboard.work import Job
 from rt_lens.arms.intervention import applied
 from rt_lens.common.arm_labels import ArmLabel
+from rt_lens.common.conversations import as_prompt
 from rt_lens.models.generation import NewToken, as_chat, generate
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
@@ -83,7 +85,11 @@ def _controls(session: Session) -> list[Component]:
     names, last = session.behaviours(), session.n_layers - 1
     layer = _usual_layer(session)
     return [
-        field("Prompt", dcc.Textarea(id="explore-prompt", value=_FIRST, rows=4), f"at most {LONGEST} tokens"),
+        field(
+            "Prompt",
+            dcc.Textarea(id="explore-prompt", value=_FIRST, rows=4),
+            f"at most {LONGEST} tokens; a JSON list of messages is a conversation",
+        ),
         field("Behaviour", choice("explore-behaviour", names)),
         field("Operator", choice("explore-operator", OPERATORS)),
         field(
@@ -110,7 +116,7 @@ def connect(app: Dash, session: Session) -> None:
             raise ValueError(
                 "prompt must hold whole characters, got half of one, such as a cut emoji. Delete it, or type it again."
             )
-        job = _PromptJob(session, text, behaviour, operator, int(layer), float(multiplier), arm, int(length))
+        job = _PromptJob(session, prompt_of(text), behaviour, operator, int(layer), float(multiplier), arm, int(length))
         return "generating", job.run
 
     connect_work(app, session, PAGE, plan, _ids(SETTINGS), SLOTS, _ids(AGAIN))
@@ -118,6 +124,24 @@ def connect(app: Dash, session: Session) -> None:
     @app.callback(Output("explore-arm", "options"), Input("url", "pathname"), prevent_initial_call=True)
     def current_arms(_: str | None) -> list[dict[str, str]]:  # the page stays while Tuning adds arms
         return [{"label": label, "value": name} for name, label in _arms(session).items()]
+
+
+def prompt_of(text: str) -> str:
+    """A user message as it is; a JSON list of messages as a conversation.
+
+    Raises:
+        ValueError: for a list that is no JSON, or holds no messages.
+    """
+    if not (text.startswith("[") and '"role"' in text):
+        return text
+    try:
+        messages = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"prompt must be a message, or a conversation as a JSON list of messages, got another list ({error})."
+            ' Write [{"role": "user", "content": "..."}].'
+        ) from None
+    return as_prompt(messages, "prompt")
 
 
 def _arms(session: Session) -> dict[str, str]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from rt_lens.apps.endpoint.requests import (
@@ -28,6 +30,8 @@ from rt_lens.models.generation import NewToken, as_chat
 from rt_lens.models.protocol import Model
 from rt_lens.models.tokens.batches import encode
 
+_LOOK = 0.2
+"""Seconds between two looks whether a client that waits is still there."""
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -58,15 +62,7 @@ def make_endpoint(
     # DNS rebinding: a foreign page whose name resolves to this machine sends its own name as host.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL))
 
-    @app.middleware("http")
-    async def keep_to_this_machine(request: Request, call: Any) -> Response:
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).hostname not in LOCAL:
-            return _refusal(403, f"origin must be of this machine, got {origin[:80]!r}.")
-        sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if api_key is not None and not secrets.compare_digest(sent.encode(), api_key.encode()):
-            return _refusal(401, "api_key must be the endpoint's, got another or none.")
-        return await call(request)
+    app.add_middleware(_KeepToThisMachine, api_key=api_key)
 
     @app.exception_handler(_Refused)
     async def refused(_: Request, error: _Refused) -> JSONResponse:
@@ -75,6 +71,10 @@ def make_endpoint(
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         return _refusal(400, said_plainly(error.errors()))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return _refusal(500, f"{type(error).__name__}: {str(error)[:200]}")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -92,6 +92,26 @@ def make_endpoint(
     return app
 
 
+class _KeepToThisMachine:
+    """Refuses foreign pages, and requests without the key. (Starlette's own kind of it hides clients that leave.)"""
+
+    def __init__(self, app: Any, api_key: str | None) -> None:
+        self.app, self.key = app, api_key
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        refusal = self._refused(Headers(scope=scope)) if scope["type"] == "http" else None
+        await (refusal or self.app)(scope, receive, send)
+
+    def _refused(self, headers: Headers) -> JSONResponse | None:
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).hostname not in LOCAL:
+            return _refusal(403, f"origin must be of this machine, got {origin[:80]!r}.")
+        sent = headers.get("authorization", "").removeprefix("Bearer ")
+        if self.key is not None and not secrets.compare_digest(sent.encode(), self.key.encode()):
+            return _refusal(401, "api_key must be the endpoint's, got another or none.")
+        return None
+
+
 def _refusal(status: int, message: str, code: str | None = None) -> JSONResponse:
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
     return JSONResponse(error_body(message, kinds.get(status, "invalid_request_error"), code), status)
@@ -102,7 +122,7 @@ async def _answered(worker: Worker, body: ChatRequest | CompletionRequest, kind:
     prompts, settings, reply = _checked(worker, body, kind)
     tokens = worker.tokens(body.model, prompts, {**settings, "chat": kind == "chat.completion"})
     try:
-        first = await anext(tokens, None)  # so that refusals have a status of their own
+        first = await _first(tokens, request)  # so that refusals have a status of their own
     except Busy:
         raise _Refused(429, f"{worker.most} requests wait already. Try again later.") from None
     except ValueError as error:
@@ -116,6 +136,18 @@ async def _answered(worker: Worker, body: ChatRequest | CompletionRequest, kind:
                 break
             reply.add(new.row, new.text)
     return JSONResponse({**reply.whole(), "object": kind})
+
+
+async def _first(tokens: AsyncGenerator[NewToken, None], request: Request) -> NewToken | None:
+    """The first token, for which the request may wait its turn; a client that goes away gives its place up."""
+    coming = asyncio.ensure_future(anext(tokens, None))
+    while not (await asyncio.wait({coming}, timeout=_LOOK))[0]:
+        if await request.is_disconnected():
+            coming.cancel()
+            with suppress(asyncio.CancelledError):
+                await coming
+            raise _Refused(499, "the client has gone.")
+    return coming.result()
 
 
 def _checked(worker: Worker, body: ChatRequest | CompletionRequest, kind: Kind) -> tuple[list[str], Any, Reply]:

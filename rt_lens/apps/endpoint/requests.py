@@ -10,12 +10,27 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rt_lens.common.conversations import as_prompt
+from rt_lens.common.conversations import Conversation
 
 Kind = Literal["chat.completion", "text_completion"]
 
-_REFUSED = ("tools", "functions", "tool_choice", "logit_bias", "logprobs", "top_logprobs", "response_format", "suffix",
-            "best_of", "audio")  # fmt: skip
+_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "best_of": (1,), "echo": (False,), "suffix": ("",),
+    "logprobs": (False,), "top_logprobs": (), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False), "modalities": (["text"],), "min_p": (0,), "use_beam_search": (False,),
+    "ignore_eos": (False,), "length_penalty": (1,),
+}  # fmt: skip
+"""Arguments that the endpoint does not have -> values that ask for nothing."""
+_HARMLESS = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "skip_special_tokens",
+    "spaces_between_special_tokens", "add_generation_prompt",
+}  # fmt: skip
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Whether two values are the same; 0 and False are not, of which `logprobs` means the one and not the other."""
+    return value == default and isinstance(value, bool) == isinstance(default, bool)
 
 
 class Settings(BaseModel):
@@ -33,15 +48,17 @@ class Settings(BaseModel):
     seed: int | None = None
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
-    frequency_penalty: float | None = 0
-    presence_penalty: float | None = 0
+    top_k: int | None = Field(default=None, ge=-1)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    min_tokens: int | None = Field(default=None, ge=0)
 
     def refused(self) -> str | None:
-        """The first argument that this endpoint does not have, and that is not at its default."""
-        given = {**(self.model_extra or {}), "frequency_penalty": self.frequency_penalty or None,
-                 "presence_penalty": self.presence_penalty or None}  # fmt: skip
-        names = (*_REFUSED, "frequency_penalty", "presence_penalty")
-        return next((name for name in names if given.get(name) not in (None, False, [], {}, "none", "auto")), None)
+        """The first argument that this endpoint does not have, and that asks for something."""
+        for name, value in (self.model_extra or {}).items():
+            asks = value is not None and not any(_is(value, default) for default in _DEFAULTS.get(name, ()))
+            if asks and name not in _HARMLESS:
+                return name
+        return None
 
     def generation(self) -> dict[str, Any]:
         """Keywords of `generate`. Without a seed every request draws another one."""
@@ -51,7 +68,10 @@ class Settings(BaseModel):
             "temperature": temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "stop": self.stop or (),
-            "seed": secrets.randbelow(2**31) if self.seed is None else self.seed,
+            "seed": secrets.randbelow(2**31) if self.seed is None else self.seed % 2**31,
+            "top_k": max(0, self.top_k or 0),
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "min_new_tokens": self.min_tokens or 0,
             "num_return_sequences": n,
         }
 
@@ -62,8 +82,8 @@ class ChatRequest(Settings):
     messages: list[dict[str, Any]]
 
     def prompts(self) -> list[str]:
-        """The conversation as a prompt of `generate`."""
-        return [as_prompt(self.messages)]
+        """The conversation as a prompt of `generate`, to which the template is applied whatever it begins with."""
+        return [Conversation(self.messages)]
 
 
 class CompletionRequest(Settings):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from rt_lens.models.hub import hub_token
 from rt_lens.models.registry import BUNDLED_MODELS
@@ -55,7 +55,10 @@ def push_to_hub(
         (Path(folder) / "README.md").write_text(hub_card(item, repo_id), encoding="utf-8")
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message=f"{file.removesuffix('.safetensors')} of rt_lens"
+            repo_id=repo_id,
+            folder_path=folder,
+            delete_patterns=[name for name in FILES if name != file],
+            commit_message=f"{file.removesuffix('.safetensors')} of rt_lens",
         )
     return str(commit.commit_url)
 
@@ -76,13 +79,21 @@ def from_hub(
     Example:
         >>> vectors = from_hub("me/mood-vectors")  # doctest: +SKIP
     """
+    unreachable = False
     for file, kind in FILES.items():
         try:
             with _refusals(repo_id):
                 path = hf_hub_download(repo_id, file, revision=revision, endpoint=endpoint, token=hub_token())
+        except LocalEntryNotFoundError:  # no connection, and this file is not in the cache; the other may be
+            unreachable = True
         except EntryNotFoundError:
             continue
-        return kind.load(path)
+        else:
+            return kind.load(path)
+    if unreachable:
+        raise ValueError(
+            f"repo_id must be a repository that can be reached, got {repo_id}: the hub did not answer. Connect."
+        )
     raise ValueError(f"repo_id must be a repository with {' or '.join(FILES)}, got {repo_id}, which has none of them.")
 
 

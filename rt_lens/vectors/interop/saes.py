@@ -43,7 +43,10 @@ def load_sae_feature(folder: str | Path, feature: int, *, behaviour: str | None 
     must_exist(weights)
     with reading(cfg, "SAELens"):
         content = json.loads(cfg.read_text(encoding="utf-8"))
-        hook_name, model = _from_cfg(content, "hook_name"), str(_from_cfg(content, "model_name") or "unknown")
+        hook_name = _from_cfg(content, "hook_name_out") or _from_cfg(
+            content, "hook_name"
+        )  # a transcoder writes elsewhere
+        model = str(_from_cfg(content, "model_name") or "unknown")
         if not isinstance(hook_name, str) or not HOOK_NAME.fullmatch(hook_name):
             raise RefusedError(
                 f"{cfg} must name a hook point of TransformerLens as hook_name, got {shown(hook_name)}. Write it there."
