@@ -316,7 +316,7 @@ def test_correct_only_keeps_pairs_that_both_personas_get_their_way_in(small, mod
         ("n_items = 4", "n_itmes = 4", "Did you mean 'n_items'"),
         ('"likelihood"', '"honest"', "protocol must be one of 'auto', 'persona', 'likelihood', got 'honest'"),
         ('["animals"]', '"animals"', "held_out must be a list, got 'animals'"),
-        ("n_items = 4", 'n_items = "four"', "config: [honesty]: wrong type for one of its values"),
+        ("n_items = 4", 'n_items = "four"', "honesty.n_items must be a whole number, got 'four'"),
         ("[extract]", "[judge]\nurl = 'http://127.0.0.1:1/v1'\n[extract]", "scorer 'endpoint_judge' takes the keys"),
         (
             "[extract]",
