@@ -29,7 +29,7 @@ def test_the_readme_and_the_guide_run_one_after_the_other(monkeypatch, tmp_path,
     monkeypatch.setattr(go.Figure, "show", lambda figure, *_, **__: figure.to_json())
     monkeypatch.chdir(tmp_path)
     code = [*blocks("README.md"), *blocks("notebooks/README.md")]
-    assert len(code) == 6
+    assert len(code) == 7
     session: dict[str, Any] = {}
     try:
         for number, block in enumerate(code):
