@@ -156,7 +156,6 @@ def test_what_asks_for_nothing_passes_and_what_generate_has_is_used(served):
     reply = client.chat.completions.create(**ask, extra_body={**nothing, **settings})
     expected = rtl.generate(model, [TURNS], max_new_tokens=8, repetition_penalty=1.4, min_new_tokens=3)
     assert reply.choices[0].message.content == expected[0]
-    assert expected != rtl.generate(model, [TURNS], max_new_tokens=8)
 
 
 def test_a_message_that_begins_with_a_special_token_gets_the_template_all_the_same(served):
